@@ -1,0 +1,55 @@
+# `make help` explains every target. Each target does its own set-up.
+
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+# Override with `make setup PYTHON=/path/to/python3.12`.
+PYTHON ?= $(shell tools/find_python.sh 2>/dev/null)
+# `make train ARGS="train.steps=20 run_dir=/tmp/run"` adds Hydra overrides.
+EXPERIMENT ?= quickstart
+ARGS ?=
+# Ranks on this machine; quickstart is tensor parallel 2 x pipeline parallel 2.
+NPROC ?= 4
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test check lint format clean
+
+help: ## Show this text
+	@echo "hysparse_megatron: train HySparse models with Megatron-core"
+	@echo
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@echo
+	@echo "Settings: EXPERIMENT=$(EXPERIMENT) NPROC=$(NPROC) ARGS=\"hydra overrides\" PYTHON=python3.12"
+
+setup: $(STAMP) ## Create .venv and install everything (seconds when nothing changed)
+
+$(STAMP): pyproject.toml constraints.txt
+	@tools/find_python.sh "$(PYTHON)" > /dev/null
+	@test -x $(PY) || { echo "creating $(VENV) with $$(tools/find_python.sh "$(PYTHON)")"; \
+		"$$(tools/find_python.sh "$(PYTHON)")" -m venv $(VENV); }
+	@echo "installing packages (about two minutes and 6 GB the first time)"
+	@$(PY) -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $(STAMP)
+
+train: $(STAMP) ## Train EXPERIMENT on NPROC local ranks, or resume it; add overrides with ARGS
+	@$(PY) -m torch.distributed.run --standalone --nproc-per-node $(NPROC) \
+		-m hysparse_megatron experiment=$(EXPERIMENT) $(ARGS)
+
+test: $(STAMP) ## Run all tests (under 25 minutes on two cores)
+	@$(PY) -m pytest $(PYTEST_ARGS)
+
+check: $(STAMP) ## Lint, types and the fast tests (under 3 minutes)
+	@$(MAKE) --no-print-directory lint
+	@$(PY) -m pytest -q -m "not slow and not distributed" $(PYTEST_ARGS)
+
+lint: $(STAMP) ## Ruff (lint and format) and mypy
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy
+
+format: $(STAMP) ## Let ruff rewrite the code
+	@$(VENV)/bin/ruff check --fix .
+	@$(VENV)/bin/ruff format .
+
+clean: ## Remove the environment, caches and build products (not runs/)
+	@rm -rf $(VENV) .cache build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

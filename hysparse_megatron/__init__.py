@@ -1,0 +1,3 @@
+"""HySparse on Megatron-core: full-attention oracles select and share, sparse layers reuse."""
+
+__version__ = "0.1.0"

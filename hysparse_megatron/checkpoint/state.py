@@ -1,0 +1,72 @@
+"""What a checkpoint holds, in megatron-core's sharded format.
+
+Keys name the global layer and no rank, so tensor, pipeline and data parallel sizes may change
+between save and load. Random streams and data order are functions of seed and step and need no
+state of their own.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+
+from hysparse_megatron.errors import CheckpointError
+from hysparse_megatron.training.state import TrainingState
+
+
+def _metadata(state: TrainingState) -> dict[str, Any]:
+    return {
+        # Layers of three kinds have different parameters: one key per layer.
+        "non_homogeneous_layers": True,
+        # The optimizer's moments are stored in the shape of their parameter, so that any layout
+        # can load them; megatron-core's default format cannot be saved any more.
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "dp_cp_group": state.groups.dp_cp,
+    }
+
+
+def _model_state(state: TrainingState, metadata: dict[str, Any]) -> dict[str, Any]:
+    return {
+        f"model{index}": chunk.module.sharded_state_dict(metadata=metadata)
+        for index, chunk in enumerate(state.chunks)
+    }
+
+
+def save_state(state: TrainingState, step: int, directory: Path) -> None:
+    """Write model and optimizer into an existing empty directory. Collective."""
+    metadata = _metadata(state)
+    model = _model_state(state, metadata)
+    optimizer = state.optimizer.sharded_state_dict(model, is_loading=False, metadata=metadata)
+    dist_checkpointing.save(
+        {**model, "optimizer": optimizer, "step": step}, str(directory), async_strategy="mcore"
+    )
+
+
+def load_state(state: TrainingState, directory: Path, weights_only: bool = False) -> int:
+    """Load model (and optimizer) from `directory` and return the step it was saved after.
+
+    Collective. Raises CheckpointError when the checkpoint does not fit the model.
+    """
+    metadata = _metadata(state)
+    wanted = _model_state(state, metadata)
+    if not weights_only:
+        wanted["optimizer"] = state.optimizer.sharded_state_dict(
+            dict(wanted), is_loading=True, metadata=metadata
+        )
+    try:
+        loaded = dist_checkpointing.load(wanted, str(directory))
+    except (CheckpointingException, KeyError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{directory} cannot be loaded into this model: {error}\n"
+            "model.* must be what the checkpoint was made with; parallel.* may differ"
+        ) from error
+    for index, chunk in enumerate(state.chunks):
+        chunk.module.load_state_dict(loaded[f"model{index}"], strict=True)
+    if weights_only:
+        state.optimizer.reload_model_params()
+        return 0
+    state.optimizer.load_state_dict(loaded["optimizer"])
+    return int(loaded["step"])

@@ -1,0 +1,182 @@
+"""Checkpoint directories: how one is written, which one is the latest, which ones are kept.
+
+    checkpoints/step-00000100/           complete and valid
+    checkpoints/step-00000100/manifest.json    written last: files, sizes, hashes, step, ...
+    checkpoints/step-00000200.tmp/       being written, or left behind by a killed run
+
+A checkpoint is written into a `.tmp` directory, which is renamed after its manifest is on disk.
+"Latest" is computed by looking: the newest directory whose manifest is there and whose files have
+the sizes it names. Decisions about the file system are made on rank 0 and broadcast.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from hysparse_megatron.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+_Result = TypeVar("_Result")
+
+
+def step_directory(checkpoints: Path, step: int) -> Path:
+    """Where the checkpoint after `step` steps belongs."""
+    return checkpoints / f"step-{step:08d}"
+
+
+def on_rank_zero(action: Callable[[], _Result]) -> _Result:
+    """Run `action` on rank 0; every rank gets its result, or a CheckpointError with its message."""
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = action()
+        except (OSError, CheckpointError) as error:
+            outcome[1] = f"{type(error).__name__}: {error}"
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise CheckpointError(outcome[1])
+    return outcome[0]
+
+
+def write_checkpoint(
+    checkpoints: Path, step: int, write: Callable[[Path], None], facts: dict[str, Any]
+) -> Path:
+    """Write one checkpoint with `write(directory)`, collective over all ranks.
+
+    Returns its directory. `facts` are added to the manifest. Raises CheckpointError; an older
+    checkpoint is never touched.
+    """
+    final = step_directory(checkpoints, step)
+    temporary = final.with_suffix(".tmp")
+
+    def prepare() -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+
+    on_rank_zero(prepare)
+    failure = None
+    try:
+        write(temporary)
+    except Exception as error:
+        failure = f"{type(error).__name__}: {error}"
+    rank = dist.get_rank()
+    mine = {} if failure else _describe(temporary, lambda name: name.startswith(f"__{rank}_"))
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, (failure, mine))
+
+    def publish() -> None:
+        failures = [f"rank {rank}: {text}" for rank, (text, _) in enumerate(gathered) if text]
+        if failures:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise CheckpointError(f"{final} was not written; {'; '.join(failures)}")
+        files = {name: entry for _, part in gathered for name, entry in part.items()}
+        files |= _describe(temporary, lambda name: name not in files)
+        _write_json(temporary / MANIFEST, {"step": step, **facts, "files": files})
+        if final.exists():  # an invalid one, or it would have been resumed from
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+        _sync_directory(checkpoints)
+
+    on_rank_zero(publish)
+    return final
+
+
+def latest_checkpoint(checkpoints: Path) -> Path | None:
+    """The newest valid checkpoint, or None if there is none. Local; call it on rank 0."""
+    for directory in sorted(checkpoints.glob("step-*"), reverse=True):
+        if directory.suffix != ".tmp" and not problems_of(directory):
+            return directory
+    return None
+
+
+def problems_of(directory: Path) -> list[str]:
+    """What is wrong with a checkpoint directory: missing manifest, missing or truncated files."""
+    try:
+        files = read_manifest(directory)["files"]
+    except (CheckpointError, KeyError, TypeError) as error:
+        return [f"{directory / MANIFEST}: {error}"]
+    problems = []
+    for name, entry in files.items():
+        path = directory / name
+        size = path.stat().st_size if path.is_file() else None
+        if size != entry["bytes"]:
+            found = "is missing" if size is None else f"has {size} bytes"
+            problems.append(f"{path} {found}; the manifest says {entry['bytes']} bytes")
+    return problems
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint. Raises CheckpointError when it is missing or garbled."""
+    try:
+        return json.loads((directory / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read the manifest: {error}") from error
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """The checkpoint a user means by a step directory or a run directory.
+
+    Raises CheckpointError when there is no valid one.
+    """
+    if (path / MANIFEST).exists():
+        problems = problems_of(path)
+        if problems:
+            raise CheckpointError(f"{path} is damaged: {'; '.join(problems)}")
+        return path
+    found = latest_checkpoint(path / "checkpoints")
+    if found is None:
+        raise CheckpointError(
+            f"no valid checkpoint at {path}; name a step directory or a run directory"
+        )
+    return found
+
+
+def prune(checkpoints: Path, keep: int) -> list[Path]:
+    """Delete all but the newest `keep` valid checkpoints (0 keeps all). Call it on rank 0.
+
+    Returns what was deleted. Failure to delete is not an error: training goes on.
+    """
+    valid = [
+        directory
+        for directory in sorted(checkpoints.glob("step-*"), reverse=True)
+        if directory.suffix != ".tmp" and not problems_of(directory)
+    ]
+    doomed = valid[keep:] if keep else []
+    for directory in doomed:
+        shutil.rmtree(directory, ignore_errors=True)
+    return doomed
+
+
+def _describe(directory: Path, wanted: Callable[[str], bool]) -> dict[str, dict[str, Any]]:
+    entries = {}
+    for path in sorted(directory.rglob("*")):
+        name = str(path.relative_to(directory))
+        if path.is_file() and wanted(name):
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                os.fsync(file.fileno())
+            entries[name] = {"bytes": path.stat().st_size, "sha256": digest}
+    return entries
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    with path.open("w") as file:
+        json.dump(content, file, indent=1, sort_keys=True)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

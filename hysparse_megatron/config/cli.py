@@ -1,0 +1,82 @@
+"""The command line of `python -m hysparse_megatron`, with the flags users of Hydra expect."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from hysparse_megatron.config.compose import GROUPS, compose, group_options, load_frozen
+from hysparse_megatron.config.schema import Config
+from hysparse_megatron.errors import ConfigError
+
+_EXIT_CODES = """\
+exit codes:
+  0  finished
+  2  bad configuration
+  3  pre-empted; a checkpoint was saved, start again to go on
+  4  numerical stop: too many bad steps in a row
+  5  bad data
+  6  no valid checkpoint
+  any other code is a crash"""
+
+_EXAMPLES = """\
+examples:
+  python -m hysparse_megatron train.steps=50 run_dir=/tmp/first
+  python -m hysparse_megatron 'model.layout=2*(F 3*S) F' --cfg job
+  torchrun --nproc-per-node 4 -m hysparse_megatron experiment=quickstart
+  python -m hysparse_megatron --config runs/quickstart/config.yaml"""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What the command line asks for. `show` prints the configuration instead of training."""
+
+    overrides: list[str]
+    config_file: Path | None
+    show: bool
+
+
+def parse_arguments(argv: Sequence[str]) -> Arguments:
+    """Read the command line without the program's name. `--help` prints and leaves with 0."""
+    parser = _Parser(
+        prog="python -m hysparse_megatron",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Train, in this process group: alone, under torchrun or under srun.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("overrides", nargs="*", help="group=option, key=value, +key=value, ~group")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="load this file as it is")
+    parser.add_argument("--cfg", choices=["job"], help="print the configuration and leave")
+    parser.add_argument("--resolve", action="store_true", help="with --cfg; it always resolves")
+    parser.add_argument("-m", "--multirun", action="store_true", help=argparse.SUPPRESS)
+    found = parser.parse_intermixed_args(list(argv))
+    if found.multirun:
+        raise ConfigError("-m: one command trains one run; a sweep submits one job per point")
+    for override in found.overrides:
+        if "=" not in override and not override.startswith("~"):
+            raise ConfigError(f"{override}: not an override; write key=value (see --help)")
+    if found.config is not None and found.overrides:
+        given = " ".join(found.overrides)
+        raise ConfigError(f"--config takes its file as it is: leave out {given}, or the file")
+    return Arguments(found.overrides, found.config, found.cfg is not None)
+
+
+def load(arguments: Arguments) -> Config:
+    """The configuration the command line names; not validated yet."""
+    if arguments.config_file is not None:
+        return load_frozen(arguments.config_file)
+    return compose(arguments.overrides)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong flag like any other bad configuration, and lists the groups in its help."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see --help)")
+
+    def format_help(self) -> str:
+        groups = [f"  {group:<11}{', '.join(group_options(group))}" for group in GROUPS]
+        keys = "keys are dotted names of settings; --cfg job prints all of them"
+        listing = "\n".join(["config groups and their options:", *groups, keys])
+        return f"{super().format_help()}\n{listing}\n\n{_EXAMPLES}\n\n{_EXIT_CODES}\n"

@@ -1,0 +1,171 @@
+"""From `conf/` and command-line overrides to one `Config`, by Hydra's compose API.
+
+Only the composing is Hydra's: it makes no output directory, changes no working directory and sets
+up no logging. One process composes; the others read what `freeze` wrote.
+"""
+
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+import yaml  # type: ignore[import-untyped]
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from hysparse_megatron.config import schema
+from hysparse_megatron.config.describe import allowed_values, type_of, unknown_key
+from hysparse_megatron.config.frozen import (
+    build,
+    config_hash,
+    freeze,
+    from_yaml,
+    load_frozen,
+    schema_node,
+    to_yaml,
+)
+from hysparse_megatron.config.problems import as_error
+from hysparse_megatron.config.schema import Config
+from hysparse_megatron.errors import ConfigError, Problem
+
+__all__ = [
+    "compose",
+    "config_directory",
+    "config_hash",
+    "freeze",
+    "from_yaml",
+    "group_options",
+    "load_frozen",
+    "to_yaml",
+]
+
+SECTIONS: dict[str, type] = {
+    "model": schema.ModelConfig,
+    "data": schema.DataConfig,
+    "parallel": schema.ParallelConfig,
+    "optim": schema.OptimConfig,
+    "train": schema.TrainConfig,
+    "checkpoint": schema.CheckpointConfig,
+    "tracking": schema.TrackingConfig,
+    "cluster": schema.ClusterConfig,
+    "debug": schema.DebugConfig,
+}
+GROUPS = (*SECTIONS, "experiment")
+
+# Hydra answers a number where a group's option should stand with a plain ValueError.
+_COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
+
+
+def config_directory() -> Path:
+    """`conf/` inside the package where it was installed, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    for candidate in (package / "conf", package.parent / "conf"):
+        if (candidate / "config.yaml").is_file():
+            return candidate
+    raise ConfigError(f"no conf/config.yaml inside or beside {package}: the install is broken")
+
+
+def group_options(group: str) -> list[str]:
+    """The presets of a config group, by the names its override takes."""
+    return sorted(path.stem for path in (config_directory() / group).glob("*.yaml"))
+
+
+def compose(overrides: list[str]) -> Config:
+    """Compose a run from `conf/` and Hydra overrides (`group=option`, `key=value`, `+`, `~`).
+
+    Raises one `ConfigError` that lists every override that is wrong by itself: unknown keys and
+    groups, wrong types, values outside an enumeration. What only together is wrong is for
+    `validate` to find.
+    """
+    _register_schema()
+    overrides = [_quote_layout(override) for override in overrides]
+    with initialize_config_dir(config_dir=str(config_directory()), version_base="1.3"):
+        problems = [problem for override in overrides if (problem := _hydra_setting(override))]
+        try:
+            tree = _compose_tree(overrides)
+        except _COMPOSE_ERRORS as error:
+            _compose_defaults()
+            problems += [problem for override in overrides if (problem := _try(override))]
+            if problems:
+                raise as_error(problems) from error
+            raise ConfigError(f"cannot compose the configuration: {_condense(error)}") from error
+    if problems:
+        raise as_error(problems)
+    return build(tree)
+
+
+@cache
+def _register_schema() -> None:
+    store = ConfigStore.instance()
+    store.store(name="schema", node=schema_node(Config))
+    for group, section in SECTIONS.items():
+        store.store(group=group, name="schema", node=schema_node(section))
+
+
+def _compose_tree(overrides: list[str]) -> dict[str, Any]:
+    composed: DictConfig = hydra_compose("config", overrides=overrides)
+    return cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
+
+
+def _compose_defaults() -> None:
+    """Compose without overrides, so that a mistake in a file is not blamed on an override."""
+    try:
+        _compose_tree([])
+    except _COMPOSE_ERRORS as error:
+        told = [line.strip() for line in str(error).splitlines()]
+        told = [line for line in told if not line.startswith(("reference_type", "object_type"))]
+        message = f"a file under {config_directory()} is wrong: {' '.join(told)}"
+        raise ConfigError(message) from error
+
+
+def _quote_layout(override: str) -> str:
+    """Quote a layout's value: Hydra's grammar would read its parentheses as a function call."""
+    key, equals, value = override.partition("=")
+    if not equals or key.lstrip("+") != "model.layout" or value[:1] in ("'", '"'):
+        return override
+    escaped = value.replace("'", "\\'")
+    return f"{key}='{escaped}'"
+
+
+def _hydra_setting(override: str) -> Problem | None:
+    key = _key(override)
+    if key.startswith(("hydra.", "hydra/")):
+        return Problem(key, "a setting of Hydra itself", "settings of the run, such as run_dir")
+    return None
+
+
+def _try(override: str) -> Problem | None:
+    """What is wrong with one override, tried alone on top of the defaults."""
+    key, value = _key(override), override.partition("=")[2]
+    try:
+        _compose_tree([override])
+        is_group = key.split("@")[0] in GROUPS
+        return None if is_group or type_of(key) is not None else unknown_key(key)
+    except OverrideParseException as error:
+        allowed = "key=value, with quotes around a value that holds , ( ) [ ] { } = or quotes"
+        return Problem(override, f"an unreadable override ({_condense(error)})", allowed)
+    except MissingConfigException:
+        return Problem(key, value, f"one of {', '.join(group_options(key.split('@')[0]))}")
+    except _COMPOSE_ERRORS:
+        if key in GROUPS and not value.startswith("{"):
+            return Problem(key, value, f"one of {', '.join(group_options(key))}")
+        if type_of(key) is None:
+            return unknown_key(key)
+        if override.startswith("+") and not override.startswith("++"):
+            return Problem(key, "a + before a key that exists", f"{key}={value}, without the +")
+        if override.startswith("~"):
+            return Problem(key, "a deletion", f"{allowed_values(key)}: give it a value instead")
+        return Problem(key, value, allowed_values(key))
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~").strip()
+
+
+def _condense(error: Exception) -> str:
+    """The first line of Hydra's message, and of its cause, without search paths and links."""
+    messages = [str(error), str(error.__cause__ or "")]
+    return "; ".join(message.splitlines()[0] for message in messages if message)

@@ -1,0 +1,117 @@
+"""From a plain tree or a YAML text to a checked `Config`, and back to a file all ranks read."""
+
+import contextlib
+import hashlib
+import os
+from pathlib import Path
+from typing import Any, cast
+
+import yaml  # type: ignore[import-untyped]
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from hysparse_megatron.config.describe import allowed_values, type_of, unknown_key
+from hysparse_megatron.config.problems import as_error
+from hysparse_megatron.config.schema import Config
+from hysparse_megatron.errors import ConfigError, Problem
+
+CONFIG_FILE = "config.yaml"
+
+
+def schema_node(section: type) -> DictConfig:
+    """A dataclass of the schema as an OmegaConf node that values can be merged into.
+
+    OmegaConf makes nodes of frozen dataclasses read-only; the freezing is meant for the
+    finished object, so the flag is taken off here.
+    """
+    node: DictConfig = OmegaConf.structured(section)
+    node._set_flag("readonly", None)
+    for key in list(node):
+        child = node._get_node(key)
+        if isinstance(child, DictConfig):
+            node[key] = schema_node(cast(type, child._metadata.ref_type))
+    return node
+
+
+def build(tree: dict[str, Any]) -> Config:
+    """Fill the schema from nested plain values. Raises one `ConfigError` listing all mistakes."""
+    node = schema_node(Config)
+    problems: list[Problem] = []
+    for key, value in _leaves(tree):
+        if type_of(key) is None:
+            problems.append(unknown_key(key))
+            continue
+        try:
+            OmegaConf.update(node, key, value)
+        except OmegaConfBaseException:
+            problems.append(Problem(key, repr(value), allowed_values(key)))
+    reported = {problem.key for problem in problems}
+    for key in sorted(OmegaConf.missing_keys(node) - reported):
+        problems.append(Problem(key, "nothing", f"{allowed_values(key)} (it must be set)"))
+    if problems:
+        raise as_error(problems)
+    return cast(Config, OmegaConf.to_object(node))
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Dotted key and value of everything in `tree` that is not itself a filled section."""
+    leaves: list[tuple[str, Any]] = []
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and value:
+            leaves += _leaves(value, f"{key}.")
+        elif value != {}:
+            leaves.append((key, value))
+    return leaves
+
+
+def to_yaml(config: Config) -> str:
+    """The whole configuration as YAML, in the order of the schema, nothing left to resolve."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def from_yaml(text: str) -> Config:
+    """The inverse of `to_yaml`; unknown keys, wrong types and gaps are a `ConfigError`."""
+    try:
+        tree = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"this is not a readable configuration: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError("this is not a configuration: the top level must be a mapping")
+    return build(cast(dict[str, Any], tree))
+
+
+def config_hash(config: Config) -> str:
+    """SHA-256 of the YAML text; equal on all ranks if and only if their settings are."""
+    return hashlib.sha256(to_yaml(config).encode()).hexdigest()
+
+
+def freeze(config: Config, run_dir: str | Path) -> str:
+    """Write RUN_DIR/config.yaml, whole or not at all, and return the configuration's hash."""
+    target = Path(run_dir) / CONFIG_FILE
+    temporary = target.with_name(f".{CONFIG_FILE}.{os.getpid()}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(to_yaml(config))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    except OSError as error:
+        raise ConfigError(f"cannot write {target}: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):  # the write has said what is wrong with the directory
+            temporary.unlink(missing_ok=True)
+    return config_hash(config)
+
+
+def load_frozen(path: str | Path) -> Config:
+    """Read a file written by `freeze`, or any complete configuration in YAML."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error}") from error
+    try:
+        return from_yaml(text)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}", error.problems) from error

@@ -1,0 +1,43 @@
+"""Checks of the configuration against the file system."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from hysparse_megatron.config.schema import Config
+from hysparse_megatron.errors import Problem
+
+
+def run_directory(config: Config) -> Iterator[Problem]:
+    """The run directory must be one, or must be possible to create."""
+    obstacle = _obstacle(config.run_path)
+    if obstacle:
+        got = f"{config.run_path} ({obstacle})"
+        yield Problem("run_dir", got, "a directory that this user can create and write")
+
+
+def inputs(config: Config) -> Iterator[Problem]:
+    """What the run is told to read must be there."""
+    path, tokenizer, load = config.data.path, config.data.tokenizer, config.checkpoint.load
+    # A prepared dataset is named by the common stem of its .bin and .idx files.
+    if path is not None and not (os.path.exists(path) or os.path.exists(f"{path}.idx")):
+        yield Problem("data.path", path, "a file or directory that exists, or null")
+    if tokenizer is not None and not os.path.exists(tokenizer):
+        yield Problem("data.tokenizer", tokenizer, "a file or directory that exists, or null")
+    if load is not None and not os.path.isdir(load):
+        yield Problem("checkpoint.load", load, "a step or run directory that exists, or null")
+
+
+def _obstacle(directory: Path) -> str | None:
+    """Why nothing can be written below `directory`, tried by writing: root ignores modes."""
+    existing = directory.absolute()
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        return f"{existing} is not a directory"
+    try:
+        with tempfile.NamedTemporaryFile(dir=existing, prefix=".writable-"):
+            return None
+    except OSError as error:
+        return f"{existing}: {error.strerror or error}"

@@ -1,0 +1,294 @@
+"""Every setting of a run: its name, type and default, and why that default.
+
+Sections are handed down one by one; nothing below `training` sees the whole tree. The members of
+the enumerations are lower case because they are written in YAML and on the command line.
+Fields without a default must be given by a preset or by the user.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+
+
+class GateKind(Enum):
+    """Granularity of the two sigmoid gates of a sparse layer."""
+
+    head = "head"
+    channel = "channel"
+
+
+class SinkKind(Enum):
+    """The learnable extra logit in the softmax of a sparse layer's two branches."""
+
+    branch = "branch"
+    shared = "shared"
+    none = "none"
+
+
+class Backend(Enum):
+    """Which implementation of the attention math runs."""
+
+    auto = "auto"
+    reference = "reference"
+    triton = "triton"
+
+
+class Schedule(Enum):
+    """Shape of the learning rate over the run, after the warm-up."""
+
+    wsd = "wsd"
+    cosine = "cosine"
+    constant = "constant"
+
+
+class Precision(Enum):
+    """Number format of activations and of the parameters the model computes with."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Recompute(Enum):
+    """What the backward pass computes again instead of keeping it from the forward pass."""
+
+    none = "none"
+    selective = "selective"
+    full = "full"
+
+
+class TrackingMode(Enum):
+    """Where metrics go besides `metrics.jsonl`."""
+
+    off = "off"
+    offline = "offline"
+    online = "online"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The architecture. Baselines are other layouts of the same model."""
+
+    layout: str
+    """One letter per layer in the layout language: F full, S sparse, W window, `|` a cut."""
+    hidden_size: int
+    """Width of the residual stream, in channels."""
+    ffn_hidden_size: int
+    """Inner width of the gated feed-forward layer, in channels."""
+    num_attention_heads: int
+    """Query heads of every layer, of all tensor-parallel ranks together."""
+    num_query_groups: int
+    """Key and value heads; the query heads of one group share keys, values and indices."""
+    head_dim: int
+    """Channels of one query or key head."""
+    value_head_dim: int | None = None
+    """Channels of one value head; null means `head_dim`, as in the paper."""
+    vocab_size: int | None = None
+    """Number of token ids; null takes the tokenizer's, which is right unless weights are loaded."""
+    block_size: int = 64
+    """Tokens in one block that is scored and selected as a whole (the paper's B = 64)."""
+    num_selected_blocks: int = 16
+    """Blocks a query reads in a sparse layer (the paper's 1024 tokens / 64 = 16)."""
+    window: int = 128
+    """Tokens a query sees in the sliding window, itself included (the paper's w = 128)."""
+    gate: GateKind = GateKind.head
+    """One gate per head or per channel; the paper is silent, its parameter counts favour head."""
+    sink: SinkKind = SinkKind.branch
+    """One sink per head and branch, one shared by both branches, or none; the paper is silent."""
+    forced_first_blocks: int = 0
+    """Blocks at the start that are always selected, out of `num_selected_blocks`; paper: none."""
+    forced_recent_blocks: int = 0
+    """Blocks up to the current one that are always selected; the paper forces none."""
+    rotary_base: float = 10000.0
+    """Base of the rotary position embedding; 640000 in the paper's 32k-token stage."""
+    rotary_fraction: float = 1.0
+    """Share of a head's channels that is rotated; the rest carries no position."""
+    tie_embeddings: bool = False
+    """Use the input embedding as the output projection; saves most parameters of small models."""
+    qk_norm: bool = False
+    """Normalise queries and keys per head before rotation; the paper does not mention it."""
+    norm_epsilon: float = 1e-5
+    """Added to the mean square inside RMSNorm."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights."""
+    hidden_dropout: float = 0.0
+    """Probability of dropping a channel after attention and feed-forward; 0 for one-epoch runs."""
+    backend: Backend = Backend.auto
+    """Attention implementation; auto picks by device and logs what it picked and why."""
+
+    @property
+    def value_dim(self) -> int:
+        """Channels of one value head, with the default resolved."""
+        return self.head_dim if self.value_head_dim is None else self.value_head_dim
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of one head that are rotated."""
+        return round(self.head_dim * self.rotary_fraction)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the model is split over ranks; what remains of the world size is data parallel."""
+
+    tp: int = 1
+    """Tensor-parallel size: ranks that share every layer's heads and feed-forward channels."""
+    pp: int = 1
+    """Pipeline-parallel size: ranks that hold different layers."""
+    vpp: int | None = None
+    """Model chunks per pipeline rank (interleaving, at least 2); null means one chunk."""
+    cp: int = 1
+    """Context-parallel size: ranks that share one sequence; only 1 in this version."""
+    ep: int = 1
+    """Expert-parallel size; only 1 in this version, whose models are dense."""
+    sequence_parallel: bool = False
+    """Also split the residual stream over the tensor-parallel ranks, along the sequence."""
+    timeout_seconds: int = 600
+    """How long a collective may wait for a missing rank before all ranks end with an error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its learning-rate schedule. The defaults follow the paper where it says."""
+
+    learning_rate: float = 3e-4
+    """Highest learning rate, reached at the end of the warm-up."""
+    min_learning_rate: float = 3e-5
+    """Learning rate at the end of the decay; a tenth of the highest is customary."""
+    beta1: float = 0.9
+    """Decay per step of the running mean of gradients."""
+    beta2: float = 0.95
+    """Decay per step of the running mean of squared gradients."""
+    epsilon: float = 1e-8
+    """Added to the denominator of the update; PyTorch's default, the paper uses 1e-10."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay; norms, biases and sinks are exempt."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+    schedule: Schedule = Schedule.wsd
+    """wsd: warm-up, constant, linear decay; cosine: warm-up, cosine decay; constant: no decay."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from zero."""
+    decay_steps: int | None = None
+    """Length of the decay in steps: of the final decay with wsd (null: a tenth of the run), from
+    the end of the warm-up with cosine (null: until the end of the run)."""
+    distributed_optimizer: bool = True
+    """Split the optimizer state over the data-parallel ranks; never changes the result."""
+
+    def num_decay_steps(self, total_steps: int) -> int:
+        """Length of the decay in a run of `total_steps`, with the default resolved."""
+        if self.schedule is Schedule.constant:
+            return 0
+        if self.decay_steps is not None:
+            return self.decay_steps
+        wsd = self.schedule is Schedule.wsd
+        return total_steps // 10 if wsd else max(total_steps - self.warmup_steps, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Length and batches of the run."""
+
+    steps: int
+    """Optimizer steps of the whole run, restarts included."""
+    global_batch_size: int
+    """Sequences per optimizer step, over all ranks."""
+    micro_batch_size: int
+    """Sequences one data-parallel rank computes at a time."""
+    seq_length: int
+    """Tokens per sequence."""
+    seed: int = 1234
+    """Seed of the initial weights, the data order and dropout."""
+    precision: Precision = Precision.fp32
+    """fp32 runs anywhere and is exact to compare; bf16 is for accelerators."""
+    recompute: Recompute = Recompute.none
+    """none keeps all activations, selective recomputes attention only, full whole layers."""
+    eval_interval: int = 0
+    """Steps between two evaluations; 0 evaluates only at the start and the end."""
+    eval_batches: int = 8
+    """Global batches per evaluation, the same ones every time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the tokens come from. Without a path a small text that ships with us is used."""
+
+    path: str | None = None
+    """Text, JSON-lines or prepared dataset to train on; null uses the built-in sample text."""
+    tokenizer: str | None = None
+    """Tokenizer file or directory; null trains one on the data and caches it."""
+    tokenizer_vocab_size: int = 4096
+    """Vocabulary of a tokenizer trained here, in token ids; small, for small models."""
+    validation_fraction: float = 0.05
+    """Share of the documents held out for evaluation."""
+    text_key: str = "text"
+    """Field of a JSON line that holds the document."""
+    cache_dir: str = ".cache/data"
+    """Where prepared datasets and tokenizers are kept between runs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When checkpoints are written, kept and loaded."""
+
+    interval: int = 1000
+    """Steps between two checkpoints: what a killed run can lose."""
+    keep: int = 3
+    """Newest checkpoints that are kept; 0 keeps all."""
+    load: str | None = None
+    """Step or run directory whose weights a fresh run starts from, whatever its parallel sizes."""
+    resume: bool = True
+    """Continue from the newest valid checkpoint of the run directory, if there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Weights & Biases. `metrics.jsonl` is always written and is the source of truth."""
+
+    mode: TrackingMode = TrackingMode.off
+    """off, offline (files to sync later) or online; a failing tracker never stops a run."""
+    project: str = "hysparse"
+    """Project the run appears in."""
+    entity: str | None = None
+    """Team or user; null takes the account's default."""
+    name: str | None = None
+    """Name shown in the tracker; null takes the run's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """Where the run is launched."""
+
+    name: str = "local"
+    """Label written into the run's records; local means this machine."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DebugConfig:
+    """Checks that cost time; all off in a normal run."""
+
+    detect_anomaly: bool = False
+    """Let autograd name the forward operation behind a NaN gradient; several times slower."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run."""
+
+    name: str = "run"
+    """Name of the run; letters, digits, dots, dashes and underscores."""
+    run_dir: str | None = None
+    """Directory of everything the run writes; null means `runs/<name>`."""
+    model: ModelConfig
+    train: TrainConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    debug: DebugConfig = field(default_factory=DebugConfig)
+
+    @property
+    def run_path(self) -> Path:
+        """The run directory, with the default resolved."""
+        return Path(self.run_dir) if self.run_dir else Path("runs") / self.name

@@ -1,0 +1,275 @@
+"""Checks that need more than one setting's type. All mistakes are reported at once.
+
+Every rule is one small generator of problems. A rule that needs a sane number leaves the
+complaint about it to `_numbers`, so that one mistake is reported once.
+"""
+
+import math
+import netrc
+import os
+import re
+from collections.abc import Callable, Iterator
+from operator import attrgetter
+
+from hysparse_megatron.config import paths
+from hysparse_megatron.config.problems import as_error
+from hysparse_megatron.config.schema import Backend, Config, TrackingMode
+from hysparse_megatron.errors import Problem
+from hysparse_megatron.layout import Layout, LayoutError, check_stages, parse_layout
+
+AT_LEAST: dict[str, int] = {
+    "model.hidden_size": 1,
+    "model.ffn_hidden_size": 1,
+    "model.num_attention_heads": 1,
+    "model.num_query_groups": 1,
+    "model.head_dim": 1,
+    "model.value_head_dim": 1,
+    "model.vocab_size": 1,
+    "model.block_size": 1,
+    "model.num_selected_blocks": 1,
+    "model.window": 1,
+    "model.forced_first_blocks": 0,
+    "model.forced_recent_blocks": 0,
+    "parallel.tp": 1,
+    "parallel.pp": 1,
+    "parallel.vpp": 2,
+    "parallel.cp": 1,
+    "parallel.ep": 1,
+    "parallel.timeout_seconds": 1,
+    "optim.min_learning_rate": 0,
+    "optim.weight_decay": 0,
+    "optim.clip_grad": 0,
+    "optim.warmup_steps": 0,
+    "optim.decay_steps": 0,
+    "train.steps": 1,
+    "train.global_batch_size": 1,
+    "train.micro_batch_size": 1,
+    "train.seq_length": 2,
+    "train.seed": 0,
+    "train.eval_interval": 0,
+    "train.eval_batches": 1,
+    "data.tokenizer_vocab_size": 1,
+    "checkpoint.interval": 1,
+    "checkpoint.keep": 0,
+}
+"""Smallest value of a number; null passes where the type allows it."""
+
+ABOVE_ZERO = (
+    "model.rotary_base",
+    "model.norm_epsilon",
+    "model.init_std",
+    "optim.learning_rate",
+    "optim.epsilon",
+)
+
+FRACTIONS = ("model.hidden_dropout", "optim.beta1", "optim.beta2")
+"""Numbers from 0 up to, but not including, 1."""
+
+
+def check(config: Config, world_size: int, device_type: str = "cpu") -> None:
+    """Raise one `ConfigError` that lists every problem, or return."""
+    problems = validate(config, world_size=world_size, device_type=device_type)
+    if problems:
+        raise as_error(problems)
+
+
+def validate(config: Config, *, world_size: int, device_type: str = "cpu") -> list[Problem]:
+    """Everything that keeps `config` from running on `world_size` ranks of `device_type`."""
+    problems = [problem for rule in RULES for problem in rule(config)]
+    problems += _backend(config, device_type)
+    problems += _ranks(config, world_size)
+    problems += _batches(config, world_size)
+    return problems
+
+
+def warnings(config: Config) -> list[str]:
+    """What will not stop the run but will probably surprise."""
+    if config.tracking.mode is TrackingMode.online and not _has_wandb_key():
+        return [
+            "tracking.mode is online, but there is no WANDB_API_KEY and no `wandb login`: "
+            "the run will track offline instead"
+        ]
+    return []
+
+
+def _numbers(config: Config) -> Iterator[Problem]:
+    for key, smallest in AT_LEAST.items():
+        value = attrgetter(key)(config)
+        if value is not None and not smallest <= value < math.inf:
+            yield Problem(key, str(value), f"at least {smallest}")
+    for key in ABOVE_ZERO:
+        value = attrgetter(key)(config)
+        if not 0 < value < math.inf:
+            yield Problem(key, str(value), "a number above 0")
+    for key in FRACTIONS:
+        value = attrgetter(key)(config)
+        if not 0 <= value < 1:
+            yield Problem(key, str(value), "at least 0 and below 1")
+    held_out = config.data.validation_fraction
+    if not 0 < held_out < 1:
+        yield Problem("data.validation_fraction", str(held_out), "above 0 and below 1")
+
+
+def _name(config: Config) -> Iterator[Problem]:
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", config.name):
+        allowed = "letters, digits, dots, dashes and underscores, not starting with a dot or dash"
+        yield Problem("name", repr(config.name), allowed)
+
+
+def _layout(config: Config) -> Iterator[Problem]:
+    text, parallel = config.model.layout, config.parallel
+    try:
+        layout: Layout = parse_layout(text)
+    except LayoutError as error:
+        yield Problem("model.layout", repr(text), f"the layout language: {error}")
+        return
+    chunks = parallel.vpp or 1
+    if parallel.pp < 1 or chunks < 1:
+        return
+    try:
+        check_stages(layout, parallel.pp * chunks)
+    except LayoutError as error:
+        stages = f"parallel.pp = {parallel.pp} x parallel.vpp = {chunks} stages"
+        yield Problem("model.layout", repr(text), f"what fits {stages}: {error}")
+
+
+def _heads(config: Config) -> Iterator[Problem]:
+    model, tp = config.model, config.parallel.tp
+    heads, groups = model.num_attention_heads, model.num_query_groups
+    if not _is_multiple(heads, tp):
+        yield Problem("model.num_attention_heads", str(heads), f"a multiple of parallel.tp = {tp}")
+    if not _is_multiple(heads, groups):
+        allowed = f"a multiple of model.num_query_groups = {groups}"
+        yield Problem("model.num_attention_heads", str(heads), allowed)
+    if not (_is_multiple(groups, tp) or _is_multiple(tp, groups)):
+        allowed = f"a multiple or a divisor of parallel.tp = {tp}"
+        yield Problem("model.num_query_groups", str(groups), allowed)
+    elif 0 < groups < tp:
+        for key, width in (("head_dim", model.head_dim), ("value_head_dim", model.value_dim)):
+            if not _is_multiple(groups * width, tp):
+                got = f"{width} ({groups} groups x {width} channels)"
+                allowed = f"groups x channels that are a multiple of parallel.tp = {tp}"
+                yield Problem(f"model.{key}", got, allowed)
+
+
+def _widths(config: Config) -> Iterator[Problem]:
+    model, tp = config.model, config.parallel.tp
+    for key in ("hidden_size", "ffn_hidden_size"):
+        width = getattr(model, key)
+        if not _is_multiple(width, tp):
+            yield Problem(f"model.{key}", str(width), f"a multiple of parallel.tp = {tp}")
+
+
+def _rotary(config: Config) -> Iterator[Problem]:
+    model = config.model
+    fraction, head_dim = model.rotary_fraction, model.head_dim
+    if not 0 < fraction <= 1:
+        yield Problem("model.rotary_fraction", str(fraction), "above 0 and at most 1")
+        return
+    channels = head_dim * fraction
+    if head_dim > 0 and (model.rotary_dim % 2 or abs(channels - model.rotary_dim) > 1e-6):
+        got = f"{fraction} ({channels:g} of {head_dim} channels)"
+        yield Problem("model.rotary_fraction", got, "an even number of rotated channels")
+
+
+def _selection(config: Config) -> Iterator[Problem]:
+    model, seq_length = config.model, config.train.seq_length
+    if model.block_size > seq_length > 0:
+        allowed = f"at most train.seq_length = {seq_length}"
+        yield Problem("model.block_size", str(model.block_size), allowed)
+    forced = model.forced_first_blocks + model.forced_recent_blocks
+    if forced > model.num_selected_blocks > 0:
+        got = f"{model.forced_first_blocks} + {model.forced_recent_blocks} recent"
+        allowed = f"at most model.num_selected_blocks = {model.num_selected_blocks} in sum"
+        yield Problem("model.forced_first_blocks", got, allowed)
+
+
+def _parallel(config: Config) -> Iterator[Problem]:
+    parallel, seq_length = config.parallel, config.train.seq_length
+    if parallel.cp > 1:
+        yield Problem("parallel.cp", str(parallel.cp), "1: context parallel is not supported yet")
+    if parallel.ep > 1:
+        yield Problem("parallel.ep", str(parallel.ep), "1: the models of this version are dense")
+    if parallel.vpp is not None and parallel.pp == 1:
+        yield Problem("parallel.vpp", str(parallel.vpp), "null while parallel.pp = 1")
+    if parallel.sequence_parallel and parallel.tp == 1:
+        yield Problem("parallel.sequence_parallel", "true", "false while parallel.tp = 1")
+    if parallel.sequence_parallel and not _is_multiple(seq_length, parallel.tp):
+        allowed = f"a multiple of parallel.tp = {parallel.tp} with parallel.sequence_parallel"
+        yield Problem("train.seq_length", str(seq_length), allowed)
+
+
+def _schedule(config: Config) -> Iterator[Problem]:
+    optim, steps = config.optim, config.train.steps
+    if optim.min_learning_rate > optim.learning_rate > 0:
+        allowed = f"at most optim.learning_rate = {optim.learning_rate}"
+        yield Problem("optim.min_learning_rate", str(optim.min_learning_rate), allowed)
+    decay = optim.num_decay_steps(steps)
+    if steps > 0 and decay >= 0 and optim.warmup_steps + decay > steps:
+        got = f"{optim.warmup_steps} (and {decay} of decay)"
+        allowed = f"at most train.steps = {steps} together with optim.decay_steps"
+        yield Problem("optim.warmup_steps", got, allowed)
+
+
+def _backend(config: Config, device_type: str) -> Iterator[Problem]:
+    if config.model.backend is Backend.triton:
+        also = "" if device_type == "cuda" else f", and would not run on {device_type}"
+        allowed = f"auto or reference; the triton kernels are not in this version yet{also}"
+        yield Problem("model.backend", "triton", allowed)
+
+
+def _ranks(config: Config, world_size: int) -> Iterator[Problem]:
+    parallel = config.parallel
+    ranks = parallel.tp * parallel.pp * parallel.cp
+    if not _is_multiple(world_size, ranks):
+        got = f"tp {parallel.tp} x pp {parallel.pp} x cp {parallel.cp} = {ranks} ranks"
+        allowed = f"a divisor of the world size, which is {world_size}"
+        yield Problem("parallel.tp", got, allowed)
+
+
+def _batches(config: Config, world_size: int) -> Iterator[Problem]:
+    parallel, train = config.parallel, config.train
+    ranks = parallel.tp * parallel.pp * parallel.cp
+    if ranks < 1 or world_size % ranks:
+        return
+    dp = world_size // ranks
+    size, per_pass = train.global_batch_size, train.micro_batch_size * dp
+    if not _is_multiple(size, per_pass):
+        sizes = f"train.micro_batch_size = {train.micro_batch_size} x data-parallel size {dp}"
+        yield Problem("train.global_batch_size", str(size), f"a multiple of {sizes}")
+        return
+    micro_batches = size // max(per_pass, 1)
+    if parallel.vpp is not None and not _is_multiple(micro_batches, parallel.pp):
+        got = f"{size} ({micro_batches} micro-batches on each rank)"
+        allowed = f"micro-batches in multiples of parallel.pp = {parallel.pp} with parallel.vpp"
+        yield Problem("train.global_batch_size", got, allowed)
+
+
+def _is_multiple(value: int, unit: int) -> bool:
+    """Also true where either is no positive number: `_numbers` has said so already."""
+    return value < 1 or unit < 1 or value % unit == 0
+
+
+def _has_wandb_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
+    _numbers,
+    _name,
+    _layout,
+    _heads,
+    _widths,
+    _rotary,
+    _selection,
+    _parallel,
+    _schedule,
+    paths.run_directory,
+    paths.inputs,
+)
+"""The rules that need nothing but the configuration, in the order they are reported."""

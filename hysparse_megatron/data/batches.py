@@ -1,0 +1,195 @@
+"""Micro-batches of one data-parallel rank, for training and for evaluation.
+
+B is the micro-batch size, S the sequence length. Neither source keeps any state: a batch is asked
+for by its number, so resuming at a step is asking for that step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from hysparse_megatron.data.dataset import TokenSamples
+from hysparse_megatron.data.order import sample_ids as ordered_sample_ids
+from hysparse_megatron.errors import DataError
+
+
+class _RankShare:
+    """Which places of a global batch one data-parallel rank works on.
+
+    Item i of micro-batch m on rank r has place (m * data_parallel_size + r) * B + i: a global batch
+    is cut into micro-batches, and these are dealt to the ranks in turn. So the samples of a global
+    batch, and the order of the micro-batches, do not depend on the number of ranks.
+    """
+
+    def __init__(
+        self,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        data_parallel_size: int,
+        data_parallel_rank: int,
+    ) -> None:
+        if min(global_batch_size, micro_batch_size, data_parallel_size) < 1:
+            raise ValueError("batch sizes and data_parallel_size must be at least 1")
+        if not 0 <= data_parallel_rank < data_parallel_size:
+            raise ValueError(
+                f"data_parallel_rank {data_parallel_rank} is outside 0 .. {data_parallel_size - 1}"
+            )
+        if global_batch_size % (micro_batch_size * data_parallel_size):
+            raise ValueError(
+                f"global_batch_size {global_batch_size} is not divisible by micro_batch_size "
+                f"{micro_batch_size} x data_parallel_size {data_parallel_size}"
+            )
+        self.num_microbatches = global_batch_size // (micro_batch_size * data_parallel_size)
+        places = np.arange(global_batch_size).reshape(
+            self.num_microbatches, data_parallel_size, micro_batch_size
+        )
+        self.places = places[:, data_parallel_rank]  # [num_microbatches, B]
+
+    def microbatches(
+        self, samples: TokenSamples, batch_ids: np.ndarray
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        for places in self.places:
+            yield _to_tensors(samples.read(batch_ids[places]))
+
+
+class BatchSource:
+    """Training batches of one data-parallel rank.
+
+    Args:
+        samples: the training split.
+        seed, fingerprint: fix the order, see order.py.
+        global_batch_size, micro_batch_size: in samples.
+        data_parallel_size, data_parallel_rank: of this process; only choose its share.
+
+    Attributes:
+        num_microbatches: per step on this rank.
+    """
+
+    def __init__(
+        self,
+        samples: TokenSamples,
+        *,
+        seed: int,
+        fingerprint: str,
+        global_batch_size: int,
+        micro_batch_size: int,
+        data_parallel_size: int,
+        data_parallel_rank: int,
+    ) -> None:
+        self._samples = samples
+        self._seed = seed
+        self._fingerprint = fingerprint
+        self._global_batch_size = global_batch_size
+        self._share = _RankShare(
+            global_batch_size=global_batch_size,
+            micro_batch_size=micro_batch_size,
+            data_parallel_size=data_parallel_size,
+            data_parallel_rank=data_parallel_rank,
+        )
+        self.num_microbatches = self._share.num_microbatches
+
+    def sample_ids(self, step: int) -> np.ndarray:
+        """Ids of all samples of the step's global batch, on all ranks: int64 [global_batch_size].
+
+        `step` counts optimizer steps from 0.
+        """
+        first = step * self._global_batch_size
+        return ordered_sample_ids(
+            np.arange(first, first + self._global_batch_size),
+            seed=self._seed,
+            fingerprint=self._fingerprint,
+            num_samples=self._samples.num_samples,
+        )
+
+    def microbatches(self, step: int) -> Iterator[dict[str, torch.Tensor]]:
+        """This rank's micro-batches of one step, on the CPU.
+
+        Each holds `tokens`, `labels`, `position_ids` (int64) and `loss_mask` (float32), [B, S].
+
+        Raises:
+            DataError: a token id outside the vocabulary.
+        """
+        return self._share.microbatches(self._samples, self.sample_ids(step))
+
+
+class EvaluationBatches:
+    """The first samples of the validation split, in order: the same at every evaluation.
+
+    Made by `evaluation_batches`. Same interface as `BatchSource`, with the number of a batch,
+    0 .. num_batches - 1, in place of the step.
+    """
+
+    def __init__(
+        self, samples: TokenSamples, *, num_batches: int, global_batch_size: int, share: _RankShare
+    ) -> None:
+        self._samples = samples
+        self._global_batch_size = global_batch_size
+        self._share = share
+        self.num_batches = num_batches
+        self.num_microbatches = share.num_microbatches
+
+    def sample_ids(self, batch: int) -> np.ndarray:
+        """Ids of all samples of the batch, on all ranks: int64 [global_batch_size]."""
+        if not 0 <= batch < self.num_batches:
+            raise IndexError(f"evaluation batch {batch} is outside 0 .. {self.num_batches - 1}")
+        first = batch * self._global_batch_size
+        return np.arange(first, first + self._global_batch_size, dtype=np.int64)
+
+    def microbatches(self, batch: int) -> Iterator[dict[str, torch.Tensor]]:
+        """This rank's micro-batches of one batch, as `BatchSource.microbatches`."""
+        return self._share.microbatches(self._samples, self.sample_ids(batch))
+
+
+def evaluation_batches(
+    samples: TokenSamples,
+    *,
+    num_batches: int,
+    global_batch_size: int,
+    micro_batch_size: int,
+    data_parallel_size: int,
+    data_parallel_rank: int,
+) -> EvaluationBatches:
+    """Batches for one evaluation: at most `num_batches`, limited to the whole ones in the split.
+
+    The returned `num_batches` says how many there are; no sample is seen twice.
+
+    Raises:
+        DataError: the split has fewer samples than one global batch.
+    """
+    if num_batches < 1:
+        raise ValueError(f"num_batches must be at least 1, got {num_batches}")
+    share = _RankShare(
+        global_batch_size=global_batch_size,
+        micro_batch_size=micro_batch_size,
+        data_parallel_size=data_parallel_size,
+        data_parallel_rank=data_parallel_rank,
+    )
+    available = samples.num_samples // global_batch_size
+    if available < 1:
+        raise DataError(
+            f"the validation split has {samples.num_samples} samples of {samples.seq_length} "
+            f"tokens, fewer than one global batch of {global_batch_size}; raise "
+            "data.validation_fraction, or lower the global batch size or the sequence length"
+        )
+    return EvaluationBatches(
+        samples,
+        num_batches=min(num_batches, available),
+        global_batch_size=global_batch_size,
+        share=share,
+    )
+
+
+def _to_tensors(tokens: np.ndarray) -> dict[str, torch.Tensor]:
+    """Inputs and next-token labels of samples [B, S + 1]."""
+    rows = torch.from_numpy(tokens)
+    inputs, labels = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    return {
+        "tokens": inputs,
+        "labels": labels,
+        "loss_mask": torch.ones(inputs.shape, dtype=torch.float32),
+        "position_ids": torch.arange(inputs.shape[1]).expand_as(inputs).contiguous(),
+    }

@@ -1,0 +1,173 @@
+"""Write and read Megatron's indexed token files: `<prefix>.bin` (tokens) and `<prefix>.idx`.
+
+Megatron's own classes do the writing and reading. What they leave to an `assert` or do not check,
+such as a `.bin` that is shorter than its `.idx` says, is checked here first.
+Megatron is imported where it is used: it takes seconds, and checking files needs none of it.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hysparse_megatron.errors import DataError
+
+if TYPE_CHECKING:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document borders
+_TOKEN_DTYPES: dict[int, type[np.integer]] = {4: np.int32, 5: np.int64, 8: np.uint16}
+_SCAN_TOKENS = 1 << 24
+
+
+@dataclass(frozen=True)
+class IndexSummary:
+    """What a valid pair of files holds; `dtype` is the type of one token in the `.bin`."""
+
+    dtype: type[np.integer]
+    num_documents: int
+    num_tokens: int
+
+
+class IndexedWriter:
+    """Append documents to `<prefix>.bin`; `finish` writes `<prefix>.idx`.
+
+    The token type is uint16 for a vocabulary below 65500, else int32.
+    """
+
+    def __init__(self, prefix: str, vocab_size: int) -> None:
+        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+        self._prefix = prefix
+        self._builder = IndexedDatasetBuilder(
+            f"{prefix}.bin", dtype=DType.optimal_dtype(vocab_size)
+        )
+        self.num_documents = 0
+        self.num_tokens = 0
+
+    def add_document(self, tokens: np.ndarray) -> None:
+        """Append one document: token ids, any integer type, [num_tokens]."""
+        self._builder.add_document(tokens, [len(tokens)])
+        self.num_documents += 1
+        self.num_tokens += len(tokens)
+
+    def finish(self) -> None:
+        """Close the `.bin` and write the `.idx`; without it the files cannot be read."""
+        self._builder.finalize(f"{self._prefix}.idx")
+
+    def close(self) -> None:
+        """Close the `.bin` without an index: what was written is to be thrown away."""
+        self._builder.data_file.close()
+
+
+def check_indexed(prefix: str) -> IndexSummary:
+    """Check that `<prefix>.idx` and `<prefix>.bin` are whole and belong together.
+
+    Reads the index only. The tokens must lie in the `.bin` without gaps, as Megatron writes them.
+
+    Raises:
+        DataError: names the file and the offset in bytes where it stops being valid.
+    """
+    index_path, token_path = f"{prefix}.idx", f"{prefix}.bin"
+    index_bytes, token_bytes = _size(index_path), _size(token_path)
+    with open(index_path, "rb") as stream:
+        header = stream.read(_HEADER.size)
+    if len(header) < _HEADER.size:
+        raise DataError(f"{index_path}: header cut off at offset {len(header)}")
+    magic, version, code, num_sequences, num_borders = _HEADER.unpack(header)
+    if magic != _MAGIC:
+        raise DataError(f"{index_path}: not a Megatron index (bad header at offset 0)")
+    if version != 1:
+        raise DataError(f"{index_path}: index version {version} at offset 9, expected 1")
+    if code not in _TOKEN_DTYPES:
+        raise DataError(f"{index_path}: token type code {code} at offset 17 is no token type")
+    expected_bytes = _HEADER.size + num_sequences * (4 + 8) + num_borders * 8
+    if index_bytes < expected_bytes:
+        raise DataError(
+            f"{index_path}: ends at offset {index_bytes}, its header announces {expected_bytes}"
+        )
+    dtype = _TOKEN_DTYPES[code]
+    if num_sequences == 0:
+        raise DataError(f"{index_path}: holds no document (offset 18)")
+
+    pointers_offset = _HEADER.size + 4 * num_sequences
+    borders_offset = pointers_offset + 8 * num_sequences
+    lengths = np.fromfile(index_path, np.int32, num_sequences, offset=_HEADER.size)
+    pointers = np.fromfile(index_path, np.int64, num_sequences, offset=pointers_offset)
+    ends = np.cumsum(lengths, dtype=np.int64) * dtype().itemsize
+    wrong = np.flatnonzero((lengths < 0) | (pointers != ends - lengths * dtype().itemsize))
+    if len(wrong):
+        raise DataError(
+            f"{index_path}: document {wrong[0]} does not start where the one before it ends "
+            f"(offset {pointers_offset + 8 * wrong[0]})"
+        )
+    borders = np.fromfile(index_path, np.int64, num_borders, offset=borders_offset)
+    if num_borders == 0 or borders[-1] != num_sequences:
+        raise DataError(f"{index_path}: bad document borders (offset {borders_offset})")
+    if token_bytes < ends[-1]:
+        first_lost = int(np.searchsorted(ends, token_bytes, side="right"))
+        raise DataError(
+            f"{token_path}: ends at offset {token_bytes}, its index announces {ends[-1]} bytes; "
+            f"document {first_lost} and all after it are cut off"
+        )
+    if token_bytes > ends[-1]:
+        raise DataError(
+            f"{token_path}: holds {token_bytes} bytes, its index announces {ends[-1]}; "
+            f"the bytes from offset {ends[-1]} belong to no document"
+        )
+    return IndexSummary(dtype, num_borders - 1, int(ends[-1]) // dtype().itemsize)
+
+
+def check_token_ids(prefix: str, vocab_size: int) -> None:
+    """Read all tokens and refuse an id outside 0 .. vocab_size - 1.
+
+    Raises:
+        DataError: names the file, the offset in bytes and the id.
+    """
+    summary = check_indexed(prefix)
+    if summary.num_tokens == 0:
+        return
+    path = f"{prefix}.bin"
+    tokens = np.memmap(path, dtype=summary.dtype, mode="r")
+    for start in range(0, len(tokens), _SCAN_TOKENS):
+        refuse_bad_ids(tokens[start : start + _SCAN_TOKENS], path, start, vocab_size)
+
+
+def refuse_bad_ids(tokens: np.ndarray, path: str, first: int, vocab_size: int) -> None:
+    """Refuse token ids outside the vocabulary; `first` is the place of tokens[0] in the file.
+
+    Raises:
+        DataError: names the file, the offset in bytes and the id.
+    """
+    if int(tokens.max()) < vocab_size and int(tokens.min()) >= 0:
+        return
+    place = int(np.flatnonzero((tokens >= vocab_size) | (tokens < 0))[0])
+    raise DataError(
+        f"{path}: token id {int(tokens[place])} at offset {(first + place) * tokens.itemsize} is "
+        f"outside the vocabulary of {vocab_size}; was it written with another tokenizer?"
+    )
+
+
+def open_indexed(prefix: str) -> IndexedDataset:
+    """Memory-map a checked pair of files with Megatron's reader.
+
+    Raises:
+        DataError: as `check_indexed`, or there are no tokens.
+    """
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    if check_indexed(prefix).num_tokens == 0:
+        raise DataError(f"{prefix}.bin: holds no tokens")
+    return IndexedDataset(prefix, mmap=True)
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error

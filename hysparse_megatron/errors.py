@@ -1,0 +1,67 @@
+"""The errors a run may end with, each with its process exit code.
+
+| code | error             | meaning                                                   |
+|------|-------------------|-----------------------------------------------------------|
+| 0    |                   | finished                                                  |
+| 2    | `ConfigError`     | bad configuration, found before any process group exists  |
+| 3    | `Preempted`       | asked to stop; a checkpoint was saved, restart to go on   |
+| 4    | `NumericalStop`   | too many bad (NaN, Inf or spiking) steps in a row         |
+| 5    | `DataError`       | bad, missing or changed data                              |
+| 6    | `CheckpointError` | no valid checkpoint to load, or one that cannot be saved  |
+| else |                   | a crash: a bug of ours or a fault of the machine          |
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+class HySparseError(Exception):
+    """Base of all errors whose message is meant for the user, not for a traceback."""
+
+    exit_code: int = 1
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A setting that cannot stand: its full key, what it was given, what it may be."""
+
+    key: str
+    got: str
+    allowed: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: got {self.got}; allowed {self.allowed}"
+
+
+class ConfigError(HySparseError):
+    """The configuration cannot be run. `problems` holds each mistake by its key, where known."""
+
+    exit_code = 2
+
+    def __init__(self, message: str, problems: Iterable[Problem] = ()) -> None:
+        super().__init__(message)
+        self.problems = tuple(problems)
+
+
+class Preempted(HySparseError):
+    """The run was told to stop (signal, time limit, stop file) and has saved a checkpoint."""
+
+    exit_code = 3
+
+
+class NumericalStop(HySparseError):
+    """Training stopped because its numbers stopped making sense."""
+
+    exit_code = 4
+
+
+class DataError(HySparseError):
+    """The training data is missing, damaged, or not the data this run started with."""
+
+    exit_code = 5
+
+
+class CheckpointError(HySparseError):
+    """A checkpoint was asked for and no valid one could be used."""
+
+    exit_code = 6

@@ -1,0 +1,66 @@
+"""The model chunks of this rank: megatron-core's `HybridModel` around our stack."""
+
+from __future__ import annotations
+
+from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from hysparse_megatron.config.schema import Config
+from hysparse_megatron.errors import ConfigError
+from hysparse_megatron.model.megatron_config import HySparseConfig
+from hysparse_megatron.model.sharing import MAX_PAYLOAD_BLOCKS
+from hysparse_megatron.model.spec import stack_spec
+from hysparse_megatron.runtime.random import seed_initialization
+
+VOCAB_MULTIPLE = 128
+"""The vocabulary is padded to a multiple of this, whatever the tensor-parallel size.
+
+(megatron-core's own habit pads to a multiple that grows with it, and then neither losses nor
+checkpoints agree between layouts.)"""
+
+
+def padded_vocab_size(vocab_size: int) -> int:
+    """`vocab_size` rounded up to `VOCAB_MULTIPLE`."""
+    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def build_chunks(
+    config: Config,
+    megatron: HySparseConfig,
+    vocab_size: int,
+    groups: ProcessGroupCollection,
+) -> list[HybridModel]:
+    """The model chunks of this pipeline rank, in order (one without interleaving).
+
+    Initial weights depend on `config.train.seed` alone, not on the parallel layout.
+    """
+    num_blocks = -(-config.train.seq_length // megatron.block_size)
+    largest = MAX_PAYLOAD_BLOCKS[megatron.pipeline_dtype.itemsize]
+    if config.parallel.pp > 1 and num_blocks > largest:
+        raise ConfigError(
+            f"train.seq_length: {num_blocks} blocks do not fit into the {largest} that a block "
+            "index can name across a pipeline cut; raise model.block_size"
+        )
+    plan = megatron.plan
+    last = len(plan.stages) - 1
+    chunks = []
+    for chunk in range(plan.num_chunks):
+        stage = plan.stage_index(groups.pp.rank(), chunk)
+        seed_initialization(config.train.seed, "embedding")
+        model = HybridModel(
+            config=megatron,
+            hybrid_stack_spec=stack_spec(),
+            vocab_size=padded_vocab_size(vocab_size),
+            max_sequence_length=config.train.seq_length,
+            hybrid_layer_pattern=plan.megatron_pattern,
+            pre_process=stage == 0,
+            post_process=stage == last,
+            share_embeddings_and_output_weights=config.model.tie_embeddings,
+            position_embedding_type="rope",
+            rotary_percent=config.model.rotary_fraction,
+            rotary_base=config.model.rotary_base,  # type: ignore[arg-type]
+            pg_collection=groups,
+            vp_stage=chunk if plan.num_chunks > 1 else None,
+        )
+        chunks.append(model)
+    return chunks

@@ -1,0 +1,150 @@
+"""Our configuration sections translated into megatron-core's transformer configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from hysparse_megatron.config.schema import (
+    Config,
+    GateKind,
+    ModelConfig,
+    Precision,
+    Recompute,
+    SinkKind,
+)
+from hysparse_megatron.model.sharing import SharedWidths
+from hysparse_megatron.plan.topology import PipelinePlan
+
+
+@dataclass
+class HySparseConfig(TransformerConfig):
+    """megatron-core's configuration plus what the attention layers and the stack need."""
+
+    pipeline: PipelinePlan | None = None
+    """Kind, oracle and stage of every layer."""
+    value_dim: int = 0
+    """Channels of one value head."""
+    block_size: int = 64
+    num_selected_blocks: int = 16
+    window: int = 128
+    gate: GateKind = GateKind.head
+    sink: SinkKind = SinkKind.branch
+    forced_first_blocks: int = 0
+    forced_recent_blocks: int = 0
+    attention_backend_name: str = "auto"
+    """Backend of the attention math: auto, reference or triton."""
+    init_seed: int = 0
+    """Seed from which every layer's initial weights are derived."""
+
+    @property
+    def plan(self) -> PipelinePlan:
+        """`pipeline`, which every model has."""
+        assert self.pipeline is not None
+        return self.pipeline
+
+    def groups_per_rank(self) -> int:
+        """KV groups on one tensor-parallel rank; 1 where a group is shared by several ranks."""
+        return max(1, int(self.num_query_groups or 1) // self.tensor_model_parallel_size)
+
+    def shared_widths(self) -> SharedWidths:
+        """Sizes of key, value and indices on one rank."""
+        sequence_parallel = self.sequence_parallel and self.tensor_model_parallel_size > 1
+        return SharedWidths(
+            num_query_groups=self.groups_per_rank(),
+            key_dim=int(self.kv_channels or 0),
+            value_dim=self.value_dim,
+            num_selected_blocks=self.num_selected_blocks,
+            tokens_per_row=self.tensor_model_parallel_size if sequence_parallel else 1,
+        )
+
+    def payload_width(self, stage: int) -> int:
+        """Elements per token row of the tensor that enters `stage` from the stage before it."""
+        if self.plan.oracle_into(stage) is None:
+            return self.hidden_size
+        return self.hidden_size + sum(self.shared_widths().columns(self.pipeline_dtype))
+
+
+def _point_to_point(pp: int, vpp: int | None) -> dict[str, bool]:
+    """How pipeline neighbours talk.
+
+    With two ranks and interleaving the previous and the next rank are the same process, and a
+    batch of sends and receives would silently mix the two directions: never batch there.
+    """
+    if vpp is not None and pp == 2:
+        return {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+    return {"overlap_p2p_comm": False, "batch_p2p_comm": True}
+
+
+def _recompute(recompute: Recompute) -> dict[str, object]:
+    if recompute is Recompute.full:
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
+    if recompute is Recompute.selective:
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    return {}
+
+
+def _normal(std: float):  # noqa: ANN202 - an initialiser in megatron-core's sense
+    return lambda tensor: torch.nn.init.normal_(tensor, mean=0.0, std=std)
+
+
+def make_megatron_config(config: Config, pipeline: PipelinePlan) -> HySparseConfig:
+    """The configuration that all layers of all stages are built from."""
+    model: ModelConfig = config.model
+    parallel = config.parallel
+    dtype = torch.bfloat16 if config.train.precision is Precision.bf16 else torch.float32
+    num_layers = pipeline.layout.num_layers
+    return HySparseConfig(
+        num_layers=num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.head_dim,
+        hidden_dropout=model.hidden_dropout,
+        attention_dropout=0.0,
+        layernorm_epsilon=model.norm_epsilon,
+        normalization="RMSNorm",
+        qk_layernorm=model.qk_norm,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        init_method=_normal(model.init_std),
+        output_layer_init_method=_normal(model.init_std / (2 * num_layers) ** 0.5),
+        init_method_std=model.init_std,
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vpp,
+        sequence_parallel=parallel.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        calculate_per_token_loss=True,
+        deallocate_pipeline_outputs=True,
+        # Weights drawn on the CPU from one stream per layer are equal in every parallel layout.
+        use_cpu_initialization=True,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        apply_rope_fusion=False,
+        **_point_to_point(parallel.pp, parallel.vpp),
+        **_recompute(config.train.recompute),
+        pipeline=pipeline,
+        value_dim=model.value_dim,
+        block_size=model.block_size,
+        num_selected_blocks=model.num_selected_blocks,
+        window=model.window,
+        gate=model.gate,
+        sink=model.sink,
+        forced_first_blocks=model.forced_first_blocks,
+        forced_recent_blocks=model.forced_recent_blocks,
+        attention_backend_name=model.backend.value,
+        init_seed=config.train.seed,
+    )

@@ -1,0 +1,194 @@
+"""The decoder of one pipeline stage: layers of three kinds, and what they share.
+
+`HybridModel` builds it from a `ModuleSpec` and treats it as its own hybrid stack.
+Shapes: S sequence, B batch, C channels, T tensor-parallel size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.utils import sharded_state_dict_default
+from megatron.core.utils import make_viewless_tensor
+from torch import Tensor
+
+from hysparse_megatron.layout import LayerKind
+from hysparse_megatron.model.megatron_config import HySparseConfig
+from hysparse_megatron.model.sharing import SharedAttention, pack, unpack
+from hysparse_megatron.runtime.random import seed_initialization
+
+
+@dataclass
+class HySparseStackSubmodules:
+    """Specs of the layers by kind, and the norm after the last one."""
+
+    layers: Mapping[LayerKind, ModuleSpec]
+    final_norm: type
+
+
+class HySparseStack(MegatronModule):
+    """The layers of one pipeline stage."""
+
+    def __init__(
+        self,
+        config: HySparseConfig,
+        submodules: HySparseStackSubmodules,
+        layer_type_list: list[str],
+        pp_layer_offset: int,
+        pg_collection: ProcessGroupCollection,
+        pre_process: bool = True,
+        post_process: bool = True,
+        dtype: torch.dtype | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        self.config: HySparseConfig = config
+        self.pre_process = pre_process
+        self.post_process = post_process
+        self.tp_group = pg_collection.tp
+        self.input_tensor: Tensor | None = None
+        plan = config.plan
+        self.layer_indices = range(pp_layer_offset, pp_layer_offset + len(layer_type_list))
+        self.stage = plan.stages.index(self.layer_indices)
+
+        self.layers = torch.nn.ModuleList()
+        for index in self.layer_indices:
+            seed_initialization(config.init_seed, "layer", index)
+            self.layers.append(
+                build_module(
+                    submodules.layers[plan.layout.layers[index].kind],
+                    config=config,
+                    layer_number=index + 1,
+                    pg_collection=pg_collection,
+                    add_layer_offset=False,
+                    pp_layer_offset=pp_layer_offset,
+                )
+            )
+        if post_process:
+            self.final_norm = submodules.final_norm(
+                config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
+            )
+        # HybridModel draws the output projection right after building its decoder.
+        seed_initialization(config.init_seed, "output")
+
+    def set_input_tensor(self, input_tensor: Tensor) -> None:
+        """Take what the previous stage sent; called by megatron-core's schedules."""
+        self.input_tensor = input_tensor
+
+    def forward(
+        self,
+        hidden_states: Tensor | None,
+        attention_mask: Tensor | None,
+        rotary_pos_emb: Tensor | None = None,
+        **unused: object,
+    ) -> Tensor:
+        """[S / T or S, B, C] -> the same after this stage's layers, or the payload of a cut.
+
+        A stage that is cut off inside a hybrid block takes and returns the hidden state packed
+        with key, value and indices: see `sharing.pack`. `attention_mask` must be None: attention
+        is causal by construction.
+        """
+        if attention_mask is not None or any(value is not None for value in unused.values()):
+            given = [name for name, value in unused.items() if value is not None]
+            raise ValueError(f"HySparse layers are causal and take no masks; got {given or 'a mask'}")
+        plan = self.config.plan
+        hidden = cast(Tensor, hidden_states if self.pre_process else self.input_tensor)
+        self.input_tensor = None
+        shared: SharedAttention | None = None
+        if plan.oracle_into(self.stage) is not None:
+            hidden, shared = unpack(hidden, self.config.shared_widths())
+
+        # With sequence parallelism every tensor-parallel rank drops out other tokens.
+        with (
+            tensor_parallel.get_cuda_rng_tracker().fork()
+            if self.config.sequence_parallel
+            else contextlib.nullcontext()
+        ):
+            for index, layer in zip(self.layer_indices, self.layers, strict=True):
+                hidden, shared = self._run(layer, hidden, shared, rotary_pos_emb)
+                if shared is not None and not self._is_needed_after(index):
+                    shared = None  # free key and value with their last reader
+
+        if self.post_process:
+            return self.final_norm(hidden)
+        if plan.oracle_out_of(self.stage) is not None:
+            assert shared is not None, "a cut inside a hybrid block has nothing to send"
+            return pack(hidden, shared)
+        # The schedules free what they have sent, which a view of another tensor would survive.
+        return make_viewless_tensor(
+            inp=hidden, requires_grad=hidden.requires_grad, keep_graph=True
+        )
+
+    def _is_needed_after(self, index: int) -> bool:
+        layout = self.config.plan.layout
+        for plan in layout.layers[index + 1 :]:
+            if plan.kind is LayerKind.FULL:
+                return False
+            if plan.kind is LayerKind.SPARSE:
+                return True
+        return False
+
+    def _run(
+        self,
+        layer: torch.nn.Module,
+        hidden_states: Tensor,
+        shared: SharedAttention | None,
+        rotary_pos_emb: Tensor | None,
+    ) -> tuple[Tensor, SharedAttention | None]:
+        """One layer, recomputed in the backward pass with full recompute.
+
+        What is shared enters and leaves the recomputed function as tensors, never by other ways,
+        or the oracle's key and value would silently lose the gradient of their readers.
+        """
+        if not (self.training and self.config.recompute_granularity == "full"):
+            return layer(hidden_states, shared, rotary_pos_emb)
+
+        def run(hidden: Tensor, rotary: Tensor | None, *parts: Tensor | None):  # noqa: ANN202
+            given = None if parts[0] is None else SharedAttention(*cast(tuple, parts))
+            # The second run, with gradient, must not make the selection again.
+            hidden, made = layer(hidden, given, rotary, select=not torch.is_grad_enabled())
+            if made is None or made is given:
+                # What the layer only passes on stays outside of the recomputed function.
+                return hidden
+            return hidden, *made
+
+        outputs = tensor_parallel.checkpoint(
+            run, False, hidden_states, rotary_pos_emb, *(shared or (None, None, None))
+        )
+        if isinstance(outputs, Tensor):
+            return outputs, shared
+        return outputs[0], SharedAttention(*outputs[1:])
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple = (),
+        metadata: dict | None = None,
+    ) -> dict:
+        """Keys hold the global layer index and no rank, so any layout can load them."""
+        result: dict = {}
+        for local, (index, layer) in enumerate(zip(self.layer_indices, self.layers, strict=True)):
+            local_prefix = f"{prefix}layers.{local}."
+            sharded = layer.sharded_state_dict(local_prefix, (), metadata)
+            replace_prefix_for_sharding(sharded, local_prefix, f"{prefix}layers.{index}.")
+            result.update(sharded)
+        if self.post_process:
+            result.update(
+                sharded_state_dict_default(
+                    self.final_norm,
+                    f"{prefix}final_norm.",
+                    sharded_offsets,
+                    metadata,
+                    tp_group=self.tp_group,
+                )
+            )
+        return result

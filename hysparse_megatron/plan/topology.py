@@ -1,0 +1,81 @@
+"""Which layers stand on which pipeline stage, and what each cut sends.
+
+The same plan is made on every rank from the configuration alone, so no rank ever has to be told
+the shape of what it receives.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hysparse_megatron.config.schema import ModelConfig, ParallelConfig
+from hysparse_megatron.layout import LayerKind, Layout, live_oracle, parse_layout, stage_layers
+
+
+@dataclass(frozen=True)
+class PipelinePlan:
+    """The layers of every pipeline stage, in model order.
+
+    Stage `chunk * pp + rank` runs on pipeline rank `rank` as its model chunk `chunk`.
+    """
+
+    layout: Layout
+    stages: tuple[range, ...]
+    pp: int
+
+    @property
+    def num_chunks(self) -> int:
+        """Model chunks per pipeline rank (1 without interleaving)."""
+        return len(self.stages) // self.pp
+
+    def stage_index(self, pp_rank: int, chunk: int) -> int:
+        """Model-order index of the stage that is chunk `chunk` of pipeline rank `pp_rank`."""
+        return chunk * self.pp + pp_rank
+
+    def oracle_into(self, stage: int) -> int | None:
+        """The oracle whose key, value and indices enter `stage` from the stage before it."""
+        if stage == 0:
+            return None
+        return live_oracle(self.layout, self.stages[stage].start)
+
+    def oracle_out_of(self, stage: int) -> int | None:
+        """The oracle whose key, value and indices leave `stage` for the next one."""
+        return None if stage + 1 == len(self.stages) else self.oracle_into(stage + 1)
+
+    def is_read(self, layer: int) -> bool:
+        """Whether any sparse layer reads the oracle at `layer`."""
+        return any(plan.oracle == layer for plan in self.layout.layers)
+
+    def is_read_after(self, oracle: int, layer: int) -> bool:
+        """Whether a layer after `layer` reads the oracle at `oracle`."""
+        return any(plan.oracle == oracle for plan in self.layout.layers[layer + 1 :])
+
+    @property
+    def megatron_pattern(self) -> str:
+        """The stages in megatron-core's hybrid pattern: `*` for each layer, `|` for each cut."""
+        return "|".join("*" * len(stage) for stage in self.stages)
+
+    def describe(self) -> str:
+        """One line per stage: where it runs, its layers, what enters it."""
+        lines = []
+        for index, stage in enumerate(self.stages):
+            kinds = "".join(self.layout.layers[layer].kind.value for layer in stage)
+            oracle = self.oracle_into(index)
+            enters = "" if oracle is None else f", reads on from oracle {oracle} across the cut"
+            lines.append(
+                f"stage {index} (pp rank {index % self.pp}, chunk {index // self.pp}): "
+                f"layers {stage.start}-{stage.stop - 1} {kinds}{enters}"
+            )
+        return "\n".join(lines)
+
+
+def plan_pipeline(model: ModelConfig, parallel: ParallelConfig) -> PipelinePlan:
+    """Cut the model's layers into pp * vpp stages. Raises `LayoutError`."""
+    layout = parse_layout(model.layout)
+    stages = stage_layers(layout, parallel.pp * (parallel.vpp or 1))
+    return PipelinePlan(layout, stages, parallel.pp)
+
+
+def num_layers_of(layout: Layout, kind: LayerKind) -> int:
+    """How many layers of `kind` the layout has."""
+    return sum(plan.kind is kind for plan in layout.layers)

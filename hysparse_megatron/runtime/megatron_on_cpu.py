@@ -1,0 +1,170 @@
+"""Lets megatron-core train on a machine without CUDA.
+
+megatron-core names the CUDA device in a few dozen places (`device="cuda"`, `.cuda()`,
+`torch.cuda.current_device()`, the type name `torch.cuda.FloatTensor`). Four adaptations answer all
+of them with the CPU. They live in this one file, are installed by `install()`, and `install()` does
+nothing where CUDA is used.
+
+1. `torch.cuda.current_device`, `synchronize`, `current_stream` and friends: inert stand-ins.
+2. A `TorchFunctionMode` that turns CUDA devices in tensor factories, `.cuda()` and `.to()` into CPU
+   and lets `Tensor.type()` answer with the CUDA name that the distributed optimizer compares with.
+   PyTorch does not run such a mode inside a backward pass; everything megatron-core calls there
+   goes through the stand-ins of point 1.
+3. The "CUDA generator" is PyTorch's CPU generator, so that the tensor-parallel random streams are
+   real: forked, different between ranks, restored by activation recompute.
+4. The distributed optimizer with PyTorch's AdamW cannot load its own checkpoints (it looks for a
+   `step` tensor among the loaded parameter state): see `checkpoint/state.py`, needed on GPUs too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+
+_FACTORIES = frozenset(
+    {
+        torch.arange,
+        torch.empty,
+        torch.empty_like,
+        torch.empty_strided,
+        torch.full,
+        torch.full_like,
+        torch.ones,
+        torch.ones_like,
+        torch.rand,
+        torch.randn,
+        torch.randint,
+        torch.tensor,
+        torch.zeros,
+        torch.zeros_like,
+    }
+)
+
+
+def _names_cuda(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.startswith("cuda")
+
+
+class _CudaIsCpu(TorchFunctionMode):
+    """Answers requests for CUDA tensors with CPU tensors."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _FACTORIES:
+            if _names_cuda(kwargs.get("device")):
+                kwargs = {**kwargs, "device": _CPU}
+        elif func is torch.Tensor.cuda:
+            return args[0]
+        elif func is torch.Tensor.to:
+            if _names_cuda(kwargs.get("device")):
+                kwargs = {**kwargs, "device": _CPU}
+            args = tuple(_CPU if _names_cuda(argument) else argument for argument in args)
+        elif func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        return func(*args, **kwargs)
+
+
+class _Stream:
+    """A stream on which everything has already happened."""
+
+    def wait_stream(self, stream: Any) -> None:
+        """Return at once: work on the CPU is in order."""
+
+    def synchronize(self) -> None:
+        """Return at once: work on the CPU is in order."""
+
+
+def _cpu_generator_state(
+    device: Any = "cuda", clone: bool = False, graph_safe: bool = False
+) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_cpu_generator_state(
+    new_state: torch.Tensor, device: Any = -1, graph_safe: bool = False
+) -> None:
+    torch.set_rng_state(new_state)
+
+
+def _make_tracker() -> Any:
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    class CpuRngStatesTracker(megatron_random.CudaRNGStatesTracker):
+        """Named random streams kept as states of PyTorch's CPU generator."""
+
+        def add(self, name: str, seed: int) -> None:
+            self._is_initialized = True
+            if seed in self.seeds_ or name in self.states_:
+                raise ValueError(f"random stream {name!r} or seed {seed} is already in use")
+            self.seeds_.add(seed)
+            self.states_[name] = torch.Generator().manual_seed(seed).get_state()
+
+        @contextlib.contextmanager
+        def fork(self, name: str = megatron_random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator:
+            if name not in self.states_:
+                raise KeyError(f"random stream {name!r} was never added")
+            outside, outside_name = torch.get_rng_state(), self._current_state_name
+            if outside_name in self.states_:
+                self.states_[outside_name] = outside
+            torch.set_rng_state(self.states_[name])
+            self._current_state_name = name
+            try:
+                yield
+            finally:
+                self.states_[name] = torch.get_rng_state()
+                torch.set_rng_state(self.states_.get(outside_name, outside))
+                self._current_state_name = outside_name
+
+    return CpuRngStatesTracker()
+
+
+_installed = False
+
+
+def is_active() -> bool:
+    """Whether the adaptations are installed in this process."""
+    return _installed
+
+
+def install() -> bool:
+    """Install the adaptations in this process if it has no CUDA device.
+
+    Idempotent. Returns whether the adaptations are active.
+    """
+    global _installed
+    if torch.cuda.is_available():
+        return False
+    if _installed:
+        return True
+
+    torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
+    torch.cuda.synchronize = lambda device=None: None  # type: ignore[assignment]
+    torch.cuda.current_stream = lambda device=None: _Stream()  # type: ignore[assignment,return-value]
+    torch.cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment,return-value]
+    torch.cuda.nvtx.range_push = lambda message: None  # type: ignore[assignment,return-value]
+    torch.cuda.nvtx.range_pop = lambda: None  # type: ignore[assignment,return-value]
+
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    megatron_random._get_cuda_rng_state = _cpu_generator_state
+    megatron_random._set_cuda_rng_state = _set_cpu_generator_state
+    megatron_random._CUDA_RNG_STATE_TRACKER = _make_tracker()
+    megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
+    # Entered for the life of the process: megatron-core asks for CUDA tensors at any time.
+    _CudaIsCpu().__enter__()
+    _installed = True
+    return True

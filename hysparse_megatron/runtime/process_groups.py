@@ -1,0 +1,59 @@
+"""Process groups: megatron-core's, plus the ranks that share one KV head."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from hysparse_megatron.config.schema import ParallelConfig
+
+_sharing: dict[tuple[int, ...], dist.ProcessGroup] = {}
+
+
+def build_process_groups(
+    parallel: ParallelConfig, num_query_groups: int
+) -> ProcessGroupCollection:
+    """Create all groups of this run; collective over the default group, once per process."""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vpp,
+        context_parallel_size=parallel.cp,
+        expert_model_parallel_size=parallel.ep,
+        distributed_timeout_minutes=max(1, round(parallel.timeout_seconds / 60)),
+    )
+    _build_sharing_groups(parallel.tp, num_query_groups)
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def destroy_process_groups() -> None:
+    """Undo `build_process_groups`, for tests that build several layouts in one process."""
+    _sharing.clear()
+    parallel_state.destroy_model_parallel()
+
+
+def _build_sharing_groups(tensor_parallel_size: int, num_query_groups: int) -> None:
+    """Groups of the tensor-parallel ranks that hold query heads of one KV group."""
+    size = tensor_parallel_size // num_query_groups
+    if size <= 1:
+        return
+    # Tensor-parallel ranks are consecutive, so these groups tile the world. Every rank must take
+    # part in the creation of every group, in the same order.
+    for first in range(0, dist.get_world_size(), size):
+        ranks = tuple(range(first, first + size))
+        group = dist.new_group(list(ranks))
+        if dist.get_rank() in ranks:
+            _sharing[ranks] = group
+
+
+def groups_sharing_a_kv_head(
+    tp_group: dist.ProcessGroup, num_query_groups: int
+) -> dist.ProcessGroup | None:
+    """The ranks that hold query heads of this rank's KV group, or None if it is alone."""
+    size = tp_group.size() // num_query_groups
+    if size <= 1:
+        return None
+    rank = dist.get_rank()
+    first = rank - tp_group.rank() % size
+    return _sharing[tuple(range(first, first + size))]

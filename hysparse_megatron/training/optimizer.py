@@ -1,0 +1,120 @@
+"""megatron-core's distributed optimizer and learning-rate schedule, from our configuration."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from hysparse_megatron.config.schema import OptimConfig, Precision, Schedule, TrainConfig
+
+_MEGATRON_STYLE = {Schedule.wsd: "WSD", Schedule.cosine: "cosine", Schedule.constant: "constant"}
+
+
+def build_optimizer(
+    optim: OptimConfig,
+    precision: Precision,
+    chunks: list[DistributedDataParallel],
+    groups: ProcessGroupCollection,
+) -> MegatronOptimizer:
+    """AdamW with fp32 main parameters, its state split over the data-parallel ranks."""
+    dtype = torch.bfloat16 if precision is Precision.bf16 else torch.float32
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=optim.learning_rate,
+            min_lr=optim.min_learning_rate,
+            weight_decay=optim.weight_decay,
+            adam_beta1=optim.beta1,
+            adam_beta2=optim.beta2,
+            adam_eps=optim.epsilon,
+            clip_grad=optim.clip_grad,
+            bf16=dtype is torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=True,
+        ),
+        chunks,  # type: ignore[arg-type]
+        use_gloo_process_groups=True,
+    )
+    for part in distributed_parts(optimizer):
+        if not HAVE_APEX_OR_TE:
+            _allow_checkpoints_of_torch_adam(part)
+    return optimizer
+
+
+def distributed_parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
+    """The distributed optimizers inside `optimizer`."""
+    parts = (
+        optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+    )
+    return [part for part in parts if isinstance(part, DistributedOptimizer)]
+
+
+def _allow_checkpoints_of_torch_adam(part: DistributedOptimizer) -> None:
+    """Make the distributed optimizer save and load with PyTorch's AdamW.
+
+    It was written for the fused optimizers of apex and Transformer Engine, which keep the step
+    count in the parameter groups. PyTorch's keeps a `step` tensor beside the moments, and only
+    after the first step: give the state from the start, and supply `step` where it is looked up.
+    """
+    for group in part.optimizer.param_groups:
+        for parameter in group["params"]:
+            part.optimizer.state[parameter] = {
+                "step": torch.tensor(0.0),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+    original = part._set_main_param_and_optimizer_states
+
+    @functools.wraps(original)
+    def with_step(model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        group, order = part.model_param_group_index_map[model_param]
+        main_param = part.optimizer.param_groups[group]["params"][order]
+        original(model_param, {**tensors, "step": part.optimizer.state[main_param]["step"]})
+
+    part._set_main_param_and_optimizer_states = with_step
+
+
+def build_schedule(
+    optim: OptimConfig, train: TrainConfig, optimizer: MegatronOptimizer
+) -> OptimizerParamScheduler:
+    """The learning rate by step; `set_step` makes it a pure function of the step."""
+    warmup = optim.warmup_steps
+    decay_end = train.steps
+    wsd_decay = None
+    if optim.schedule is Schedule.wsd:
+        wsd_decay = optim.decay_steps
+        if wsd_decay is None:
+            wsd_decay = max(1, train.steps // 10)
+    elif optim.schedule is Schedule.cosine and optim.decay_steps is not None:
+        decay_end = warmup + optim.decay_steps
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=optim.learning_rate,
+        min_lr=optim.min_learning_rate,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=max(decay_end, warmup + 1),
+        lr_decay_style=_MEGATRON_STYLE[optim.schedule],
+        start_wd=optim.weight_decay,
+        end_wd=optim.weight_decay,
+        wd_incr_steps=train.steps,
+        wd_incr_style="constant",
+        wsd_decay_steps=wsd_decay,
+        lr_wsd_decay_style="linear",
+    )
+
+
+def set_step(schedule: OptimizerParamScheduler, step: int) -> None:
+    """Set the learning rate of the update that makes step number `step` (from 0).
+
+    The schedule is evaluated at step + 1, so that the first update of a warm-up is not zero.
+    """
+    schedule.num_steps = step + 1
+    schedule.step(increment=0)

@@ -1,0 +1,88 @@
+"""Everything a rank trains with, built once from the configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from hysparse_megatron.config.schema import Config
+from hysparse_megatron.model.builder import build_chunks
+from hysparse_megatron.model.megatron_config import HySparseConfig, make_megatron_config
+from hysparse_megatron.model.pipeline import PayloadCommunicator
+from hysparse_megatron.plan.topology import plan_pipeline
+from hysparse_megatron.runtime.process_groups import build_process_groups
+from hysparse_megatron.training.optimizer import build_optimizer, build_schedule
+
+
+@dataclass
+class TrainingState:
+    """One rank's share of the model and what steps it."""
+
+    config: Config
+    megatron: HySparseConfig
+    groups: ProcessGroupCollection
+    device: torch.device
+    chunks: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    schedule: OptimizerParamScheduler
+    communicator: PayloadCommunicator | None
+    """How pipeline neighbours talk; None without pipeline parallelism."""
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank computes the loss."""
+        return self.groups.pp.rank() == self.groups.pp.size() - 1
+
+    def num_parameters(self) -> int:
+        """Parameters on this rank (a tied output projection counts on its stage too)."""
+        return sum(p.numel() for chunk in self.chunks for p in chunk.parameters())
+
+
+def rows_per_rank(config: Config) -> int:
+    """Tokens per sequence in one rank's residual stream."""
+    parallel = config.parallel
+    return config.train.seq_length // (parallel.tp if parallel.sequence_parallel else 1)
+
+
+def build_state(config: Config, vocab_size: int, device: torch.device) -> TrainingState:
+    """Build groups, model, optimizer and schedule. Collective over the default process group."""
+    groups = build_process_groups(config.parallel, config.model.num_query_groups)
+    megatron = make_megatron_config(config, plan_pipeline(config.model, config.parallel))
+    megatron.finalize_model_grads_func = finalize_model_grads
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=True
+    )
+    chunks = [
+        DistributedDataParallel(
+            config=megatron,
+            ddp_config=ddp_config,
+            module=model.to(device),
+            disable_bucketing=index > 0,
+        )
+        for index, model in enumerate(build_chunks(config, megatron, vocab_size, groups))
+    ]
+    optimizer = build_optimizer(config.optim, config.train.precision, chunks, groups)
+    communicator = None
+    if config.parallel.pp > 1:
+        communicator = PayloadCommunicator(
+            groups.pp, megatron, rows_per_rank(config), config.train.micro_batch_size
+        )
+    return TrainingState(
+        config=config,
+        megatron=megatron,
+        groups=groups,
+        device=device,
+        chunks=chunks,
+        optimizer=optimizer,
+        schedule=build_schedule(config.optim, config.train, optimizer),
+        communicator=communicator,
+    )

@@ -1,0 +1,29 @@
+"""Attention operations of HySparse (arXiv 2602.03560): torch only, no Megatron, no GPU needed."""
+
+from hysparse_kernels.dispatch import (
+    BACKENDS,
+    BackendChoice,
+    BackendUnavailable,
+    block_sparse_attention,
+    block_topk,
+    oracle_attention,
+    resolve_backend,
+    sliding_window_attention,
+)
+from hysparse_kernels.reference import OracleOutput, ReduceScores
+from hysparse_kernels.selection import neighbour_agreement, selected_mass
+
+__all__ = [
+    "BACKENDS",
+    "BackendChoice",
+    "BackendUnavailable",
+    "OracleOutput",
+    "ReduceScores",
+    "block_sparse_attention",
+    "block_topk",
+    "neighbour_agreement",
+    "oracle_attention",
+    "resolve_backend",
+    "selected_mass",
+    "sliding_window_attention",
+]

@@ -1,0 +1,242 @@
+"""Causal grouped-query attention, one chunk of queries at a time, with a recomputing backward.
+
+The engine below the three operations of reference.py. It keeps query, key, value and lse for the
+backward and nothing of size S x S: a chunk's logits live only while that chunk is worked on, in the
+forward and again in the backward. The backward is written out rather than left to a checkpoint of
+the forward: dK and dV are accumulated in the compute dtype over all chunks and nothing that
+happens once (the selection of blocks) can be run again by it.
+
+Shapes: B batch, S sequence, HQ query heads, HKV KV groups, G = HQ // HKV heads per group,
+D query/key head dim, DV value head dim, N blocks, K selected, C queries of a chunk, L keys that
+this chunk may see.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from hysparse_kernels._reference_selection import BlockSelector
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """Which keys j a query t may see, beside the causal j <= t.
+
+    ``window``: only the last ``window`` tokens, t - window < j <= t.
+    ``block_size``: only tokens of the blocks that the block indices name, in tokens per block.
+    At most one of the two is set; neither means plain causal attention.
+    """
+
+    window: int | None = None
+    block_size: int | None = None
+
+
+class AttentionResult(NamedTuple):
+    """``output`` [B, S, HQ, DV] in the query's dtype, ``lse`` [B, HQ, S] in the compute dtype."""
+
+    output: Tensor
+    lse: Tensor
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp64 inputs are computed in fp64, all others in fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def chunked_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    visibility: Visibility,
+    softmax_scale: float | None,
+    query_chunk: int,
+    sink: Tensor | None = None,
+    block_indices: Tensor | None = None,
+    selector: BlockSelector | None = None,
+) -> AttentionResult:
+    """Attention of query [B,S,HQ,D] to key [B,S,HKV,D], value [B,S,HKV,DV]; lse has no gradient.
+
+    ``selector``, when given, sees the logits of every chunk once, in increasing order.
+    """
+    scale = query.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    result = _ChunkedAttention.apply(  # type: ignore[no-untyped-call]
+        query, key, value, sink, block_indices, visibility, scale, query_chunk, selector
+    )
+    return AttentionResult(*cast(tuple[Tensor, Tensor], result))
+
+
+class _ChunkedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sink: Tensor | None,
+        block_indices: Tensor | None,
+        visibility: Visibility,
+        scale: float,
+        query_chunk: int,
+        selector: BlockSelector | None,
+    ) -> tuple[Tensor, Tensor]:
+        dtype = compute_dtype(query.dtype)
+        batch, length, heads, _ = query.shape
+        groups = key.shape[2]
+        output = query.new_empty(batch, length, heads, value.shape[-1])
+        lse = query.new_empty(batch, heads, length, dtype=dtype)
+        # Autocast would otherwise turn the fp32 matmuls below into half precision.
+        with torch.autocast(query.device.type, enabled=False):
+            keys, values = _heads_first(key, dtype), _heads_first(value, dtype)
+            sink_logit = _sink_per_group(sink, groups, dtype)
+            for start, stop in _chunks(length, query_chunk):
+                first, hidden = _visible_keys(visibility, start, stop, length, block_indices, query)
+                rows = _group_rows(query[:, start:stop], groups, dtype)
+                logits = _masked_logits(rows * scale, keys[:, :, first:stop], hidden, heads)
+                block_maxima = selector.block_maxima(logits) if selector else None
+
+                pivot = logits.amax(-1, keepdim=True)
+                if sink_logit is not None:
+                    pivot = torch.maximum(pivot, sink_logit)
+                # A row that sees nothing has pivot -inf; any finite one makes its weights 0.
+                pivot = pivot.masked_fill(pivot == -torch.inf, 0.0)
+                weights = logits.sub_(pivot).exp_()
+                total = weights.sum(-1, keepdim=True)
+                if sink_logit is not None:
+                    total = total + torch.exp(sink_logit - pivot)
+                chunk_lse = (pivot + total.log()).squeeze(-1)
+                mixed = weights.flatten(2, 3) @ values[:, :, first:stop]
+                # total >= 1 wherever anything is visible (the pivot itself counts exp(0)).
+                mixed = mixed / total.flatten(2, 3).clamp_min(1.0)
+
+                output[:, start:stop] = _ungroup_rows(mixed, heads)
+                lse[:, :, start:stop] = chunk_lse.flatten(1, 2)
+                if selector is not None and block_maxima is not None:
+                    selector.select(start, stop, block_maxima, chunk_lse)
+
+        ctx.save_for_backward(query, key, value, sink, block_indices, lse)
+        ctx.visibility, ctx.scale, ctx.query_chunk = visibility, scale, query_chunk
+        ctx.mark_non_differentiable(lse)
+        return output, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, sink, block_indices, lse = ctx.saved_tensors
+        dtype = compute_dtype(query.dtype)
+        length, heads, groups = query.shape[1], query.shape[2], key.shape[2]
+        grad_query = torch.empty_like(query)
+        with torch.autocast(query.device.type, enabled=False):
+            keys, values = _heads_first(key, dtype), _heads_first(value, dtype)
+            grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
+            sink_logit = _sink_per_group(sink, groups, dtype)
+            grad_sink = None if sink_logit is None else torch.zeros_like(sink_logit)
+            for start, stop in _chunks(length, ctx.query_chunk):
+                first, hidden = _visible_keys(
+                    ctx.visibility, start, stop, length, block_indices, query
+                )
+                rows = _group_rows(query[:, start:stop], groups, dtype) * ctx.scale
+                grad_rows = _group_rows(grad_output[:, start:stop], groups, dtype)
+                chunk_keys = keys[:, :, first:stop]
+
+                logits = _masked_logits(rows, chunk_keys, hidden, heads)
+                chunk_lse = _lse_per_group(lse[:, :, start:stop], groups)
+                chunk_lse = chunk_lse.masked_fill(chunk_lse == -torch.inf, 0.0)
+                probs = logits.sub_(chunk_lse).exp_().flatten(2, 3)
+                grad_values[:, :, first:stop] += probs.transpose(-1, -2) @ grad_rows
+
+                # Softmax backward: dlogit = p * (dp - sum_j p_j dp_j), in place in dp.
+                grad_logits = (grad_rows @ values[:, :, first:stop].transpose(-1, -2)).mul_(probs)
+                delta = grad_logits.sum(-1, keepdim=True)
+                grad_logits.addcmul_(probs, delta, value=-1.0)
+                grad_keys[:, :, first:stop] += grad_logits.transpose(-1, -2) @ rows
+                grad_rows_query = (grad_logits @ chunk_keys) * ctx.scale
+                grad_query[:, start:stop] = _ungroup_rows(grad_rows_query, heads)
+                if sink_logit is not None and grad_sink is not None:
+                    sink_probs = torch.exp(sink_logit - chunk_lse)
+                    pull = sink_probs * delta.view_as(chunk_lse)
+                    grad_sink -= pull.sum((0, 3), keepdim=True)
+        return (
+            grad_query,
+            grad_keys.transpose(1, 2).to(key.dtype),
+            grad_values.transpose(1, 2).to(value.dtype),
+            None if grad_sink is None else grad_sink.flatten().to(sink.dtype),
+            *([None] * 5),
+        )
+
+
+def _chunks(length: int, query_chunk: int) -> list[tuple[int, int]]:
+    return [(start, min(start + query_chunk, length)) for start in range(0, length, query_chunk)]
+
+
+def _heads_first(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, S, HKV, X] -> contiguous [B, HKV, S, X], so that slices over S feed a batched matmul."""
+    return tensor.transpose(1, 2).to(dtype).contiguous()
+
+
+def _group_rows(tensor: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+    """[B, C, HQ, X] -> [B, HKV, G * C, X]: all heads of a group in one matmul against its keys."""
+    batch, queries, heads, width = tensor.shape
+    grouped = tensor.view(batch, queries, groups, heads // groups, width)
+    return grouped.permute(0, 2, 3, 1, 4).to(dtype).flatten(2, 3)
+
+
+def _ungroup_rows(rows: Tensor, heads: int) -> Tensor:
+    """[B, HKV, G * C, X] -> [B, C, HQ, X]."""
+    batch, groups, _, width = rows.shape
+    grouped = rows.view(batch, groups, heads // groups, -1, width)
+    return grouped.permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def _lse_per_group(lse: Tensor, groups: int) -> Tensor:
+    """[B, HQ, C] -> [B, HKV, G, C, 1]."""
+    batch, heads, queries = lse.shape
+    return lse.view(batch, groups, heads // groups, queries, 1)
+
+
+def _sink_per_group(sink: Tensor | None, groups: int, dtype: torch.dtype) -> Tensor | None:
+    """[HQ] -> [1, HKV, G, 1, 1]."""
+    return None if sink is None else sink.to(dtype).view(1, groups, -1, 1, 1)
+
+
+def _masked_logits(rows: Tensor, keys: Tensor, hidden: Tensor, heads: int) -> Tensor:
+    """Logits [B, HKV, G, C, L] of scaled query rows; ``hidden`` covers the last keys of the L."""
+    batch, groups, num_keys, _ = keys.shape
+    logits = (rows @ keys.transpose(-1, -2)).view(batch, groups, heads // groups, -1, num_keys)
+    logits[..., num_keys - hidden.shape[-1] :].masked_fill_(hidden, -torch.inf)
+    return logits
+
+
+def _visible_keys(
+    visibility: Visibility,
+    start: int,
+    stop: int,
+    length: int,
+    block_indices: Tensor | None,
+    like: Tensor,
+) -> tuple[int, Tensor]:
+    """First key that queries [start, stop) touch (the last is stop - 1), and what they must hide.
+
+    The mask is True where hidden, broadcasts to [B, HKV, G, C, M] and covers the last M of the keys
+    [first, stop): a causal chunk has nothing to hide before its own tokens.
+    """
+    queries = torch.arange(start, stop, device=like.device).unsqueeze(1)
+    if visibility.window is not None:
+        first = max(0, start - visibility.window + 1)
+        window_keys = torch.arange(first, stop, device=like.device)
+        return first, (window_keys > queries) | (window_keys <= queries - visibility.window)
+    future = queries.transpose(0, 1) > queries
+    if block_indices is None or visibility.block_size is None:
+        return 0, future
+    num_blocks = -(-length // visibility.block_size)
+    ids = block_indices[:, :, start:stop].long()
+    # One column more than there are blocks, which takes the -1 padding and is dropped. Writing
+    # True twice is writing it once, so an id that stands twice in a row counts once.
+    chosen = ids.new_zeros((*ids.shape[:-1], num_blocks + 1), dtype=torch.bool)
+    chosen.scatter_(-1, ids.masked_fill(ids < 0, num_blocks), True)
+    hidden = ~chosen[..., :num_blocks].repeat_interleave(visibility.block_size, dim=-1)
+    hidden = hidden[..., :stop]
+    hidden[..., start:] |= future
+    return 0, hidden.unsqueeze(2)

@@ -1,0 +1,96 @@
+"""Block scores of Eq. 3 and the exact top-k over them, in plain PyTorch.
+
+Shapes: B batch, S sequence, HKV KV groups, G heads per group, N blocks, K selected, C queries of a
+chunk, L keys that this chunk may see.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ReduceScores = Callable[[Tensor], Tensor]
+
+
+def block_topk(scores: Tensor, num_selected: int) -> Tensor:
+    """The ``num_selected`` best blocks of every row, exact and repeatable.
+
+    Args:
+        scores: [..., N], any float dtype; -inf marks a block that may not be selected.
+        num_selected: K, in blocks; may exceed N.
+
+    Returns:
+        int32 [..., K], ids in ascending order, -1 where a row has fewer than K blocks to offer
+        (always last). The lowest id wins a tie.
+    """
+    num_blocks = scores.shape[-1]
+    kept = min(num_selected, num_blocks)
+    # torch.topk promises no order among equals; a stable sort keeps the lower id in front.
+    ordered, ids = torch.sort(scores, dim=-1, descending=True, stable=True)
+    ids = ids[..., :kept].masked_fill(ordered[..., :kept] == -torch.inf, num_blocks)
+    ids = ids.sort(dim=-1).values
+    selected = scores.new_full((*scores.shape[:-1], num_selected), -1, dtype=torch.int32)
+    selected[..., :kept] = ids.masked_fill(ids == num_blocks, -1)
+    return selected
+
+
+@dataclass(frozen=True)
+class SelectionRule:
+    """How blocks are selected; the fields are the arguments of ``oracle_attention``."""
+
+    block_size: int
+    num_selected: int
+    forced_first_blocks: int = 0
+    forced_recent_blocks: int = 0
+    reduce_scores: ReduceScores | None = None
+
+
+class BlockSelector:
+    """Fills ``block_indices`` [B, HKV, S, K] chunk by chunk while the oracle attention runs."""
+
+    def __init__(
+        self, rule: SelectionRule, batch: int, groups: int, length: int, device: torch.device
+    ) -> None:
+        self.rule = rule
+        self.num_blocks = -(-length // rule.block_size)
+        self.block_indices = torch.empty(
+            batch, groups, length, rule.num_selected, dtype=torch.int32, device=device
+        )
+
+    def block_maxima(self, logits: Tensor) -> Tensor:
+        """Largest logit of every block: [B, HKV, G, C, L] -> [B, HKV, G, C, ceil(L / block)]."""
+        size = self.rule.block_size
+        whole = logits.shape[-1] // size * size
+        parts = []
+        if whole:
+            parts.append(logits[..., :whole].view(*logits.shape[:-1], -1, size).amax(-1))
+        if whole < logits.shape[-1]:
+            parts.append(logits[..., whole:].amax(-1, keepdim=True))
+        return torch.cat(parts, dim=-1)
+
+    def select(self, start: int, stop: int, block_maxima: Tensor, lse: Tensor) -> None:
+        """Select for queries [start, stop).
+
+        ``block_maxima`` [B, HKV, G, C, <=N] holds -inf where no key of a block is visible, ``lse``
+        is [B, HKV, G, C].
+
+        Eq. 3 scores a block by its largest softmax probability, exp(block maximum - lse), and a
+        group by the max over its heads. exp is monotone, so the logarithm ranks alike and does
+        not underflow, but lse differs between the heads and must stay in. (Line 16 of Algorithm 1
+        prints (S - m) / l without the exp; between heads that is a different order.)
+        """
+        rule = self.rule
+        batch, groups, _, queries, num_seen = block_maxima.shape
+        scores = block_maxima.new_full((batch, groups, queries, self.num_blocks), -torch.inf)
+        scores[..., :num_seen] = (block_maxima - lse.unsqueeze(-1)).amax(2)
+        if rule.reduce_scores is not None:
+            scores = rule.reduce_scores(scores)
+
+        blocks = torch.arange(self.num_blocks, device=scores.device)
+        own = torch.arange(start, stop, device=scores.device).unsqueeze(1) // rule.block_size
+        forced = (blocks < rule.forced_first_blocks) | (blocks > own - rule.forced_recent_blocks)
+        scores = scores.masked_fill(forced, torch.inf)
+        # Last, so that neither a forced block nor a NaN ever selects what lies in the future.
+        scores = scores.masked_fill(blocks > own, -torch.inf)
+        self.block_indices[:, :, start:stop] = block_topk(scores, rule.num_selected)

@@ -1,0 +1,88 @@
+"""Checks of what callers pass in: each raises ValueError with what, got and expected.
+
+Shapes: B batch, S sequence, HQ query heads, HKV KV groups, D query/key head dim, DV value head
+dim, N blocks, K selected.
+"""
+
+import torch
+from torch import Tensor
+
+
+def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """query [B,S,HQ,D], key [B,S,HKV,D], value [B,S,HKV,DV]: one float dtype, one device."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() != 4 or 0 in tensor.shape:
+            raise ValueError(
+                f"{name}: got shape {_shape(tensor)}, expected [batch, sequence, heads, head dim]"
+                " with every size at least 1"
+            )
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name}: got dtype {tensor.dtype}, expected a float dtype")
+        if tensor.dtype != query.dtype or tensor.device != query.device:
+            raise ValueError(
+                f"{name}: got {tensor.dtype} on {tensor.device}, expected the query's"
+                f" {query.dtype} on {query.device}"
+            )
+    batch, length, heads, head_dim = query.shape
+    groups = key.shape[2]
+    if key.shape != (batch, length, groups, head_dim):
+        raise ValueError(
+            f"key: got shape {_shape(key)}, expected [{batch}, {length}, groups, {head_dim}]"
+            f" to match the query {_shape(query)}"
+        )
+    if value.shape[:3] != key.shape[:3]:
+        raise ValueError(
+            f"value: got shape {_shape(value)}, expected [{batch}, {length}, {groups}, any]"
+            f" to match the key {_shape(key)}"
+        )
+    if heads % groups:
+        raise ValueError(
+            f"query heads: got {heads} for {groups} KV groups, expected a multiple of {groups}"
+        )
+
+
+def check_at_least(minimum: int, **numbers: int) -> None:
+    """Every keyword's number must be an integer >= ``minimum``."""
+    for name, number in numbers.items():
+        if isinstance(number, bool) or not isinstance(number, int) or number < minimum:
+            raise ValueError(f"{name}: got {number!r}, expected an integer of at least {minimum}")
+
+
+def check_sink(sink: Tensor | None, query: Tensor) -> None:
+    """One logit per query head, [HQ], any float dtype, on the query's device."""
+    if sink is None:
+        return
+    heads = query.shape[2]
+    if sink.shape != (heads,):
+        raise ValueError(f"sink: got shape {_shape(sink)}, expected [{heads}], one per query head")
+    if not sink.is_floating_point() or sink.device != query.device:
+        raise ValueError(
+            f"sink: got {sink.dtype} on {sink.device}, expected a float dtype on {query.device}"
+        )
+
+
+def check_block_indices(block_indices: Tensor, key: Tensor, block_size: int) -> None:
+    """int32 [B, HKV, S, K] with ids below N; the ids are read only where that is free (on CPU)."""
+    batch, length, groups, _ = key.shape
+    if block_indices.dtype != torch.int32:
+        raise ValueError(f"block_indices: got dtype {block_indices.dtype}, expected torch.int32")
+    if block_indices.dim() != 4 or block_indices.shape[:3] != (batch, groups, length):
+        raise ValueError(
+            f"block_indices: got shape {_shape(block_indices)}, expected"
+            f" [{batch}, {groups}, {length}, selected] = [batch, KV groups, sequence, selected]"
+        )
+    if block_indices.device != key.device:
+        raise ValueError(f"block_indices: got {block_indices.device}, expected {key.device}")
+    num_blocks = -(-length // block_size)
+    if block_indices.device.type == "cpu" and block_indices.numel():
+        largest = int(block_indices.max())
+        if largest >= num_blocks:
+            raise ValueError(
+                f"block_indices: got block {largest}, expected ids below {num_blocks}"
+                f" ({length} tokens in blocks of {block_size}); was the block size another one"
+                " when they were selected?"
+            )
+
+
+def _shape(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)

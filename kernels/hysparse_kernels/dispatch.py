@@ -1,0 +1,250 @@
+"""The public operations: arguments checked, backend chosen, work handed to it.
+
+Shapes: B batch, S sequence, HQ query heads, HKV KV groups, G = HQ // HKV heads per group (head h
+belongs to group h // G), D query/key head dim, DV value head dim (may differ from D),
+N = ceil(S / block_size) blocks, K selected. P1 = HySparse, arXiv 2602.03560.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hysparse_kernels import reference
+from hysparse_kernels.arguments import (
+    check_at_least,
+    check_block_indices,
+    check_qkv,
+    check_sink,
+)
+from hysparse_kernels.reference import OracleOutput, ReduceScores
+
+BACKENDS = ("auto", "reference", "triton")
+_NO_TRITON = "this version of hysparse_kernels has no Triton kernels"
+
+
+class BackendUnavailable(RuntimeError):
+    """The backend that was asked for by name cannot be used here; the message says why."""
+
+
+class BackendChoice(NamedTuple):
+    """``name`` of the backend that will run and, for the log, the ``reason`` it was picked."""
+
+    name: Literal["reference"]
+    reason: str
+
+
+def resolve_backend(backend: str, device: torch.device | str) -> BackendChoice:
+    """Which backend ``backend`` (auto, reference or triton) means for tensors on ``device``.
+
+    Raises:
+        ValueError: ``backend`` is none of the three.
+        BackendUnavailable: ``backend`` is "triton".
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(BACKENDS)}")
+    if backend == "triton":
+        raise BackendUnavailable(
+            f"backend 'triton' was asked for, but {_NO_TRITON}; use 'auto' or 'reference'"
+        )
+    if backend == "reference":
+        return BackendChoice("reference", "asked for by name")
+    return BackendChoice("reference", f"plain PyTorch on {torch.device(device).type}: {_NO_TRITON}")
+
+
+def oracle_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    block_size: int,
+    num_selected: int,
+    softmax_scale: float | None = None,
+    reduce_scores: ReduceScores | None = None,
+    forced_first_blocks: int = 0,
+    forced_recent_blocks: int = 0,
+    select: bool = True,
+    query_chunk: int = 256,
+    backend: str = "auto",
+) -> OracleOutput:
+    """Causal attention (P1 Eq. 2) that also selects K blocks per token and KV group (P1 Eq. 3).
+
+    A block's score is the largest softmax probability among its visible keys, then the max over
+    the G heads of the group, which therefore share the selection. It is ranked as the logarithm:
+    max over heads of (largest scaled logit of the block - lse of the head). Line 16 of P1's
+    Algorithm 1 lacks the exp of Eq. 3 and would rank differently between heads; Eq. 3 is followed.
+
+    A block that starts after the query is never selected; the query's own partial block competes
+    like any other; the lowest id wins a tie. The selection carries no gradient, and backward never
+    repeats it.
+
+    Args:
+        query: [B, S, HQ, D], any strides; key, value and it share one float dtype and device.
+        key: [B, S, HKV, D].
+        value: [B, S, HKV, DV].
+        block_size: tokens per block.
+        num_selected: K, blocks selected per token and group; may exceed N.
+        softmax_scale: factor on query . key, default D ** -0.5.
+        reduce_scores: gets the log scores [B, HKV, C, N] of each chunk of C queries (-inf where a
+            block is invisible) and returns as many: a MAX all-reduce over the ranks that hold
+            different query heads of the same group. Called once per chunk in increasing order.
+        forced_first_blocks: this many first blocks are always selected when visible. P1: none.
+        forced_recent_blocks: likewise the most recent ones, the own block counting as the first.
+        select: False computes the attention alone (a recompute of what was selected before);
+            block_indices is then None and reduce_scores is not called.
+        query_chunk: C, queries worked on at a time; memory grows with C x S.
+        backend: see ``resolve_backend``.
+
+    Returns:
+        ``OracleOutput(output [B, S, HQ, DV], lse [B, HQ, S], block_indices int32 [B, HKV, S, K])``.
+
+    Raises:
+        ValueError: shapes, dtypes or numbers that do not fit, or more forced blocks than K.
+        BackendUnavailable: the backend cannot be used.
+    """
+    check_qkv(query, key, value)
+    check_at_least(1, block_size=block_size, num_selected=num_selected, query_chunk=query_chunk)
+    check_at_least(
+        0, forced_first_blocks=forced_first_blocks, forced_recent_blocks=forced_recent_blocks
+    )
+    if forced_first_blocks + forced_recent_blocks > num_selected:
+        raise ValueError(
+            f"forced blocks: got {forced_first_blocks} first and {forced_recent_blocks} recent,"
+            f" expected at most num_selected = {num_selected} together"
+        )
+    resolve_backend(backend, query.device)
+    return reference.oracle_attention(
+        query,
+        key,
+        value,
+        block_size=block_size,
+        num_selected=num_selected,
+        softmax_scale=softmax_scale,
+        reduce_scores=reduce_scores,
+        forced_first_blocks=forced_first_blocks,
+        forced_recent_blocks=forced_recent_blocks,
+        select=select,
+        query_chunk=query_chunk,
+    )
+
+
+def block_topk(scores: Tensor, num_selected: int, *, backend: str = "auto") -> Tensor:
+    """The ``num_selected`` best blocks of every row of scores, exact and bitwise repeatable.
+
+    Args:
+        scores: [..., N], any float dtype; -inf marks a block that may not be selected.
+        num_selected: K, in blocks; may exceed N.
+        backend: see ``resolve_backend``.
+
+    Returns:
+        int32 [..., K]: ids ascending, -1 padding last. The lowest id wins a tie.
+
+    Raises:
+        ValueError: scores are not float or have no N, or K < 1.
+        BackendUnavailable: the backend cannot be used.
+    """
+    if scores.dim() < 1 or scores.shape[-1] < 1 or not scores.is_floating_point():
+        raise ValueError(
+            f"scores: got {scores.dtype} {list(scores.shape)}, expected a float [..., blocks]"
+        )
+    check_at_least(1, num_selected=num_selected)
+    resolve_backend(backend, scores.device)
+    return reference.block_topk(scores, num_selected)
+
+
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_indices: Tensor,
+    *,
+    block_size: int,
+    sink: Tensor | None = None,
+    softmax_scale: float | None = None,
+    query_chunk: int = 256,
+    backend: str = "auto",
+) -> Tensor:
+    """Causal attention to the tokens of the selected blocks only (P1 Eq. 6-7).
+
+    Args:
+        query: [B, S, HQ, D], any strides; key, value and it share one float dtype and device.
+        key: [B, S, HKV, D], the oracle layer's.
+        value: [B, S, HKV, DV], the oracle layer's.
+        block_indices: int32 [B, HKV, S, K] in any order; -1 is no block, an id that stands twice
+            counts once, and tokens after the query stay hidden in whatever block.
+        block_size: tokens per block, the one the selection was made with.
+        sink: [HQ], one more logit per head that enters the denominator only. None: no sink.
+        softmax_scale: factor on query . key, default D ** -0.5.
+        query_chunk: C, queries worked on at a time; memory grows with C x S.
+        backend: see ``resolve_backend``.
+
+    Returns:
+        [B, S, HQ, DV] in the query's dtype; 0 where a row sees no key. Keys and values of blocks
+        that no row selected get a gradient of exactly zero.
+
+    Raises:
+        ValueError: shapes, dtypes or numbers that do not fit.
+        BackendUnavailable: the backend cannot be used.
+    """
+    check_qkv(query, key, value)
+    check_at_least(1, block_size=block_size, query_chunk=query_chunk)
+    check_block_indices(block_indices, key, block_size)
+    check_sink(sink, query)
+    resolve_backend(backend, query.device)
+    return reference.block_sparse_attention(
+        query,
+        key,
+        value,
+        block_indices,
+        block_size=block_size,
+        sink=sink,
+        softmax_scale=softmax_scale,
+        query_chunk=query_chunk,
+    )
+
+
+def sliding_window_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    window: int,
+    sink: Tensor | None = None,
+    softmax_scale: float | None = None,
+    query_chunk: int = 256,
+    backend: str = "auto",
+) -> Tensor:
+    """Causal attention to the last ``window`` tokens, the own one included (P1 Eq. 5).
+
+    Query t sees keys j with t - window < j <= t.
+
+    Args:
+        query: [B, S, HQ, D], any strides; key, value and it share one float dtype and device.
+        key: [B, S, HKV, D].
+        value: [B, S, HKV, DV].
+        window: in tokens; may exceed S.
+        sink: [HQ], one more logit per head that enters the denominator only. None: no sink.
+        softmax_scale: factor on query . key, default D ** -0.5.
+        query_chunk: C, queries worked on at a time; memory grows with C x (C + window).
+        backend: see ``resolve_backend``.
+
+    Returns:
+        [B, S, HQ, DV] in the query's dtype.
+
+    Raises:
+        ValueError: shapes, dtypes or numbers that do not fit.
+        BackendUnavailable: the backend cannot be used.
+    """
+    check_qkv(query, key, value)
+    check_at_least(1, window=window, query_chunk=query_chunk)
+    check_sink(sink, query)
+    resolve_backend(backend, query.device)
+    return reference.sliding_window_attention(
+        query,
+        key,
+        value,
+        window=window,
+        sink=sink,
+        softmax_scale=softmax_scale,
+        query_chunk=query_chunk,
+    )

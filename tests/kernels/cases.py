@@ -1,0 +1,75 @@
+"""Random problems for the kernel tests.
+
+Shapes: B batch, S sequence, HQ query heads, HKV KV groups, D query/key head dim, DV value head
+dim, K selected.
+"""
+
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Case:
+    batch: int
+    length: int
+    heads: int
+    groups: int
+    head_dim: int
+    value_dim: int
+    block_size: int
+    num_selected: int
+    window: int
+    query_chunk: int
+    softmax_scale: float | None
+
+
+def random_case(rng: random.Random) -> Case:
+    groups = rng.choice([1, 1, 2, 3])
+    heads_per_group = rng.choice([1, 2, 3, 4, 8] if groups == 1 else [1, 2, 3, 4])
+    length = rng.choice([1, 2, rng.randint(3, 10), rng.randint(11, 40)])
+    head_dim = rng.choice([1, 4, 5, 8, 16])
+    return Case(
+        batch=rng.choice([1, 1, 2]),
+        length=length,
+        heads=groups * heads_per_group,
+        groups=groups,
+        head_dim=head_dim,
+        value_dim=rng.choice([head_dim, 3, 8]),
+        block_size=rng.choice([1, 2, 3, 4, 5, 8, 64]),
+        num_selected=rng.randint(1, 6),
+        window=rng.choice([1, 2, rng.randint(1, length), length + 3]),
+        query_chunk=rng.choice([1, 3, 7, 16, 256]),
+        softmax_scale=rng.choice([None, 0.3]),
+    )
+
+
+def random_qkv(
+    case: Case, dtype: torch.dtype = torch.float64, sharpness: float = 1.5
+) -> tuple[Tensor, Tensor, Tensor]:
+    query = torch.randn(case.batch, case.length, case.heads, case.head_dim, dtype=torch.float64)
+    key = torch.randn(case.batch, case.length, case.groups, case.head_dim, dtype=torch.float64)
+    value = torch.randn(case.batch, case.length, case.groups, case.value_dim, dtype=torch.float64)
+    query = query * sharpness
+    return tuple(x.to(dtype).requires_grad_() for x in (query, key, value))  # type: ignore[return-value]
+
+
+def random_indices(case: Case, rng: random.Random) -> Tensor:
+    """int32 [B, HKV, S, K] in any order: duplicates, gaps and blocks of the future included."""
+    num_blocks = -(-case.length // case.block_size)
+    ids = [
+        rng.randrange(-1, num_blocks)
+        for _ in range(case.batch * case.groups * case.length * case.num_selected)
+    ]
+    shape = (case.batch, case.groups, case.length, case.num_selected)
+    return torch.tensor(ids, dtype=torch.int32).view(shape)
+
+
+def gradients(output: Tensor, inputs: tuple[Tensor, ...], weight: Tensor) -> tuple[Tensor, ...]:
+    """d(sum of output * weight) / d inputs; zero where an input is not reached."""
+    found = torch.autograd.grad(
+        (output.double() * weight).sum(), inputs, allow_unused=True, materialize_grads=True
+    )
+    return tuple(found)

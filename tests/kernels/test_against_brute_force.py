@@ -1,0 +1,151 @@
+"""The three operations on random problems: outputs, selections and gradients, in fp64."""
+
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+from hysparse_kernels import block_sparse_attention, oracle_attention, sliding_window_attention
+from torch import Tensor
+
+from tests.kernels import brute_force
+from tests.kernels.cases import Case, gradients, random_case, random_indices, random_qkv
+
+TRIALS = range(12)
+
+
+def assert_same(actual: Tensor, expected: Tensor, inputs: tuple[Tensor, ...]) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+    weight = torch.randn_like(expected)
+    names = ("query", "key", "value", "sink")
+    actual_grads = gradients(actual, inputs, weight)
+    expected_grads = gradients(expected, inputs, weight)
+    for name, got, wanted in zip(names, actual_grads, expected_grads, strict=False):
+        torch.testing.assert_close(
+            got, wanted, rtol=1e-9, atol=1e-11, msg=lambda text, n=name: f"gradient of {n}: {text}"
+        )
+
+
+def random_sink(case: Case, rng: random.Random) -> Tensor | None:
+    if rng.random() < 0.3:
+        return None
+    return torch.randn(case.heads, dtype=torch.float64).mul_(2.0).requires_grad_()
+
+
+@pytest.mark.parametrize("trial", TRIALS)
+def test_oracle_attention(trial: int, rng: random.Random) -> None:
+    case = random_case(rng)
+    print(case)
+    query, key, value = random_qkv(case)
+    forced_first = rng.randint(0, min(1, case.num_selected))
+    forced_recent = rng.randint(0, min(2, case.num_selected - forced_first))
+    result = oracle_attention(
+        query,
+        key,
+        value,
+        block_size=case.block_size,
+        num_selected=case.num_selected,
+        softmax_scale=case.softmax_scale,
+        forced_first_blocks=forced_first,
+        forced_recent_blocks=forced_recent,
+        query_chunk=case.query_chunk,
+    )
+    scale = case.softmax_scale
+    expected = brute_force.attend(query, key, value, brute_force.causal, scale=scale)
+    assert_same(result.output, expected, (query, key, value))
+    torch.testing.assert_close(result.lse, brute_force.log_sum_exp(query, key, scale))
+    selected = brute_force.select(
+        query, key, case.block_size, case.num_selected, scale, forced_first, forced_recent
+    )
+    assert torch.equal(result.block_indices, selected)
+    assert result.block_indices.dtype == torch.int32
+
+
+@pytest.mark.parametrize("trial", TRIALS)
+def test_block_sparse_attention(trial: int, rng: random.Random) -> None:
+    case = random_case(rng)
+    print(case)
+    query, key, value = random_qkv(case)
+    sink = random_sink(case, rng)
+    block_indices = random_indices(case, rng)
+    actual = block_sparse_attention(
+        query,
+        key,
+        value,
+        block_indices,
+        block_size=case.block_size,
+        sink=sink,
+        softmax_scale=case.softmax_scale,
+        query_chunk=case.query_chunk,
+    )
+    visible = brute_force.selected_tokens(block_indices, case.block_size)
+    expected = brute_force.attend(query, key, value, visible, sink, case.softmax_scale)
+    inputs = (query, key, value) if sink is None else (query, key, value, sink)
+    assert_same(actual, expected, inputs)
+
+
+@pytest.mark.parametrize("trial", TRIALS)
+def test_sliding_window_attention(trial: int, rng: random.Random) -> None:
+    case = random_case(rng)
+    print(case)
+    query, key, value = random_qkv(case)
+    sink = random_sink(case, rng)
+    actual = sliding_window_attention(
+        query,
+        key,
+        value,
+        window=case.window,
+        sink=sink,
+        softmax_scale=case.softmax_scale,
+        query_chunk=case.query_chunk,
+    )
+    visible = brute_force.last_tokens(case.window)
+    expected = brute_force.attend(query, key, value, visible, sink, case.softmax_scale)
+    inputs = (query, key, value) if sink is None else (query, key, value, sink)
+    assert_same(actual, expected, inputs)
+
+
+def operations(
+    case: Case, rng: random.Random
+) -> dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]]:
+    indices = random_indices(case, rng)
+    size, chunk = case.block_size, case.query_chunk
+    return {
+        "oracle": lambda q, k, v, s: (
+            oracle_attention(q, k, v, block_size=size, num_selected=2, query_chunk=chunk).output
+        ),
+        "block_sparse": lambda q, k, v, s: block_sparse_attention(
+            q, k, v, indices, block_size=size, sink=s, query_chunk=chunk
+        ),
+        "window": lambda q, k, v, s: sliding_window_attention(
+            q, k, v, window=3, sink=s, query_chunk=chunk
+        ),
+    }
+
+
+@pytest.mark.parametrize("operation", ["oracle", "block_sparse", "window"])
+def test_gradcheck(operation: str, rng: random.Random) -> None:
+    case = Case(2, 7, 4, 2, 3, 2, 3, 2, 3, 4, None)
+    query, key, value = random_qkv(case)
+    sink = torch.randn(case.heads, dtype=torch.float64, requires_grad=True)
+    attend = operations(case, rng)[operation]
+    assert torch.autograd.gradcheck(attend, (query, key, value, sink))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("operation", ["oracle", "block_sparse", "window"])
+def test_low_precision_inputs(operation: str, dtype: torch.dtype, rng: random.Random) -> None:
+    case = Case(1, 33, 4, 2, 16, 8, 4, 3, 3, 8, None)
+    low = random_qkv(case, dtype, sharpness=1.0)
+    exact = tuple(x.detach().double().requires_grad_() for x in low)
+    sink = torch.randn(case.heads, dtype=torch.float32)
+    attend = operations(case, rng)[operation]
+    actual, expected = attend(*low, sink), attend(*exact, sink)
+    assert actual.dtype == dtype
+    tolerance = 1e-5 if dtype == torch.float32 else 8e-3
+    torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
+    weight = torch.randn_like(expected).to(dtype).double()
+    pairs = zip(gradients(actual, low, weight), gradients(expected, exact, weight), strict=True)
+    for got, wanted in pairs:
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.double(), wanted, rtol=tolerance, atol=tolerance)

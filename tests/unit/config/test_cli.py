@@ -1,0 +1,51 @@
+"""The command line."""
+
+from pathlib import Path
+
+import pytest
+
+from hysparse_megatron.config.cli import Arguments, load, parse_arguments
+from hysparse_megatron.config.compose import compose
+from hysparse_megatron.config.frozen import freeze
+from hysparse_megatron.errors import ConfigError
+
+
+def test_overrides_and_flags_in_any_order() -> None:
+    found = parse_arguments(["a=1", "--cfg", "job", "~b", "--resolve", "+c=2"])
+    assert found == Arguments(["a=1", "~b", "+c=2"], None, show=True)
+    assert parse_arguments([]) == Arguments([], None, show=False)
+
+
+def test_a_frozen_file(tmp_path: Path) -> None:
+    config = compose(["train.steps=3"])
+    freeze(config, tmp_path)
+    assert load(parse_arguments(["--config", str(tmp_path / "config.yaml")])) == config
+    assert load(parse_arguments(["train.steps=3"])) == config
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["-m", "train.seed=1,2"], "one job per point"),
+        (["--multirun", "train.seed=1,2"], "one job per point"),
+        (["--config", "x.yaml", "a=1"], "leave out a=1"),
+        (["--cfg", "all"], "--cfg"),
+        (["--stepz"], "--stepz"),
+        (["--config"], "--config"),
+        (["steps"], "key=value"),
+    ],
+)
+def test_wrong_command_lines(argv: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_arguments(argv)
+    assert message in str(caught.value)
+
+
+def test_help_lists_groups_and_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        parse_arguments(["--help"])
+    assert left.value.code == 0
+    text = capsys.readouterr().out
+    for expected in ("tiny_hysparse", "quickstart", "--config", "exit codes", "pre-empted"):
+        assert expected in text
+    assert "schema" not in text

@@ -1,0 +1,182 @@
+"""Composing presets and overrides, and refusing wrong ones by name."""
+
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hysparse_megatron.config import compose as compose_module
+from hysparse_megatron.config.compose import (
+    GROUPS,
+    SECTIONS,
+    compose,
+    config_directory,
+    group_options,
+)
+from hysparse_megatron.config.schema import Precision, Schedule, TrackingMode
+from hysparse_megatron.config.validate import validate
+from hysparse_megatron.errors import ConfigError
+from hysparse_megatron.layout import live_oracle, parse_layout, stage_layers
+
+PRESETS = [(group, option) for group in GROUPS for option in group_options(group)]
+
+
+def test_every_group_has_a_preset() -> None:
+    assert {group for group, _ in PRESETS} == {*SECTIONS, "experiment"}
+
+
+@pytest.mark.parametrize(("group", "option"), PRESETS)
+def test_every_preset_composes_and_is_valid(group: str, option: str) -> None:
+    config = compose([f"{group}={option}"])
+    parallel = config.parallel
+    ranks = parallel.tp * parallel.pp
+    assert validate(config, world_size=ranks) == []
+
+
+def test_defaults() -> None:
+    config = compose([])
+    assert (config.name, config.run_dir) == ("run", "runs/run")
+    assert config.run_path == Path("runs/run")
+    assert config.tracking.mode is TrackingMode.off
+    assert config.model.rotary_dim == config.model.value_dim == config.model.head_dim
+    optim = config.optim
+    assert (optim.beta1, optim.beta2, optim.epsilon) == (0.9, 0.95, 1e-10)
+    assert (optim.weight_decay, optim.clip_grad) == (0.1, 1.0)
+
+
+def test_decay_defaults() -> None:
+    optim = replace(compose([]).optim, warmup_steps=10, decay_steps=None)
+    assert optim.num_decay_steps(200) == 20
+    assert replace(optim, schedule=Schedule.cosine).num_decay_steps(200) == 190
+    assert replace(optim, schedule=Schedule.constant).num_decay_steps(200) == 0
+    assert replace(optim, decay_steps=7).num_decay_steps(200) == 7
+
+
+@pytest.mark.parametrize("baseline", ["tiny_full", "tiny_hybrid_swa"])
+def test_baselines_differ_only_in_layout(baseline: str) -> None:
+    ours, theirs = compose(["model=tiny_hysparse"]), compose([f"model={baseline}"])
+    assert ours.model.layout != theirs.model.layout
+    assert replace(theirs, model=replace(theirs.model, layout=ours.model.layout)) == ours
+    layers = {parse_layout(config.model.layout).num_layers for config in (ours, theirs)}
+    assert layers == {9}
+
+
+def test_tiny_models_are_sparse_at_their_sequence_length() -> None:
+    config = compose([])
+    model, seq_length = config.model, config.train.seq_length
+    assert model.block_size * model.num_selected_blocks <= seq_length / 4
+    assert model.window <= seq_length / 8
+
+
+def test_quickstart_cuts_inside_the_second_block() -> None:
+    config = compose(["experiment=quickstart"])
+    layout = parse_layout(config.model.layout)
+    stages = stage_layers(layout, config.parallel.pp)
+    assert (config.parallel.tp, config.parallel.pp) == (2, 2)
+    assert config.parallel.sequence_parallel
+    assert live_oracle(layout, stages[1].start) == 4
+    assert layout.layers == parse_layout(compose([]).model.layout).layers
+
+
+def test_overrides_win_over_presets() -> None:
+    config = compose(
+        ["experiment=quickstart", "train.precision=bf16", "name=other", "++train.steps=7"]
+    )
+    assert config.train.precision is Precision.bf16
+    assert config.train.steps == 7
+    assert config.run_dir == "runs/other"
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["model.layout=2*(F 3*S) F", "model.layout='2*(F 3*S) F'", '++model.layout="2*(F 3*S) F"'],
+)
+def test_a_layout_needs_no_quotes_of_its_own(override: str) -> None:
+    assert compose([override]).model.layout == "2*(F 3*S) F"
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "got", "allowed"),
+    [
+        ("train.stepz=3", "train.stepz", "unknown key", "did you mean steps?"),
+        ("+train.foo=3", "train.foo", "unknown key", "global_batch_size"),
+        ("+foo=3", "foo", "unknown key", "run_dir"),
+        ("mdl=tiny_full", "mdl", "unknown key", "did you mean model?"),
+        ("train.steps.x=3", "train.steps.x", "unknown key", "train.steps is an integer"),
+        ("+train.steps=3", "train.steps", "a + before", "train.steps=3, without"),
+        ("~train.foo", "train.foo", "unknown key", "steps"),
+        ("~train.steps", "train.steps", "a deletion", "an integer"),
+        ("train.steps=many", "train.steps", "many", "an integer"),
+        ("train.steps=null", "train.steps", "null", "an integer"),
+        ("train.steps=1.5", "train.steps", "1.5", "an integer"),
+        ("parallel.vpp=x", "parallel.vpp", "x", "an integer or null"),
+        ("optim.beta1=x", "optim.beta1", "x", "a number"),
+        ("checkpoint.resume=7x", "checkpoint.resume", "7x", "true or false"),
+        ("train.precision=fp8", "train.precision", "fp8", "one of fp32, bf16"),
+        ("model.gate=token", "model.gate", "token", "one of head, channel"),
+        ("model=huge", "model", "huge", "one of tiny_full, tiny_hybrid_swa, tiny_hysparse"),
+        ("experiment=none", "experiment", "none", "quickstart"),
+        ("train=5", "train", "5", "one of default"),
+        ("a b", "a b", "unreadable override", "key=value"),
+        ("name=[x", "name=[x", "unreadable override", "key=value"),
+        ("hydra.run.dir=x", "hydra.run.dir", "Hydra itself", "run_dir"),
+    ],
+)
+def test_a_wrong_override_is_named(override: str, key: str, got: str, allowed: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose([override])
+    (problem,) = caught.value.problems
+    assert problem.key == key
+    assert got in problem.got
+    assert allowed in problem.allowed
+    assert all(text in str(caught.value) for text in (key, got, allowed))
+
+
+def test_all_wrong_overrides_are_listed() -> None:
+    bad = ["train.steps=x", "optim.betas=1", "train.precision=fp8", "model=huge", "+foo=1"]
+    with pytest.raises(ConfigError) as caught:
+        compose([*bad, "train.seed=3"])
+    keys = [problem.key for problem in caught.value.problems]
+    assert keys == ["train.steps", "optim.betas", "train.precision", "model", "foo"]
+    assert str(caught.value).startswith("5 problems")
+
+
+def test_local_settings_are_between_presets_and_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conf = shutil.copytree(config_directory(), tmp_path / "conf")
+    (conf / "local").mkdir(exist_ok=True)
+    local = conf / "local" / "local.yaml"
+    local.write_text("train: {steps: 11, seed: 5}\ntracking: {mode: 'off'}\n")
+    monkeypatch.setattr(compose_module, "config_directory", lambda: conf)
+    train = compose(["experiment=quickstart", "train.seed=6"]).train
+    assert (train.steps, train.seed) == (11, 6)
+    for text, told in (
+        ("train: {stepz: 11}\n", "stepz"),
+        ("tracking: {mode: off}\n", "'False', expected one of .off"),
+        ("train: {steps: 11\n", "local.yaml"),
+    ):
+        local.write_text(text)
+        with pytest.raises(ConfigError, match=f"a file under .*local.*{told}"):
+            compose(["train.seed=6"])
+
+
+def test_composing_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    compose(["experiment=quickstart"])
+    assert list(tmp_path.iterdir()) == []
+    assert Path.cwd() == tmp_path
+
+
+def test_a_bad_configuration_is_found_without_loading_torch() -> None:
+    code = (
+        "import sys, hysparse_megatron.layout\n"
+        "from hysparse_megatron.config import cli, validate\n"
+        "validate.validate(cli.load(cli.parse_arguments(['train.steps=0'])), world_size=1)\n"
+        "print([name for name in ('torch', 'megatron', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert done.stdout.strip() == "[]", done.stderr

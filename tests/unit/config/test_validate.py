@@ -1,0 +1,192 @@
+"""Every rule refuses what it should, names the key, and none hides another."""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hysparse_megatron.config import validate as rules
+from hysparse_megatron.config.compose import compose
+from hysparse_megatron.config.schema import Backend, Config, Schedule, TrackingMode
+from hysparse_megatron.config.validate import check, validate
+from hysparse_megatron.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def base() -> Config:
+    return compose(["experiment=quickstart"])
+
+
+def changed(config: Config, settings: dict[str, Any]) -> Config:
+    for key, value in settings.items():
+        section, _, name = key.rpartition(".")
+        if section:
+            value = replace(getattr(config, section), **{name: value})
+            name = section
+        config = replace(config, **{name: value})
+    return config
+
+
+def test_the_base_is_valid_on_more_ranks_too(base: Config) -> None:
+    for world_size in (4, 8, 16):
+        assert validate(base, world_size=world_size) == []
+    check(base, 4)
+
+
+BAD: list[tuple[dict[str, Any], str, str, str]] = [
+    # settings, key, part of got, part of allowed
+    ({"model.hidden_size": 0}, "model.hidden_size", "0", "at least 1"),
+    ({"train.steps": -1}, "train.steps", "-1", "at least 1"),
+    ({"train.seq_length": 1}, "train.seq_length", "1", "at least 2"),
+    ({"model.vocab_size": 0}, "model.vocab_size", "0", "at least 1"),
+    ({"model.window": 0}, "model.window", "0", "at least 1"),
+    ({"checkpoint.interval": 0}, "checkpoint.interval", "0", "at least 1"),
+    ({"checkpoint.keep": -1}, "checkpoint.keep", "-1", "at least 0"),
+    ({"train.eval_batches": 0}, "train.eval_batches", "0", "at least 1"),
+    ({"optim.learning_rate": 0.0}, "optim.learning_rate", "0.0", "above 0"),
+    ({"optim.learning_rate": float("nan")}, "optim.learning_rate", "nan", "above 0"),
+    ({"optim.clip_grad": float("inf")}, "optim.clip_grad", "inf", "at least 0"),
+    ({"optim.beta2": 1.0}, "optim.beta2", "1.0", "below 1"),
+    ({"model.hidden_dropout": -0.1}, "model.hidden_dropout", "-0.1", "at least 0"),
+    ({"data.validation_fraction": 1.0}, "data.validation_fraction", "1.0", "below 1"),
+    ({"name": "a/b"}, "name", "a/b", "letters"),
+    ({"model.layout": "F 3*x"}, "model.layout", "F 3*x", "unknown layer 'x'"),
+    ({"model.layout": "F|S|S"}, "model.layout", "F|S|S", "parallel.pp = 2"),
+    ({"model.layout": "F"}, "model.layout", "F", "1 layers cannot fill 2"),
+    ({"model.num_attention_heads": 5}, "model.num_attention_heads", "5", "parallel.tp = 2"),
+    ({"model.num_query_groups": 3}, "model.num_query_groups", "3", "divisor of parallel.tp = 2"),
+    (
+        {"model.num_query_groups": 8},
+        "model.num_attention_heads",
+        "4",
+        "model.num_query_groups = 8",
+    ),
+    (
+        {"model.num_query_groups": 1, "model.value_head_dim": 33},
+        "model.value_head_dim",
+        "33",
+        "parallel.tp = 2",
+    ),
+    ({"model.ffn_hidden_size": 351}, "model.ffn_hidden_size", "351", "parallel.tp = 2"),
+    ({"model.rotary_fraction": 1.5}, "model.rotary_fraction", "1.5", "at most 1"),
+    ({"model.rotary_fraction": 0.1}, "model.rotary_fraction", "3.2 of 32", "even number"),
+    ({"model.block_size": 513}, "model.block_size", "513", "train.seq_length = 512"),
+    (
+        {"model.forced_first_blocks": 5, "model.forced_recent_blocks": 4},
+        "model.forced_first_blocks",
+        "5 + 4",
+        "model.num_selected_blocks = 8",
+    ),
+    ({"parallel.cp": 2}, "parallel.cp", "2", "not supported yet"),
+    ({"parallel.ep": 2}, "parallel.ep", "2", "dense"),
+    ({"parallel.vpp": 1}, "parallel.vpp", "1", "at least 2"),
+    ({"parallel.pp": 1, "parallel.vpp": 2}, "parallel.vpp", "2", "parallel.pp = 1"),
+    ({"parallel.tp": 1}, "parallel.sequence_parallel", "true", "parallel.tp = 1"),
+    ({"train.seq_length": 511}, "train.seq_length", "511", "parallel.tp = 2"),
+    ({"parallel.tp": 3}, "parallel.tp", "= 6 ranks", "world size, which is 4"),
+    ({"train.global_batch_size": 7}, "train.global_batch_size", "7", "micro_batch_size = 2"),
+    (
+        {"parallel.vpp": 2, "train.global_batch_size": 6},
+        "train.global_batch_size",
+        "3 micro-batches",
+        "parallel.pp = 2",
+    ),
+    ({"optim.min_learning_rate": 1.0}, "optim.min_learning_rate", "1.0", "optim.learning_rate"),
+    ({"optim.warmup_steps": 150}, "optim.warmup_steps", "150", "train.steps = 160"),
+    (
+        {"optim.schedule": Schedule.constant, "optim.warmup_steps": 161},
+        "optim.warmup_steps",
+        "161",
+        "train.steps = 160",
+    ),
+    ({"model.backend": Backend.triton}, "model.backend", "triton", "not in this version"),
+    ({"data.path": "/nowhere/text"}, "data.path", "/nowhere/text", "exists"),
+    ({"data.tokenizer": "/nowhere/t"}, "data.tokenizer", "/nowhere/t", "exists"),
+    ({"checkpoint.load": "/nowhere/c"}, "checkpoint.load", "/nowhere/c", "exists"),
+]
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "got", "allowed"), BAD, ids=[" ".join(case[0]) for case in BAD]
+)
+def test_every_rule(
+    base: Config, settings: dict[str, Any], key: str, got: str, allowed: str
+) -> None:
+    problems = validate(changed(base, settings), world_size=4)
+    matching = [problem for problem in problems if problem.key == key and got in problem.got]
+    assert sum(allowed in problem.allowed for problem in matching) == 1
+    with pytest.raises(ConfigError) as caught:
+        check(changed(base, settings), 4)
+    assert caught.value.exit_code == 2
+    assert len(caught.value.problems) == len(problems)
+    message = str(caught.value)
+    assert f"{key}:" in message
+    assert got in message
+    assert allowed in message
+
+
+def test_more_groups_than_fit_are_fine_when_they_are_replicated(base: Config) -> None:
+    one_group = changed(base, {"model.num_query_groups": 1})
+    assert validate(one_group, world_size=4) == []
+
+
+def test_all_problems_at_once_and_quickly(base: Config) -> None:
+    settings = {key: value for case in BAD[:40] for key, value in case[0].items()}
+    settings |= {"parallel.tp": 3, "parallel.pp": 2, "model.layout": "S F"}
+    bad = changed(base, settings)
+    start = time.perf_counter()
+    problems = validate(bad, world_size=4)
+    assert time.perf_counter() - start < 0.5
+    assert len(problems) >= 20
+    with pytest.raises(ConfigError) as caught:
+        check(bad, 4)
+    lines = str(caught.value).splitlines()
+    columns = {line.index(" got ") for line in lines if " got " in line}
+    assert len(columns) == 1
+    for problem in problems:
+        assert sum(line.startswith(f"  {problem.key}:") for line in lines) >= 1
+
+
+def test_the_caret_of_a_layout_stays_under_its_character(base: Config) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check(changed(base, {"model.layout": "F 3*S x"}), 4)
+    lines = str(caught.value).splitlines()
+    shown = next(index for index, line in enumerate(lines) if line.strip() == "F 3*S x")
+    assert lines[shown].index("x") == lines[shown + 1].index("^")
+
+
+@pytest.mark.parametrize("name", ["file", "file/below", "file/far/below"])
+def test_a_run_directory_under_a_file(base: Config, tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("")
+    (problem,) = validate(changed(base, {"run_dir": str(tmp_path / name)}), world_size=4)
+    assert problem.key == "run_dir"
+    assert "file is not a directory" in problem.got
+
+
+def test_a_run_directory_that_cannot_be_written(base: Config) -> None:
+    (problem,) = validate(changed(base, {"run_dir": "/proc/self/run"}), world_size=4)
+    assert problem.key == "run_dir"
+
+
+def test_checking_a_run_directory_leaves_no_trace(base: Config, tmp_path: Path) -> None:
+    assert validate(changed(base, {"run_dir": str(tmp_path / "a" / "b")}), world_size=4) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_prepared_dataset_is_named_by_its_stem(base: Config, tmp_path: Path) -> None:
+    (tmp_path / "corpus.idx").write_bytes(b"")
+    assert validate(changed(base, {"data.path": str(tmp_path / "corpus")}), world_size=4) == []
+
+
+def test_online_tracking_without_a_key_is_a_warning(
+    base: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    online = changed(base, {"tracking.mode": TrackingMode.online})
+    assert validate(online, world_size=4) == []
+    assert len(rules.warnings(online)) == 1
+    monkeypatch.setenv("WANDB_API_KEY", "x")
+    assert rules.warnings(online) == rules.warnings(base) == []

@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hysparse_megatron.data import (
+    BatchSource,
+    PreparedCorpus,
+    TokenSamples,
+    evaluation_batches,
+)
+from hysparse_megatron.data.indexed import IndexedWriter
+from hysparse_megatron.errors import DataError
+
+S = 8
+
+
+def counting_samples(folder: Path, num_tokens: int = 1001, **options: int) -> TokenSamples:
+    """Token t of the stream is t, in documents of 7, so a sample shows its own place."""
+    prefix = str(folder / "counting")
+    writer = IndexedWriter(prefix, 60_000)
+    for start in range(0, num_tokens, 7):
+        writer.add_document(np.arange(start, min(start + 7, num_tokens)))
+    writer.finish()
+    return TokenSamples(prefix, S, **options)
+
+
+def source(samples: TokenSamples, seed: int = 1, **changes: int) -> BatchSource:
+    arguments = {
+        "global_batch_size": 8,
+        "micro_batch_size": 1,
+        "data_parallel_size": 1,
+        "data_parallel_rank": 0,
+    }
+    return BatchSource(samples, seed=seed, fingerprint="f", **{**arguments, **changes})
+
+
+def ids_of(microbatch: dict[str, torch.Tensor]) -> list[int]:
+    return (microbatch["tokens"][:, 0] // S).tolist()
+
+
+def test_samples_cover_the_stream_and_overlap_by_one(tmp_path: Path) -> None:
+    samples = counting_samples(tmp_path)
+    assert samples.num_samples == len(samples) == 125
+    assert samples.num_tokens == 1001
+    for sample_id in (0, 1, 77, 124):
+        sample = samples[sample_id]
+        assert sample.dtype == np.int64
+        assert sample.tolist() == list(range(sample_id * S, sample_id * S + S + 1))
+    assert samples.read([3, 1]).shape == (2, S + 1)
+    for outside in (-1, 125):
+        with pytest.raises(IndexError):
+            samples[outside]
+
+
+def test_one_token_fewer_is_one_sample_fewer(tmp_path: Path) -> None:
+    assert counting_samples(tmp_path, 17).num_samples == 2
+    assert counting_samples(tmp_path, 16).num_samples == 1
+    with pytest.raises(DataError, match=r"counting\.bin: 8 tokens are fewer than one sample of 8"):
+        counting_samples(tmp_path, 8)
+
+
+def test_token_outside_the_vocabulary_is_refused_when_read(tmp_path: Path) -> None:
+    samples = counting_samples(tmp_path, vocab_size=500)
+    samples[61]
+    with pytest.raises(DataError, match=r"counting\.bin: token id 500 at offset 1000 "):
+        samples[62]
+
+
+def test_microbatch_tensors(tmp_path: Path) -> None:
+    samples = counting_samples(tmp_path)
+    batches = source(samples, micro_batch_size=4)
+    microbatches = list(batches.microbatches(3))
+    assert len(microbatches) == batches.num_microbatches == 2
+    assert [i for batch in microbatches for i in ids_of(batch)] == batches.sample_ids(3).tolist()
+    for microbatch in microbatches:
+        assert set(microbatch) == {"tokens", "labels", "loss_mask", "position_ids"}
+        assert all(tensor.shape == (4, S) for tensor in microbatch.values())
+        assert all(tensor.is_contiguous() for tensor in microbatch.values())
+        assert torch.equal(microbatch["labels"], microbatch["tokens"] + 1)
+        assert torch.equal(microbatch["position_ids"], torch.arange(S).repeat(4, 1))
+        assert torch.equal(microbatch["loss_mask"], torch.ones(4, S))
+        types = {name: tensor.dtype for name, tensor in microbatch.items()}
+        assert types.pop("loss_mask") == torch.float32
+        assert set(types.values()) == {torch.int64}
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2])
+@pytest.mark.parametrize("data_parallel_size", [1, 2, 4])
+def test_ids_do_not_depend_on_ranks_or_microbatches(
+    tmp_path: Path, fresh_seed: int, micro_batch_size: int, data_parallel_size: int
+) -> None:
+    samples = counting_samples(tmp_path)
+    expected = source(samples, fresh_seed)
+    ranks = [
+        source(
+            samples,
+            fresh_seed,
+            micro_batch_size=micro_batch_size,
+            data_parallel_size=data_parallel_size,
+            data_parallel_rank=rank,
+        )
+        for rank in range(data_parallel_size)
+    ]
+    for step in (0, 1, 14, 15, 16, 1000):
+        batch_ids = expected.sample_ids(step)
+        seen = np.full(8, -1)
+        for rank, batches in enumerate(ranks):
+            assert np.array_equal(batches.sample_ids(step), batch_ids)
+            for m, microbatch in enumerate(batches.microbatches(step)):
+                first = (m * data_parallel_size + rank) * micro_batch_size
+                seen[first : first + micro_batch_size] = ids_of(microbatch)
+        assert np.array_equal(seen, batch_ids)
+
+
+def test_order_is_one_stream_cut_by_the_global_batch(tmp_path: Path, fresh_seed: int) -> None:
+    """Neither the number of steps nor where a run stops is known to the source."""
+    samples = counting_samples(tmp_path)
+    batches = source(samples, fresh_seed)
+    stream = np.concatenate([batches.sample_ids(step) for step in range(47)])
+    first, second = stream[:125], stream[125:250]
+    assert sorted(first) == sorted(second) == list(range(125))
+    assert not np.array_equal(first, second)
+    resumed = source(samples, fresh_seed)
+    assert np.array_equal(resumed.sample_ids(20), stream[160:168])
+    halves = source(samples, fresh_seed, global_batch_size=4)
+    assert np.array_equal(halves.sample_ids(3), stream[12:16])
+    assert not np.array_equal(source(samples, fresh_seed + 1).sample_ids(0), stream[:8])
+
+
+@pytest.mark.parametrize("data_parallel_size", [1, 2, 4])
+def test_evaluation_is_the_first_samples_in_order(tmp_path: Path, data_parallel_size: int) -> None:
+    samples = counting_samples(tmp_path)
+    seen: list[int] = []
+    for rank in range(data_parallel_size):
+        evaluation = evaluation_batches(
+            samples,
+            num_batches=3,
+            global_batch_size=8,
+            micro_batch_size=2,
+            data_parallel_size=data_parallel_size,
+            data_parallel_rank=rank,
+        )
+        assert evaluation.num_batches == 3
+        for _ in range(2):  # the same at every evaluation
+            once = [
+                ids_of(microbatch)
+                for batch in range(evaluation.num_batches)
+                for microbatch in evaluation.microbatches(batch)
+            ]
+            assert sum(map(len, once)) == 24 // data_parallel_size
+        seen += [i for ids in once for i in ids]
+    assert sorted(seen) == list(range(24))
+    with pytest.raises(IndexError):
+        evaluation.sample_ids(3)
+
+
+def test_evaluation_is_limited_to_the_split(tmp_path: Path) -> None:
+    shape = {"micro_batch_size": 1, "data_parallel_size": 1, "data_parallel_rank": 0}
+    samples = counting_samples(tmp_path)
+    limited = evaluation_batches(samples, num_batches=50, global_batch_size=100, **shape)
+    assert limited.num_batches == 1
+    with pytest.raises(DataError, match="125 samples of 8 tokens, fewer than one global batch"):
+        evaluation_batches(samples, num_batches=1, global_batch_size=126, **shape)
+
+
+def test_prepared_corpus_feeds_batches(shared_corpus: PreparedCorpus) -> None:
+    samples = TokenSamples(shared_corpus.train_prefix, 32, shared_corpus.vocab_size)
+    batches = BatchSource(
+        samples,
+        seed=0,
+        fingerprint=shared_corpus.fingerprint,
+        global_batch_size=4,
+        micro_batch_size=2,
+        data_parallel_size=2,
+        data_parallel_rank=1,
+    )
+    (microbatch,) = batches.microbatches(5)
+    assert torch.equal(microbatch["tokens"][:, 1:], microbatch["labels"][:, :-1])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"micro_batch_size": 3},
+        {"data_parallel_size": 3},
+        {"data_parallel_rank": 1},
+        {"global_batch_size": 0},
+    ],
+)
+def test_impossible_shapes_are_refused(tmp_path: Path, changes: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"divisible|outside|at least"):
+        source(counting_samples(tmp_path), **changes)

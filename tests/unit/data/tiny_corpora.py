@@ -1,0 +1,58 @@
+"""Small corpora for the data tests."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from hysparse_megatron.data import PreparedCorpus, prepare_corpus
+
+WORDS = [
+    "the",
+    "of",
+    "and",
+    "return",
+    "import",
+    "class",
+    "naïve",
+    "東京",
+    "ж",
+    "🙂",
+    "def",
+    "x",
+    "=",
+    "1",
+    "+",
+    "self",
+]
+
+
+def write_json_lines(path: Path, num_documents: int, seed: int = 0, text_key: str = "text") -> Path:
+    """Write documents of 20 to 200 words; document n starts with `n:` so tests can find it."""
+    generator = random.Random(seed)
+    lines = [
+        json.dumps(
+            {
+                text_key: f"{number}: "
+                + " ".join(generator.choices(WORDS, k=generator.randint(20, 200)))
+            }
+        )
+        for number in range(num_documents)
+    ]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def prepare(path: Path | None, cache_dir: Path, **changes: Any) -> PreparedCorpus:
+    """`prepare_corpus` with defaults that suit small corpora."""
+    arguments: dict[str, Any] = {
+        "path": None if path is None else str(path),
+        "cache_dir": str(cache_dir),
+        "tokenizer_path": None,
+        "vocab_size": 300,
+        "validation_fraction": 0.25,
+        "seed": 7,
+    }
+    return prepare_corpus(**{**arguments, **changes})
