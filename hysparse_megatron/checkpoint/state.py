@@ -7,11 +7,13 @@ state of their own.
 
 from __future__ import annotations
 
+import queue
 from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from hysparse_megatron.errors import CheckpointError
 from hysparse_megatron.training.state import TrainingState
@@ -37,6 +39,9 @@ def _model_state(state: TrainingState, metadata: dict[str, Any]) -> dict[str, An
 
 def save_state(state: TrainingState, step: int, directory: Path) -> None:
     """Write model and optimizer into an existing empty directory. Collective."""
+    # megatron-core starts a helper process only to pass on the results of its writers. They write
+    # in this process here, where a plain queue does.
+    filesystem_async._results_queue = queue.Queue()
     metadata = _metadata(state)
     model = _model_state(state, metadata)
     optimizer = state.optimizer.sharded_state_dict(model, is_loading=False, metadata=metadata)

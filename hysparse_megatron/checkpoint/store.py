@@ -17,33 +17,19 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch.distributed as dist
 
 from hysparse_megatron.errors import CheckpointError
+from hysparse_megatron.runtime.agreement import on_rank_zero
 
 MANIFEST = "manifest.json"
-_Result = TypeVar("_Result")
 
 
 def step_directory(checkpoints: Path, step: int) -> Path:
     """Where the checkpoint after `step` steps belongs."""
     return checkpoints / f"step-{step:08d}"
-
-
-def on_rank_zero(action: Callable[[], _Result]) -> _Result:
-    """Run `action` on rank 0; every rank gets its result, or a CheckpointError with its message."""
-    outcome: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = action()
-        except (OSError, CheckpointError) as error:
-            outcome[1] = f"{type(error).__name__}: {error}"
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise CheckpointError(outcome[1])
-    return outcome[0]
 
 
 def write_checkpoint(
@@ -61,7 +47,7 @@ def write_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
 
-    on_rank_zero(prepare)
+    on_rank_zero(prepare, CheckpointError)
     failure = None
     try:
         write(temporary)
@@ -85,7 +71,7 @@ def write_checkpoint(
         os.replace(temporary, final)
         _sync_directory(checkpoints)
 
-    on_rank_zero(publish)
+    on_rank_zero(publish, CheckpointError)
     return final
 
 

@@ -171,8 +171,6 @@ class OptimConfig:
     decay_steps: int | None = None
     """Length of the decay in steps: of the final decay with wsd (null: a tenth of the run), from
     the end of the warm-up with cosine (null: until the end of the run)."""
-    distributed_optimizer: bool = True
-    """Split the optimizer state over the data-parallel ranks; never changes the result."""
 
     def num_decay_steps(self, total_steps: int) -> int:
         """Length of the decay in a run of `total_steps`, with the default resolved."""

@@ -75,8 +75,12 @@ class _Attention(MegatronModule):
         self.k_layernorm: RMSNorm | None = None
         if config.qk_layernorm:
             # megatron-core sums the gradients of parameters with these names over tensor ranks.
-            self.q_layernorm = RMSNorm(config, int(config.kv_channels or 0), config.layernorm_epsilon)
-            self.k_layernorm = RMSNorm(config, int(config.kv_channels or 0), config.layernorm_epsilon)
+            self.q_layernorm = RMSNorm(
+                config, int(config.kv_channels or 0), config.layernorm_epsilon
+            )
+            self.k_layernorm = RMSNorm(
+                config, int(config.kv_channels or 0), config.layernorm_epsilon
+            )
         heads = config.num_attention_heads // config.tensor_model_parallel_size
         self.sink_names = sinks
         for sink in sinks:
@@ -95,9 +99,7 @@ class _Attention(MegatronModule):
         if rotary_pos_emb is None:
             return query, key
         return tuple(  # type: ignore[return-value]
-            apply_rotary_pos_emb(
-                tensor, rotary_pos_emb, config=self.config, cp_group=self.tp_group
-            )
+            apply_rotary_pos_emb(tensor, rotary_pos_emb, config=self.config, cp_group=self.tp_group)
             for tensor in (query, key)
         )
 
@@ -171,7 +173,9 @@ class FullAttention(_Attention):
         self.is_read = config.plan.is_read(layer_number - 1)
         # With fewer KV groups than ranks each rank sees some heads of its group only, and all
         # must agree on the blocks: the scores are reduced over these ranks before the top-k.
-        self.score_group = groups_sharing_a_kv_head(self.tp_group, int(config.num_query_groups or 1))
+        self.score_group = groups_sharing_a_kv_head(
+            self.tp_group, int(config.num_query_groups or 1)
+        )
 
     def forward(
         self,

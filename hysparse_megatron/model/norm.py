@@ -20,6 +20,4 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., C] -> [..., C] in the input's dtype."""
-        return torch.nn.functional.rms_norm(
-            hidden_states, self.weight.shape, self.weight, self.eps
-        )
+        return torch.nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.eps)

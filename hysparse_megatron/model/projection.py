@@ -59,9 +59,7 @@ class GroupedProjection(MegatronModule):
         )
 
     def _group_widths(self) -> list[int]:
-        return [
-            part.width * (self.heads_per_group if part.per_head else 1) for part in self.parts
-        ]
+        return [part.width * (self.heads_per_group if part.per_head else 1) for part in self.parts]
 
     def forward(self, hidden_states: Tensor) -> dict[str, Tensor]:
         """The parts by name: [S, B, heads or groups of this rank, width]."""

@@ -99,7 +99,9 @@ class HySparseStack(MegatronModule):
         """
         if attention_mask is not None or any(value is not None for value in unused.values()):
             given = [name for name, value in unused.items() if value is not None]
-            raise ValueError(f"HySparse layers are causal and take no masks; got {given or 'a mask'}")
+            raise ValueError(
+                f"HySparse layers are causal and take no masks; got {given or 'a mask'}"
+            )
         plan = self.config.plan
         hidden = cast(Tensor, hidden_states if self.pre_process else self.input_tensor)
         self.input_tensor = None
@@ -124,9 +126,7 @@ class HySparseStack(MegatronModule):
             assert shared is not None, "a cut inside a hybrid block has nothing to send"
             return pack(hidden, shared)
         # The schedules free what they have sent, which a view of another tensor would survive.
-        return make_viewless_tensor(
-            inp=hidden, requires_grad=hidden.requires_grad, keep_graph=True
-        )
+        return make_viewless_tensor(inp=hidden, requires_grad=hidden.requires_grad, keep_graph=True)
 
     def _is_needed_after(self, index: int) -> bool:
         layout = self.config.plan.layout

@@ -11,9 +11,7 @@ from hysparse_megatron.config.schema import ParallelConfig
 _sharing: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
 
-def build_process_groups(
-    parallel: ParallelConfig, num_query_groups: int
-) -> ProcessGroupCollection:
+def build_process_groups(parallel: ParallelConfig, num_query_groups: int) -> ProcessGroupCollection:
     """Create all groups of this run; collective over the default group, once per process."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tp,

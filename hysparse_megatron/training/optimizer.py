@@ -50,9 +50,7 @@ def build_optimizer(
 
 def distributed_parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
     """The distributed optimizers inside `optimizer`."""
-    parts = (
-        optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
-    )
+    parts = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
     return [part for part in parts if isinstance(part, DistributedOptimizer)]
 
 
@@ -76,7 +74,10 @@ def _allow_checkpoints_of_torch_adam(part: DistributedOptimizer) -> None:
     def with_step(model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
         group, order = part.model_param_group_index_map[model_param]
         main_param = part.optimizer.param_groups[group]["params"][order]
-        original(model_param, {**tensors, "step": part.optimizer.state[main_param]["step"]})
+        state = part.optimizer.state[main_param]
+        # megatron-core gives all parameters one tensor, which each of them would count up.
+        state["step"] = state["step"].clone()
+        original(model_param, {**tensors, "step": state["step"]})
 
     part._set_main_param_and_optimizer_states = with_step
 
@@ -86,14 +87,8 @@ def build_schedule(
 ) -> OptimizerParamScheduler:
     """The learning rate by step; `set_step` makes it a pure function of the step."""
     warmup = optim.warmup_steps
-    decay_end = train.steps
-    wsd_decay = None
-    if optim.schedule is Schedule.wsd:
-        wsd_decay = optim.decay_steps
-        if wsd_decay is None:
-            wsd_decay = max(1, train.steps // 10)
-    elif optim.schedule is Schedule.cosine and optim.decay_steps is not None:
-        decay_end = warmup + optim.decay_steps
+    decay = optim.num_decay_steps(train.steps)
+    decay_end = warmup + decay if optim.schedule is Schedule.cosine else train.steps
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -106,7 +101,7 @@ def build_schedule(
         end_wd=optim.weight_decay,
         wd_incr_steps=train.steps,
         wd_incr_style="constant",
-        wsd_decay_steps=wsd_decay,
+        wsd_decay_steps=decay if optim.schedule is Schedule.wsd else None,
         lr_wsd_decay_style="linear",
     )
 

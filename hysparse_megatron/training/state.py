@@ -20,6 +20,7 @@ from hysparse_megatron.model.megatron_config import HySparseConfig, make_megatro
 from hysparse_megatron.model.pipeline import PayloadCommunicator
 from hysparse_megatron.plan.topology import plan_pipeline
 from hysparse_megatron.runtime.process_groups import build_process_groups
+from hysparse_megatron.runtime.random import seed_step
 from hysparse_megatron.training.optimizer import build_optimizer, build_schedule
 
 
@@ -71,6 +72,8 @@ def build_state(config: Config, vocab_size: int, device: torch.device) -> Traini
         for index, model in enumerate(build_chunks(config, megatron, vocab_size, groups))
     ]
     optimizer = build_optimizer(config.optim, config.train.precision, chunks, groups)
+    # Megatron-core's random streams must exist before the first forward pass, evaluation included.
+    seed_step(config.train.seed, 0, groups)
     communicator = None
     if config.parallel.pp > 1:
         communicator = PayloadCommunicator(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +30,7 @@ class StepResult:
     """Global gradient norm before clipping."""
     learning_rate: float
     skipped: bool
-    """Whether the update was left out because of a bad gradient."""
+    """Whether the update was left out because the loss was not finite."""
 
 
 def train_step(state: TrainingState, step: int, microbatches: Sequence[Batch]) -> StepResult:
@@ -41,10 +42,12 @@ def train_step(state: TrainingState, step: int, microbatches: Sequence[Batch]) -
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
     loss = _run_schedule(state, microbatches, forward_only=False)
-    updated, grad_norm, _ = state.optimizer.step()
+    updated, grad_norm = False, float("nan")
+    if math.isfinite(loss):  # the same on all ranks, so all update or none does
+        updated, grad_norm, _ = state.optimizer.step()
     return StepResult(
         loss=loss,
-        grad_norm=float(grad_norm or 0.0),
+        grad_norm=float(grad_norm),
         learning_rate=state.optimizer.param_groups[0]["lr"],
         skipped=not updated,
     )
@@ -59,9 +62,7 @@ def evaluate(state: TrainingState, batches: Sequence[Sequence[Batch]]) -> float:
     return sum(losses) / len(losses)
 
 
-def _run_schedule(
-    state: TrainingState, microbatches: Sequence[Batch], forward_only: bool
-) -> float:
+def _run_schedule(state: TrainingState, microbatches: Sequence[Batch], forward_only: bool) -> float:
     """Run megatron-core's schedule and return the mean loss per token over the global batch."""
     train = state.config.train
     schedule = get_forward_backward_func(state.groups.pp.size(), state.config.parallel.vpp)
@@ -93,7 +94,9 @@ def _last_rank(group: dist.ProcessGroup) -> int:
 
 
 def _forward_step(device: torch.device, data_iterator: Iterator[Batch], model: torch.nn.Module):  # noqa: ANN202 - the schedules' protocol
-    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(data_iterator).items()}
+    batch = {
+        name: tensor.to(device, non_blocking=True) for name, tensor in next(data_iterator).items()
+    }
     output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
     return output, partial(_loss, batch["loss_mask"])
 

@@ -1,4 +1,7 @@
-"""One thread, as the problems are tiny, and a fresh seed for every test, printed with a failure; HYSPARSE_TEST_SEED repeats one."""
+"""For every test one thread, as its tensors are tiny, and a fresh seed, printed with a failure.
+
+HYSPARSE_TEST_SEED=n in the environment repeats a seed.
+"""
 
 import os
 import random

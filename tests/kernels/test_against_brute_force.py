@@ -111,7 +111,7 @@ def operations(
     indices = random_indices(case, rng)
     size, chunk = case.block_size, case.query_chunk
     return {
-        "oracle": lambda q, k, v, s: (
+        "oracle": lambda q, k, v, _sink: (
             oracle_attention(q, k, v, block_size=size, num_selected=2, query_chunk=chunk).output
         ),
         "block_sparse": lambda q, k, v, s: block_sparse_attention(

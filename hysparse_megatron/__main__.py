@@ -1,0 +1,65 @@
+"""`python -m hysparse_megatron [overrides]`: one rank. Exit codes: see `errors`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+
+from hysparse_megatron.config.cli import load, parse_arguments
+from hysparse_megatron.config.frozen import to_yaml
+from hysparse_megatron.config.validate import check
+from hysparse_megatron.config.validate import warnings as config_warnings
+from hysparse_megatron.errors import HySparseError
+from hysparse_megatron.runtime.launcher import rank_from_environment
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one rank of a training run and return its exit code."""
+    rank_number = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    try:
+        arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+        config = load(arguments)
+        if arguments.show:
+            print(to_yaml(config), end="")
+            return 0
+        rank = rank_from_environment()
+        check(config, rank.world_size)
+        if rank.rank == 0:
+            for warning in config_warnings(config):
+                print(f"warning: {warning}", flush=True)
+        _quiet_libraries()
+        # Imported late: a bad configuration must fail before seconds of imports.
+        from hysparse_megatron.training.run import run
+
+        run(config, rank)
+    except HySparseError as error:
+        # An error all ranks share is told once.
+        if rank_number == "0":
+            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except Exception:
+        print(f"rank {rank_number} failed:", file=sys.stderr)
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def _quiet_libraries() -> None:
+    """Hide what megatron-core and torch say at import on every rank; HYSPARSE_VERBOSE=1 shows it."""
+    if os.environ.get("HYSPARSE_VERBOSE") == "1":
+        return
+    warnings.filterwarnings("ignore")
+    for name in ("megatron", "torch.utils.cpp_extension", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: after a failure a library's exit handler could wait for a peer that is gone.
+    os._exit(code)

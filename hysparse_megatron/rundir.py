@@ -1,0 +1,167 @@
+"""The run directory: who owns it, what was run, and how it stands.
+
+config.yaml     the frozen configuration       status.json    how the run stands
+run.json        ids, versions, git state       metrics.jsonl  one row a step
+checkpoints/    see checkpoint/store.py        summary.md     written at the end
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import secrets
+import socket
+import subprocess
+import time
+from pathlib import Path
+from typing import IO, Any
+
+from hysparse_megatron import __version__
+from hysparse_megatron.config.frozen import CONFIG_FILE, freeze, load_frozen, to_yaml
+from hysparse_megatron.config.schema import Config
+from hysparse_megatron.errors import ConfigError
+
+_PACKAGES = ("torch", "megatron-core", "hydra-core", "wandb", "tokenizers", "numpy")
+
+
+class RunDirectory:
+    """One run's directory, opened and locked by rank 0 of the run that writes into it."""
+
+    def __init__(self, config: Config) -> None:
+        """Create or reopen the directory. Raises ConfigError when another run holds it."""
+        self.path = config.run_path
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(self.path / ".lock")
+        self.changed_keys = _changed_keys(self.path / CONFIG_FILE, config)
+        self.config_hash = freeze(config, self.path)
+        self.facts = self._open_record(config)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints are written."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """The table of steps and evaluations."""
+        return self.path / "metrics.jsonl"
+
+    def write_status(self, state: str, **facts: Any) -> None:
+        """Replace `status.json`: running, finished, pre-empted or failed, and what is known."""
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        write_json(self.path / "status.json", {"state": state, "time": now, **facts})
+
+    def close(self) -> None:
+        """Give the directory up for the next run."""
+        self._lock.close()
+
+    def _open_record(self, config: Config) -> dict[str, Any]:
+        """`run.json`: made by the first start, its list of starts extended by every later one."""
+        path = self.path / "run.json"
+        record: dict[str, Any] = {}
+        if path.exists():
+            try:
+                record = json.loads(path.read_text())
+            except ValueError as error:
+                raise ConfigError(f"{path} is not JSON ({error}); delete it to go on") from error
+        record.setdefault("id", secrets.token_hex(4))
+        record.setdefault("name", config.name)
+        record.setdefault("starts", [])
+        record["starts"].append(
+            {
+                "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                "config_hash": self.config_hash,
+                "host": socket.gethostname(),
+                "git": git_state(),
+                "versions": versions(),
+                "slurm_job": os.environ.get("SLURM_JOB_ID"),
+            }
+        )
+        write_json(path, record)
+        return record
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file so that a reader sees the old or the new content, never a part."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def _lock(path: Path) -> IO[str]:
+    file = path.open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        owner = file.read().strip() or "another run"
+        file.close()
+        raise ConfigError(
+            f"run_dir: {path.parent} is locked by {owner}; stop it or choose another run_dir"
+        ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
+
+
+def _changed_keys(path: Path, config: Config) -> list[str]:
+    """Lines `key: old -> new` for settings that differ from the last start in this directory."""
+    if not path.exists():
+        return []
+    try:
+        old = _flat(load_frozen(path))
+    except ConfigError:
+        return [f"{path} could not be read"]
+    new = _flat(config)
+    return [
+        f"{key}: {old.get(key, 'unset')} -> {new[key]}" for key in new if old.get(key) != new[key]
+    ]
+
+
+def _flat(config: Config) -> dict[str, str]:
+    """`section.key: value` pairs of a configuration."""
+    flat: dict[str, str] = {}
+    section = ""
+    for line in to_yaml(config).splitlines():
+        name, _, value = line.partition(":")
+        if not line.startswith(" "):
+            section = "" if value.strip() else f"{name}."
+            if value.strip():
+                flat[name] = value.strip()
+        else:
+            flat[section + name.strip()] = value.strip()
+    return flat
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, this package and what it stands on."""
+    found = {"python": platform.python_version(), "hysparse-megatron": __version__}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "missing"
+    return found
+
+
+def git_state() -> dict[str, str | bool] | None:
+    """Commit of the code that runs and whether it was changed; None outside a git checkout."""
+    root = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(root), *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        ).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return None

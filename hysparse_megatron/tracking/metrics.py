@@ -1,0 +1,69 @@
+"""`metrics.jsonl` and the console: what a run says about itself."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+
+class MetricsFile:
+    """Appends rows to `metrics.jsonl`; each is on disk before the call returns to the loop.
+
+    After a resume rows of repeated steps stand twice; the last one counts.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", buffering=1)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row."""
+        self._file.write(json.dumps(row) + "\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All rows, the last one of each (step, kind) only, in the order of steps."""
+    rows: dict[tuple[int, bool], dict[str, Any]] = {}
+    for line in path.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # the last line of a killed run
+        rows[row["step"], "eval_loss" in row] = row
+    return [rows[key] for key in sorted(rows)]
+
+
+class Console:
+    """One line a step on rank 0."""
+
+    def __init__(self, total_steps: int, first_step: int) -> None:
+        self._total = total_steps
+        self._first = first_step
+        self._started = time.monotonic()
+
+    def step(self, row: dict[str, Any]) -> None:
+        """Print a training row."""
+        done = row["step"] - self._first
+        remaining = (time.monotonic() - self._started) / done * (self._total - row["step"])
+        skipped = "  SKIPPED" if row["skipped"] else ""
+        print(
+            f"step {row['step']:>{len(str(self._total))}}/{self._total}  loss {row['loss']:.4f}  "
+            f"grad norm {row['grad_norm']:.3f}  lr {row['learning_rate']:.2e}  "
+            f"{row['tokens_per_second']:,.0f} tokens/s  ETA {_duration(remaining)}{skipped}",
+            flush=True,
+        )
+
+    def note(self, text: str) -> None:
+        """Print a message, indented under nothing."""
+        print(text, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,92 @@
+"""Weights & Biases beside `metrics.jsonl`; whatever goes wrong here never stops a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hysparse_megatron.config.schema import TrackingConfig, TrackingMode
+
+
+class Tracker:
+    """Sends rows to W&B, or does nothing when tracking is off or has failed."""
+
+    def __init__(
+        self,
+        tracking: TrackingConfig,
+        run_id: str,
+        name: str,
+        directory: Path,
+        config: dict[str, Any],
+        warn: Callable[[str], None],
+    ) -> None:
+        """Start (or, with the same `run_id`, continue) a run; falls back online -> offline -> off."""
+        self._run: Any = None
+        self._warn = warn
+        self._directory = directory
+        if tracking.mode is TrackingMode.off:
+            return
+        modes = ["online", "offline"] if tracking.mode is TrackingMode.online else ["offline"]
+        for mode in modes:
+            try:
+                self._run = _start(tracking, mode, run_id, name, directory, config)
+            except Exception as error:
+                warn(f"W&B did not start {mode}: {error}")
+                continue
+            if mode == "offline":
+                warn(f"W&B is offline; upload later with: wandb sync {self._run_directory()}")
+            return
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Send one row, its keys under `train/` or `eval/`, stepped by our own `train/step`."""
+        if self._run is None:
+            return
+        kind = "eval" if "eval_loss" in row else "train"
+        values = {f"{kind}/{key}": value for key, value in row.items() if key != "step"}
+        try:
+            self._run.log({**values, "train/step": row["step"]})
+        except Exception as error:
+            self._warn(
+                f"W&B stopped: {error}. Training goes on, metrics.jsonl is complete; upload what "
+                f"was kept with: wandb sync {self._run_directory()}"
+            )
+            self._run = None
+
+    def close(self, exit_code: int) -> None:
+        """Finish the run."""
+        if self._run is not None:
+            try:
+                self._run.finish(exit_code=exit_code)
+            except Exception as error:
+                self._warn(f"W&B did not finish: {error}")
+            self._run = None
+
+    def _run_directory(self) -> Path:
+        return Path(getattr(self._run, "dir", None) or self._directory / "wandb").parent
+
+
+def _start(
+    tracking: TrackingConfig,
+    mode: str,
+    run_id: str,
+    name: str,
+    directory: Path,
+    config: dict[str, Any],
+) -> Any:
+    import wandb
+
+    run = wandb.init(
+        project=tracking.project,
+        entity=tracking.entity,
+        name=tracking.name or name,
+        id=run_id,
+        resume="allow",
+        dir=str(directory),
+        mode=mode,
+        config=config,
+        settings=wandb.Settings(init_timeout=30, silent=True),
+    )
+    run.define_metric("train/step")
+    run.define_metric("*", step_metric="train/step")
+    return run

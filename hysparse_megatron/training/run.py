@@ -1,0 +1,264 @@
+"""A whole run on one rank: join the group, prepare data, build, resume, train, report."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from hysparse_kernels import resolve_backend
+
+from hysparse_megatron.checkpoint import store
+from hysparse_megatron.checkpoint.state import load_state, save_state
+from hysparse_megatron.config.frozen import config_hash
+from hysparse_megatron.config.schema import Config
+from hysparse_megatron.data import (
+    BatchSource,
+    EvaluationBatches,
+    PreparedCorpus,
+    TokenSamples,
+    evaluation_batches,
+    prepare_corpus,
+)
+from hysparse_megatron.errors import CheckpointError, ConfigError, DataError, HySparseError
+from hysparse_megatron.model.pipeline import describe_traffic
+from hysparse_megatron.rundir import RunDirectory, versions
+from hysparse_megatron.runtime import device as runtime_device
+from hysparse_megatron.runtime.agreement import on_every_rank, on_rank_zero, require_equal
+from hysparse_megatron.runtime.launcher import Rank
+from hysparse_megatron.tracking.metrics import Console, MetricsFile
+from hysparse_megatron.tracking.summary import write_summary
+from hysparse_megatron.tracking.wandb import Tracker
+from hysparse_megatron.training.control import StopRequest
+from hysparse_megatron.training.loop import Hooks, train
+from hysparse_megatron.training.state import TrainingState, build_state, rows_per_rank
+
+Say = Callable[[str], None]
+
+
+def run(config: Config, rank: Rank) -> None:
+    """Train `config` to its end. Raises the errors of `hysparse_megatron.errors`."""
+    device = runtime_device.start(rank, config.parallel.timeout_seconds)
+    say: Say = functools.partial(print, flush=True) if rank.rank == 0 else _say_nothing
+    directory: RunDirectory | None = None
+    try:
+        require_equal("the configuration", config_hash(config), ConfigError)
+        directory = _open_directory(config, say)
+        _run_in(config, directory, device, rank, say)
+    except HySparseError as error:
+        if directory is not None:
+            state = "pre-empted" if error.exit_code == 3 else "failed"
+            directory.write_status(state, exit_code=error.exit_code, reason=str(error))
+        raise
+    except BaseException as error:
+        if directory is not None:
+            reason = f"{type(error).__name__}: {error}"
+            directory.write_status("failed", exit_code=1, reason=reason)
+        raise
+    finally:
+        if directory is not None:
+            directory.close()
+    runtime_device.stop()
+
+
+def _say_nothing(text: str) -> None:
+    """Ranks other than 0 are silent."""
+
+
+def _open_directory(config: Config, say: Say) -> RunDirectory | None:
+    """Rank 0's run directory; None on the others."""
+    opened: list[RunDirectory] = []
+    on_rank_zero(lambda: opened.append(RunDirectory(config)), ConfigError)
+    if not opened:
+        return None
+    for line in opened[0].changed_keys:
+        say(f"note: changed since the last start in {config.run_path}: {line}")
+    return opened[0]
+
+
+def _run_in(
+    config: Config,
+    directory: RunDirectory | None,
+    device: torch.device,
+    rank: Rank,
+    say: Say,
+) -> None:
+    checkpoints = config.run_path / "checkpoints"
+    latest = on_rank_zero(lambda: store.latest_checkpoint(checkpoints), CheckpointError)
+    if not config.checkpoint.resume:
+        latest = None
+    if latest is not None:
+        done = store.read_manifest(latest)["step"]
+        if done >= config.train.steps:
+            say(f"{config.run_path} is finished: step {done} of {config.train.steps}, {latest}")
+            say("train on with a larger train.steps, or start anew with another run_dir")
+            return
+    if directory is not None:
+        directory.write_status("running", step=0)
+    corpus = _prepare_data(config, rank, say)
+    state = build_state(config, corpus.vocab_size, device)
+    _describe(state, corpus, say)
+    first_step = _resume(state, latest, corpus, say)
+    batches, evaluation = _batches(state, corpus)
+
+    tracker: Tracker | None = None
+    hooks = Hooks(save=functools.partial(_save, state, checkpoints, corpus, say))
+    metrics: MetricsFile | None = None
+    if directory is not None:
+        metrics = MetricsFile(directory.metrics)
+        tracker = Tracker(
+            config.tracking,
+            directory.facts["id"],
+            config.name,
+            directory.path,
+            {**dataclasses.asdict(config), "run": directory.facts},
+            say,
+        )
+        hooks.on_row = [
+            metrics.write,
+            tracker.log,
+            functools.partial(_print_row, Console(config.train.steps, first_step), say),
+            functools.partial(_update_status, directory),
+        ]
+    exit_code = 1
+    try:
+        train(state, batches, evaluation, first_step, StopRequest(device), hooks)
+        exit_code = 0
+    except HySparseError as error:
+        exit_code = error.exit_code
+        raise
+    finally:
+        if metrics is not None:
+            metrics.close()
+        if tracker is not None:
+            tracker.close(exit_code)
+    if directory is not None:
+        directory.write_status("finished", exit_code=0, step=config.train.steps)
+        say(write_summary(config, directory))
+
+
+def _print_row(console: Console, say: Say, row: dict[str, Any]) -> None:
+    if "eval_loss" in row:
+        say(f"step {row['step']}: evaluation loss {row['eval_loss']:.4f}")
+    else:
+        console.step(row)
+
+
+def _update_status(directory: RunDirectory, row: dict[str, Any]) -> None:
+    directory.write_status("running", step=row["step"])
+
+
+def _prepare_data(config: Config, rank: Rank, say: Say) -> PreparedCorpus:
+    """The corpus, built by the first rank of each machine and read from the cache by the others."""
+
+    def prepare() -> PreparedCorpus:
+        data = config.data
+        return prepare_corpus(
+            path=data.path,
+            cache_dir=data.cache_dir,
+            tokenizer_path=data.tokenizer,
+            vocab_size=data.tokenizer_vocab_size,
+            validation_fraction=data.validation_fraction,
+            seed=config.train.seed,
+            text_key=data.text_key,
+            progress=say,
+        )
+
+    built: list[PreparedCorpus] = []
+    if rank.local_rank == 0:
+        on_first = lambda: built.append(prepare())  # noqa: E731
+    else:
+        on_first = lambda: None  # noqa: E731
+    on_every_rank(on_first, DataError)
+    corpus = on_every_rank(lambda: built[0] if built else prepare(), DataError)
+    require_equal("the data", corpus.fingerprint, DataError)
+    return corpus
+
+
+def _batches(state: TrainingState, corpus: PreparedCorpus) -> tuple[BatchSource, EvaluationBatches]:
+    train_config = state.config.train
+
+    def build() -> tuple[BatchSource, EvaluationBatches]:
+        shape = {
+            "global_batch_size": train_config.global_batch_size,
+            "micro_batch_size": train_config.micro_batch_size,
+            "data_parallel_size": state.groups.dp.size(),
+            "data_parallel_rank": state.groups.dp.rank(),
+        }
+        samples = TokenSamples(corpus.train_prefix, train_config.seq_length, corpus.vocab_size)
+        held_out = TokenSamples(
+            corpus.validation_prefix, train_config.seq_length, corpus.vocab_size
+        )
+        return (
+            BatchSource(samples, seed=train_config.seed, fingerprint=corpus.fingerprint, **shape),
+            evaluation_batches(held_out, num_batches=train_config.eval_batches, **shape),
+        )
+
+    return on_every_rank(build, DataError)
+
+
+def _resume(state: TrainingState, latest: Path | None, corpus: PreparedCorpus, say: Say) -> int:
+    """Load the newest checkpoint of the run, or foreign weights; returns the steps already done."""
+    if latest is not None:
+        facts = on_rank_zero(lambda: store.read_manifest(latest), CheckpointError)
+        if facts["data"] != corpus.identity():
+            raise DataError(
+                f"the data changed since {latest} was written: {facts['data']} -> "
+                f"{corpus.identity()}. Restore it, or start a new run_dir with "
+                f"checkpoint.load={latest}"
+            )
+        step = load_state(state, latest)
+        say(f"resuming after step {step} from {latest}")
+        return step
+    if state.config.checkpoint.load is not None:
+        source = Path(state.config.checkpoint.load)
+        directory = on_rank_zero(lambda: store.resolve_checkpoint(source), CheckpointError)
+        load_state(state, directory, weights_only=True)
+        say(f"starting from the weights of {directory}")
+    return 0
+
+
+def _save(
+    state: TrainingState, checkpoints: Path, corpus: PreparedCorpus, say: Say, step: int
+) -> None:
+    config = state.config
+    facts = {
+        "tokens": step * config.train.global_batch_size * config.train.seq_length,
+        "config_hash": config_hash(config),
+        "data": corpus.identity(),
+        "parallel": dataclasses.asdict(config.parallel),
+        "versions": versions(),
+    }
+    directory = store.write_checkpoint(
+        checkpoints, step, lambda target: save_state(state, step, target), facts
+    )
+    if dist.get_rank() == 0:
+        store.prune(checkpoints, config.checkpoint.keep)
+    say(f"saved {directory}")
+
+
+def _describe(state: TrainingState, corpus: PreparedCorpus, say: Say) -> None:
+    """The start-up log: what runs, on what, and what every pipeline cut sends."""
+    config = state.config
+    total = torch.tensor([state.num_parameters()], dtype=torch.float64, device=state.device)
+    dist.all_reduce(total, group=state.groups.mp)
+    backend = resolve_backend(config.model.backend.value, state.device)
+    parallel = config.parallel
+    say(
+        f"{config.name}: layout {config.model.layout}, {int(total.item()):,} parameters on "
+        f"{state.groups.mp.size()} model-parallel ranks (tp {parallel.tp}, pp {parallel.pp}, vpp "
+        f"{parallel.vpp or 1}, sequence parallel {'on' if parallel.sequence_parallel else 'off'}), "
+        f"data parallel {state.groups.dp.size()}, device {state.device.type}"
+    )
+    say(f"attention backend {backend.name}: {backend.reason}")
+    say(
+        f"data: {corpus.train_tokens:,} training and {corpus.validation_tokens:,} validation "
+        f"tokens, vocabulary {corpus.vocab_size}, fingerprint {corpus.fingerprint[:12]}"
+    )
+    say(state.megatron.plan.describe())
+    if parallel.pp > 1:
+        say(describe_traffic(state.megatron, rows_per_rank(config), config.train.micro_batch_size))
