@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _quiet_libraries() -> None:
-    """Hide what megatron-core and torch say at import on every rank; HYSPARSE_VERBOSE=1 shows it."""
+    """Hide what libraries say at import on every rank; HYSPARSE_VERBOSE=1 shows it."""
     if os.environ.get("HYSPARSE_VERBOSE") == "1":
         return
     warnings.filterwarnings("ignore")

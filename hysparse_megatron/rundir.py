@@ -75,6 +75,7 @@ class RunDirectory:
                 "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 "config_hash": self.config_hash,
                 "host": socket.gethostname(),
+                "cluster": config.cluster.name,
                 "git": git_state(),
                 "versions": versions(),
                 "slurm_job": os.environ.get("SLURM_JOB_ID"),

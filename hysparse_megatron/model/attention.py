@@ -103,7 +103,7 @@ class _Attention(MegatronModule):
             for tensor in (query, key)
         )
 
-    def _run(self, attend, *tensors: Tensor | None):  # noqa: ANN001, ANN202
+    def _run(self, attend, *tensors: Tensor | None):
         """`attend(*tensors)`, recomputed in the backward pass with selective recompute."""
         if self.training and self.config.recompute_granularity == "selective":
             return tensor_parallel.checkpoint(attend, False, *tensors)
@@ -200,7 +200,7 @@ class FullAttention(_Attention):
         output = self._project(attention)
         return output, SharedAttention(key, value, indices) if self.is_read else None
 
-    def _attend_and_select(self, select: bool):  # noqa: ANN202 - a closure over `select`
+    def _attend_and_select(self, select: bool):
         recomputed = self.training and self.config.recompute_granularity == "selective"
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -90,7 +90,7 @@ def _recompute(recompute: Recompute) -> dict[str, object]:
     return {}
 
 
-def _normal(std: float):  # noqa: ANN202 - an initialiser in megatron-core's sense
+def _normal(std: float):
     return lambda tensor: torch.nn.init.normal_(tensor, mean=0.0, std=std)
 
 

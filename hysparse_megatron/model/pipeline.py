@@ -92,7 +92,7 @@ def describe_traffic(config: HySparseConfig, rows: int, batch: int) -> str:
         extra = (
             "hidden state only"
             if oracle is None
-            else f"hidden state {plain:,} + key, value, indices of oracle {oracle} {total - plain:,}"
+            else f"hidden state {plain:,}, key, value, indices of oracle {oracle} {total - plain:,}"
         )
         lines.append(
             f"cut before layer {config.plan.stages[stage].start}: {total:,} bytes per micro-batch "

@@ -21,7 +21,7 @@ from megatron.core.transformer.utils import sharded_state_dict_default
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
-from hysparse_megatron.layout import LayerKind
+from hysparse_megatron.layout import LayerKind, live_oracle
 from hysparse_megatron.model.megatron_config import HySparseConfig
 from hysparse_megatron.model.sharing import SharedAttention, pack, unpack
 from hysparse_megatron.runtime.random import seed_initialization
@@ -117,25 +117,16 @@ class HySparseStack(MegatronModule):
         ):
             for index, layer in zip(self.layer_indices, self.layers, strict=True):
                 hidden, shared = self._run(layer, hidden, shared, rotary_pos_emb)
-                if shared is not None and not self._is_needed_after(index):
+                if live_oracle(plan.layout, index + 1) is None:
                     shared = None  # free key and value with their last reader
 
         if self.post_process:
-            return self.final_norm(hidden)
+            return cast(torch.nn.Module, self.final_norm)(hidden)
         if plan.oracle_out_of(self.stage) is not None:
             assert shared is not None, "a cut inside a hybrid block has nothing to send"
             return pack(hidden, shared)
         # The schedules free what they have sent, which a view of another tensor would survive.
         return make_viewless_tensor(inp=hidden, requires_grad=hidden.requires_grad, keep_graph=True)
-
-    def _is_needed_after(self, index: int) -> bool:
-        layout = self.config.plan.layout
-        for plan in layout.layers[index + 1 :]:
-            if plan.kind is LayerKind.FULL:
-                return False
-            if plan.kind is LayerKind.SPARSE:
-                return True
-        return False
 
     def _run(
         self,
@@ -152,7 +143,7 @@ class HySparseStack(MegatronModule):
         if not (self.training and self.config.recompute_granularity == "full"):
             return layer(hidden_states, shared, rotary_pos_emb)
 
-        def run(hidden: Tensor, rotary: Tensor | None, *parts: Tensor | None):  # noqa: ANN202
+        def run(hidden: Tensor, rotary: Tensor | None, *parts: Tensor | None):
             given = None if parts[0] is None else SharedAttention(*cast(tuple, parts))
             # The second run, with gradient, must not make the selection again.
             hidden, made = layer(hidden, given, rotary, select=not torch.is_grad_enabled())

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hysparse_megatron.config.schema import ModelConfig, ParallelConfig
-from hysparse_megatron.layout import LayerKind, Layout, live_oracle, parse_layout, stage_layers
+from hysparse_megatron.layout import Layout, live_oracle, parse_layout, stage_layers
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,6 @@ class PipelinePlan:
         """Whether any sparse layer reads the oracle at `layer`."""
         return any(plan.oracle == layer for plan in self.layout.layers)
 
-    def is_read_after(self, oracle: int, layer: int) -> bool:
-        """Whether a layer after `layer` reads the oracle at `oracle`."""
-        return any(plan.oracle == oracle for plan in self.layout.layers[layer + 1 :])
-
     @property
     def megatron_pattern(self) -> str:
         """The stages in megatron-core's hybrid pattern: `*` for each layer, `|` for each cut."""
@@ -74,8 +70,3 @@ def plan_pipeline(model: ModelConfig, parallel: ParallelConfig) -> PipelinePlan:
     layout = parse_layout(model.layout)
     stages = stage_layers(layout, parallel.pp * (parallel.vpp or 1))
     return PipelinePlan(layout, stages, parallel.pp)
-
-
-def num_layers_of(layout: Layout, kind: LayerKind) -> int:
-    """How many layers of `kind` the layout has."""
-    return sum(plan.kind is kind for plan in layout.layers)

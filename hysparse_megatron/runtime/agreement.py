@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch.distributed as dist
 
 from hysparse_megatron.errors import HySparseError
 
-_Result = TypeVar("_Result")
 
-
-def on_rank_zero(action: Callable[[], _Result], os_error: type[HySparseError]) -> _Result:
+def on_rank_zero[Result](action: Callable[[], Result], os_error: type[HySparseError]) -> Result:
     """Run `action` on rank 0 and give its result to every rank.
 
     An error of ours is raised on every rank alike; an OSError becomes an `os_error`.
@@ -26,7 +24,7 @@ def on_rank_zero(action: Callable[[], _Result], os_error: type[HySparseError]) -
     return outcome[0]
 
 
-def on_every_rank(action: Callable[[], _Result], os_error: type[HySparseError]) -> _Result:
+def on_every_rank[Result](action: Callable[[], Result], os_error: type[HySparseError]) -> Result:
     """Run `action` on every rank; if it fails anywhere, raise the first failure everywhere."""
     result, error = _attempt(action, os_error)
     errors: list[Any] = [None] * dist.get_world_size()
@@ -39,9 +37,9 @@ def on_every_rank(action: Callable[[], _Result], os_error: type[HySparseError]) 
     return result  # type: ignore[return-value]
 
 
-def _attempt(
-    action: Callable[[], _Result], os_error: type[HySparseError]
-) -> tuple[_Result | None, HySparseError | None]:
+def _attempt[Result](
+    action: Callable[[], Result], os_error: type[HySparseError]
+) -> tuple[Result | None, HySparseError | None]:
     try:
         return action(), None
     except HySparseError as error:

@@ -117,7 +117,8 @@ def _make_tracker() -> Any:
         def fork(self, name: str = megatron_random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator:
             if name not in self.states_:
                 raise KeyError(f"random stream {name!r} was never added")
-            outside, outside_name = torch.get_rng_state(), self._current_state_name
+            outside = torch.get_rng_state()
+            outside_name: str = self._current_state_name  # type: ignore[has-type]
             if outside_name in self.states_:
                 self.states_[outside_name] = outside
             torch.set_rng_state(self.states_[name])

@@ -7,7 +7,7 @@ from hysparse_megatron.rundir import RunDirectory
 from hysparse_megatron.tracking.metrics import read_metrics
 
 
-def write_summary(config: Config, directory: RunDirectory) -> str:
+def write_summary(config: Config, directory: RunDirectory, tokenizer_path: str) -> str:
     """Write `summary.md` and return its text."""
     rows = read_metrics(directory.metrics)
     evaluations = [row for row in rows if "eval_loss" in row]
@@ -25,10 +25,14 @@ training, median {speed:,.0f} tokens/s
 
 What to do next:
 
-    make train ARGS="run_dir={directory.path} train.steps={2 * config.train.steps}"   # train on
-    make train ARGS="name=full model=tiny_full model.layout='5*F | 4*F'"      # the full-attention baseline
-    make train ARGS="name=swa model=tiny_hybrid_swa model.layout='F 3*W F | 3*W F'"   # the window baseline
-    .venv/bin/python -m hysparse_megatron name=one checkpoint.load={directory.path}   # its weights, one process
+    # train on
+    make train ARGS="run_dir={directory.path} train.steps={2 * config.train.steps}"
+    # the same model with full attention everywhere, and with windows instead of sparse layers
+    make train ARGS="name=full model.layout='5*F | 4*F'"
+    make train ARGS="name=hybrid_swa model.layout='F 3*W F | 3*W F'"
+    # start from these weights in one process, with other data
+    .venv/bin/python -m hysparse_megatron name=tuned checkpoint.load={directory.path} \\
+        data.path=FILE_OR_FOLDER data.tokenizer={tokenizer_path}
 """
     (directory.path / "summary.md").write_text(text)
     return text

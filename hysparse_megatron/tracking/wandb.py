@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 from hysparse_megatron.config.schema import TrackingConfig, TrackingMode
 
@@ -21,7 +21,7 @@ class Tracker:
         config: dict[str, Any],
         warn: Callable[[str], None],
     ) -> None:
-        """Start (or, with the same `run_id`, continue) a run; falls back online -> offline -> off."""
+        """Start, or with the same `run_id` continue, a run; online falls back to offline."""
         self._run: Any = None
         self._warn = warn
         self._directory = directory
@@ -83,7 +83,7 @@ def _start(
         id=run_id,
         resume="allow",
         dir=str(directory),
-        mode=mode,
+        mode=cast(Literal["online", "offline"], mode),
         config=config,
         settings=wandb.Settings(init_timeout=30, silent=True),
     )

@@ -23,8 +23,6 @@ class StopRequest:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         del frame
-        if self._received and number == signal.SIGINT:
-            raise KeyboardInterrupt  # a second Ctrl-C means now
         self._received = number
 
     def agreed(self) -> str | None:

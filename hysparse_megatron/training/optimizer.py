@@ -10,7 +10,6 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.process_groups_config import ProcessGroupCollection
 
 from hysparse_megatron.config.schema import OptimConfig, Precision, Schedule, TrainConfig
 
@@ -21,7 +20,6 @@ def build_optimizer(
     optim: OptimConfig,
     precision: Precision,
     chunks: list[DistributedDataParallel],
-    groups: ProcessGroupCollection,
 ) -> MegatronOptimizer:
     """AdamW with fp32 main parameters, its state split over the data-parallel ranks."""
     dtype = torch.bfloat16 if precision is Precision.bf16 else torch.float32

@@ -89,8 +89,11 @@ def _run_in(
 ) -> None:
     checkpoints = config.run_path / "checkpoints"
     latest = on_rank_zero(lambda: store.latest_checkpoint(checkpoints), CheckpointError)
-    if not config.checkpoint.resume:
-        latest = None
+    if latest is not None and not config.checkpoint.resume:
+        raise ConfigError(
+            f"checkpoint.resume=false would write over {latest}: choose another run_dir, or delete "
+            "its checkpoints"
+        )
     if latest is not None:
         done = store.read_manifest(latest)["step"]
         if done >= config.train.steps:
@@ -99,6 +102,7 @@ def _run_in(
             return
     if directory is not None:
         directory.write_status("running", step=0)
+    torch.autograd.set_detect_anomaly(config.debug.detect_anomaly)
     corpus = _prepare_data(config, rank, say)
     state = build_state(config, corpus.vocab_size, device)
     _describe(state, corpus, say)
@@ -138,7 +142,7 @@ def _run_in(
             tracker.close(exit_code)
     if directory is not None:
         directory.write_status("finished", exit_code=0, step=config.train.steps)
-        say(write_summary(config, directory))
+        say(write_summary(config, directory, corpus.tokenizer_path))
 
 
 def _print_row(console: Console, say: Say, row: dict[str, Any]) -> None:
@@ -168,14 +172,16 @@ def _prepare_data(config: Config, rank: Rank, say: Say) -> PreparedCorpus:
             progress=say,
         )
 
-    built: list[PreparedCorpus] = []
-    if rank.local_rank == 0:
-        on_first = lambda: built.append(prepare())  # noqa: E731
-    else:
-        on_first = lambda: None  # noqa: E731
-    on_every_rank(on_first, DataError)
-    corpus = on_every_rank(lambda: built[0] if built else prepare(), DataError)
+    first = rank.local_rank == 0
+    built = on_every_rank(lambda: prepare() if first else None, DataError)
+    corpus = on_every_rank(lambda: built or prepare(), DataError)
     require_equal("the data", corpus.fingerprint, DataError)
+    wanted = config.model.vocab_size
+    if wanted is not None and wanted < corpus.vocab_size:
+        raise DataError(
+            f"model.vocab_size is {wanted}, but the tokenizer {corpus.tokenizer_path} has "
+            f"{corpus.vocab_size} ids; raise it, or leave it out to take the tokenizer's"
+        )
     return corpus
 
 

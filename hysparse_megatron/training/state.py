@@ -55,7 +55,11 @@ def rows_per_rank(config: Config) -> int:
 
 
 def build_state(config: Config, vocab_size: int, device: torch.device) -> TrainingState:
-    """Build groups, model, optimizer and schedule. Collective over the default process group."""
+    """Build groups, model, optimizer and schedule. Collective over the default process group.
+
+    `vocab_size` is the data's; `config.model.vocab_size` overrides it if set.
+    """
+    vocab_size = config.model.vocab_size or vocab_size
     groups = build_process_groups(config.parallel, config.model.num_query_groups)
     megatron = make_megatron_config(config, plan_pipeline(config.model, config.parallel))
     megatron.finalize_model_grads_func = finalize_model_grads
@@ -71,7 +75,7 @@ def build_state(config: Config, vocab_size: int, device: torch.device) -> Traini
         )
         for index, model in enumerate(build_chunks(config, megatron, vocab_size, groups))
     ]
-    optimizer = build_optimizer(config.optim, config.train.precision, chunks, groups)
+    optimizer = build_optimizer(config.optim, config.train.precision, chunks)
     # Megatron-core's random streams must exist before the first forward pass, evaluation included.
     seed_step(config.train.seed, 0, groups)
     communicator = None

@@ -17,7 +17,7 @@ from hysparse_megatron.training.optimizer import set_step
 from hysparse_megatron.training.state import TrainingState
 
 Batch = dict[str, Tensor]
-"""`tokens`, `labels`, `position_ids` int64 and `loss_mask` fp32, each [micro batch, S], on the CPU."""
+"""`tokens`, `labels`, `position_ids` int64 and `loss_mask` fp32: [micro batch, S], on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def _last_rank(group: dist.ProcessGroup) -> int:
     return dist.get_global_rank(group, group.size() - 1)
 
 
-def _forward_step(device: torch.device, data_iterator: Iterator[Batch], model: torch.nn.Module):  # noqa: ANN202 - the schedules' protocol
+def _forward_step(device: torch.device, data_iterator: Iterator[Batch], model: torch.nn.Module):
     batch = {
         name: tensor.to(device, non_blocking=True) for name, tensor in next(data_iterator).items()
     }
