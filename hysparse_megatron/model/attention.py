@@ -87,6 +87,7 @@ class _Attention(MegatronModule):
             # One logit per head, in fp32 whatever the model's precision, split like the heads.
             parameter = torch.nn.Parameter(torch.zeros(heads, dtype=torch.float32))
             tensor_parallel.set_tensor_model_parallel_attributes(parameter, True, 0, 1)
+            parameter.is_sink = True  # type: ignore[attr-defined] # a parameter group of its own
             self.register_parameter(sink, parameter)
 
     def _query_and_key(

@@ -169,7 +169,7 @@ class HySparseStack(MegatronModule):
         result: dict = {}
         for local, (index, layer) in enumerate(zip(self.layer_indices, self.layers, strict=True)):
             local_prefix = f"{prefix}layers.{local}."
-            sharded = layer.sharded_state_dict(local_prefix, (), metadata)
+            sharded = cast(MegatronModule, layer).sharded_state_dict(local_prefix, (), metadata)
             replace_prefix_for_sharding(sharded, local_prefix, f"{prefix}layers.{index}.")
             result.update(sharded)
         if self.post_process:

@@ -6,10 +6,15 @@ import functools
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    OptimizerConfig,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 
 from hysparse_megatron.config.schema import OptimConfig, Precision, Schedule, TrainConfig
 
@@ -23,22 +28,27 @@ def build_optimizer(
 ) -> MegatronOptimizer:
     """AdamW with fp32 main parameters, its state split over the data-parallel ranks."""
     dtype = torch.bfloat16 if precision is Precision.bf16 else torch.float32
+    megatron = OptimizerConfig(
+        optimizer="adam",
+        lr=optim.learning_rate,
+        min_lr=optim.min_learning_rate,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.beta1,
+        adam_beta2=optim.beta2,
+        adam_eps=optim.epsilon,
+        clip_grad=optim.clip_grad,
+        bf16=dtype is torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=True,
+    )
+    # The fp32 sinks of a bf16 model need a group of their own: the distributed optimizer loses
+    # count of its parameters, and cannot save them, where one group holds two precisions.
+    overrides = get_standard_config_overrides(megatron)
+    overrides[ParamKey(attr="is_sink")] = ParamGroupOverride(wd_mult=0.0, start_wd=0.0, end_wd=0.0)
     optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=optim.learning_rate,
-            min_lr=optim.min_learning_rate,
-            weight_decay=optim.weight_decay,
-            adam_beta1=optim.beta1,
-            adam_beta2=optim.beta2,
-            adam_eps=optim.epsilon,
-            clip_grad=optim.clip_grad,
-            bf16=dtype is torch.bfloat16,
-            params_dtype=dtype,
-            use_distributed_optimizer=True,
-        ),
+        megatron,
         chunks,  # type: ignore[arg-type]
-        use_gloo_process_groups=True,
+        config_overrides=overrides,
     )
     for part in distributed_parts(optimizer):
         if not HAVE_APEX_OR_TE:
