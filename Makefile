@@ -32,7 +32,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 
 train: $(STAMP) ## Train EXPERIMENT on NPROC local ranks, or resume it; add overrides with ARGS
-	@$(PY) -m launch.local --nproc $(NPROC) experiment=$(EXPERIMENT) $(ARGS)
+	@$(PY) -m launch.local --nproc $(NPROC) $(if $(EXPERIMENT),experiment=$(EXPERIMENT)) $(ARGS)
 
 test: $(STAMP) ## Run all tests (under 25 minutes on two cores)
 	@$(PY) -m pytest $(PYTEST_ARGS)
