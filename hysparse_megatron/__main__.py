@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Imported late: a bad configuration must fail before seconds of imports.
         from hysparse_megatron.training.run import run
 
-        run(config, rank)
+        run(config, rank, arguments.overrides)
     except HySparseError as error:
         # An error all ranks share is told once.
         if rank_number == "0":

@@ -75,12 +75,36 @@ def write_checkpoint(
     return final
 
 
-def latest_checkpoint(checkpoints: Path) -> Path | None:
-    """The newest valid checkpoint, or None if there is none. Local; call it on rank 0."""
-    for directory in sorted(checkpoints.glob("step-*"), reverse=True):
-        if directory.suffix != ".tmp" and not problems_of(directory):
-            return directory
-    return None
+def latest_checkpoint(checkpoints: Path) -> tuple[Path | None, list[str]]:
+    """The newest valid checkpoint, and what is wrong with the ones that are newer.
+
+    (None, []) where there is none at all. Local; call it on rank 0. Raises CheckpointError when
+    there are checkpoints and not one is valid: a fresh start would hide that.
+    """
+    rejected: list[str] = []
+    for directory in _step_directories(checkpoints):
+        problems = problems_of(directory)
+        if not problems:
+            return directory, rejected
+        rejected += problems
+    if rejected:
+        raise CheckpointError(
+            f"no checkpoint in {checkpoints} is valid: {'; '.join(rejected)}. Restore one, or "
+            "delete them to start anew"
+        )
+    return None, []
+
+
+def _step_directories(checkpoints: Path) -> list[Path]:
+    """Published checkpoints, valid or not, newest first."""
+    found = (path for path in checkpoints.glob("step-*") if path.suffix != ".tmp")
+    return sorted(found, reverse=True)
+
+
+def remove_leftovers(checkpoints: Path) -> None:
+    """Delete what killed runs were writing. Only for the owner of the run directory."""
+    for path in checkpoints.glob("step-*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def problems_of(directory: Path) -> list[str]:
@@ -117,7 +141,7 @@ def resolve_checkpoint(path: Path) -> Path:
         if problems:
             raise CheckpointError(f"{path} is damaged: {'; '.join(problems)}")
         return path
-    found = latest_checkpoint(path / "checkpoints")
+    found, _ = latest_checkpoint(path / "checkpoints")
     if found is None:
         raise CheckpointError(
             f"no valid checkpoint at {path}; name a step directory or a run directory"
@@ -130,11 +154,7 @@ def prune(checkpoints: Path, keep: int) -> list[Path]:
 
     Returns what was deleted. Failure to delete is not an error: training goes on.
     """
-    valid = [
-        directory
-        for directory in sorted(checkpoints.glob("step-*"), reverse=True)
-        if directory.suffix != ".tmp" and not problems_of(directory)
-    ]
+    valid = [path for path in _step_directories(checkpoints) if not problems_of(path)]
     doomed = valid[keep:] if keep else []
     for directory in doomed:
         shutil.rmtree(directory, ignore_errors=True)

@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
+
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.rundir import RunDirectory
 from hysparse_megatron.tracking.metrics import read_metrics
 
 
-def write_summary(config: Config, directory: RunDirectory, tokenizer_path: str) -> str:
-    """Write `summary.md` and return its text."""
+def write_summary(
+    config: Config,
+    directory: RunDirectory,
+    tokenizer_path: str,
+    num_ranks: int,
+    overrides: Sequence[str],
+) -> str:
+    """Write `summary.md` and return its text. `overrides` are those of the command that ran."""
     rows = read_metrics(directory.metrics)
     evaluations = [row for row in rows if "eval_loss" in row]
     steps = [row for row in rows if "loss" in row]
     first, last = evaluations[0]["eval_loss"], evaluations[-1]["eval_loss"]
     seconds = sum(row["step_seconds"] for row in steps)
     speed = sorted(row["tokens_per_second"] for row in steps)[len(steps) // 2]
+
+    local = f".venv/bin/python -m launch.local --nproc {num_ranks}"
+    own = ("name=", "run_dir=", "checkpoint.load=")
+    others = shlex.join(override for override in overrides if not override.startswith(own))
+    layout = config.model.layout
+    full, windows = (
+        shlex.quote(f"model.layout={layout.replace('S', kind)}") for kind in ("F", "W")
+    )
+    single = shlex.quote(f"model.layout={layout.replace('|', '')}")
     text = f"""# {config.name}
 
 * {config.train.steps} steps, {steps[-1]["tokens"]:,} tokens in {seconds / 60:.1f} minutes of \
@@ -25,14 +43,15 @@ training, median {speed:,.0f} tokens/s
 
 What to do next:
 
-    # train on
-    make train ARGS="run_dir={directory.path} train.steps={2 * config.train.steps}"
+    # train on: the newest checkpoint is found and continued
+    {local} {shlex.join(overrides)} train.steps={2 * config.train.steps}
     # the same model with full attention everywhere, and with windows instead of sparse layers
-    make train ARGS="name=full model.layout='5*F | 4*F'"
-    make train ARGS="name=hybrid_swa model.layout='F 3*W F | 3*W F'"
-    # start from these weights in one process, with other data
-    .venv/bin/python -m hysparse_megatron name=tuned checkpoint.load={directory.path} \\
-        data.path=FILE_OR_FOLDER data.tokenizer={tokenizer_path}
+    {local} {others} name={config.name}-full {full}
+    {local} {others} name={config.name}-windows {windows}
+    # start from these weights in one process, on your own text
+    .venv/bin/python -m hysparse_megatron {others} name={config.name}-tuned {single} \\
+        parallel.tp=1 parallel.pp=1 parallel.vpp=null parallel.sequence_parallel=false \\
+        checkpoint.load={directory.path} data.path=FILE_OR_FOLDER data.tokenizer={tokenizer_path}
 """
     (directory.path / "summary.md").write_text(text)
     return text

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import yaml
 from hysparse_kernels import resolve_backend
 
 from hysparse_megatron.checkpoint import store
 from hysparse_megatron.checkpoint.state import load_state, save_state
-from hysparse_megatron.config.frozen import config_hash
+from hysparse_megatron.config.frozen import config_hash, to_yaml
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.data import (
     BatchSource,
@@ -40,15 +41,18 @@ from hysparse_megatron.training.state import TrainingState, build_state, rows_pe
 Say = Callable[[str], None]
 
 
-def run(config: Config, rank: Rank) -> None:
-    """Train `config` to its end. Raises the errors of `hysparse_megatron.errors`."""
+def run(config: Config, rank: Rank, overrides: Sequence[str] = ()) -> None:
+    """Train `config` to its end. Raises the errors of `hysparse_megatron.errors`.
+
+    `overrides` made `config`; they appear in the commands that the summary suggests.
+    """
     device = runtime_device.start(rank, config.parallel.timeout_seconds)
     say: Say = functools.partial(print, flush=True) if rank.rank == 0 else _say_nothing
     directory: RunDirectory | None = None
     try:
         require_equal("the configuration", config_hash(config), ConfigError)
         directory = _open_directory(config, say)
-        _run_in(config, directory, device, rank, say)
+        _run_in(config, directory, device, rank, say, overrides)
     except HySparseError as error:
         if directory is not None:
             state = "pre-empted" if error.exit_code == 3 else "failed"
@@ -86,9 +90,14 @@ def _run_in(
     device: torch.device,
     rank: Rank,
     say: Say,
+    overrides: Sequence[str],
 ) -> None:
     checkpoints = config.run_path / "checkpoints"
-    latest = on_rank_zero(lambda: store.latest_checkpoint(checkpoints), CheckpointError)
+    if directory is not None:
+        store.remove_leftovers(checkpoints)
+    latest, rejected = on_rank_zero(lambda: store.latest_checkpoint(checkpoints), CheckpointError)
+    for problem in rejected:
+        say(f"WARNING: a newer checkpoint is damaged and left out: {problem}")
     if latest is not None and not config.checkpoint.resume:
         raise ConfigError(
             f"checkpoint.resume=false would write over {latest}: choose another run_dir, or delete "
@@ -119,7 +128,7 @@ def _run_in(
             directory.facts["id"],
             config.name,
             directory.path,
-            {**dataclasses.asdict(config), "run": directory.facts},
+            {**yaml.safe_load(to_yaml(config)), "run": directory.facts},
             say,
         )
         hooks.on_row = [
@@ -142,7 +151,7 @@ def _run_in(
             tracker.close(exit_code)
     if directory is not None:
         directory.write_status("finished", exit_code=0, step=config.train.steps)
-        say(write_summary(config, directory, corpus.tokenizer_path))
+        say(write_summary(config, directory, corpus.tokenizer_path, rank.world_size, overrides))
 
 
 def _print_row(console: Console, say: Say, row: dict[str, Any]) -> None:
