@@ -50,8 +50,6 @@ class _Attention(MegatronModule):
         submodules: AttentionSubmodules,
         layer_number: int,
         pg_collection: ProcessGroupCollection,
-        parts: tuple[Part, ...],
-        sinks: tuple[str, ...] = (),
         pp_layer_offset: int | None = None,
         name: str | None = None,
     ) -> None:
@@ -59,7 +57,10 @@ class _Attention(MegatronModule):
         self.config: HySparseConfig = config
         self.layer_number = layer_number
         self.tp_group = pg_collection.tp
-        self.linear_qkv = GroupedProjection(config, submodules.linear_qkv, parts, pg_collection)
+        self.cp_group = pg_collection.cp
+        self.linear_qkv = GroupedProjection(
+            config, submodules.linear_qkv, self._parts(config), pg_collection
+        )
         self.linear_proj = submodules.linear_proj(
             config.num_attention_heads * config.value_dim,
             config.hidden_size,
@@ -82,13 +83,28 @@ class _Attention(MegatronModule):
                 config, int(config.kv_channels or 0), config.layernorm_epsilon
             )
         heads = config.num_attention_heads // config.tensor_model_parallel_size
-        self.sink_names = sinks
-        for sink in sinks:
+        self.sink_names = self._sinks(config)
+        for sink in self.sink_names:
             # One logit per head, in fp32 whatever the model's precision, split like the heads.
             parameter = torch.nn.Parameter(torch.zeros(heads, dtype=torch.float32))
             tensor_parallel.set_tensor_model_parallel_attributes(parameter, True, 0, 1)
             parameter.is_sink = True  # type: ignore[attr-defined] # a parameter group of its own
             self.register_parameter(sink, parameter)
+
+    @staticmethod
+    def _parts(config: HySparseConfig) -> tuple[Part, ...]:
+        """What the input projection computes."""
+        head_dim = int(config.kv_channels or 0)
+        return (
+            Part("query", head_dim, per_head=True),
+            Part("key", head_dim, per_head=False),
+            Part("value", config.value_dim, per_head=False),
+        )
+
+    @staticmethod
+    def _sinks(config: HySparseConfig) -> tuple[str, ...]:
+        """Names of the learnable sinks."""
+        return ()
 
     def _query_and_key(
         self, parts: dict[str, Tensor], rotary_pos_emb: Tensor | None
@@ -100,7 +116,7 @@ class _Attention(MegatronModule):
         if rotary_pos_emb is None:
             return query, key
         return tuple(  # type: ignore[return-value]
-            apply_rotary_pos_emb(tensor, rotary_pos_emb, config=self.config, cp_group=self.tp_group)
+            apply_rotary_pos_emb(tensor, rotary_pos_emb, config=self.config, cp_group=self.cp_group)
             for tensor in (query, key)
         )
 
@@ -144,15 +160,6 @@ def _kernel_layout(tensor: Tensor) -> Tensor:
     return tensor.transpose(0, 1)
 
 
-def _qkv_parts(config: HySparseConfig) -> tuple[Part, ...]:
-    head_dim = int(config.kv_channels or 0)
-    return (
-        Part("query", head_dim, per_head=True),
-        Part("key", head_dim, per_head=False),
-        Part("value", config.value_dim, per_head=False),
-    )
-
-
 class FullAttention(_Attention):
     """Causal full attention that also picks, for every query, the blocks its sparse layers read.
 
@@ -168,9 +175,7 @@ class FullAttention(_Attention):
         pg_collection: ProcessGroupCollection,
         **kwargs,
     ) -> None:
-        super().__init__(
-            config, submodules, layer_number, pg_collection, _qkv_parts(config), **kwargs
-        )
+        super().__init__(config, submodules, layer_number, pg_collection, **kwargs)
         self.is_read = config.plan.is_read(layer_number - 1)
         # With fewer KV groups than ranks each rank sees some heads of its group only, and all
         # must agree on the blocks: the scores are reduced over these ranks before the top-k.
@@ -234,18 +239,9 @@ class FullAttention(_Attention):
 class WindowAttention(_Attention):
     """Sliding-window attention with a sink per head: Eq. 5, the hybrid baseline's layer."""
 
-    def __init__(
-        self,
-        config: HySparseConfig,
-        submodules: AttentionSubmodules,
-        layer_number: int,
-        pg_collection: ProcessGroupCollection,
-        **kwargs,
-    ) -> None:
-        sinks = () if config.sink is SinkKind.none else ("window_sink",)
-        super().__init__(
-            config, submodules, layer_number, pg_collection, _qkv_parts(config), sinks, **kwargs
-        )
+    @staticmethod
+    def _sinks(config: HySparseConfig) -> tuple[str, ...]:
+        return () if config.sink is SinkKind.none else ("window_sink",)
 
     def forward(
         self,
@@ -282,29 +278,18 @@ _SINKS = {
 class SparseAttention(_Attention):
     """Two gated branches with one query: the oracle's blocks, and a window of its own (Eq. 4-9)."""
 
-    def __init__(
-        self,
-        config: HySparseConfig,
-        submodules: AttentionSubmodules,
-        layer_number: int,
-        pg_collection: ProcessGroupCollection,
-        **kwargs,
-    ) -> None:
+    @staticmethod
+    def _parts(config: HySparseConfig) -> tuple[Part, ...]:
         gate_width = 1 if config.gate is GateKind.head else config.value_dim
-        parts = (
-            *_qkv_parts(config),
+        return (
+            *_Attention._parts(config),
             Part("sparse_gate", gate_width, per_head=True),
             Part("window_gate", gate_width, per_head=True),
         )
-        super().__init__(
-            config,
-            submodules,
-            layer_number,
-            pg_collection,
-            parts,
-            _SINKS[config.sink],
-            **kwargs,
-        )
+
+    @staticmethod
+    def _sinks(config: HySparseConfig) -> tuple[str, ...]:
+        return _SINKS[config.sink]
 
     def forward(
         self,
