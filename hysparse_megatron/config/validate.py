@@ -13,7 +13,7 @@ from operator import attrgetter
 
 from hysparse_megatron.config import paths
 from hysparse_megatron.config.problems import as_error
-from hysparse_megatron.config.schema import Backend, Config, TrackingMode
+from hysparse_megatron.config.schema import Backend, Config, Precision, TrackingMode
 from hysparse_megatron.errors import Problem
 from hysparse_megatron.layout import Layout, LayoutError, check_stages, parse_layout
 
@@ -66,17 +66,21 @@ FRACTIONS = ("model.hidden_dropout", "optim.beta1", "optim.beta2")
 """Numbers from 0 up to, but not including, 1."""
 
 
-def check(config: Config, world_size: int, device_type: str = "cpu") -> None:
+TRITON_BLOCK_SIZES = (16, 32, 64, 128)
+TRITON_MAX_HEAD_DIM = 256
+"""What `hysparse_kernels.triton_attention` takes; repeated here because that imports torch."""
+
+
+def check(config: Config, world_size: int) -> None:
     """Raise one `ConfigError` that lists every problem, or return."""
-    problems = validate(config, world_size=world_size, device_type=device_type)
+    problems = validate(config, world_size=world_size)
     if problems:
         raise as_error(problems)
 
 
-def validate(config: Config, *, world_size: int, device_type: str = "cpu") -> list[Problem]:
-    """Everything that keeps `config` from running on `world_size` ranks of `device_type`."""
+def validate(config: Config, *, world_size: int) -> list[Problem]:
+    """Everything that keeps `config` from running on `world_size` ranks."""
     problems = [problem for rule in RULES for problem in rule(config)]
-    problems += _backend(config, device_type)
     problems += _ranks(config, world_size)
     problems += _batches(config, world_size)
     return problems
@@ -211,11 +215,20 @@ def _schedule(config: Config) -> Iterator[Problem]:
         yield Problem("optim.warmup_steps", got, allowed)
 
 
-def _backend(config: Config, device_type: str) -> Iterator[Problem]:
-    if config.model.backend is Backend.triton:
-        also = "" if device_type == "cuda" else f", and would not run on {device_type}"
-        allowed = f"auto or reference; the triton kernels are not in this version yet{also}"
-        yield Problem("model.backend", "triton", allowed)
+def _backend(config: Config) -> Iterator[Problem]:
+    """What the Triton kernels take; whether there is a GPU is found out when the run starts."""
+    if config.model.backend is not Backend.triton:
+        return
+    model = config.model
+    if config.train.precision is not Precision.bf16:
+        yield Problem("model.backend", "triton", "auto or reference with train.precision=fp32")
+    if model.block_size not in TRITON_BLOCK_SIZES:
+        allowed = f"one of {', '.join(map(str, TRITON_BLOCK_SIZES))} with model.backend=triton"
+        yield Problem("model.block_size", str(model.block_size), allowed)
+    for key, width in (("head_dim", model.head_dim), ("value_head_dim", model.value_dim)):
+        if width > TRITON_MAX_HEAD_DIM:
+            allowed = f"at most {TRITON_MAX_HEAD_DIM} with model.backend=triton"
+            yield Problem(f"model.{key}", str(width), allowed)
 
 
 def _ranks(config: Config, world_size: int) -> Iterator[Problem]:
@@ -267,6 +280,7 @@ RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _widths,
     _rotary,
     _selection,
+    _backend,
     _parallel,
     _schedule,
     paths.run_directory,

@@ -10,10 +10,16 @@ DV value head dim, K selected blocks, C channels, T tensor-parallel size.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
-from hysparse_kernels import block_sparse_attention, oracle_attention, sliding_window_attention
+from hysparse_kernels import (
+    BlockLists,
+    block_sparse_attention,
+    oracle_attention,
+    sliding_window_attention,
+)
 from megatron.core import tensor_parallel
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -310,13 +316,13 @@ class SparseAttention(_Attention):
         query, key = self._query_and_key(parts, rotary_pos_emb)
         sinks = [getattr(self, name) for name in self.sink_names] or [None]
         attention = self._run(
-            self._attend,
+            functools.partial(self._attend, shared.lists),
             query,
             key,
             parts["value"],
             parts["sparse_gate"],
             parts["window_gate"],
-            *shared,
+            *shared.tensors,
             sinks[0],
             sinks[-1],
         )
@@ -324,6 +330,7 @@ class SparseAttention(_Attention):
 
     def _attend(
         self,
+        lists: BlockLists | None,
         query: Tensor,
         window_key: Tensor,
         window_value: Tensor,
@@ -344,6 +351,7 @@ class SparseAttention(_Attention):
             block_indices,
             block_size=self.config.block_size,
             sink=sparse_sink,
+            lists=lists,
             backend=backend,
         )
         window = sliding_window_attention(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from hysparse_kernels import BlockLists
 from torch import Tensor
 
 
@@ -24,6 +25,13 @@ class SharedAttention(NamedTuple):
     key: Tensor
     value: Tensor
     block_indices: Tensor | None
+    lists: BlockLists | None = None
+    """The same selection in the form that kernels walk, built once per stage; None: not needed."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What may go through autograd functions and across pipeline cuts."""
+        return self.key, self.value, self.block_indices
 
 
 @dataclass(frozen=True)

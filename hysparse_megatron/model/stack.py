@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
+from hysparse_kernels import prepare_selection
 from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -108,6 +109,7 @@ class HySparseStack(MegatronModule):
         shared: SharedAttention | None = None
         if plan.oracle_into(self.stage) is not None:
             hidden, shared = unpack(hidden, self.config.shared_widths())
+            shared = self._prepared(shared)
 
         # With sequence parallelism every tensor-parallel rank drops out other tokens.
         with (
@@ -119,6 +121,8 @@ class HySparseStack(MegatronModule):
                 hidden, shared = self._run(layer, hidden, shared, rotary_pos_emb)
                 if live_oracle(plan.layout, index + 1) is None:
                     shared = None  # free key and value with their last reader
+                elif plan.layout.layers[index].kind is LayerKind.FULL:
+                    shared = self._prepared(cast(SharedAttention, shared))
 
         if self.post_process:
             return cast(torch.nn.Module, self.final_norm)(hidden)
@@ -127,6 +131,17 @@ class HySparseStack(MegatronModule):
             return pack(hidden, shared)
         # The schedules free what they have sent, which a view of another tensor would survive.
         return make_viewless_tensor(inp=hidden, requires_grad=hidden.requires_grad, keep_graph=True)
+
+    def _prepared(self, shared: SharedAttention) -> SharedAttention:
+        """With the lists that all sparse layers of this stage read, if their kernels need any."""
+        assert shared.block_indices is not None
+        lists = prepare_selection(
+            shared.block_indices,
+            self.config.num_attention_heads // self.tp_group.size(),
+            block_size=self.config.block_size,
+            backend=self.config.attention_backend_name,
+        )
+        return shared._replace(lists=lists)
 
     def _run(
         self,
@@ -143,17 +158,21 @@ class HySparseStack(MegatronModule):
         if not (self.training and self.config.recompute_granularity == "full"):
             return layer(hidden_states, shared, rotary_pos_emb)
 
+        lists = shared.lists if shared else None
+
         def run(hidden: Tensor, rotary: Tensor | None, *parts: Tensor | None):
-            given = None if parts[0] is None else SharedAttention(*cast(tuple, parts))
+            given = None
+            if parts[0] is not None:
+                given = SharedAttention(*cast(tuple[Tensor, Tensor, Tensor], parts), lists)
             # The second run, with gradient, must not make the selection again.
             hidden, made = layer(hidden, given, rotary, select=not torch.is_grad_enabled())
             if made is None or made is given:
                 # What the layer only passes on stays outside of the recomputed function.
                 return hidden
-            return hidden, *made
+            return hidden, *made.tensors
 
         outputs = tensor_parallel.checkpoint(
-            run, False, hidden_states, rotary_pos_emb, *(shared or (None, None, None))
+            run, False, hidden_states, rotary_pos_emb, *(shared.tensors if shared else [None] * 3)
         )
         if isinstance(outputs, Tensor):
             return outputs, shared

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import yaml
-from hysparse_kernels import resolve_backend
+from hysparse_kernels import BackendChoice, BackendUnavailable, resolve_backend
 
 from hysparse_megatron.checkpoint import store
 from hysparse_megatron.checkpoint.state import load_state, save_state
 from hysparse_megatron.config.frozen import config_hash, to_yaml
-from hysparse_megatron.config.schema import Config
+from hysparse_megatron.config.schema import Config, Precision
 from hysparse_megatron.data import (
     BatchSource,
     EvaluationBatches,
@@ -51,6 +51,7 @@ def run(config: Config, rank: Rank, overrides: Sequence[str] = ()) -> None:
     directory: RunDirectory | None = None
     try:
         require_equal("the configuration", config_hash(config), ConfigError)
+        _attention_backend(config, device)
         directory = _open_directory(config, say)
         _run_in(config, directory, device, rank, say, overrides)
     except HySparseError as error:
@@ -256,12 +257,28 @@ def _save(
     say(f"saved {directory}")
 
 
+def _attention_backend(config: Config, device: torch.device) -> BackendChoice:
+    """The attention implementation of this run. Raises ConfigError if the wanted one cannot run."""
+    model = config.model
+    bf16 = config.train.precision is Precision.bf16
+    try:
+        return resolve_backend(
+            model.backend.value,
+            device,
+            dtype=torch.bfloat16 if bf16 else torch.float32,
+            head_dim=max(model.head_dim, model.value_dim),
+            block_size=model.block_size,
+        )
+    except BackendUnavailable as error:
+        raise ConfigError(f"model.backend: {error}") from error
+
+
 def _describe(state: TrainingState, corpus: PreparedCorpus, say: Say) -> None:
     """The start-up log: what runs, on what, and what every pipeline cut sends."""
     config = state.config
     total = torch.tensor([state.num_parameters()], dtype=torch.float64, device=state.device)
     dist.all_reduce(total, group=state.groups.mp)
-    backend = resolve_backend(config.model.backend.value, state.device)
+    backend = _attention_backend(config, state.device)
     parallel = config.parallel
     say(
         f"{config.name}: layout {config.model.layout}, {int(total.item()):,} parameters on "

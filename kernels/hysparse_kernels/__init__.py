@@ -1,5 +1,6 @@
 """Attention operations of HySparse (arXiv 2602.03560): torch only, no Megatron, no GPU needed."""
 
+from hysparse_kernels.block_lists import BlockLists
 from hysparse_kernels.dispatch import (
     BACKENDS,
     BackendChoice,
@@ -7,6 +8,7 @@ from hysparse_kernels.dispatch import (
     block_sparse_attention,
     block_topk,
     oracle_attention,
+    prepare_selection,
     resolve_backend,
     sliding_window_attention,
 )
@@ -17,12 +19,14 @@ __all__ = [
     "BACKENDS",
     "BackendChoice",
     "BackendUnavailable",
+    "BlockLists",
     "OracleOutput",
     "ReduceScores",
     "block_sparse_attention",
     "block_topk",
     "neighbour_agreement",
     "oracle_attention",
+    "prepare_selection",
     "resolve_backend",
     "selected_mass",
     "sliding_window_attention",

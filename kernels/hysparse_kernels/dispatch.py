@@ -17,10 +17,10 @@ from hysparse_kernels.arguments import (
     check_qkv,
     check_sink,
 )
+from hysparse_kernels.block_lists import BlockLists, build_block_lists
 from hysparse_kernels.reference import OracleOutput, ReduceScores
 
 BACKENDS = ("auto", "reference", "triton")
-_NO_TRITON = "this version of hysparse_kernels has no Triton kernels"
 
 
 class BackendUnavailable(RuntimeError):
@@ -30,26 +30,80 @@ class BackendUnavailable(RuntimeError):
 class BackendChoice(NamedTuple):
     """``name`` of the backend that will run and, for the log, the ``reason`` it was picked."""
 
-    name: Literal["reference"]
+    name: Literal["reference", "triton"]
     reason: str
 
 
-def resolve_backend(backend: str, device: torch.device | str) -> BackendChoice:
-    """Which backend ``backend`` (auto, reference or triton) means for tensors on ``device``.
+def resolve_backend(
+    backend: str,
+    device: torch.device | str,
+    *,
+    dtype: torch.dtype | None = None,
+    head_dim: int | None = None,
+    block_size: int | None = None,
+) -> BackendChoice:
+    """Which backend ``backend`` (auto, reference or triton) means for such inputs.
+
+    "auto" takes triton where it can run, else the reference. ``dtype``, ``head_dim`` (the larger
+    one of query/key and value) and ``block_size`` are those of the call; None leaves them open.
 
     Raises:
         ValueError: ``backend`` is none of the three.
-        BackendUnavailable: ``backend`` is "triton".
+        BackendUnavailable: ``backend`` is "triton", which cannot take such inputs.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(BACKENDS)}")
-    if backend == "triton":
-        raise BackendUnavailable(
-            f"backend 'triton' was asked for, but {_NO_TRITON}; use 'auto' or 'reference'"
-        )
     if backend == "reference":
         return BackendChoice("reference", "asked for by name")
-    return BackendChoice("reference", f"plain PyTorch on {torch.device(device).type}: {_NO_TRITON}")
+    device = torch.device(device)
+    reason = _why_no_triton(device, dtype, head_dim, block_size)
+    if backend == "triton":
+        if reason is not None:
+            raise BackendUnavailable(
+                f"backend 'triton' was asked for, but {reason}; use 'auto' or 'reference'"
+            )
+        return BackendChoice("triton", "asked for by name")
+    if reason is None:
+        return BackendChoice("triton", f"Triton kernels on {device.type}")
+    return BackendChoice("reference", f"plain PyTorch: {reason}")
+
+
+def _why_no_triton(
+    device: torch.device, dtype: torch.dtype | None, head_dim: int | None, block_size: int | None
+) -> str | None:
+    try:
+        from hysparse_kernels import triton_attention
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
+    return triton_attention.why_not(device, dtype, head_dim, block_size)
+
+
+def _uses_triton(
+    backend: str, query: Tensor, value: Tensor | None = None, block_size: int | None = None
+) -> bool:
+    head_dim = max(query.shape[-1], 0 if value is None else value.shape[-1])
+    choice = resolve_backend(
+        backend, query.device, dtype=query.dtype, head_dim=head_dim, block_size=block_size
+    )
+    return choice.name == "triton"
+
+
+def prepare_selection(
+    block_indices: Tensor, query_heads: int, *, block_size: int, backend: str = "auto"
+) -> BlockLists | None:
+    """What the sparse layers that read one selection can share, built once; None if nothing.
+
+    Args:
+        block_indices: int32 [B, HKV, S, K] of an oracle.
+        query_heads: HQ of the sparse layers.
+        block_size: tokens per block.
+        backend: see ``resolve_backend``.
+    """
+    choice = resolve_backend(backend, block_indices.device, block_size=block_size)
+    if choice.name == "reference":
+        return None
+    heads = query_heads // block_indices.shape[1]
+    return build_block_lists(block_indices, heads, block_size)
 
 
 def oracle_attention(
@@ -86,13 +140,14 @@ def oracle_attention(
         num_selected: K, blocks selected per token and group; may exceed N.
         softmax_scale: factor on query . key, default D ** -0.5.
         reduce_scores: gets the log scores [B, HKV, C, N] of each chunk of C queries (-inf where a
-            block is invisible) and returns as many: a MAX all-reduce over the ranks that hold
-            different query heads of the same group. Called once per chunk in increasing order.
+            block is invisible; of one base, natural or 2) and returns as many: a MAX all-reduce
+            over the ranks that hold different query heads of the same group. Called once per
+            chunk in increasing order; the backend chooses C.
         forced_first_blocks: this many first blocks are always selected when visible. P1: none.
         forced_recent_blocks: likewise the most recent ones, the own block counting as the first.
         select: False computes the attention alone (a recompute of what was selected before);
             block_indices is then None and reduce_scores is not called.
-        query_chunk: C, queries worked on at a time; memory grows with C x S.
+        query_chunk: C of the reference, queries worked on at a time; memory grows with C x S.
         backend: see ``resolve_backend``.
 
     Returns:
@@ -112,7 +167,21 @@ def oracle_attention(
             f"forced blocks: got {forced_first_blocks} first and {forced_recent_blocks} recent,"
             f" expected at most num_selected = {num_selected} together"
         )
-    resolve_backend(backend, query.device)
+    if _uses_triton(backend, query, value, block_size):
+        from hysparse_kernels import triton_attention
+
+        return triton_attention.oracle_attention(
+            query,
+            key,
+            value,
+            block_size=block_size,
+            num_selected=num_selected,
+            softmax_scale=softmax_scale,
+            reduce_scores=reduce_scores,
+            forced_first_blocks=forced_first_blocks,
+            forced_recent_blocks=forced_recent_blocks,
+            select=select,
+        )
     return reference.oracle_attention(
         query,
         key,
@@ -161,6 +230,7 @@ def block_sparse_attention(
     block_size: int,
     sink: Tensor | None = None,
     softmax_scale: float | None = None,
+    lists: BlockLists | None = None,
     query_chunk: int = 256,
     backend: str = "auto",
 ) -> Tensor:
@@ -175,7 +245,8 @@ def block_sparse_attention(
         block_size: tokens per block, the one the selection was made with.
         sink: [HQ], one more logit per head that enters the denominator only. None: no sink.
         softmax_scale: factor on query . key, default D ** -0.5.
-        query_chunk: C, queries worked on at a time; memory grows with C x S.
+        lists: ``prepare_selection`` of these very indices, to build them once for several layers.
+        query_chunk: C of the reference, queries worked on at a time; memory grows with C x S.
         backend: see ``resolve_backend``.
 
     Returns:
@@ -190,7 +261,19 @@ def block_sparse_attention(
     check_at_least(1, block_size=block_size, query_chunk=query_chunk)
     check_block_indices(block_indices, key, block_size)
     check_sink(sink, query)
-    resolve_backend(backend, query.device)
+    if _uses_triton(backend, query, value, block_size):
+        from hysparse_kernels import triton_attention
+
+        return triton_attention.block_sparse_attention(
+            query,
+            key,
+            value,
+            block_indices,
+            block_size=block_size,
+            sink=sink,
+            softmax_scale=softmax_scale,
+            lists=lists,
+        )
     return reference.block_sparse_attention(
         query,
         key,
@@ -238,7 +321,12 @@ def sliding_window_attention(
     check_qkv(query, key, value)
     check_at_least(1, window=window, query_chunk=query_chunk)
     check_sink(sink, query)
-    resolve_backend(backend, query.device)
+    if _uses_triton(backend, query, value):
+        from hysparse_kernels import triton_attention
+
+        return triton_attention.sliding_window_attention(
+            query, key, value, window=window, sink=sink, softmax_scale=softmax_scale
+        )
     return reference.sliding_window_attention(
         query,
         key,

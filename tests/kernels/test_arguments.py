@@ -88,8 +88,16 @@ def test_backends() -> None:
     assert resolve_backend("reference", "cpu").name == "reference"
     choice = resolve_backend("auto", torch.device("cpu"))
     assert choice.name == "reference"
-    assert "no Triton kernels" in choice.reason
-    with pytest.raises(BackendUnavailable, match="no Triton kernels"):
-        resolve_backend("triton", "cuda")
+    assert "need a CUDA device" in choice.reason
+    assert resolve_backend("triton", "cuda").name == "triton"
+    for refused, why in (
+        ({"device": "cpu"}, "need a CUDA device"),
+        ({"device": "cuda", "dtype": torch.float32}, "bf16 and fp16"),
+        ({"device": "cuda", "head_dim": 512}, "head dims up to 256"),
+        ({"device": "cuda", "block_size": 48}, "block sizes"),
+    ):
+        assert resolve_backend("auto", **refused).name == "reference"
+        with pytest.raises(BackendUnavailable, match=why):
+            resolve_backend("triton", **refused)
     with pytest.raises(BackendUnavailable):
         sliding_window_attention(**GOOD, window=1, backend="triton")

@@ -101,7 +101,7 @@ BAD: list[tuple[dict[str, Any], str, str, str]] = [
         "161",
         "train.steps = 160",
     ),
-    ({"model.backend": Backend.triton}, "model.backend", "triton", "not in this version"),
+    ({"model.backend": Backend.triton}, "model.backend", "triton", "with train.precision=fp32"),
     ({"data.path": "/nowhere/text"}, "data.path", "/nowhere/text", "exists"),
     ({"data.tokenizer": "/nowhere/t"}, "data.tokenizer", "/nowhere/t", "exists"),
     ({"checkpoint.load": "/nowhere/c"}, "checkpoint.load", "/nowhere/c", "exists"),
