@@ -26,7 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.show:
             print(to_yaml(config), end="")
             return 0
-        rank = rank_from_environment()
+        try:
+            rank = rank_from_environment()
+        except HySparseError as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            return error.exit_code
         check(config, rank.world_size)
         if rank.rank == 0:
             for warning in config_warnings(config):

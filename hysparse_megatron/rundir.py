@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
+import yaml
+
 from hysparse_megatron import __version__
 from hysparse_megatron.config.frozen import CONFIG_FILE, freeze, load_frozen, to_yaml
 from hysparse_megatron.config.schema import Config
@@ -31,10 +33,15 @@ class RunDirectory:
     """One run's directory, opened and locked by rank 0 of the run that writes into it."""
 
     def __init__(self, config: Config) -> None:
-        """Create or reopen the directory. Raises ConfigError when another run holds it."""
+        """Create or reopen the directory.
+
+        Raises ConfigError when another run holds it, or when it holds checkpoints that the
+        configuration says not to resume from; what is in it stays as it was then.
+        """
         self.path = config.run_path
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self.path / ".lock")
+        _refuse_overwriting(config, self.checkpoints)
         self.changed_keys = _changed_keys(self.path / CONFIG_FILE, config)
         self.config_hash = freeze(config, self.path)
         self.facts = self._open_record(config)
@@ -67,6 +74,8 @@ class RunDirectory:
                 record = json.loads(path.read_text())
             except ValueError as error:
                 raise ConfigError(f"{path} is not JSON ({error}); delete it to go on") from error
+        if not isinstance(record, dict) or not isinstance(record.get("starts", []), list):
+            raise ConfigError(f"{path} is not the record of a run; delete it to go on")
         record.setdefault("id", secrets.token_hex(4))
         record.setdefault("name", config.name)
         record.setdefault("starts", [])
@@ -109,6 +118,17 @@ def _lock(path: Path) -> IO[str]:
     return file
 
 
+def _refuse_overwriting(config: Config, checkpoints: Path) -> None:
+    if config.checkpoint.resume:
+        return
+    for path in sorted(checkpoints.glob("step-*"), reverse=True):
+        if path.suffix != ".tmp":
+            raise ConfigError(
+                f"checkpoint.resume=false would write over {path}: choose another run_dir, or "
+                "delete its checkpoints"
+            )
+
+
 def _changed_keys(path: Path, config: Config) -> list[str]:
     """Lines `key: old -> new` for settings that differ from the last start in this directory."""
     if not path.exists():
@@ -126,15 +146,11 @@ def _changed_keys(path: Path, config: Config) -> list[str]:
 def _flat(config: Config) -> dict[str, str]:
     """`section.key: value` pairs of a configuration."""
     flat: dict[str, str] = {}
-    section = ""
-    for line in to_yaml(config).splitlines():
-        name, _, value = line.partition(":")
-        if not line.startswith(" "):
-            section = "" if value.strip() else f"{name}."
-            if value.strip():
-                flat[name] = value.strip()
+    for name, value in yaml.safe_load(to_yaml(config)).items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{key}": str(inner) for key, inner in value.items()}
         else:
-            flat[section + name.strip()] = value.strip()
+            flat[name] = str(value)
     return flat
 
 

@@ -87,7 +87,8 @@ def _legend(layout: Layout) -> str:
         y = TOP + 186 + 20 * row
         lines.append(
             f'<rect x="{LEFT + 10}" y="{y - 11}" width="14" height="14" fill="{COLORS[kind]}"/>'
-            f'<text x="{LEFT + 32}" y="{y}" text-anchor="start">{NAMES[kind]}: {TITLES[kind]}</text>'
+            f'<text x="{LEFT + 32}" y="{y}" text-anchor="start">'
+            f"{NAMES[kind]}: {TITLES[kind]}</text>"
         )
     return "".join(lines)
 

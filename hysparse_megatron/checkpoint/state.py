@@ -14,9 +14,13 @@ from typing import Any
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from torch.distributed.checkpoint.api import CheckpointException
 
 from hysparse_megatron.errors import CheckpointError
 from hysparse_megatron.training.state import TrainingState
+
+# torch's CheckpointException is no Exception.
+_LOAD_ERRORS = (CheckpointException, CheckpointingException, KeyError, ValueError, RuntimeError)
 
 
 def _metadata(state: TrainingState) -> dict[str, Any]:
@@ -63,7 +67,7 @@ def load_state(state: TrainingState, directory: Path, weights_only: bool = False
         )
     try:
         loaded = dist_checkpointing.load(wanted, str(directory))
-    except (CheckpointingException, KeyError, ValueError, RuntimeError) as error:
+    except _LOAD_ERRORS as error:
         raise CheckpointError(
             f"{directory} cannot be loaded into this model: {error}\n"
             "model.* must be what the checkpoint was made with; parallel.* may differ"
@@ -73,5 +77,15 @@ def load_state(state: TrainingState, directory: Path, weights_only: bool = False
     if weights_only:
         state.optimizer.reload_model_params()
         return 0
+    # megatron-core pairs groups by their learning rates, among others, and would take the rest
+    # from the checkpoint: today's settings count.
+    optim = state.config.optim
+    for group in loaded["optimizer"]["optimizer"]["param_groups"]:
+        group.update(
+            max_lr=optim.learning_rate,
+            min_lr=optim.min_learning_rate,
+            betas=(optim.beta1, optim.beta2),
+            eps=optim.epsilon,
+        )
     state.optimizer.load_state_dict(loaded["optimizer"])
     return int(loaded["step"])

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from hysparse_megatron.errors import CheckpointError
 from hysparse_megatron.runtime.agreement import on_rank_zero
@@ -51,7 +52,7 @@ def write_checkpoint(
     failure = None
     try:
         write(temporary)
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # torch's is no Exception
         failure = f"{type(error).__name__}: {error}"
     rank = dist.get_rank()
     mine = {} if failure else _describe(temporary, lambda name: name.startswith(f"__{rank}_"))
@@ -107,20 +108,37 @@ def remove_leftovers(checkpoints: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def problems_of(directory: Path) -> list[str]:
-    """What is wrong with a checkpoint directory: missing manifest, missing or truncated files."""
+def problems_of(directory: Path, content: bool = True) -> list[str]:
+    """What is wrong with a checkpoint directory.
+
+    A missing or odd manifest, missing or truncated files and, with `content`, files whose hash is
+    another than the manifest says.
+    """
     try:
-        files = read_manifest(directory)["files"]
-    except (CheckpointError, KeyError, TypeError) as error:
-        return [f"{directory / MANIFEST}: {error}"]
+        manifest = read_manifest(directory)
+        int(manifest["step"])
+        files = {
+            name: (int(entry["bytes"]), str(entry["sha256"]))
+            for name, entry in manifest["files"].items()
+        }
+    except (CheckpointError, KeyError, TypeError, AttributeError, ValueError) as error:
+        return [f"{directory / MANIFEST}: {type(error).__name__}: {error}"]
     problems = []
-    for name, entry in files.items():
+    for name, (size, digest) in files.items():
         path = directory / name
-        size = path.stat().st_size if path.is_file() else None
-        if size != entry["bytes"]:
-            found = "is missing" if size is None else f"has {size} bytes"
-            problems.append(f"{path} {found}; the manifest says {entry['bytes']} bytes")
+        if not path.is_file():
+            problems.append(f"{path} is missing")
+        elif path.stat().st_size != size:
+            found = path.stat().st_size
+            problems.append(f"{path} has {found} bytes; the manifest says {size} bytes")
+        elif content and _digest(path) != digest:
+            problems.append(f"{path} has another content than the manifest says")
     return problems
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -154,7 +172,8 @@ def prune(checkpoints: Path, keep: int) -> list[Path]:
 
     Returns what was deleted. Failure to delete is not an error: training goes on.
     """
-    valid = [path for path in _step_directories(checkpoints) if not problems_of(path)]
+    found = _step_directories(checkpoints)
+    valid = [path for path in found if not problems_of(path, content=False)]
     doomed = valid[keep:] if keep else []
     for directory in doomed:
         shutil.rmtree(directory, ignore_errors=True)
@@ -167,9 +186,8 @@ def _describe(directory: Path, wanted: Callable[[str], bool]) -> dict[str, dict[
         name = str(path.relative_to(directory))
         if path.is_file() and wanted(name):
             with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
                 os.fsync(file.fileno())
-            entries[name] = {"bytes": path.stat().st_size, "sha256": digest}
+            entries[name] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
     return entries
 
 

@@ -149,7 +149,10 @@ def _heads(config: Config) -> Iterator[Problem]:
         allowed = f"a multiple or a divisor of parallel.tp = {tp}"
         yield Problem("model.num_query_groups", str(groups), allowed)
     elif 0 < groups < tp:
-        for key, width in (("head_dim", model.head_dim), ("value_head_dim", model.value_dim)):
+        if model.block_size == 128 and max(model.head_dim, model.value_dim) > 128:
+        allowed = "at most 64 with model.backend=triton and heads wider than 128"
+        yield Problem("model.block_size", "128", allowed)
+    for key, width in (("head_dim", model.head_dim), ("value_head_dim", model.value_dim)):
             if not _is_multiple(groups * width, tp):
                 got = f"{width} ({groups} groups x {width} channels)"
                 allowed = f"groups x channels that are a multiple of parallel.tp = {tp}"
@@ -225,6 +228,9 @@ def _backend(config: Config) -> Iterator[Problem]:
     if model.block_size not in TRITON_BLOCK_SIZES:
         allowed = f"one of {', '.join(map(str, TRITON_BLOCK_SIZES))} with model.backend=triton"
         yield Problem("model.block_size", str(model.block_size), allowed)
+    if model.block_size == 128 and max(model.head_dim, model.value_dim) > 128:
+        allowed = "at most 64 with model.backend=triton and heads wider than 128"
+        yield Problem("model.block_size", "128", allowed)
     for key, width in (("head_dim", model.head_dim), ("value_head_dim", model.value_dim)):
         if width > TRITON_MAX_HEAD_DIM:
             allowed = f"at most {TRITON_MAX_HEAD_DIM} with model.backend=triton"

@@ -16,6 +16,8 @@ class MetricsFile:
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("a", buffering=1)
+        if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+            self._file.write("\n")  # a killed run's last line must not swallow our first
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
+from hysparse_megatron.config.compose import compose
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.rundir import RunDirectory
 from hysparse_megatron.tracking.metrics import read_metrics
@@ -25,14 +26,6 @@ def write_summary(
     seconds = sum(row["step_seconds"] for row in steps)
     speed = sorted(row["tokens_per_second"] for row in steps)[len(steps) // 2]
 
-    local = f".venv/bin/python -m launch.local --nproc {num_ranks}"
-    own = ("name=", "run_dir=", "checkpoint.load=")
-    others = shlex.join(override for override in overrides if not override.startswith(own))
-    layout = config.model.layout
-    full, windows = (
-        shlex.quote(f"model.layout={layout.replace('S', kind)}") for kind in ("F", "W")
-    )
-    single = shlex.quote(f"model.layout={layout.replace('|', '')}")
     text = f"""# {config.name}
 
 * {config.train.steps} steps, {steps[-1]["tokens"]:,} tokens in {seconds / 60:.1f} minutes of \
@@ -43,7 +36,34 @@ training, median {speed:,.0f} tokens/s
 
 What to do next:
 
-    # train on: the newest checkpoint is found and continued
+"""
+    text += _suggestions(config, directory, tokenizer_path, num_ranks, overrides)
+    (directory.path / "summary.md").write_text(text)
+    return text
+
+
+def _suggestions(
+    config: Config,
+    directory: RunDirectory,
+    tokenizer_path: str,
+    num_ranks: int,
+    overrides: Sequence[str],
+) -> str:
+    """Commands that go on from this run."""
+    if compose(list(overrides)) != config:  # it came from a frozen file
+        return f"""    # train on: raise train.steps in the file, then
+    .venv/bin/python -m launch.local --nproc {num_ranks} \\
+        --config {directory.path}/config.yaml
+"""
+    local = f".venv/bin/python -m launch.local --nproc {num_ranks}"
+    own = ("name=", "run_dir=", "checkpoint.load=")
+    others = shlex.join(override for override in overrides if not override.startswith(own))
+    layout = config.model.layout
+    full, windows = (
+        shlex.quote(f"model.layout={layout.replace('S', kind)}") for kind in ("F", "W")
+    )
+    single = shlex.quote(f"model.layout={layout.replace('|', '')}")
+    return f"""    # train on: the newest checkpoint is found and continued
     {local} {shlex.join(overrides)} train.steps={2 * config.train.steps}
     # the same model with full attention everywhere, and with windows instead of sparse layers
     {local} {others} name={config.name}-full {full}
@@ -53,5 +73,3 @@ What to do next:
         parallel.tp=1 parallel.pp=1 parallel.vpp=null parallel.sequence_parallel=false \\
         checkpoint.load={directory.path} data.path=FILE_OR_FOLDER data.tokenizer={tokenizer_path}
 """
-    (directory.path / "summary.md").write_text(text)
-    return text

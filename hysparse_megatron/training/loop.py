@@ -62,7 +62,7 @@ def train(
             _evaluate(state, evaluation, done, hooks)
         signal = stop.agreed()
         # Never over a run of bad steps: the newest checkpoint stays one from before them.
-        if not bad_steps and (last or signal or done % checkpoint.interval == 0):
+        if last or (not bad_steps and (signal or done % checkpoint.interval == 0)):
             hooks.save(done)
             saved = done
         if signal and not last:

@@ -99,14 +99,11 @@ def _run_in(
     latest, rejected = on_rank_zero(lambda: store.latest_checkpoint(checkpoints), CheckpointError)
     for problem in rejected:
         say(f"WARNING: a newer checkpoint is damaged and left out: {problem}")
-    if latest is not None and not config.checkpoint.resume:
-        raise ConfigError(
-            f"checkpoint.resume=false would write over {latest}: choose another run_dir, or delete "
-            "its checkpoints"
-        )
     if latest is not None:
         done = store.read_manifest(latest)["step"]
         if done >= config.train.steps:
+            if directory is not None:  # a run killed right at its end may still say "running"
+                directory.write_status("finished", exit_code=0, step=done)
             say(f"{config.run_path} is finished: step {done} of {config.train.steps}, {latest}")
             say("train on with a larger train.steps, or start anew with another run_dir")
             return

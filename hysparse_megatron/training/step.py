@@ -44,7 +44,10 @@ def train_step(state: TrainingState, step: int, microbatches: Sequence[Batch]) -
     loss = _run_schedule(state, microbatches, forward_only=False)
     updated, grad_norm = False, float("nan")
     if math.isfinite(loss):  # the same on all ranks, so all update or none does
-        updated, grad_norm, _ = state.optimizer.step()
+        state.optimizer.prepare_grads()
+        grad_norm = float(state.optimizer.get_grad_norm())
+        if math.isfinite(grad_norm):
+            updated, _, _ = state.optimizer.step()
     return StepResult(
         loss=loss,
         grad_norm=float(grad_norm),

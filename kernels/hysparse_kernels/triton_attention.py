@@ -21,6 +21,8 @@ from hysparse_kernels.reference import OracleOutput
 _LOG2_E = 1.4426950408889634
 _SCRATCH_BYTES = 256 * 2**20
 """Most memory for the raw block maxima of the oracle; long sequences take several launches."""
+_SHARED_MEMORY_BYTES = 200 * 2**10
+"""What tiles may take of a Hopper multiprocessor's 227 KiB; the compiler needs some for itself."""
 _MAX_HEAD_DIM = 256
 _BLOCK_SIZES = (16, 32, 64, 128)
 
@@ -41,7 +43,14 @@ def why_not(
         return f"the Triton kernels take head dims up to {_MAX_HEAD_DIM}, not {head_dim}"
     if block_size is not None and block_size not in _BLOCK_SIZES:
         return f"the Triton kernels take block sizes {_BLOCK_SIZES}, not {block_size}"
+    if block_size == 128 and head_dim is not None and head_dim > 128:
+        return f"blocks of 128 keys with head dim {head_dim} do not fit into shared memory"
     return None
+
+
+def _stages(most: int, bytes_per_stage: int, fixed_bytes: int) -> int:
+    """Software-pipeline depth, up to `most`, whose tiles fit into shared memory."""
+    return max(1, min(most, (_SHARED_MEMORY_BYTES - fixed_bytes) // bytes_per_stage))
 
 
 def oracle_attention(
@@ -149,6 +158,12 @@ class _Shape:
         """Query heads per KV group."""
         return self.query_heads // self.groups
 
+    @property
+    def row_bytes(self) -> int:
+        """Shared memory of one query/key row and one value row, in 2-byte elements."""
+        constants = self.constants(torch.bfloat16)
+        return 2 * (constants["WIDTH"] + constants["VALUE_WIDTH"])
+
     def constants(self, dtype: torch.dtype) -> dict[str, Any]:
         """The kernels' compile-time names of these sizes."""
         return {
@@ -183,9 +198,11 @@ class _Attention(torch.autograd.Function):
         shape = _Shape.of(query, key, value)
         output = query.new_empty(*query.shape[:3], shape.value_width)
         lse = query.new_empty(shape.batch, shape.query_heads, shape.sequence, dtype=torch.float32)
-        tile = walk.tile(shape.heads, 128)
+        tile = walk.tile(shape.heads, 128 if shape.row_bytes <= 512 else 64)
         tiles = triton.cdiv(shape.sequence, tile.tokens)
         num_blocks = triton.cdiv(shape.sequence, walk.keys)
+
+        stages = _stages(3, walk.keys * shape.row_bytes, tile.rows * (shape.row_bytes + walk.keys))
 
         def launch(first: int, last: int, maxima: Tensor) -> None:
             kernels.forward_kernel[(last - first, shape.batch * shape.groups)](
@@ -195,7 +212,7 @@ class _Attention(torch.autograd.Function):
                 shape.width, shape.value_width, first, last, num_blocks,
                 MODE=walk.mode, HAS_SINK=sink is not None, SCORES=walk.selector is not None,
                 KEYS=walk.keys, **tile.constants(), **shape.constants(query.dtype),
-                num_warps=8 if tile.rows >= 128 else 4, num_stages=3 if shape.width <= 128 else 2,
+                num_warps=8 if tile.rows >= 128 else 4, num_stages=stages,
             )  # fmt: skip
 
         indices = None
@@ -290,13 +307,14 @@ def _sizes(shape: _Shape, walk: _Walk, scale: float) -> tuple[Any, ...]:
 def _query_gradient(inputs: _Inputs, shape: _Shape, walk: _Walk, scale: float) -> Tensor:
     query, key, value, grad, lse, _ = inputs
     d_query = query.new_empty(query.shape)
-    tile = walk.tile(shape.heads, 128 if shape.width <= 128 else 64)
+    tile = walk.tile(shape.heads, 128 if shape.row_bytes <= 512 else 64)
+    stages = _stages(2, walk.keys * shape.row_bytes, tile.rows * (shape.row_bytes + 4 * walk.keys))
     grid = (triton.cdiv(shape.sequence, tile.tokens), shape.batch * shape.groups)
     kernels.dq_kernel[grid](
         *inputs, d_query, *_strides(query, key, value, grad), *walk.list_arguments(lse),
         *_sizes(shape, walk, scale), MODE=walk.mode, KEYS=walk.keys,
         **tile.constants(), **shape.constants(query.dtype),
-        num_warps=8 if tile.rows >= 128 else 4, num_stages=2,
+        num_warps=8 if tile.rows >= 128 else 4, num_stages=stages,
     )  # fmt: skip
     return d_query
 
@@ -317,11 +335,13 @@ def _key_value_gradients(
     strides = _strides(query, key, value, grad)
     blocks = triton.cdiv(shape.sequence, keys)
 
+    stages = _stages(2, tile.rows * shape.row_bytes, keys * (shape.row_bytes + 4 * tile.rows))
+
     def launch(grid: tuple[int, ...], into: tuple[Tensor, ...], lists: tuple[Tensor, ...]) -> None:
         kernels.dkv_kernel[grid](
             *inputs, *into, *strides, *lists, *_sizes(shape, walk, scale),
             MODE=walk.mode, KEYS=keys, **tile.constants(), **constants,
-            num_warps=8 if keys * shape.width >= 128 * 64 else 4, num_stages=2,
+            num_warps=8 if keys * shape.width >= 128 * 64 else 4, num_stages=stages,
         )  # fmt: skip
 
     lists = walk.lists

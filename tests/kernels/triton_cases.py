@@ -34,15 +34,17 @@ def draw(generator: random.Random, interpreted: bool) -> Case:
     groups = generator.choice([1, 2, 3])
     heads = groups * generator.choice([1, 2, 3, 4, 8, 16])
     dims = [16, 24, 32] if interpreted else [64, 96, 128, 192, 256]
-    block_size = generator.choice([16, 32] if interpreted else [32, 64, 128])
+    head_dim, value_dim = generator.choice(dims), generator.choice(dims)
+    large = [32, 64] if max(head_dim, value_dim) > 128 else [32, 64, 128]
+    block_size = generator.choice([16, 32] if interpreted else large)
     sequence = generator.randint(1, 40) if interpreted else generator.randint(1, 1500)
     return Case(
         generator.choice([1, 2]),
         sequence,
         heads,
         groups,
-        generator.choice(dims),
-        generator.choice(dims),
+        head_dim,
+        value_dim,
         block_size,
         generator.choice([1, 2, 3, 5]),
         generator.randint(1, sequence + 5),
