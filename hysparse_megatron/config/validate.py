@@ -149,10 +149,7 @@ def _heads(config: Config) -> Iterator[Problem]:
         allowed = f"a multiple or a divisor of parallel.tp = {tp}"
         yield Problem("model.num_query_groups", str(groups), allowed)
     elif 0 < groups < tp:
-        if model.block_size == 128 and max(model.head_dim, model.value_dim) > 128:
-        allowed = "at most 64 with model.backend=triton and heads wider than 128"
-        yield Problem("model.block_size", "128", allowed)
-    for key, width in (("head_dim", model.head_dim), ("value_head_dim", model.value_dim)):
+        for key, width in (("head_dim", model.head_dim), ("value_head_dim", model.value_dim)):
             if not _is_multiple(groups * width, tp):
                 got = f"{width} ({groups} groups x {width} channels)"
                 allowed = f"groups x channels that are a multiple of parallel.tp = {tp}"

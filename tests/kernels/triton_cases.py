@@ -143,9 +143,11 @@ def main(seed: int) -> None:
     """Run all cases for one seed."""
     generator = random.Random(seed)
     if torch.cuda.is_available():
-        for _ in range(25):
+        for _ in range(8):  # most of the time goes into compiling each
             dtype = generator.choice([torch.bfloat16, torch.float16])
-            compare(draw(generator, interpreted=False), dtype, "cuda", generator.randrange(2**31))
+            case = draw(generator, interpreted=False)
+            compare(case, dtype, "cuda", generator.randrange(2**31))
+            print(f"{case} agrees in {dtype}", flush=True)
     else:
         compare(Case(1, 1, 1, 1, 16, 16, 16, 1, 1), torch.float32, "cpu", seed)
         compare(Case(1, 39, 16, 1, 16, 32, 16, 2, 17), torch.float32, "cpu", seed)
