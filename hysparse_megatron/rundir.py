@@ -61,6 +61,13 @@ class RunDirectory:
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         write_json(self.path / "status.json", {"state": state, "time": now, **facts})
 
+    def state(self) -> str | None:
+        """What `status.json` says now, if anything."""
+        try:
+            return json.loads((self.path / "status.json").read_text())["state"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
     def close(self) -> None:
         """Give the directory up for the next run."""
         self._lock.close()

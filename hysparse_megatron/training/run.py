@@ -102,8 +102,8 @@ def _run_in(
     if latest is not None:
         done = store.read_manifest(latest)["step"]
         if done >= config.train.steps:
-            if directory is not None:  # a run killed right at its end may still say "running"
-                directory.write_status("finished", exit_code=0, step=done)
+            if directory is not None and directory.state() != "finished":
+                directory.write_status("finished", exit_code=0, step=done)  # killed at its very end
             say(f"{config.run_path} is finished: step {done} of {config.train.steps}, {latest}")
             say("train on with a larger train.steps, or start anew with another run_dir")
             return

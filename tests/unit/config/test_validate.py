@@ -16,7 +16,10 @@ from hysparse_megatron.errors import ConfigError
 
 @pytest.fixture(scope="module")
 def base() -> Config:
-    return compose(["experiment=quickstart"])
+    # The numbers that the cases below break rules with, whatever the preset is tuned to.
+    sizes = ["train.steps=160", "train.global_batch_size=8", "train.micro_batch_size=2"]
+    schedule = ["optim.warmup_steps=10", "optim.decay_steps=32"]
+    return compose(["experiment=quickstart", *sizes, *schedule])
 
 
 def changed(config: Config, settings: dict[str, Any]) -> Config:

@@ -1,0 +1,144 @@
+"""Small models, the layouts they are run on, and their data.
+
+Big enough for several blocks per sequence and two oracles with readers, small enough for twenty
+steps in seconds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hysparse_megatron.config.schema import (
+    Config,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    Recompute,
+    TrainConfig,
+)
+from hysparse_megatron.config.validate import check
+from hysparse_megatron.layout import parse_layout
+
+VOCAB = 128
+SEQ_LENGTH = 32
+GLOBAL_BATCH = 8
+MICRO_BATCH = 2
+STEPS = 20
+
+LAYOUT = "F 2*S F 3*S F"
+"""Oracles at 0 and 3 with readers 1-2 and 4-6, and an oracle at 7 that nobody reads."""
+
+INSIDE = "F 2*S F S | 2*S F"
+TWO_INSIDE = "F 2*S | F S | S | S F"
+"""The second and the third cut fall into one block: a stage passes key and value on."""
+INTERLEAVED = "F S | S F | 2*S | S F"
+HALF_BATCH = {"global_batch_size": 4}
+"""Two micro-batches instead of four, where more would only take longer."""
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 32,
+    "ffn_hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "head_dim": 8,
+    "block_size": 4,
+    "num_selected_blocks": 2,
+    "window": 4,
+    # Ten times the usual, so that attention is far from uniform and selections mean something.
+    "init_std": 0.2,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model on a parallel layout. `model` and `train` override the small defaults."""
+
+    name: str
+    layout: str = LAYOUT
+    tp: int = 1
+    pp: int = 1
+    vpp: int | None = None
+    dp: int = 1
+    sp: bool = False
+    model: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def world_size(self) -> int:
+        """Ranks that the case needs."""
+        return self.tp * self.pp * self.dp
+
+    def config(self) -> Config:
+        """The case as a user would configure it, checked like a user's configuration."""
+        config = Config(
+            model=ModelConfig(**{"layout": self.layout, **SMALL, **self.model}),
+            train=TrainConfig(
+                **{
+                    "steps": STEPS,
+                    "global_batch_size": GLOBAL_BATCH,
+                    "micro_batch_size": MICRO_BATCH,
+                    "seq_length": SEQ_LENGTH,
+                    **self.train,
+                }
+            ),
+            parallel=ParallelConfig(
+                tp=self.tp, pp=self.pp, vpp=self.vpp, sequence_parallel=self.sp
+            ),
+            # Adam divides by |g| + epsilon at first: where a gradient is next to zero, its rounding
+            # would decide the sign of a whole step. This is far above rounding and far below |g|.
+            optim=OptimConfig(learning_rate=1e-3, min_learning_rate=1e-4, epsilon=1e-4),
+        )
+        check(config, self.world_size)
+        return config
+
+
+def reference_of(config: Config) -> Config:
+    """The same model and training on one process: no parallel sizes, no cuts, no recompute."""
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, layout=without_cuts(config.model.layout)),
+        train=dataclasses.replace(config.train, recompute=Recompute.none),
+        parallel=ParallelConfig(),
+    )
+
+
+def without_cuts(layout: str) -> str:
+    """The same layers, one letter each, so that equal models have equal layouts."""
+    return "".join(plan.kind.value for plan in parse_layout(layout).layers)
+
+
+def random_tokens(seed: int, *parts: int, sequences: int = GLOBAL_BATCH) -> Tensor:
+    """Token ids [sequences, S + 1] that depend on the seed and all parts."""
+    mixed = seed
+    for part in parts:
+        mixed = (mixed * 1_000_003 + part + 1) % 2**63
+    generator = torch.Generator().manual_seed(mixed)
+    return torch.randint(0, VOCAB, (sequences, SEQ_LENGTH + 1), generator=generator)
+
+
+def microbatches(
+    tokens: Tensor, dp_size: int, dp_rank: int, labels: Tensor | None = None
+) -> list[dict[str, Tensor]]:
+    """A data-parallel rank's share of tokens [sequences, S + 1], dealt as in `data/batches.py`.
+
+    Without `labels` [sequences, S] they are the next tokens.
+    """
+    inputs = tokens[:, :-1]
+    targets = tokens[:, 1:] if labels is None else labels
+    shares = []
+    for first in range(dp_rank * MICRO_BATCH, len(tokens), dp_size * MICRO_BATCH):
+        rows = slice(first, first + MICRO_BATCH)
+        shares.append(
+            {
+                "tokens": inputs[rows].contiguous(),
+                "labels": targets[rows].contiguous(),
+                "loss_mask": torch.ones(MICRO_BATCH, SEQ_LENGTH),
+                "position_ids": torch.arange(SEQ_LENGTH).expand(MICRO_BATCH, SEQ_LENGTH),
+            }
+        )
+    return shares

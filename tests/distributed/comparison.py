@@ -1,0 +1,107 @@
+"""What "trains like one process" means, as numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from hysparse_megatron.config.schema import Config
+from tests.distributed.cases import STEPS
+from tests.distributed.ranks import RankRun
+from tests.distributed.reassemble import relative_difference, whole, whole_selection
+
+LOSS_TOLERANCE = 1e-5
+"""In nats."""
+GRAD_NORM_TOLERANCE = 1e-5
+"""Relative to the norm where that is above 1."""
+GRADIENT_TOLERANCE = 1e-4
+"""Of every parameter, relative to its largest entry."""
+GRADIENT_STEPS = (0, STEPS - 1)
+"""Steps whose gradients are compared, parameter by parameter."""
+
+ReferenceFor = Callable[[Config], RankRun]
+"""The one-process run that a configuration is compared with."""
+
+
+class ParityRow(NamedTuple):
+    """One line of the table at the end of the session."""
+
+    name: str
+    ranks: int
+    loss: float
+    grad_norm: float
+    gradient: float
+    selections: str
+    verdict: str
+
+
+@dataclass
+class Differences:
+    """How far a run is from the reference, at its worst."""
+
+    loss: float = 0.0
+    grad_norm: float = 0.0
+    gradients: dict[tuple[int, str], float] = field(default_factory=dict)
+    """By step and parameter."""
+    other_selection: str | None = None
+    """The first step and oracle whose block indices are not the reference's."""
+
+    def too_large(self) -> list[str]:
+        """What is beyond its tolerance, in words."""
+        found = [] if self.other_selection is None else [f"selection: {self.other_selection}"]
+        if not self.loss <= LOSS_TOLERANCE:
+            found.append(f"loss: {self.loss:.1e}")
+        if not self.grad_norm <= GRAD_NORM_TOLERANCE:
+            found.append(f"grad norm: {self.grad_norm:.1e}")
+        found += [
+            f"gradient of {name} in step {step}: {value:.1e}"
+            for (step, name), value in self.gradients.items()
+            if not value <= GRADIENT_TOLERANCE
+        ]
+        return found
+
+    def row(self, name: str, ranks: int) -> ParityRow:
+        """The line of the table."""
+        return ParityRow(
+            name,
+            ranks,
+            self.loss,
+            self.grad_norm,
+            max(self.gradients.values()),
+            "equal" if self.other_selection is None else "DIFFER",
+            "FAILED" if self.too_large() else "ok",
+        )
+
+
+def compare(reference: RankRun, runs: Sequence[RankRun], num_groups: int) -> Differences:
+    """Everything that a layout of `num_groups` KV groups must share with the reference."""
+    for run in runs:
+        assert len(run.losses) == len(run.grad_norms) == STEPS
+        # No question of rounding: every rank is told the same number.
+        assert run.losses == runs[0].losses
+        assert run.grad_norms == runs[0].grad_norms
+    losses, norms = np.array(runs[0].losses), np.array(runs[0].grad_norms)
+    expected_norms = np.array(reference.grad_norms)
+    relative_norms = np.abs(norms - expected_norms) / np.maximum(1.0, expected_norms)
+    found = Differences(
+        loss=float(np.abs(losses - reference.losses).max()),
+        grad_norm=float(relative_norms.max()),
+    )
+    for step in GRADIENT_STEPS:
+        expected = whole([(reference.place, reference.gradients[step])])
+        actual = whole([(run.place, run.gradients[step]) for run in runs])
+        assert actual.keys() == expected.keys()
+        for name, gradient in expected.items():
+            found.gradients[step, name] = relative_difference(gradient, actual[name])
+    for step, expected_selection in enumerate(reference.selections):
+        actual_selection = whole_selection(runs, step, num_groups)
+        assert actual_selection.keys() == expected_selection.keys()
+        for layer, indices in expected_selection.items():
+            # The shapes hold the number of selections: recompute must not make one twice.
+            if not np.array_equal(indices, actual_selection[layer]):
+                found.other_selection = f"step {step}, oracle {layer}"
+                return found
+    return found

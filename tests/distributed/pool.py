@@ -1,0 +1,174 @@
+"""Processes that stay alive between layouts, so that megatron-core is imported once per process.
+
+A job is a function that the first n workers call at the same time, each with its rank, inside a
+fresh gloo process group of n ranks. After a failure or a timeout all workers are killed: a rank
+that waits in a collective for a dead one cannot be brought back.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import gc
+import multiprocessing
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+FIRST_JOB_EXTRA_SECONDS = 180.0
+"""Added to the timeout of a job that has to start workers: their imports wait for a busy disk."""
+GRACE_SECONDS = 2.0
+"""How long the other ranks get to report too, once one has failed."""
+
+
+class WorkerError(RuntimeError):
+    """A job that failed or took too long; the message holds what every rank had to say."""
+
+
+class _Job(NamedTuple):
+    function: Callable[..., Any]
+    arguments: dict[str, Any]
+    rank: int
+    world_size: int
+    port: int
+    number: int
+    timeout: float
+
+
+class _Worker(NamedTuple):
+    process: Any
+    connection: Connection
+
+
+class WorkerPool:
+    """`run` is the interface; `close` (also at exit) leaves no process behind."""
+
+    def __init__(self, max_workers: int) -> None:
+        self.max_workers = max_workers
+        self._workers: list[_Worker] = []
+        self._jobs = 0
+        # The parent keeps the store, so no rank has to guess a free port.
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        atexit.register(self.close)
+
+    def run(
+        self,
+        world_size: int,
+        function: Callable[..., Any],
+        timeout: float = 120.0,
+        **arguments: Any,
+    ) -> list[Any]:
+        """`[function(0, **arguments), ..., function(world_size - 1, **arguments)]`.
+
+        The function must be importable, arguments and results must survive pickling. Raises
+        WorkerError with each failing rank's traceback, or the ranks that were not done in
+        `timeout` seconds.
+        """
+        if world_size > self.max_workers:
+            raise ValueError(f"{world_size} ranks asked of a pool of {self.max_workers}")
+        limit = timeout + (FIRST_JOB_EXTRA_SECONDS if self._start(world_size) else 0.0)
+        self._jobs += 1
+        for rank in range(world_size):
+            job = _Job(function, arguments, rank, world_size, self._store.port, self._jobs, limit)
+            self._workers[rank].connection.send(job)
+        results, failures = self._collect(world_size, limit)
+        if failures:
+            self.close()
+            name = f"{function.__module__}.{function.__name__}"
+            raise WorkerError(f"{name} on {world_size} ranks\n" + "\n".join(failures))
+        return [results[rank] for rank in range(world_size)]
+
+    def pids(self) -> list[int]:
+        """Process ids of the running workers."""
+        return [worker.process.pid for worker in self._workers]
+
+    def close(self) -> None:
+        """Kill all workers; the next `run` starts new ones."""
+        for worker in self._workers:
+            worker.process.kill()
+        for worker in self._workers:
+            worker.process.join()
+            worker.connection.close()
+        self._workers.clear()
+
+    def _start(self, world_size: int) -> bool:
+        context = multiprocessing.get_context("spawn")
+        missing = world_size - len(self._workers)
+        for _ in range(missing):
+            here, there = context.Pipe()
+            process = context.Process(target=_work, args=(there,), daemon=True)
+            process.start()
+            there.close()
+            self._workers.append(_Worker(process, here))
+        return missing > 0
+
+    def _collect(self, world_size: int, limit: float) -> tuple[dict[int, Any], list[str]]:
+        waiting = {self._workers[rank].connection: rank for rank in range(world_size)}
+        results: dict[int, Any] = {}
+        failures: list[str] = []
+        deadline = time.monotonic() + limit
+        while waiting:
+            ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                if not failures:
+                    late = sorted(waiting.values())
+                    failures.append(f"ranks {late} were not done after {limit:.0f} seconds")
+                break
+            for connection in ready:
+                rank = waiting.pop(connection)  # type: ignore[index,arg-type]
+                try:
+                    succeeded, content = connection.recv()  # type: ignore[union-attr]
+                except (EOFError, ConnectionError):
+                    succeeded, content = False, "the process died"
+                if succeeded:
+                    results[rank] = content
+                else:
+                    failures.append(f"rank {rank}: {content}")
+                    deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+        return results, failures
+
+
+def _work(connection: Connection) -> None:
+    """A worker's life: jobs until the parent is gone."""
+    torch.set_num_threads(1)
+    while True:
+        # A closed pipe means that the parent is gone, even if it was killed.
+        with contextlib.suppress(EOFError, ConnectionError):
+            job = connection.recv()
+            connection.send(_attempt(job))
+            continue
+        return
+
+
+def _attempt(job: _Job) -> tuple[bool, Any]:
+    try:
+        _join_process_group(job)
+        return True, job.function(job.rank, **job.arguments)
+    except BaseException:  # torch's distributed checkpoints raise no Exception
+        return False, traceback.format_exc()
+
+
+def _join_process_group(job: _Job) -> None:
+    former = sys.modules.get("hysparse_megatron.runtime.process_groups")
+    if former is not None:
+        former.destroy_process_groups()
+    if dist.is_initialized():
+        # The former layout is full of reference cycles, which would keep its groups' threads alive.
+        gc.collect()
+        dist.destroy_process_group()
+    store = dist.TCPStore("127.0.0.1", job.port, is_master=False)
+    dist.init_process_group(
+        "gloo",
+        # Keys of former jobs are still in the store.
+        store=dist.PrefixStore(f"job{job.number}", store),
+        rank=job.rank,
+        world_size=job.world_size,
+        timeout=timedelta(seconds=job.timeout),
+    )

@@ -1,0 +1,253 @@
+"""What one rank does in a job: train, and report what the tests compare.
+
+Everything here runs inside a worker of `pool.py`; results are NumPy arrays and plain objects.
+Shapes: S sequence, B micro-batch, M micro-batches, HKV KV groups on the rank, K selected, N blocks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+from unittest import mock
+
+import numpy as np
+import torch
+from megatron.core.distributed import finalize_model_grads
+from torch import Tensor
+
+from hysparse_megatron.config.schema import Config
+from hysparse_megatron.model import attention
+from hysparse_megatron.runtime import megatron_on_cpu
+from hysparse_megatron.training.state import TrainingState, build_state
+from hysparse_megatron.training.step import evaluate, train_step
+from tests.distributed.cases import VOCAB, microbatches, random_tokens
+
+
+class Piece(NamedTuple):
+    """A rank's part of one parameter (or of its gradient) and how the parts fit together."""
+
+    value: np.ndarray
+    dim: int | None
+    """Dimension split over tensor-parallel ranks; None if every rank holds all of it."""
+    stride: int
+    """Number of interleaved runs per rank (2 for the gate and up halves of SwiGLU)."""
+
+
+class Place(NamedTuple):
+    """Where a rank stands."""
+
+    tp: int
+    pp: int
+    dp: int
+
+
+@dataclass
+class RankRun:
+    """What a rank saw in a run of several steps."""
+
+    place: Place
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    gradients: dict[int, dict[str, Piece]] = field(default_factory=dict)
+    """By step, for the steps that were asked for."""
+    initial: dict[str, Piece] = field(default_factory=dict)
+    final: dict[str, Piece] = field(default_factory=dict)
+    selections: list[dict[int, np.ndarray]] = field(default_factory=list)
+    """By step and oracle layer: block indices [M, B, HKV, S, K]."""
+    tokens: list[np.ndarray] = field(default_factory=list)
+    """The reference's choice, by step: [sequences, S + 1]."""
+    redrawn: int = 0
+    smallest_gap: float = float("inf")
+
+
+Mutate = Callable[[TrainingState], None]
+
+
+def prepare(config: Config) -> TrainingState:
+    """Build a layout in this worker."""
+    megatron_on_cpu.install()
+    torch.set_num_threads(1)
+    return build_state(config, VOCAB, torch.device("cpu"))
+
+
+def place_of(state: TrainingState) -> Place:
+    """This rank's place in `state`'s layout."""
+    groups = state.groups
+    return Place(groups.tp.rank(), groups.pp.rank(), groups.dp.rank())
+
+
+def share_of(state: TrainingState, tokens: Tensor, labels: Tensor | None = None) -> list[dict]:
+    """This rank's micro-batches of a global batch."""
+    return microbatches(tokens, state.groups.dp.size(), state.groups.dp.rank(), labels)
+
+
+def pieces(state: TrainingState, read: Callable[[torch.nn.Parameter], Tensor]) -> dict[str, Piece]:
+    """`read(parameter)` of every parameter of this rank, under names that hold no rank."""
+    found: dict[str, Piece] = {}
+    for chunk in state.chunks:
+        model = chunk.module
+        for name, parameter in model.named_parameters():
+            split = getattr(parameter, "tensor_model_parallel", False)
+            # The last stage has a copy of a tied embedding, under another name.
+            if state.config.model.tie_embeddings and name == "output_layer.weight":
+                name = "embedding.word_embeddings.weight"
+            value = read(parameter).detach().float().numpy().copy()
+            found[_global_name(model, name)] = Piece(
+                value,
+                parameter.partition_dim if split else None,
+                getattr(parameter, "partition_stride", 1) if split else 1,
+            )
+    return found
+
+
+def _global_name(model: torch.nn.Module, name: str) -> str:
+    match = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
+    if match is None:
+        return name
+    layer = model.decoder.layers[int(match[1])]
+    return f"decoder.layers.{layer.layer_number - 1}.{match[2]}"
+
+
+@contextlib.contextmanager
+def whole_gradients(state: TrainingState, into: dict[str, Piece]) -> Iterator[None]:
+    """Copy every gradient after megatron-core has finalised it, before the optimizer uses it.
+
+    With the distributed optimizer each data-parallel rank would be left with its share only, so
+    the reduction is made an all-reduce.
+    """
+
+    def finalize(model: list, num_tokens: Tensor | None = None, **options: Any) -> None:
+        finalize_model_grads(model, num_tokens, **{**options, "force_all_reduce": True})
+        into.update(pieces(state, lambda parameter: parameter.main_grad))
+
+    with mock.patch.object(state.megatron, "finalize_model_grads_func", finalize):
+        yield
+
+
+class SelectionRecorder:
+    """Keeps the block indices of every selection, by layer, in the order of micro-batches."""
+
+    def __init__(self, measure_gaps: bool = False) -> None:
+        self.made: dict[int, list[np.ndarray]] = defaultdict(list)
+        self.smallest_gap = float("inf")
+        self._measure_gaps = measure_gaps
+        self._layer = -1
+
+    def take(self) -> dict[int, np.ndarray]:
+        """What was recorded since the last call: [M, B, HKV, S, K] by layer."""
+        taken = {layer: np.stack(indices) for layer, indices in self.made.items()}
+        self.made.clear()
+        return taken
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[None]:
+        """Record while this context is open."""
+        forward, oracle = attention.FullAttention.forward, attention.oracle_attention
+
+        def named_forward(layer: attention.FullAttention, *arguments: Any, **options: Any) -> Any:
+            self._layer = layer.layer_number - 1
+            return forward(layer, *arguments, **options)
+
+        def recorded(*tensors: Tensor, select: bool, **options: Any) -> Any:
+            if select and self._measure_gaps:
+                options["reduce_scores"] = partial(self._measure, options)
+            result = oracle(*tensors, select=select, **options)
+            if select:
+                self.made[self._layer].append(result.block_indices.numpy().copy())
+            return result
+
+        with (
+            mock.patch.object(attention.FullAttention, "forward", named_forward),
+            mock.patch.object(attention, "oracle_attention", recorded),
+        ):
+            yield
+
+    def _measure(self, options: dict[str, Any], scores: Tensor) -> Tensor:
+        """Distance in log score between the last block that is in and the first that is out."""
+        count, (queries, num_blocks) = options["num_selected"], scores.shape[-2:]
+        own = torch.arange(queries).unsqueeze(1) // options["block_size"]
+        blocks = torch.arange(num_blocks)
+        forced = (blocks < options["forced_first_blocks"]) | (
+            blocks > own - options["forced_recent_blocks"]
+        )
+        ranked = scores.masked_fill(forced, torch.inf).masked_fill(blocks > own, -torch.inf)
+        ranked = ranked.sort(-1, descending=True).values
+        gaps = (ranked[..., count - 1] - ranked[..., count])[ranked[..., count].isfinite()]
+        if gaps.numel():
+            self.smallest_gap = min(self.smallest_gap, float(gaps.min()))
+        return scores
+
+
+def train(
+    rank: int,
+    config: Config,
+    tokens: Sequence[np.ndarray],
+    gradient_steps: Sequence[int] = (),
+    mutate: Mutate | None = None,
+) -> RankRun:
+    """One step per global batch of `tokens`."""
+    state = prepare(config)
+    if mutate is not None:
+        mutate(state)
+    run = RankRun(place_of(state), initial=pieces(state, lambda parameter: parameter))
+    recorder = SelectionRecorder()
+    with recorder.watch():
+        for step, batch in enumerate(tokens):
+            _step(state, run, step, torch.from_numpy(batch), step in gradient_steps)
+            run.selections.append(recorder.take())
+    run.final = pieces(state, lambda parameter: parameter)
+    return run
+
+
+def _step(
+    state: TrainingState, run: RankRun, step: int, tokens: Tensor, with_gradients: bool
+) -> None:
+    gradients: dict[str, Piece] = {}
+    with whole_gradients(state, gradients) if with_gradients else contextlib.nullcontext():
+        result = train_step(state, step, share_of(state, tokens))
+    if with_gradients:
+        run.gradients[step] = gradients
+    run.losses.append(result.loss)
+    run.grad_norms.append(result.grad_norm)
+
+
+def train_reference(
+    rank: int,
+    config: Config,
+    seed: int,
+    steps: int,
+    gradient_steps: Sequence[int],
+    least_gap: float,
+    most_tries: int,
+) -> RankRun:
+    """Train on one process and choose every step's batch so that its selections are no near-ties.
+
+    Layouts round differently. Where two blocks score almost alike that may flip a selection, which
+    is right and yet changes everything after it. A batch with such a pair is drawn anew.
+    """
+    state = prepare(config)
+    run = RankRun(place_of(state), initial=pieces(state, lambda parameter: parameter))
+    recorder = SelectionRecorder()
+    for step in range(steps):
+        for attempt in range(most_tries):
+            tokens = random_tokens(seed, step, attempt, sequences=config.train.global_batch_size)
+            scout = SelectionRecorder(measure_gaps=True)
+            with scout.watch():
+                evaluate(state, [share_of(state, tokens)])
+            if scout.smallest_gap >= least_gap:
+                break
+            run.redrawn += 1
+        else:
+            raise RuntimeError(f"no batch without near-ties in {most_tries} tries at step {step}")
+        run.smallest_gap = min(run.smallest_gap, scout.smallest_gap)
+        run.tokens.append(tokens.numpy())
+        with recorder.watch():
+            _step(state, run, step, tokens, step in gradient_steps)
+        run.selections.append(recorder.take())
+    run.final = pieces(state, lambda parameter: parameter)
+    return run

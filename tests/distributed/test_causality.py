@@ -1,0 +1,96 @@
+"""No layout lets a token know the future.
+
+The loss at position i depends on tokens <= i and on label i. Labels are held fixed here, so after
+a change of token t every loss before position t must be what it was.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.distributed.cases import (
+    HALF_BATCH,
+    INSIDE,
+    INTERLEAVED,
+    SEQ_LENGTH,
+    VOCAB,
+    Case,
+    random_tokens,
+)
+from tests.distributed.jobs import TokenLosses, token_losses
+from tests.distributed.pool import WorkerPool
+
+pytestmark = pytest.mark.distributed
+
+CASES = [
+    Case("one-process", train=HALF_BATCH),
+    Case("tp2-sp", tp=2, sp=True, train=HALF_BATCH),
+    Case("pp2-inside", INSIDE, pp=2, train=HALF_BATCH),
+    Case("tp2-mqa", tp=2, model={"num_query_groups": 1}, train=HALF_BATCH),
+    Case("pp2-vpp2", INTERLEAVED, pp=2, vpp=2, train=HALF_BATCH),
+    Case("tp2-pp2-sp-inside", INSIDE, tp=2, pp=2, sp=True, train=HALF_BATCH),
+]
+TOLERANCE = 1e-6
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_past_does_not_change(case: Case, pool: WorkerPool, session_seed: int) -> None:
+    positions, runs = change_tokens(case, pool, session_seed)
+    selection_changed = False
+    for number, position in enumerate(positions, start=1):
+        before, after = (losses_of(runs, batch) for batch in (0, number))
+        change = np.abs(after - before)
+        assert change[..., :position].max(initial=0.0) <= TOLERANCE
+        # Every sequence notices at once: the changed token's own logits come from it.
+        assert change[..., position].min() > 100 * TOLERANCE
+        for run in runs:
+            for layer, indices in run[0].selections.items():
+                other = run[number].selections[layer]
+                assert np.array_equal(indices[..., :position, :], other[..., :position, :])
+                selection_changed |= not np.array_equal(indices, other)
+    assert selection_changed, "no selection ever depended on the changed tokens"
+
+
+def test_a_leak_is_found(pool: WorkerPool, session_seed: int) -> None:
+    positions, runs = change_tokens(CASES[0], pool, session_seed, leak=True)
+    for number, position in enumerate(positions, start=1):
+        change = np.abs(losses_of(runs, number) - losses_of(runs, 0))
+        assert change[..., :position].max() > 100 * TOLERANCE
+
+
+def change_tokens(
+    case: Case, pool: WorkerPool, seed: int, leak: bool = False
+) -> tuple[list[int], list[list[TokenLosses]]]:
+    """Some positions, and by rank the losses of a batch and of its changes at those positions."""
+    random = np.random.default_rng([seed, len(case.name)])
+    tokens = random_tokens(seed, sequences=HALF_BATCH["global_batch_size"]).numpy()
+    # One from each part of the sequence: inside the window, at a block's edge, and anywhere.
+    positions = [
+        int(random.integers(1, 4)),
+        4 * int(random.integers(2, SEQ_LENGTH // 4)),
+        *(int(position) for position in random.integers(4, SEQ_LENGTH, size=2)),
+    ]
+    batches = [tokens]
+    for position in positions:
+        changed = tokens.copy()
+        shift = random.integers(1, VOCAB, size=len(tokens))
+        changed[:, position] = (changed[:, position] + shift) % VOCAB
+        batches.append(changed)
+    runs = pool.run(
+        case.world_size,
+        token_losses,
+        config=case.config(),
+        batches=batches,
+        labels=tokens[:, 1:].copy(),
+        leak=leak,
+    )
+    return positions, runs
+
+
+def losses_of(runs: list[list[TokenLosses]], batch: int) -> np.ndarray:
+    """Losses [M, B, S] of the last stage, which are the same on all of its tensor ranks."""
+    found = [run[batch].losses for run in runs if run[batch].losses is not None]
+    for other in found[1:]:
+        assert np.array_equal(found[0], other)
+    return found[0]

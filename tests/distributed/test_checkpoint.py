@@ -1,0 +1,216 @@
+"""Checkpoints: any layout can load them, and the same layout continues bit by bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hysparse_megatron.checkpoint.store import (
+    latest_checkpoint,
+    problems_of,
+    read_manifest,
+    step_directory,
+)
+from hysparse_megatron.config.schema import Precision
+from tests.distributed.cases import (
+    HALF_BATCH,
+    INSIDE,
+    INTERLEAVED,
+    TWO_INSIDE,
+    Case,
+    random_tokens,
+)
+from tests.distributed.comparison import ReferenceFor
+from tests.distributed.jobs import (
+    Continuation,
+    load_and_train,
+    load_error,
+    save_beyond_limit,
+    train_and_save,
+    write_and_fail,
+    write_files,
+)
+from tests.distributed.pool import WorkerPool
+from tests.distributed.reassemble import whole
+
+pytestmark = pytest.mark.distributed
+
+SAVE_AFTER, STEPS = 3, 6
+EVAL_TOLERANCE, LOSS_TOLERANCE = 1e-6, 1e-5
+
+SAVED = Case("tp2-pp2-sp", INSIDE, tp=2, pp=2, sp=True)
+LOADED = [
+    Case("one-process"),
+    Case("pp4", TWO_INSIDE, pp=4),
+    Case("pp2-vpp2", INTERLEAVED, pp=2, vpp=2),
+    Case("dp2", dp=2),
+    Case("tp4", tp=4),
+    SAVED,
+]
+
+
+@pytest.fixture(scope="module")
+def saved(
+    pool: WorkerPool, reference_for: ReferenceFor, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[np.ndarray], Continuation]:
+    """A run saved at TP 2 x PP 2, its data, and how it went on."""
+    run_dir = tmp_path_factory.mktemp("run")
+    reference = reference_for(SAVED.config())
+    tokens = reference.tokens[:STEPS]
+    runs = pool.run(
+        SAVED.world_size,
+        train_and_save,
+        config=SAVED.config(),
+        tokens=tokens,
+        run_dir=run_dir,
+        save_after=SAVE_AFTER,
+    )
+    # The batches were chosen on one process; this run is known to go the same way.
+    np.testing.assert_allclose(
+        runs[0].losses, reference.losses[SAVE_AFTER:STEPS], rtol=0, atol=LOSS_TOLERANCE
+    )
+    return run_dir, tokens, runs[0]
+
+
+@pytest.mark.parametrize("case", LOADED, ids=lambda case: case.name)
+def test_any_layout_continues(
+    case: Case, pool: WorkerPool, saved: tuple[Path, list[np.ndarray], Continuation]
+) -> None:
+    run_dir, tokens, original = saved
+    runs = pool.run(
+        case.world_size, load_and_train, config=case.config(), tokens=tokens, run_dir=run_dir
+    )
+    for run in runs:
+        assert run.first_step == SAVE_AFTER
+        assert abs(run.eval_loss - original.eval_loss) <= EVAL_TOLERANCE
+        np.testing.assert_allclose(run.losses, original.losses, rtol=0, atol=LOSS_TOLERANCE)
+
+
+def test_chain_of_layouts_returns_to_the_first(
+    pool: WorkerPool,
+    saved: tuple[Path, list[np.ndarray], Continuation],
+    tmp_path: Path,
+) -> None:
+    """TP 2 x PP 2 -> saved again by PP 2 x VPP 2 without a step between -> TP 2 x PP 2."""
+    run_dir, tokens, original = saved
+    case = LOADED[2]
+    pool.run(
+        case.world_size,
+        load_and_train,
+        config=case.config(),
+        tokens=tokens[:SAVE_AFTER],
+        run_dir=run_dir,
+        save_to=tmp_path,
+    )
+    runs = pool.run(
+        SAVED.world_size, load_and_train, config=SAVED.config(), tokens=tokens, run_dir=tmp_path
+    )
+    # Saving and loading moves numbers and never computes with them.
+    assert runs[0].eval_loss == original.eval_loss
+    assert runs[0].losses == original.losses
+    assert runs[0].grad_norms == original.grad_norms
+
+
+DROPOUT = {"hidden_dropout": 0.1}
+SAME_LAYOUT = [
+    Case("one-process", model=DROPOUT, train=HALF_BATCH),
+    Case("tp2-pp2-sp", INSIDE, tp=2, pp=2, sp=True, model=DROPOUT, train=HALF_BATCH),
+    Case("tp2-dp2", tp=2, dp=2, model=DROPOUT, train=HALF_BATCH),
+    Case("bf16", model=DROPOUT, train={**HALF_BATCH, "precision": Precision.bf16}),
+]
+
+
+@pytest.mark.parametrize("case", SAME_LAYOUT, ids=lambda case: case.name)
+def test_same_layout_continues_bit_by_bit(
+    case: Case, pool: WorkerPool, session_seed: int, tmp_path: Path
+) -> None:
+    sequences = HALF_BATCH["global_batch_size"]
+    tokens = [
+        random_tokens(session_seed, step, sequences=sequences).numpy() for step in range(STEPS)
+    ]
+    job = {"config": case.config(), "tokens": tokens, "run_dir": tmp_path}
+    through = pool.run(case.world_size, train_and_save, save_after=SAVE_AFTER, **job)
+    resumed = pool.run(case.world_size, load_and_train, **job)
+    for expected, actual in zip(through, resumed, strict=True):
+        assert actual.eval_loss == expected.eval_loss
+        assert actual.losses == expected.losses
+        assert actual.grad_norms == expected.grad_norms
+        assert len(expected.losses) == STEPS - SAVE_AFTER
+        assert actual.parameters.keys() == expected.parameters.keys()
+        for name, piece in expected.parameters.items():
+            assert np.array_equal(piece.value, actual.parameters[name].value), name
+        assert len(actual.optimizer) == len(expected.optimizer) > 0
+        for one, other in zip(expected.optimizer, actual.optimizer, strict=True):
+            assert np.array_equal(one, other)
+    # Without this, equal could mean untouched.
+    final = whole([(run.place, run.parameters) for run in resumed])
+    again = pool.run(case.world_size, load_and_train, **{**job, "tokens": tokens[:SAVE_AFTER]})
+    loaded = whole([(run.place, run.parameters) for run in again])
+    changed = [name for name in final if not np.array_equal(final[name], loaded[name])]
+    assert "embedding.word_embeddings.weight" in changed
+
+
+def test_checkpoint_of_another_model_is_refused(
+    pool: WorkerPool, saved: tuple[Path, list[np.ndarray], Continuation]
+) -> None:
+    run_dir, _, _ = saved
+    other = Case("wider", model={"ffn_hidden_size": 96})
+    [message] = pool.run(1, load_error, config=other.config(), run_dir=run_dir)
+    assert "cannot be loaded into this model" in message
+    assert str(run_dir) in message
+
+
+# Writing with several ranks -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkpoints(pool: WorkerPool, tmp_path: Path) -> Path:
+    """Checkpoints after 100 and 200 steps, of one small file per rank of two."""
+    directory = tmp_path / "checkpoints"
+    pool.run(2, write_files, checkpoints=directory, steps=(100, 200))
+    return directory
+
+
+def test_manifest_names_the_files_of_all_ranks(checkpoints: Path) -> None:
+    directory = step_directory(checkpoints, 200)
+    manifest = read_manifest(directory)
+    assert (manifest["step"], manifest["fact"]) == (200, 7)
+    sizes = {name: entry["bytes"] for name, entry in manifest["files"].items()}
+    assert sizes == {"__0_0.distcp": 100, "__1_0.distcp": 101}
+    (directory / "__1_0.distcp").write_bytes(b"cut short")
+    assert problems_of(directory)
+    assert latest_checkpoint(checkpoints)[0] == step_directory(checkpoints, 100)
+
+
+def test_one_rank_that_fails_fails_all(pool: WorkerPool, checkpoints: Path) -> None:
+    before = sorted(checkpoints.iterdir())
+    for step in (300, 200):
+        messages = pool.run(2, write_and_fail, checkpoints=checkpoints, step=step)
+        # Every rank must know, or one goes on training while the others stop.
+        assert len(set(messages)) == 1
+        assert "rank 1: OSError: [Errno 28] No space left on device" in messages[0]
+        assert sorted(checkpoints.iterdir()) == before
+        assert latest_checkpoint(checkpoints) == (step_directory(checkpoints, 200), [])
+
+
+def test_one_rank_that_cannot_write_its_share_fails_all(pool: WorkerPool, tmp_path: Path) -> None:
+    """The failure happens inside megatron-core's writer, as on a full disk."""
+    case = Case("tp2", tp=2)
+    messages = pool.run(2, save_beyond_limit, config=case.config(), run_dir=tmp_path)
+    for message in messages:
+        assert "step-00000002 was not written" in message
+    checkpoints = tmp_path / "checkpoints"
+    assert [path.name for path in checkpoints.iterdir()] == ["step-00000001"]
+    assert latest_checkpoint(checkpoints) == (step_directory(checkpoints, 1), [])
+
+
+def test_leftover_of_a_killed_write_is_replaced(pool: WorkerPool, checkpoints: Path) -> None:
+    unfinished = checkpoints / "step-00000300.tmp"
+    unfinished.mkdir()
+    (unfinished / "__7_0.distcp").write_bytes(b"of a run with more ranks")
+    pool.run(2, write_files, checkpoints=checkpoints, steps=(300,))
+    assert not unfinished.exists()
+    files = read_manifest(step_directory(checkpoints, 300))["files"]
+    assert sorted(files) == ["__0_0.distcp", "__1_0.distcp"]

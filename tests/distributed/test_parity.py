@@ -1,0 +1,131 @@
+"""Every parallel layout trains like one process: losses, grad norms, gradients and selections."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from hysparse_megatron.config.schema import GateKind, Recompute, SinkKind
+from tests.distributed.cases import HALF_BATCH, INSIDE, INTERLEAVED, STEPS, TWO_INSIDE, Case
+from tests.distributed.comparison import (
+    GRAD_NORM_TOLERANCE,
+    GRADIENT_STEPS,
+    GRADIENT_TOLERANCE,
+    LOSS_TOLERANCE,
+    ParityRow,
+    ReferenceFor,
+    compare,
+)
+from tests.distributed.pool import WorkerPool
+from tests.distributed.ranks import RankRun, train
+
+pytestmark = pytest.mark.distributed
+
+ON_BORDER = "F 2*S | F 3*S F"
+HYBRID = "F S W S F W F"
+HYBRID_INTERLEAVED = "F S | W S | F W | F"
+
+FULL = {**HALF_BATCH, "recompute": Recompute.full}
+SELECTIVE = {**HALF_BATCH, "recompute": Recompute.selective}
+MQA = {"num_query_groups": 1}
+WIDE = {"gate": GateKind.channel, "value_head_dim": 12}
+FORCED = {"num_selected_blocks": 3, "forced_first_blocks": 1, "forced_recent_blocks": 1}
+
+CASES = [
+    Case("tp2", tp=2, train=HALF_BATCH),
+    Case("tp2-sp", tp=2, sp=True, train=HALF_BATCH),
+    Case("tp4-4groups", tp=4, model={"num_query_groups": 4}, train=HALF_BATCH),
+    Case("tp4-sp-2groups", tp=4, sp=True, train=HALF_BATCH),
+    Case("tp2-mqa", tp=2, model=MQA, train=HALF_BATCH),
+    Case("tp2-pp2-sp-mqa-inside", INSIDE, tp=2, pp=2, sp=True, model=MQA, train=HALF_BATCH),
+    Case("pp2-border", ON_BORDER, pp=2),
+    Case("pp2-inside", INSIDE, pp=2),
+    Case("pp4-two-inside", TWO_INSIDE, pp=4),
+    Case("pp2-vpp2-inside", INTERLEAVED, pp=2, vpp=2),
+    Case("pp4-vpp2", pp=4, vpp=2),
+    Case("tp2-pp2-sp-inside", INSIDE, tp=2, pp=2, sp=True),
+    Case("tp2-pp2-vpp2-sp", INTERLEAVED, tp=2, pp=2, vpp=2, sp=True),
+    Case("dp2", dp=2),
+    Case("dp2-pp2-inside", INSIDE, dp=2, pp=2),
+    Case("tp2-dp2-sp", tp=2, dp=2, sp=True),
+    Case("recompute-full", train=FULL),
+    Case("recompute-selective", train=SELECTIVE),
+    Case("recompute-full-tp2-pp2-sp-inside", INSIDE, tp=2, pp=2, sp=True, train=FULL),
+    Case("recompute-selective-tp2-pp2-sp", INSIDE, tp=2, pp=2, sp=True, train=SELECTIVE),
+    Case("tied-pp2", INSIDE, pp=2, model={"tie_embeddings": True}, train=HALF_BATCH),
+    Case("qk-norm-tp2-sp", tp=2, sp=True, model={"qk_norm": True}, train=HALF_BATCH),
+    Case("channel-gate-wide-value-tp2-pp2", INSIDE, tp=2, pp=2, model=WIDE, train=HALF_BATCH),
+    Case("shared-sink-tp2", tp=2, model={"sink": SinkKind.shared}, train=HALF_BATCH),
+    Case("forced-blocks-tp2-pp2-inside", INSIDE, tp=2, pp=2, model=FORCED, train=HALF_BATCH),
+    Case("hybrid-tp2-sp", HYBRID, tp=2, sp=True, train=HALF_BATCH),
+    Case("hybrid-pp2-vpp2", HYBRID_INTERLEAVED, pp=2, vpp=2, train=HALF_BATCH),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_layout_trains_like_one_process(
+    case: Case, pool: WorkerPool, reference_for: ReferenceFor, parity_rows: list[ParityRow]
+) -> None:
+    config = case.config()
+    reference = reference_for(config)
+    runs = pool.run(
+        case.world_size,
+        train,
+        config=config,
+        tokens=reference.tokens,
+        gradient_steps=GRADIENT_STEPS,
+    )
+    differences = compare(reference, runs, config.model.num_query_groups)
+    parity_rows.append(differences.row(case.name, case.world_size))
+    assert differences.too_large() == []
+
+
+def test_reference_is_worth_comparing_with(reference_for: ReferenceFor) -> None:
+    """The runs train, select different blocks for different tokens, and no gradient is missing."""
+    reference = reference_for(Case("base").config())
+    # Tokens are random, so there is nothing to learn but to be less sure.
+    assert np.mean(reference.losses[-3:]) < reference.losses[0] - 0.05
+    for step in GRADIENT_STEPS:
+        for name, piece in reference.gradients[step].items():
+            assert np.abs(piece.value).max() > 0, f"{name} got no gradient"
+    selected = np.concatenate([step[0].reshape(-1, 2) for step in reference.selections])
+    late = np.unique(selected[selected[:, 1] >= 0], axis=0)
+    assert len(late) > 20, "almost always the same blocks are selected"
+
+
+def test_differences_are_noticed(reference_for: ReferenceFor) -> None:
+    """The comparison is no rubber stamp: anything a little off is found, and nothing else."""
+    reference = reference_for(Case("base").config())
+    name = "decoder.layers.3.self_attention.linear_qkv.linear.weight"
+
+    def problems(spoil: Callable[[RankRun], None]) -> list[str]:
+        run = copy.deepcopy(reference)
+        spoil(run)
+        return [problem.split(":")[0] for problem in compare(reference, [run], 2).too_large()]
+
+    def spoil_loss(run: RankRun) -> None:
+        run.losses[7] += 2 * LOSS_TOLERANCE
+
+    def spoil_grad_norm(run: RankRun) -> None:
+        run.grad_norms[7] *= 1 + 3 * GRAD_NORM_TOLERANCE
+
+    def spoil_gradient(run: RankRun) -> None:
+        gradient = run.gradients[STEPS - 1][name].value
+        gradient *= 1 + 2 * GRADIENT_TOLERANCE
+
+    def spoil_selection(run: RankRun) -> None:
+        chosen = run.selections[5][3][0, 0, 1, 9]
+        chosen[:] = [0, 2] if list(chosen) == [0, 1] else [0, 1]
+
+    def select_twice(run: RankRun) -> None:
+        run.selections[5][3] = np.repeat(run.selections[5][3], 2, axis=0)
+
+    assert problems(lambda run: None) == []
+    assert problems(spoil_loss) == ["loss"]
+    assert problems(spoil_grad_norm) == ["grad norm"]
+    assert problems(spoil_gradient) == [f"gradient of {name} in step {STEPS - 1}"]
+    assert problems(spoil_selection) == ["selection"]
+    assert problems(select_twice) == ["selection"]

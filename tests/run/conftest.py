@@ -1,0 +1,71 @@
+"""One corpus and one finished run for all tests of the command line."""
+
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from run_commands import TINY, run, write_text
+
+STEPS = 40
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run of one process, and what it wrote to its console."""
+
+    run_dir: Path
+    arguments: list[str]
+    output: str
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides that name a small corpus and a cache."""
+    folder = tmp_path_factory.mktemp("corpus")
+    seed = random.SystemRandom().randrange(2**31)
+    print(f"seed of the text: {seed}")
+    text = write_text(folder / "text", seed)
+    return [f"data.path={text}", f"data.cache_dir={folder / 'cache'}"]
+
+
+@pytest.fixture(scope="session")
+def settings(corpus: list[str]) -> list[str]:
+    """All overrides of the finished run but its directory."""
+    return [
+        *TINY,
+        *corpus,
+        f"train.steps={STEPS}",
+        "train.eval_interval=10",
+        "checkpoint.interval=10",
+    ]
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, settings: list[str]) -> FinishedRun:
+    """A straight run of one process. Tests must not change its directory: see `copy_of`."""
+    run_dir = tmp_path_factory.mktemp("finished") / "run"
+    arguments = [*settings, f"run_dir={run_dir}"]
+    code, output = run(arguments)
+    assert code == 0, output
+    return FinishedRun(run_dir, arguments, output)
+
+
+@pytest.fixture
+def copy_of_finished(
+    finished: FinishedRun, settings: list[str], tmp_path: Path
+) -> Callable[[int], tuple[Path, list[str]]]:
+    """A run directory that stands after so many steps, and the command that goes on."""
+
+    def copy(step: int) -> tuple[Path, list[str]]:
+        run_dir = tmp_path / "copy"
+        shutil.copytree(finished.run_dir, run_dir)
+        for checkpoint in (run_dir / "checkpoints").iterdir():
+            if int(checkpoint.name.removeprefix("step-")) > step:
+                shutil.rmtree(checkpoint)
+        assert (run_dir / "checkpoints" / f"step-{step:08d}").is_dir()
+        return run_dir, [*settings, f"run_dir={run_dir}"]
+
+    return copy

@@ -1,0 +1,112 @@
+"""Help, printing the configuration, make, and finding Python."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from run_commands import LOCAL, ROOT, run
+
+from hysparse_megatron.config.compose import compose, from_yaml
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.mark.parametrize("entry", ["hysparse_megatron", "launch.local"])
+def test_cfg_prints_the_configuration(entry: str, tmp_path: Path) -> None:
+    overrides = ["experiment=quickstart", "train.steps=321"]
+    code, output = run([*overrides, "--cfg", "job", "--resolve"], entry=("-m", entry), cwd=ROOT)
+    assert code == 0, output
+    assert from_yaml(output) == compose(overrides)
+
+
+@pytest.mark.parametrize("entry", ["hysparse_megatron", "launch.local"])
+def test_help(entry: str) -> None:
+    code, output = run(["--help"], entry=("-m", entry))
+    assert code == 0, output
+    for word in ("usage:", "quickstart", "exit codes"):
+        assert word in output
+
+
+def test_the_launcher_explains_its_own_option() -> None:
+    _, output = run(["--help"], entry=LOCAL)
+    assert "--nproc" in output
+
+
+def test_make_help_lists_every_target() -> None:
+    done = subprocess.run(
+        ["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    text = (ROOT / "Makefile").read_text()
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", text, flags=re.M)
+    targets = re.findall(r"^([a-z]+):", text, flags=re.M)
+    assert set(targets) == set(phony.split())
+    for target in targets:
+        assert re.search(rf"^  make {target} +\w", done.stdout, flags=re.M), target
+    default = subprocess.run(
+        ["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert default.stdout == done.stdout
+
+
+def find_python(path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["/bin/sh", str(ROOT / "tools" / "find_python.sh"), *arguments],
+        env={"PATH": str(path)},
+        capture_output=True,
+        text=True,
+    )
+
+
+def write_python(path: Path, version: str, has_venv: bool = True) -> None:
+    """A stand-in interpreter that answers as one of `version` would."""
+    real = os.path.realpath(sys.executable)
+    hide = "" if has_venv else "sys.modules['venv'] = None; "
+    answer = f"import sys; {hide}sys.version_info = ({version.replace('.', ', ')}, 0)"
+    path.write_text(f"#!/bin/sh\nexec {real} -c \"{answer}; exec('$2')\"\n")
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def bin_folder(tmp_path: Path) -> Path:
+    """A PATH with nothing but what the script itself needs."""
+    cat = shutil.which("cat")
+    assert cat is not None
+    (tmp_path / "cat").symlink_to(cat)
+    return tmp_path
+
+
+def test_no_python_says_what_to_install(bin_folder: Path) -> None:
+    done = find_python(bin_folder)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    for expected in ("Python 3.12", "pyenv install 3.12", "uv python install 3.12", "apt-get"):
+        assert expected in done.stderr
+
+
+def test_an_empty_path_still_says_so(tmp_path: Path) -> None:
+    done = find_python(tmp_path)
+    assert done.returncode == 1
+    assert "needs Python 3.12" in done.stderr
+
+
+def test_wrong_pythons_are_passed_over(bin_folder: Path) -> None:
+    write_python(bin_folder / "python3", "3.11")
+    write_python(bin_folder / "python3.12", "3.12", has_venv=False)
+    assert find_python(bin_folder).returncode == 1
+    write_python(bin_folder / "python", "3.12")
+    done = find_python(bin_folder)
+    assert (done.returncode, done.stdout.strip()) == (0, str(bin_folder / "python"))
+
+
+def test_a_preferred_python_comes_first(bin_folder: Path) -> None:
+    write_python(bin_folder / "python3.12", "3.12")
+    (bin_folder / "mine").mkdir()
+    mine = bin_folder / "mine" / "python"
+    write_python(mine, "3.12")
+    assert find_python(bin_folder, str(mine)).stdout.strip() == str(mine)
+    assert find_python(bin_folder, "").stdout.strip() == str(bin_folder / "python3.12")

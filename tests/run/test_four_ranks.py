@@ -1,0 +1,53 @@
+"""`python -m launch.local --nproc 4`: tensor parallel 2 x pipeline parallel 2, cut in a block."""
+
+import signal
+from pathlib import Path
+
+import pytest
+from run_commands import LOCAL, TINY, Command, facts, processes_naming, read_json, run
+
+from hysparse_megatron.checkpoint.store import problems_of
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+
+def test_preempted_in_the_middle_and_continued(corpus: list[str], tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    arguments = [
+        "--nproc",
+        "4",
+        *TINY,
+        *corpus,
+        "parallel=tp2_pp2",
+        "model.layout=F S | S F",
+        "train.steps=40",
+        "checkpoint.interval=1000",
+        f"run_dir={run_dir}",
+    ]
+    first = Command(arguments, entry=LOCAL)
+    try:
+        first.wait_for("step  3/40")
+        first.send(signal.SIGTERM)
+        assert first.finish() == 3, first.output
+    finally:
+        if first.process.poll() is None:
+            first.kill()
+    assert "reads on from oracle 0 across the cut" in first.output
+    assert first.output.count("stopped by SIGTERM") == 1, "an error all ranks share is told once"
+    assert processes_naming(str(run_dir)) == []
+    assert read_json(run_dir / "status.json")["state"] == "pre-empted"
+    (checkpoint,) = (run_dir / "checkpoints").iterdir()
+    assert problems_of(checkpoint) == []
+    stopped_at = int(checkpoint.name.removeprefix("step-"))
+    assert 3 <= stopped_at < 40
+    before = facts(run_dir)
+
+    code, output = run(arguments, entry=LOCAL)
+    assert code == 0, output
+    assert f"resuming after step {stopped_at}" in output
+    assert read_json(run_dir / "status.json")["exit_code"] == 0
+    after = facts(run_dir)
+    assert {key: after[key] for key in before} == before
+    assert sorted(step for step, is_evaluation in after if not is_evaluation) == [*range(1, 41)]
+    assert after[40, True]["eval_loss"] < after[0, True]["eval_loss"] - 0.2
+    assert processes_naming(str(run_dir)) == []

@@ -1,0 +1,237 @@
+"""The three attention layers, inside a whole tiny model, against a plain one written anew."""
+
+import pytest
+import torch
+from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from plain_model import PlainSettings, token_losses
+from tiny_models import SEQUENCE, VOCABULARY, randomize, tiny_config, tiny_model
+from torch import Tensor
+
+from hysparse_megatron.config.schema import Config, GateKind
+from hysparse_megatron.layout import parse_layout
+from hysparse_megatron.model.attention import FullAttention
+from hysparse_megatron.model.sharing import SharedAttention
+from tests.unit.single_process import DEVICE
+
+BATCH = 2
+
+VARIANTS: dict[str, list[str]] = {
+    "as in the paper": ["model.layout=F S S F S W F"],
+    "channel gates": ["model.layout=F S F S F", "model.gate=channel"],
+    "one sink for both branches": ["model.layout=F S S F", "model.sink=shared"],
+    "windows with a sink": ["model.layout=W F S W", "model.sink=shared"],
+    "no sinks": ["model.layout=F S W F", "model.sink=none"],
+    "wide values": ["model.layout=F S S W F", "model.value_head_dim=12"],
+    "narrow values, channel gates": [
+        "model.layout=F S S F",
+        "model.value_head_dim=3",
+        "model.gate=channel",
+    ],
+    "norm of query and key": ["model.layout=F S W F", "model.qk_norm=true"],
+    "one group of heads": ["model.layout=F S S F", "model.num_query_groups=1"],
+    "a group for each head": ["model.layout=F S S F", "model.num_query_groups=4"],
+    "partly rotated": [
+        "model.layout=F S F",
+        "model.rotary_fraction=0.5",
+        "model.rotary_base=500",
+    ],
+    "window and blocks longer than the text": [
+        "model.layout=F S F",
+        "model.window=100",
+        "model.num_selected_blocks=30",
+    ],
+    "tied embeddings": ["model.layout=F S F", "model.tie_embeddings=true"],
+}
+
+
+def plain_settings(config: Config) -> PlainSettings:
+    model = config.model
+    return PlainSettings(
+        kinds="".join(plan.kind.value for plan in parse_layout(model.layout).layers),
+        heads=model.num_attention_heads,
+        groups=model.num_query_groups,
+        head_dim=model.head_dim,
+        value_dim=model.value_head_dim or model.head_dim,
+        block_size=model.block_size,
+        window=model.window,
+        gate_width=1 if model.gate is GateKind.head else (model.value_head_dim or model.head_dim),
+        rotary_dim=int(model.head_dim * model.rotary_fraction),
+        rotary_base=model.rotary_base,
+        epsilon=model.norm_epsilon,
+    )
+
+
+def losses_and_picks(model: HybridModel, tokens: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+    """The model's losses [B, S], and what each oracle picked, seen on its way out."""
+    picks: dict[int, Tensor] = {}
+    handles = []
+    for index, layer in enumerate(model.decoder.layers):
+        if isinstance(layer.self_attention, FullAttention):
+
+            def keep(module: object, given: object, result: tuple, index: int = index) -> None:
+                if result[1] is not None:
+                    picks[index] = result[1].block_indices
+
+            handles.append(layer.self_attention.register_forward_hook(keep))
+    positions = torch.arange(SEQUENCE, device=tokens.device).expand(BATCH, SEQUENCE)
+    losses = model(tokens, positions, None, labels=tokens.roll(-1, dims=1))
+    for handle in handles:
+        handle.remove()
+    return losses, picks
+
+
+def random_tokens() -> Tensor:
+    return torch.randint(0, VOCABULARY, (BATCH, SEQUENCE)).to(DEVICE)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_model_agrees_with_the_equations(
+    variant: str, groups: ProcessGroupCollection, seed: int
+) -> None:
+    config = tiny_config(*VARIANTS[variant])
+    model = tiny_model(config, groups)
+    randomize(model)
+    tokens = random_tokens()
+    losses, picks = losses_and_picks(model, tokens)
+    weight = torch.rand_like(losses) + 0.5
+    (losses * weight).sum().backward()
+
+    plain_weights = {
+        name: parameter.detach().double().requires_grad_()
+        for name, parameter in model.named_parameters()
+    }
+    settings = plain_settings(config)
+    expected, scores = token_losses(settings, plain_weights, picks, tokens, tokens.roll(-1, dims=1))
+    (expected * weight.double()).sum().backward()
+
+    torch.testing.assert_close(losses.double(), expected, rtol=2e-4, atol=2e-4)
+    for name, parameter in model.named_parameters():
+        wanted = plain_weights[name].grad
+        assert parameter.grad is not None, name
+        assert wanted is not None, name
+        error = (parameter.grad.double() - wanted).norm() / wanted.norm()
+        assert error < 2e-3, f"gradient of {name} is off by {error:.1e}"
+        assert wanted.norm() > 0, f"{name} has no influence on this loss"
+    assert_best_blocks(settings, config, picks, scores)
+
+
+def assert_best_blocks(
+    settings: PlainSettings, config: Config, picks: dict[int, Tensor], scores: dict[int, Tensor]
+) -> None:
+    """Every pick is among the best by Eq. 3, up to rounding between nearly equal blocks."""
+    read = {plan.oracle for plan in parse_layout(config.model.layout).layers} - {None}
+    assert set(picks) == read
+    count = config.model.num_selected_blocks
+    for layer, chosen in picks.items():
+        assert chosen.dtype == torch.int32
+        assert chosen.shape == (BATCH, settings.groups, SEQUENCE, count)
+        for t in range(SEQUENCE):
+            visible = t // settings.block_size + 1
+            expected_count = min(count, visible)
+            of_token = chosen[:, :, t].long()
+            assert ((of_token >= 0).sum(-1) == expected_count).all()
+            assert (of_token < visible).all()
+            padded = scores[layer][:, :, t].sort(-1, descending=True).values
+            threshold = padded[..., expected_count - 1 : expected_count]
+            got = scores[layer][:, :, t].gather(-1, of_token.clamp(min=0))
+            assert ((got >= threshold * (1 - 1e-3)) | (of_token < 0)).all()
+
+
+def test_only_oracles_that_are_read_share(groups: ProcessGroupCollection, seed: int) -> None:
+    model = tiny_model(tiny_config("model.layout=F F S W F"), groups)
+    hidden = torch.randn(SEQUENCE, BATCH, 24, device=DEVICE)
+    rotary = model.rotary_pos_emb(SEQUENCE)
+    shared = None
+    made = []
+    for layer in model.decoder.layers:
+        hidden, shared = layer(hidden, shared, rotary)
+        made.append(shared)
+    first, second, sparse, window, last = made
+    assert first is None
+    assert isinstance(second, SharedAttention)
+    assert second.key.shape == (SEQUENCE, BATCH, 2, 8)
+    assert second.block_indices is not None
+    assert not second.block_indices.requires_grad
+    assert sparse is second
+    assert window is second
+    assert last is None
+
+
+def test_a_sparse_layer_without_an_oracle_says_so(groups: ProcessGroupCollection) -> None:
+    model = tiny_model(tiny_config("model.layout=F S F"), groups)
+    hidden = torch.randn(SEQUENCE, BATCH, 24, device=DEVICE)
+    with pytest.raises(ValueError, match="sparse layer 1 got no key"):
+        model.decoder.layers[1](hidden, None, model.rotary_pos_emb(SEQUENCE))
+
+
+def test_oracle_keys_and_values_collect_gradient_from_every_reader(
+    groups: ProcessGroupCollection, seed: int
+) -> None:
+    model = tiny_model(tiny_config("model.layout=F S S F"), groups)
+    randomize(model)
+    oracle, *readers = (model.decoder.layers[index].self_attention for index in range(3))
+    rotary = model.rotary_pos_emb(SEQUENCE)
+    inputs = [torch.randn(SEQUENCE, BATCH, 24, device=DEVICE) for _ in range(3)]
+    weights = [torch.randn(SEQUENCE, BATCH, 24, device=DEVICE) for _ in range(3)]
+
+    def gradient(which: list[int]) -> Tensor:
+        """Of the oracle's projection, from the outputs of the layers in `which`."""
+        (output, _), shared = oracle(inputs[0], None, rotary)
+        outputs = [
+            output,
+            *(r(x, shared, rotary)[0][0] for r, x in zip(readers, inputs[1:], strict=True)),
+        ]
+        loss = sum((outputs[index] * weights[index]).sum() for index in which)
+        (found,) = torch.autograd.grad(loss, oracle.linear_qkv.linear.weight)
+        return found.unflatten(0, (2, -1))  # [groups, 2 queries, key, value of 8 channels, C]
+
+    alone = [gradient([index]) for index in range(3)]
+    together = gradient([0, 1, 2])
+    torch.testing.assert_close(together, alone[0] + alone[1] + alone[2], rtol=1e-4, atol=1e-5)
+    for reader in alone[1:]:
+        assert reader[:, :16].abs().max() == 0, "a reader must not reach the oracle's queries"
+        assert reader[:, 16:24].abs().max() > 0
+        assert reader[:, 24:].abs().max() > 0
+
+
+def test_nothing_stays_on_a_module_between_calls(groups: ProcessGroupCollection) -> None:
+    model = tiny_model(tiny_config("model.layout=F S W F"), groups)
+    losses_and_picks(model, random_tokens())  # the rotary embedding may cache its table here
+
+    def contents() -> dict[str, dict[str, int]]:
+        return {
+            name: {key: id(value) for key, value in vars(module).items()}
+            for name, module in model.named_modules()
+            if name.startswith("decoder")
+        }
+
+    before = contents()
+    losses, _ = losses_and_picks(model, random_tokens())
+    assert contents() == before
+    losses.sum().backward()
+    assert contents() == before
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recompute_changes_no_bit(
+    recompute: str, groups: ProcessGroupCollection, seed: int
+) -> None:
+    gradients = []
+    losses = []
+    tokens = random_tokens()
+    weights = None
+    for kind in ("none", recompute):
+        model = tiny_model(tiny_config("model.layout=F S W F S", f"train.recompute={kind}"), groups)
+        if weights is None:
+            randomize(model)
+            weights = model.state_dict()
+        else:
+            model.load_state_dict(weights)
+        found, _ = losses_and_picks(model, tokens)
+        found.sum().backward()
+        losses.append(found.detach())
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    assert torch.equal(*losses)
+    for name in gradients[0]:
+        assert torch.equal(gradients[0][name], gradients[1][name]), name

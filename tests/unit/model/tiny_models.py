@@ -1,0 +1,54 @@
+"""Tiny models for the tests of attention and initialization."""
+
+import torch
+from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from hysparse_megatron.config.compose import compose
+from hysparse_megatron.config.schema import Config
+from hysparse_megatron.model.builder import build_chunks
+from hysparse_megatron.model.megatron_config import HySparseConfig, make_megatron_config
+from hysparse_megatron.plan.topology import plan_pipeline
+from tests.unit.single_process import DEVICE
+
+SEQUENCE = 29
+VOCABULARY = 40
+
+_TINY = [
+    "model.hidden_size=24",
+    "model.ffn_hidden_size=20",
+    "model.num_attention_heads=4",
+    "model.num_query_groups=2",
+    "model.head_dim=8",
+    "model.block_size=4",
+    "model.num_selected_blocks=2",
+    "model.window=5",
+    "model.tie_embeddings=false",
+    f"train.seq_length={SEQUENCE}",
+]
+
+
+def tiny_config(*overrides: str) -> Config:
+    """A configuration whose last block is a part of one, and whose selection leaves blocks out."""
+    return compose([*_TINY, *overrides])
+
+
+def tiny_megatron_config(config: Config) -> HySparseConfig:
+    return make_megatron_config(config, plan_pipeline(config.model, config.parallel))
+
+
+def tiny_model(config: Config, groups: ProcessGroupCollection) -> HybridModel:
+    (model,) = build_chunks(config, tiny_megatron_config(config), VOCABULARY, groups)
+    return model.to(DEVICE)
+
+
+def randomize(model: torch.nn.Module) -> None:
+    """Weights large enough that attention is far from uniform; norms, gates, sinks off neutral."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            elif "sink" in name:
+                parameter.normal_()
+            else:
+                parameter.normal_(std=1.2 * parameter.shape[-1] ** -0.5)

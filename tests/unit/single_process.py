@@ -1,0 +1,47 @@
+"""One process as a whole run: megatron-core on this machine's device, groups of one rank."""
+
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from hysparse_megatron.config.schema import ParallelConfig
+from hysparse_megatron.runtime import megatron_on_cpu
+from hysparse_megatron.runtime.process_groups import build_process_groups, destroy_process_groups
+
+BACKEND = "nccl" if torch.cuda.is_available() else "gloo"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@contextmanager
+def default_group() -> Iterator[None]:
+    """A default process group of this process alone."""
+    megatron_on_cpu.install()
+    dist.init_process_group(BACKEND, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def model_groups() -> Iterator[ProcessGroupCollection]:
+    """The default group and megatron-core's groups, all of this process alone."""
+    with default_group():
+        try:
+            yield build_process_groups(ParallelConfig(), num_query_groups=1)
+        finally:
+            destroy_process_groups()
+
+
+def fresh_seed() -> int:
+    """A new seed, printed for the report of a failure; HYSPARSE_TEST_SEED=n repeats one."""
+    given = os.environ.get("HYSPARSE_TEST_SEED")
+    seed = int(given) if given else random.SystemRandom().randrange(2**31)
+    print(f"HYSPARSE_TEST_SEED={seed}")
+    torch.manual_seed(seed)
+    return seed

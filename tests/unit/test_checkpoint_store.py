@@ -1,0 +1,172 @@
+"""Checkpoint directories: written whole, judged by their manifest, pruned."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
+
+from hysparse_megatron.checkpoint.store import (
+    latest_checkpoint,
+    problems_of,
+    prune,
+    read_manifest,
+    remove_leftovers,
+    resolve_checkpoint,
+    step_directory,
+    write_checkpoint,
+)
+from hysparse_megatron.errors import CheckpointError
+from tests.unit.single_process import default_group
+
+
+@pytest.fixture(autouse=True, scope="module")
+def group() -> Iterator[None]:
+    with default_group():
+        yield
+
+
+def write(checkpoints: Path, step: int, content: str = "weights") -> Path:
+    def write_files(directory: Path) -> None:
+        (directory / "__0_0.distcp").write_text(content)
+        (directory / "common").mkdir()
+        (directory / "common" / "metadata.json").write_text("{}")
+
+    return write_checkpoint(checkpoints, step, write_files, {"tokens": 10 * step})
+
+
+def test_a_checkpoint_and_its_manifest(tmp_path: Path) -> None:
+    directory = write(tmp_path, 7)
+    assert directory == step_directory(tmp_path, 7) == tmp_path / "step-00000007"
+    manifest = json.loads((directory / "manifest.json").read_text())
+    assert manifest["step"] == 7
+    assert manifest["tokens"] == 70
+    assert manifest["files"].keys() == {"__0_0.distcp", "common/metadata.json"}
+    assert manifest["files"]["__0_0.distcp"]["bytes"] == 7
+    assert len(manifest["files"]["__0_0.distcp"]["sha256"]) == 64
+    assert problems_of(directory) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000007"]
+
+
+def test_the_newest_counts_by_step(tmp_path: Path) -> None:
+    assert latest_checkpoint(tmp_path) == (None, [])
+    for step in (9, 1000, 200):
+        write(tmp_path, step)
+    assert latest_checkpoint(tmp_path) == (step_directory(tmp_path, 1000), [])
+
+
+def test_what_a_killed_run_leaves_is_ignored_and_removed(tmp_path: Path) -> None:
+    write(tmp_path, 4)
+    for step in (8, 12):
+        killed = tmp_path / f"step-{step:08d}.tmp"
+        killed.mkdir()
+        (killed / "junk").write_text("x")
+    assert latest_checkpoint(tmp_path) == (step_directory(tmp_path, 4), [])
+    write(tmp_path, 8)
+    assert latest_checkpoint(tmp_path) == (step_directory(tmp_path, 8), [])
+    assert not (step_directory(tmp_path, 8) / "junk").exists()
+    remove_leftovers(tmp_path)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["step-00000004", "step-00000008"]
+    remove_leftovers(tmp_path / "nowhere")
+
+
+def flip_a_byte(directory: Path) -> None:
+    shard = directory / "__0_0.distcp"
+    content = bytearray(shard.read_bytes())
+    content[3] ^= 1
+    shard.write_bytes(content)
+
+
+def manifest_of(content: str) -> Callable[[Path], None]:
+    return lambda directory: (directory / "manifest.json").write_text(content) and None
+
+
+DAMAGE: dict[str, Callable[[Path], None]] = {
+    "truncated shard": lambda directory: (directory / "__0_0.distcp").write_text("weight"),
+    "missing shard": lambda directory: (directory / "__0_0.distcp").unlink(),
+    "flipped byte": flip_a_byte,
+    "missing manifest": lambda directory: (directory / "manifest.json").unlink(),
+    "empty manifest": manifest_of(""),
+    "half a manifest": manifest_of('{"files": {'),
+    "bytes that are no text": lambda directory: (directory / "manifest.json").write_bytes(b"\xff"),
+    "a manifest that is a list": manifest_of("[]"),
+    "files that are a list": manifest_of('{"step": 8, "files": []}'),
+    "files without sizes": manifest_of('{"step": 8, "files": {"__0_0.distcp": {}}}'),
+    "a manifest without step": manifest_of('{"files": {}}'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_noticed_and_the_one_before_is_taken(tmp_path: Path, damage: str) -> None:
+    older, newer = write(tmp_path, 4), write(tmp_path, 8)
+    DAMAGE[damage](newer)
+    assert problems_of(newer), damage
+    found, rejected = latest_checkpoint(tmp_path)
+    assert found == older
+    assert rejected == problems_of(newer)
+    assert str(newer) in rejected[0]
+    with pytest.raises(CheckpointError):
+        resolve_checkpoint(newer)
+
+
+def test_only_damaged_ones_are_no_fresh_start(tmp_path: Path) -> None:
+    for step in (4, 8):
+        (write(tmp_path, step) / "__0_0.distcp").unlink()
+    with pytest.raises(CheckpointError, match=r"step-00000008.*step-00000004") as caught:
+        latest_checkpoint(tmp_path)
+    assert caught.value.exit_code == 6
+
+
+def test_what_a_user_may_name(tmp_path: Path) -> None:
+    write(tmp_path / "run" / "checkpoints", 4)
+    newest = write(tmp_path / "run" / "checkpoints", 8)
+    assert resolve_checkpoint(tmp_path / "run") == newest
+    assert resolve_checkpoint(newest) == newest
+    for wrong in (tmp_path, tmp_path / "nowhere", newest / "common"):
+        with pytest.raises(CheckpointError, match="no valid checkpoint at"):
+            resolve_checkpoint(wrong)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        # What torch raises on every rank when one could not write: not even an Exception.
+        CheckpointException("write", {0: _wrap_exception(OSError(28, "No space left on device"))}),
+    ],
+)
+def test_a_failed_write_leaves_nothing_and_keeps_the_old(
+    tmp_path: Path, error: BaseException
+) -> None:
+    write(tmp_path, 4)
+
+    def fail(directory: Path) -> None:
+        (directory / "__0_0.distcp").write_text("half")
+        raise error
+
+    with pytest.raises(CheckpointError, match=r"step-00000008 was not written; rank 0: ") as caught:
+        write_checkpoint(tmp_path, 8, fail, {})
+    assert "No space" in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
+    assert latest_checkpoint(tmp_path) == (step_directory(tmp_path, 4), [])
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("a file where a folder should be")
+    with pytest.raises(CheckpointError, match="checkpoints"):
+        write(tmp_path / "checkpoints", 1)
+
+
+def test_pruning_keeps_the_newest_valid_ones(tmp_path: Path) -> None:
+    for step in range(1, 6):
+        write(tmp_path, step)
+    flip = step_directory(tmp_path, 5) / "manifest.json"
+    flip.write_text("garbage")
+    assert prune(tmp_path, 0) == []
+    assert len(list(tmp_path.iterdir())) == 5
+    assert prune(tmp_path, 2) == [step_directory(tmp_path, 2), step_directory(tmp_path, 1)]
+    # The damaged one is neither counted nor deleted.
+    assert sorted(path.name[-1] for path in tmp_path.iterdir()) == ["3", "4", "5"]
+    assert read_manifest(step_directory(tmp_path, 4))["step"] == 4

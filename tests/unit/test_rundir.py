@@ -1,0 +1,197 @@
+"""The run directory: its lock, its records, and how they survive restarts."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hysparse_megatron import rundir
+from hysparse_megatron.config.compose import compose, config_hash, load_frozen
+from hysparse_megatron.config.schema import Config
+from hysparse_megatron.errors import ConfigError
+from hysparse_megatron.rundir import RunDirectory, git_state, versions, write_json
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return compose([f"run_dir={tmp_path / 'run'}", "name=first"])
+
+
+HOLD = """
+import sys
+from hysparse_megatron.config.compose import compose
+from hysparse_megatron.rundir import RunDirectory
+directory = RunDirectory(compose([f"run_dir={sys.argv[1]}"]))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.distributed
+def test_a_second_process_is_refused_until_the_first_is_gone(config: Config) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(config.run_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        record = (config.run_path / "run.json").read_text()
+        frozen = (config.run_path / "config.yaml").read_text()
+        with pytest.raises(ConfigError, match=rf"locked by process {holder.pid} on "):
+            RunDirectory(config)
+        # The refused one left no trace.
+        assert (config.run_path / "run.json").read_text() == record
+        assert (config.run_path / "config.yaml").read_text() == frozen
+    finally:
+        holder.kill()
+        holder.wait()
+    RunDirectory(config).close()
+
+
+def test_closing_gives_the_directory_up(config: Config) -> None:
+    first = RunDirectory(config)
+    with pytest.raises(ConfigError, match=rf"locked by process {os.getpid()} "):
+        RunDirectory(config)
+    first.close()
+    RunDirectory(config).close()
+
+
+def test_records_of_several_starts(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = RunDirectory(config)
+    assert first.changed_keys == []
+    assert first.config_hash == config_hash(config)
+    assert load_frozen(config.run_path / "config.yaml") == config
+    first.close()
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    changed = replace(config, train=replace(config.train, steps=7), name="second")
+    second = RunDirectory(changed)
+    second.close()
+    record = json.loads((config.run_path / "run.json").read_text())
+    assert record == second.facts
+    assert record["id"] == first.facts["id"]
+    assert record["name"] == "first"
+    assert [start["config_hash"] for start in record["starts"]] == [
+        config_hash(config),
+        config_hash(changed),
+    ]
+    assert [start["slurm_job"] for start in record["starts"]] == [None, "77"]
+    for start in record["starts"]:
+        assert set(start) >= {"time", "host", "cluster", "git", "versions"}
+        assert start["versions"]["torch"].startswith("2.")
+    assert sorted(second.changed_keys) == [
+        "name: first -> second",
+        f"train.steps: {config.train.steps} -> 7",
+    ]
+    assert load_frozen(config.run_path / "config.yaml") == changed
+
+
+def test_ids_of_two_runs_differ(tmp_path: Path) -> None:
+    runs = [RunDirectory(compose([f"run_dir={tmp_path / name}"])) for name in "ab"]
+    for run in runs:
+        run.close()
+    assert runs[0].facts["id"] != runs[1].facts["id"]
+    assert len(runs[0].facts["id"]) == 8
+
+
+def test_a_changed_long_layout_is_named_by_its_key(config: Config) -> None:
+    """YAML may write a long text over several lines."""
+    old = "F " + "S " * 60 + "F"
+    new = "F " + "S " * 50 + "W " * 10 + "F"
+    RunDirectory(replace(config, model=replace(config.model, layout=old))).close()
+    second = RunDirectory(replace(config, model=replace(config.model, layout=new)))
+    second.close()
+    assert second.changed_keys == [f"model.layout: {old} -> {new}"]
+
+
+def test_a_frozen_file_of_another_version_does_not_stop_a_start(config: Config) -> None:
+    RunDirectory(config).close()
+    path = config.run_path / "config.yaml"
+    path.write_text(path.read_text() + "of_another_version: 3\n")
+    again = RunDirectory(config)
+    again.close()
+    assert again.changed_keys == [f"{path} could not be read"]
+
+
+@pytest.mark.parametrize("content", ["", '{"id": "a"', "[]", "3", '{"id": "a", "starts": 3}'])
+def test_a_garbled_record_is_an_error_that_names_it(config: Config, content: str) -> None:
+    RunDirectory(config).close()
+    (config.run_path / "run.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"run\.json"):
+        RunDirectory(config)
+
+
+def test_status(config: Config) -> None:
+    directory = RunDirectory(config)
+    directory.write_status("running", step=3)
+    directory.write_status("failed", exit_code=5, reason="why")
+    directory.close()
+    status = json.loads((config.run_path / "status.json").read_text())
+    assert status.pop("time").endswith("Z")
+    assert status == {"state": "failed", "exit_code": 5, "reason": "why"}
+
+
+def test_json_is_replaced_whole(tmp_path: Path) -> None:
+    """A reader sees one of the contents written, never a part, and no other file is left."""
+    path = tmp_path / "status.json"
+    contents = [{"number": n, "filler": str(n) * 20_000} for n in range(3)]
+    write_json(path, contents[0])
+    done = threading.Event()
+    seen = []
+
+    def read() -> None:
+        while not done.is_set():
+            seen.append(json.loads(path.read_text()))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for turn in range(200):
+        write_json(path, contents[turn % 3])
+    done.set()
+    reader.join()
+    assert seen
+    assert all(content in contents for content in seen)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_json_that_cannot_be_written_leaves_the_old(tmp_path: Path) -> None:
+    path = tmp_path / "status.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_git_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=x", "-c", "user.email=x@example.com"]
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    monkeypatch.setattr(rundir, "__file__", str(tmp_path / "rundir.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert git_state() is None
+    git("init")
+    (tmp_path / "rundir.py").write_text("1\n")
+    git("add", ".")
+    git("commit", "-m", "first")
+    assert git_state() == {"commit": git("rev-parse", "HEAD"), "dirty": False}
+    (tmp_path / "rundir.py").write_text("2\n")
+    assert git_state() == {"commit": git("rev-parse", "HEAD"), "dirty": True}
+    monkeypatch.setenv("PATH", str(tmp_path))  # no git installed
+    assert git_state() is None
+
+
+def test_versions_name_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rundir, "_PACKAGES", ("torch", "surely-not-installed"))
+    found = versions()
+    assert found["surely-not-installed"] == "missing"
+    assert found["torch"].startswith("2.")
+    assert found["python"].startswith("3.12")

@@ -1,0 +1,218 @@
+"""`metrics.jsonl` as it is after kills and restarts, the console, and the summary."""
+
+import json
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from hysparse_megatron.config.cli import load, parse_arguments
+from hysparse_megatron.config.compose import compose
+from hysparse_megatron.config.frozen import freeze
+from hysparse_megatron.config.schema import Config
+from hysparse_megatron.config.validate import check
+from hysparse_megatron.layout import parse_layout
+from hysparse_megatron.tracking.metrics import Console, MetricsFile, read_metrics
+from hysparse_megatron.tracking.summary import write_summary
+
+
+def row(step: int, loss: float = 1.0, **more: Any) -> dict[str, Any]:
+    return {
+        "step": step,
+        "loss": loss,
+        "grad_norm": 0.5,
+        "learning_rate": 1e-3,
+        "tokens": 100 * step,
+        "tokens_per_second": 50.0 * step,
+        "step_seconds": 2.0,
+        "skipped": False,
+        **more,
+    }
+
+
+def evaluation(step: int, loss: float) -> dict[str, Any]:
+    return {"step": step, "eval_loss": loss, "eval_seconds": 0.1}
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    metrics = MetricsFile(path)
+    for one in rows:
+        metrics.write(one)
+    metrics.close()
+
+
+def test_rows_come_back_bit_exact(tmp_path: Path) -> None:
+    rows = [evaluation(0, 5.1), row(1, 0.1 + 0.2), row(2, 1e-300), evaluation(2, 4.9)]
+    write(tmp_path / "m", rows)
+    assert read_metrics(tmp_path / "m") == rows
+    assert [json.loads(line) for line in (tmp_path / "m").read_text().splitlines()] == rows
+
+
+def test_a_row_is_on_disk_before_the_file_is_closed(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path / "m")
+    metrics.write(row(1))
+    assert read_metrics(tmp_path / "m") == [row(1)]
+    metrics.close()
+
+
+def test_the_last_row_of_a_step_wins(tmp_path: Path) -> None:
+    write(tmp_path / "m", [row(1, 1.0), row(2, 2.0), evaluation(2, 9.0), row(3, 3.0)])
+    write(tmp_path / "m", [row(2, 2.5), evaluation(2, 9.5)])
+    assert read_metrics(tmp_path / "m") == [
+        row(1, 1.0),
+        row(2, 2.5),
+        evaluation(2, 9.5),
+        row(3, 3.0),
+    ]
+
+
+@pytest.mark.parametrize("cut", [1, 10, 40])
+def test_a_garbled_last_line_is_left_out(tmp_path: Path, cut: int) -> None:
+    write(tmp_path / "m", [row(1), row(2)])
+    text = (tmp_path / "m").read_text()
+    (tmp_path / "m").write_text(text + text.splitlines()[1][:cut])
+    assert read_metrics(tmp_path / "m") == [row(1), row(2)]
+
+
+@pytest.mark.parametrize("cut", [1, 10, 40])
+def test_a_restart_loses_nothing_to_a_garbled_line_before_it(tmp_path: Path, cut: int) -> None:
+    write(tmp_path / "m", [row(1), row(2)])
+    text = (tmp_path / "m").read_text()
+    (tmp_path / "m").write_text(text + text.splitlines()[1][:cut])
+    write(tmp_path / "m", [row(3), row(4)])
+    assert read_metrics(tmp_path / "m") == [row(1), row(2), row(3), row(4)]
+
+
+def test_not_a_number_survives(tmp_path: Path) -> None:
+    write(tmp_path / "m", [row(1, float("nan"), skipped=True)])
+    (found,) = read_metrics(tmp_path / "m")
+    assert found["loss"] != found["loss"]
+    assert found["skipped"] is True
+
+
+def test_console_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("hysparse_megatron.tracking.metrics.time.monotonic", lambda: now[0])
+    console = Console(total_steps=200, first_step=100)
+    now[0] += 120.0  # two steps in two minutes: 98 to go
+    console.step(row(102, 2.34567, grad_norm=1.5, tokens_per_second=12345.6))
+    assert capsys.readouterr().out == (
+        "step 102/200  loss 2.3457  grad norm 1.500  lr 1.00e-03  12,346 tokens/s  ETA 1:38:00\n"
+    )
+    console.step(row(199, skipped=True))
+    line = capsys.readouterr().out
+    assert line.endswith("ETA 0:01  SKIPPED\n")
+    console.step(row(200))
+    assert "ETA 0:00" in capsys.readouterr().out
+
+
+OVERRIDES = {
+    "one process": ["name=mine", "train.steps=30", "model.layout=2*(F S) F"],
+    "quickstart": ["experiment=quickstart", "train.steps=100", "optim.decay_steps=20"],
+    "interleaved": [
+        "model.layout=2*(F S | S) F",
+        "parallel=tp2_pp2",
+        "parallel.vpp=2",
+        "train.steps=100",
+        "checkpoint.load={tmp_path}",
+    ],
+}
+
+
+def summary_of(overrides: list[str], ranks: int, tmp_path: Path) -> tuple[Config, str]:
+    config = compose(overrides)
+    steps = config.train.steps
+    directory: Any = SimpleNamespace(
+        path=config.run_path,
+        metrics=config.run_path / "metrics.jsonl",
+        checkpoints=config.run_path / "checkpoints",
+    )
+    config.run_path.mkdir()
+    rows = [row(1, step_seconds=999.0), row(1), *(row(step) for step in range(2, steps + 1))]
+    write(directory.metrics, [evaluation(0, 4.0), *rows, evaluation(steps, 3.0)])
+    tokenizer = str(tmp_path / "tokenizer.json")
+    text = write_summary(config, directory, tokenizer, ranks, overrides)
+    assert (config.run_path / "summary.md").read_text() == text
+    return config, text
+
+
+def test_summary(tmp_path: Path) -> None:
+    overrides = ["name=mine", "train.steps=3", f"run_dir={tmp_path / 'run'}"]
+    config, text = summary_of(overrides, 1, tmp_path)
+    assert text.startswith("# mine\n")
+    for expected in (
+        # A step that was repeated after a restart counts once.
+        "3 steps, 300 tokens in 0.1 minutes of training, median 100 tokens/s",
+        "evaluation loss 4.0000 at step 0 -> 3.0000 at step 3 (-25.0 %)",
+        str(config.run_path / "checkpoints"),
+        str(config.run_path / "metrics.jsonl"),
+    ):
+        assert expected in text
+
+
+def commands(text: str) -> list[list[str]]:
+    """The suggested commands, as the shell would split them."""
+    lines = text.replace("\\\n", " ").splitlines()
+    return [shlex.split(line) for line in lines if line.startswith("    .venv/bin/python ")]
+
+
+@pytest.mark.parametrize("kind", OVERRIDES)
+def test_suggested_commands_are_right(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("x")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    overrides = [text.format(tmp_path=tmp_path) for text in OVERRIDES[kind]]
+    overrides.append(f"run_dir={tmp_path / 'run'}")
+    ranks = 1 if kind == "one process" else 4
+    config, text = summary_of(overrides, ranks, tmp_path)
+    found = commands(text)
+    assert len(found) == 4
+    configs = []
+    for number, command in enumerate(found):
+        if number < 3:
+            start = [".venv/bin/python", "-m", "launch.local", "--nproc", str(ranks)]
+        else:
+            start = [".venv/bin/python", "-m", "hysparse_megatron"]
+        assert command[: len(start)] == start
+        rest = [
+            part.replace("FILE_OR_FOLDER", f"{tmp_path}/text") for part in command[len(start) :]
+        ]
+        configs.append(load(parse_arguments(rest)))
+        check(configs[-1], ranks if number < 3 else 1)
+    train_on, full, windows, tuned = configs
+    longer = replace(config.train, steps=2 * config.train.steps)
+    assert train_on == replace(config, train=longer)
+    letters = [
+        "".join(plan.kind.value for plan in parse_layout(one.model.layout).layers)
+        for one in (config, full, windows, tuned)
+    ]
+    assert letters[1:3] == ["F" * len(letters[0]), letters[0].replace("S", "W")]
+    assert letters[3] == letters[0]
+    assert tuned.checkpoint.load == str(config.run_path)
+    # Each of the new runs goes to a place of its own.
+    assert len({one.run_path for one in (config, full, windows, tuned)}) == 4
+    for other in (full, windows):
+        assert other.checkpoint.load is None
+        assert other.train == config.train
+        assert other.data == config.data
+        assert other.parallel == config.parallel
+
+
+def test_suggestions_for_a_run_from_a_frozen_file_do_not_name_another_model(
+    tmp_path: Path,
+) -> None:
+    """`--config FILE` has no overrides; commands without them would train the default model."""
+    config = compose(["model.hidden_size=64", "train.steps=3", f"run_dir={tmp_path / 'run'}"])
+    directory: Any = SimpleNamespace(
+        path=config.run_path,
+        metrics=config.run_path / "metrics.jsonl",
+        checkpoints=config.run_path / "checkpoints",
+    )
+    config.run_path.mkdir()
+    freeze(config, config.run_path)
+    write(directory.metrics, [evaluation(0, 4.0), row(1), evaluation(1, 3.0)])
+    for command in commands(write_summary(config, directory, "t.json", 1, [])):
+        start = command.index("--nproc") + 2 if "--nproc" in command else 3
+        assert load(parse_arguments(command[start:])).model.hidden_size == 64, shlex.join(command)

@@ -1,0 +1,18 @@
+"""Fixtures of the training tests."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.unit.single_process import default_group, fresh_seed
+
+
+@pytest.fixture(scope="module")
+def group() -> Iterator[None]:
+    with default_group():
+        yield
+
+
+@pytest.fixture
+def seed() -> int:
+    return fresh_seed()

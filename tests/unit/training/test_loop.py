@@ -1,0 +1,185 @@
+"""The loop: when it evaluates, saves and stops. Steps themselves are scripted."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hysparse_megatron.config.compose import compose
+from hysparse_megatron.errors import NumericalStop, Preempted
+from hysparse_megatron.training import loop
+from hysparse_megatron.training.step import StepResult
+
+
+class Script:
+    """Runs the loop and writes down what it does, in order.
+
+    `bad` are the steps (from 1) whose loss is not finite; `stop_at` the step in which a signal
+    arrives.
+    """
+
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        steps: int,
+        interval: int = 1000,
+        eval_interval: int = 0,
+        bad: tuple[int, ...] = (),
+        stop_at: int | None = None,
+    ) -> None:
+        config = compose([f"train.steps={steps}", f"checkpoint.interval={interval}"])
+        train = replace(config.train, eval_interval=eval_interval)
+        self.state: Any = SimpleNamespace(config=replace(config, train=train))
+        self.bad, self.stop_at = bad, stop_at
+        self.events: list[str] = []
+        self.rows: list[dict[str, Any]] = []
+        self.done = 0
+        monkeypatch.setattr(loop, "train_step", self._train_step)
+        monkeypatch.setattr(loop, "evaluate", self._evaluate)
+
+    def _train_step(self, state: Any, step: int, microbatches: list[Any]) -> StepResult:
+        assert microbatches == [f"batch {step}"]
+        self.done = step + 1
+        self.events.append(f"step {self.done}")
+        is_bad = self.done in self.bad
+        loss = float("nan") if is_bad else 1.0 / self.done
+        return StepResult(loss, 0.5, 1e-3, skipped=is_bad)
+
+    def _evaluate(self, state: Any, batches: list[Any]) -> float:
+        assert batches == [["held out 0"], ["held out 1"]]
+        self.events.append(f"evaluate {self.done}")
+        return 2.0
+
+    def run(self, first_step: int = 0) -> "Script":
+        self.done = first_step
+        batches: Any = SimpleNamespace(
+            microbatches=lambda step: iter([f"batch {step}"]),
+            sample_ids=lambda step: np.array([10 * step, 10 * step + 1]),
+        )
+        evaluation: Any = SimpleNamespace(
+            num_batches=2, microbatches=lambda index: iter([f"held out {index}"])
+        )
+        stop: Any = SimpleNamespace(agreed=lambda: "SIGTERM" if self.done == self.stop_at else None)
+        hooks = loop.Hooks(
+            on_row=[self.rows.append], save=lambda step: self.events.append(f"save {step}")
+        )
+        loop.train(self.state, batches, evaluation, first_step, stop, hooks)
+        return self
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Script]:
+    return lambda **settings: Script(monkeypatch, **settings)
+
+
+def test_intervals(script: Callable[..., Script]) -> None:
+    found = script(steps=7, interval=3, eval_interval=2).run()
+    assert found.events == [
+        "evaluate 0",
+        "step 1",
+        "step 2",
+        "evaluate 2",
+        "step 3",
+        "save 3",
+        "step 4",
+        "evaluate 4",
+        "step 5",
+        "step 6",
+        "evaluate 6",
+        "save 6",
+        "step 7",
+        "evaluate 7",
+        "save 7",
+    ]
+
+
+def test_without_evaluation_only_at_start_and_end(script: Callable[..., Script]) -> None:
+    assert script(steps=2).run().events == [
+        "evaluate 0",
+        "step 1",
+        "step 2",
+        "evaluate 2",
+        "save 2",
+    ]
+
+
+def test_a_resumed_run_does_what_was_left(script: Callable[..., Script]) -> None:
+    whole = script(steps=6, interval=2, eval_interval=3).run().events
+    rest = script(steps=6, interval=2, eval_interval=3).run(first_step=4).events
+    assert rest == whole[whole.index("step 5") :]
+
+
+def test_rows(script: Callable[..., Script]) -> None:
+    found = script(steps=2, bad=(1,)).run()
+    tokens = found.state.config.train.global_batch_size * found.state.config.train.seq_length
+    start, first, second, end = found.rows
+    assert (start["step"], start["eval_loss"], end["step"]) == (0, 2.0, 2)
+    assert set(first) == {
+        "step",
+        "loss",
+        "grad_norm",
+        "learning_rate",
+        "tokens",
+        "tokens_per_second",
+        "step_seconds",
+        "skipped",
+    }
+    assert (first["step"], first["skipped"], first["tokens"]) == (1, True, tokens)
+    assert (second["step"], second["skipped"], second["tokens"]) == (2, False, 2 * tokens)
+    assert second["loss"] == 0.5
+    assert second["tokens_per_second"] == pytest.approx(tokens / second["step_seconds"])
+
+
+def test_five_bad_steps_in_a_row_stop_the_run(script: Callable[..., Script]) -> None:
+    found = script(steps=50, interval=2, bad=tuple(range(4, 51)))
+    with pytest.raises(NumericalStop, match=r"5 steps up to step 8.*\[70, 71\]") as caught:
+        found.run()
+    assert caught.value.exit_code == 4
+    # The newest checkpoint is the last one before the bad steps.
+    saves = [event for event in found.events if event.startswith("save")]
+    assert saves == ["save 2"]
+    assert found.rows[-1]["step"] == 8, "the last bad step has its row"
+
+
+def test_a_good_step_in_between_starts_the_count_anew(script: Callable[..., Script]) -> None:
+    bad = (1, 2, 3, 4, 6, 7, 8, 9)
+    found = script(steps=10, interval=1, bad=bad).run()
+    saves = [event for event in found.events if event.startswith("save")]
+    assert saves == ["save 5", "save 10"]
+
+
+def test_a_signal_saves_first_and_then_stops(script: Callable[..., Script]) -> None:
+    found = script(steps=9, interval=4, stop_at=6)
+    with pytest.raises(Preempted, match=r"SIGTERM after step 6; saved at step 6") as caught:
+        found.run()
+    assert caught.value.exit_code == 3
+    assert found.events[-2:] == ["step 6", "save 6"]
+
+
+def test_a_signal_at_a_checkpoint_saves_once(script: Callable[..., Script]) -> None:
+    found = script(steps=9, interval=3, stop_at=6)
+    with pytest.raises(Preempted):
+        found.run()
+    assert found.events.count("save 6") == 1
+
+
+def test_a_signal_in_the_last_step_does_not_matter(script: Callable[..., Script]) -> None:
+    assert script(steps=3, stop_at=3).run().events[-2:] == ["evaluate 3", "save 3"]
+
+
+def test_a_signal_amid_bad_steps_keeps_the_checkpoint_before_them(
+    script: Callable[..., Script],
+) -> None:
+    found = script(steps=9, interval=2, bad=(5, 6), stop_at=6)
+    with pytest.raises(Preempted, match="saved at step 4"):
+        found.run()
+    assert [event for event in found.events if event.startswith("save")] == ["save 2", "save 4"]
+
+
+def test_a_bad_last_step_does_not_end_without_a_checkpoint(script: Callable[..., Script]) -> None:
+    """A skipped update leaves the weights of the step before; the run must not lose those."""
+    found = script(steps=5, interval=100, bad=(5,)).run()
+    assert found.events[-1] == "save 5"

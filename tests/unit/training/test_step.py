@@ -1,0 +1,172 @@
+"""One real optimizer step of a tiny model, by hand."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hysparse_megatron.config.compose import compose
+from hysparse_megatron.runtime.process_groups import destroy_process_groups
+from hysparse_megatron.training import step as step_module
+from hysparse_megatron.training.state import TrainingState, build_state
+from hysparse_megatron.training.step import Batch, evaluate, train_step
+from tests.unit.single_process import DEVICE
+
+SEQUENCE, VOCABULARY = 16, 50
+
+SETTINGS = [
+    "model.layout=F S W F",
+    "model.hidden_size=24",
+    "model.ffn_hidden_size=20",
+    "model.head_dim=8",
+    "model.block_size=4",
+    "model.num_selected_blocks=2",
+    "model.window=5",
+    "model.qk_norm=true",
+    f"train.seq_length={SEQUENCE}",
+    "train.global_batch_size=4",
+    "train.micro_batch_size=2",
+    "optim.warmup_steps=0",
+    "optim.learning_rate=0.01",
+]
+
+
+@pytest.fixture
+def state(group: None) -> Iterator[TrainingState]:
+    yield build_state(compose(SETTINGS), VOCABULARY, DEVICE)
+    destroy_process_groups()
+
+
+def random_batches(count: int = 2) -> list[Batch]:
+    batches = []
+    for _ in range(count):
+        rows = torch.randint(0, VOCABULARY, (2, SEQUENCE + 1))
+        batches.append(
+            {
+                "tokens": rows[:, :-1],
+                "labels": rows[:, 1:],
+                "loss_mask": torch.ones(2, SEQUENCE),
+                "position_ids": torch.arange(SEQUENCE).expand(2, SEQUENCE),
+            }
+        )
+    return batches
+
+
+def parameters(state: TrainingState) -> dict[str, Tensor]:
+    (chunk,) = state.chunks
+    return {name: p.detach().clone() for name, p in chunk.module.named_parameters()}
+
+
+def by_hand(state: TrainingState, batches: list[Batch]) -> tuple[float, dict[str, Tensor]]:
+    """Mean loss per unmasked token over all micro-batches, and its gradient."""
+    (chunk,) = state.chunks
+    model: Any = chunk.module
+    named = dict(model.named_parameters())
+    total: Any = 0.0
+    for batch in batches:
+        given = {name: tensor.to(DEVICE) for name, tensor in batch.items()}
+        losses = model(given["tokens"], given["position_ids"], None, labels=given["labels"])
+        total = total + (losses * given["loss_mask"]).sum()
+    mean = total / sum(batch["loss_mask"].sum().item() for batch in batches)
+    found = torch.autograd.grad(mean, list(named.values()))
+    return mean.item(), dict(zip(named, found, strict=True))
+
+
+def test_first_update_by_hand(state: TrainingState, seed: int) -> None:
+    batches = random_batches()
+    batches[0]["loss_mask"][0, :10] = 0.0  # micro-batches with different numbers of tokens
+    before = parameters(state)
+    loss, gradient = by_hand(state, batches)
+    norm = math.sqrt(sum(g.double().square().sum().item() for g in gradient.values()))
+    result = train_step(state, 0, batches)
+    assert result.loss == pytest.approx(loss, rel=1e-5)
+    assert result.grad_norm == pytest.approx(norm, rel=1e-4)
+    assert result.learning_rate == pytest.approx(0.01)
+    assert result.skipped is False
+    scale = min(1.0, 1.0 / norm)
+    for name, after in parameters(state).items():
+        clipped = gradient[name] * scale
+        # The first update of Adam is the sign of the gradient, but for epsilon.
+        move = clipped / (clipped.abs() + 1e-10)
+        decayed = "norm" not in name and "sink" not in name
+        wanted = before[name] * (1 - 0.01 * 0.1 * decayed) - 0.01 * move
+        sure = clipped.abs() > 1e-6  # where rounding cannot turn the sign
+        assert sure.any(), name
+        torch.testing.assert_close(after[sure], wanted[sure], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_evaluation_changes_nothing(state: TrainingState, seed: int) -> None:
+    batches = random_batches(4)
+    before = parameters(state)
+    loss = evaluate(state, [batches[:2], batches[2:]])
+    assert loss == pytest.approx(by_hand(state, batches)[0], rel=1e-5)
+    for name, after in parameters(state).items():
+        assert torch.equal(after, before[name]), name
+
+
+def test_a_loss_that_is_no_number_leaves_everything_as_it_was(
+    state: TrainingState, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = random_batches()
+    train_step(state, 0, batches)
+    before = parameters(state)
+    moments = [
+        tensor.clone()
+        for part in state.optimizer.chained_optimizers
+        for kept in part.optimizer.state.values()
+        for tensor in kept.values()
+    ]
+    original = step_module._loss
+
+    def poisoned(loss_mask: Tensor, losses: Tensor) -> Any:
+        return original(loss_mask, losses * float("nan"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(step_module, "_loss", poisoned)
+        result = train_step(state, 1, batches)
+    assert result.skipped is True
+    assert math.isnan(result.loss)
+    for name, after in parameters(state).items():
+        assert torch.equal(after, before[name]), name
+    now = [
+        tensor
+        for part in state.optimizer.chained_optimizers
+        for kept in part.optimizer.state.values()
+        for tensor in kept.values()
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(now, moments, strict=True))
+    following = train_step(state, 2, batches)
+    assert following.skipped is False
+    assert math.isfinite(following.grad_norm)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_no_number_is_skipped_too(
+    state: TrainingState, seed: int, bad: float
+) -> None:
+    """The loss is fine, the backward pass overflows: as bad for the weights."""
+    before = parameters(state)
+    (chunk,) = state.chunks
+    weight = dict(chunk.module.named_parameters())["decoder.layers.1.mlp.linear_fc2.weight"]
+    handle = weight.register_hook(lambda gradient: gradient * bad)
+    result = train_step(state, 0, random_batches())
+    handle.remove()
+    assert math.isfinite(result.loss)
+    for name, after in parameters(state).items():
+        assert torch.equal(after, before[name]), name
+    assert result.skipped is True
+
+
+def test_steps_are_functions_of_their_number(state: TrainingState, seed: int) -> None:
+    """Nothing that came before shows in a step, but weights and moments: no hidden counter."""
+    batches = random_batches()
+    before = torch.get_rng_state()
+    train_step(state, 5, batches)
+    first = torch.rand(3)
+    torch.manual_seed(1)
+    train_step(state, 5, batches)
+    assert torch.equal(torch.rand(3), first)
+    torch.set_rng_state(before)
