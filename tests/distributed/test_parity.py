@@ -84,10 +84,11 @@ def test_layout_trains_like_one_process(
 
 
 def test_reference_is_worth_comparing_with(reference_for: ReferenceFor) -> None:
-    """The runs train, select different blocks for different tokens, and no gradient is missing."""
+    """Every parameter has a gradient, and different tokens select different blocks.
+
+    Whether training gets anywhere is not asked here: the tokens are random.
+    """
     reference = reference_for(Case("base").config())
-    # Tokens are random, so there is nothing to learn but to be less sure.
-    assert np.mean(reference.losses[-3:]) < reference.losses[0] - 0.05
     for step in GRADIENT_STEPS:
         for name, piece in reference.gradients[step].items():
             assert np.abs(piece.value).max() > 0, f"{name} got no gradient"
