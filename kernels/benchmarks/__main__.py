@@ -1,0 +1,181 @@
+"""`python -m benchmarks`: time every operation beside its peers, in one run.
+
+Run from the folder `kernels`; see `options` for what it takes and returns.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from hysparse_kernels import neighbour_agreement
+from torch import Tensor
+
+from benchmarks.bars import bars
+from benchmarks.checks import Check, check, small_problems
+from benchmarks.measure import Bench
+from benchmarks.options import parse
+from benchmarks.peers import BY_TABLE, Peer
+from benchmarks.problem import Problem
+from benchmarks.rates import Rates
+from benchmarks.report import Report, default_path, environment
+from benchmarks.rows import Row, Rows
+from benchmarks.selections import Captured, hottest_share, made_up, mean_union
+from benchmarks.timing import Timer
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmarks and return the exit code."""
+    options = parse(argv)
+    if options is None:
+        return 2
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print(
+            "no CUDA device: nothing to measure (to try the command: --device cpu --backend"
+            " reference --sequence 256 --shapes 4/1/16/16 --quick)",
+            file=sys.stderr,
+        )
+        return 2
+    torch.manual_seed(options.seed)
+    command = "python -m benchmarks " + shlex.join(sys.argv[1:] if argv is None else argv)
+    output = None if options.output == "none" else Path(options.output or default_path(device))
+    report = Report(output, environment(device, command.strip()))
+    report.heading()
+    return _Run(options, report, device).all()
+
+
+class _Run:
+    """One run: rates, then the checks, then table after table."""
+
+    def __init__(self, options: Namespace, report: Report, device: torch.device) -> None:
+        self.options, self.report, self.device = options, report, device
+        self.began = time.monotonic()
+        self.rows, self.checks = Rows(), list[Check]()
+        timer = Timer(device, 60.0 if options.quick else 300.0)
+        report.say(f"times: {timer.describe()}")
+        size = 8192 if device.type == "cuda" else 256
+        self.rates = Rates.measure(timer, options.peak_tflops, size)
+        report.say(str(self.rates))
+        self.bench = Bench(
+            timer, self.rates, options.backend, self._emit, {}, retune=not options.quick
+        )
+        self.captured = Captured.load(options.captured) if options.captured else None
+
+    def all(self) -> int:
+        """Everything asked for; returns the exit code."""
+        problems = self.options.problems
+        self._check_peers(problems)
+        for problem in problems:
+            for table in self.options.only:
+                self._table(table, problem)
+        if self.captured is not None:
+            self._captured(problems[0])
+        self.report.say()
+        self.report.say("goals, and ratios within this run:")
+        for bar in bars(self.rows):
+            self.report.say(bar.line())
+        self.report.say(f"{time.monotonic() - self.began:.0f} seconds in all")
+        self._write()
+        ours = [c for c in self.checks if c.failure and not c.refused and c.name not in _OTHERS]
+        return 1 if ours else 0
+
+    def _emit(self, row: Row) -> None:
+        self.report.row(self.rows.add(row))
+
+    def _write(self) -> None:
+        self.report.write(self.rates, self.checks, self.rows.all, bars(self.rows))
+
+    def _late(self) -> bool:
+        return time.monotonic() - self.began > self.options.limit_seconds
+
+    def _check_peers(self, problems: list[Problem]) -> None:
+        """Ours on two small problems for every shape; others on the odd one for one shape only."""
+        if self.options.no_checks:
+            return
+        self.report.say()
+        self.report.say("relative errors against the fp64 reference, small problems, bf16:")
+        by_shape = {problem.shape: problem for problem in problems}
+        for number, problem in enumerate(by_shape.values()):
+            for table in self.options.only:
+                for peer in BY_TABLE.get(table, ()):
+                    aligned, odd = small_problems(problem)
+                    both = peer.name not in _OTHERS or number == 0
+                    self._check(table, peer, problem, (aligned, odd) if both else (aligned,))
+
+    def _check(self, table: str, peer: Peer, problem: Problem, small: Iterable[Problem]) -> None:
+        if peer.name == "no_indices":
+            return
+        for tried in small:
+            found = check(table, peer, tried, self.device, self.options.backend)
+            self.checks.append(found)
+            self.report.say(found.line(f"{table} {peer.name} [{problem.shape}]"))
+            if found.refused or (found.failure and found.aligned):
+                verb = "refused" if found.refused else "wrong, not timed"
+                note = f"{verb}: {found.failure}"
+                self.bench.notes[table, peer.name, problem.shape] = note
+                return
+
+    def _table(self, table: str, problem: Problem) -> None:
+        if self._late():
+            self.report.say(f"left out after --limit-seconds: {table}, {problem}")
+            return
+        if table in ("oracle", "window"):
+            self.bench.attention(table, problem)
+        elif table == "topk":
+            self.bench.topk(problem)
+        else:
+            # Clustered last: longer sequences keep what a peer's autotuner chose for it.
+            for selection in ("clustered",) if table == "block" else ("random", "clustered"):
+                ids = made_up(problem, self.device, clustered=selection == "clustered")
+                self._with_selection(table, problem, selection, ids)
+        self._write()
+
+    def _with_selection(self, table: str, problem: Problem, selection: str, ids: Tensor) -> None:
+        if table == "sparse":
+            self.bench.attention("sparse", problem, selection, ids)
+            self._describe(ids)
+        elif table == "lists":
+            self.bench.lists(problem, selection, ids)
+        else:
+            self.bench.block(problem, selection, ids)
+
+    def _describe(self, ids: Tensor) -> None:
+        unions = ", ".join(f"{mean_union(ids, tokens):.1f}" for tokens in (4, 8, 16))
+        self.report.say(
+            f"  the selection: neighbours agree on {float(neighbour_agreement(ids)):.0%}; mean"
+            f" union of 4, 8, 16 tokens {unions} blocks; the hottest block is read by"
+            f" {hottest_share(ids):.0%} of the tokens"
+        )
+
+    def _captured(self, problem: Problem) -> None:
+        """The sparse tables on what a trained model selected, at that length and block size."""
+        assert self.captured is not None
+        facts = self.captured.facts
+        self.report.say()
+        self.report.say(f"captured selections: {facts}")
+        for layer in self.captured.layers:
+            ids = self.captured.for_groups(layer, problem.groups, self.device)
+            there = replace(
+                problem,
+                sequence=ids.shape[2],
+                num_selected=ids.shape[3],
+                block_size=int(facts["block_size"]),
+            )
+            for table in ("sparse", "lists", "block"):
+                if table in self.options.only and not self._late():
+                    self._with_selection(table, there, f"captured:{layer}", ids)
+        self._write()
+
+
+_OTHERS = ("cudnn", "flash", "sdpa", "fla", "flex", "torch")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,217 @@
+"""Measures the rows of every table. What runs out of memory or is refused becomes a note."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import hysparse_kernels as hk
+import torch
+from torch import Tensor
+
+from benchmarks import fla_peer, hybrid_block
+from benchmarks.checks import first_line
+from benchmarks.hybrid_block import HybridBlock
+from benchmarks.peers import BY_TABLE, ORACLE, Call, Peer, Refused, output_of
+from benchmarks.problem import FORWARD_TO_BACKWARD, Inputs, Problem
+from benchmarks.rates import Rates
+from benchmarks.rows import BACKWARD, BOTH, FORWARD, Row
+from benchmarks.selections import visible_pairs
+from benchmarks.timing import Timer, Timing
+
+TABLES = ("oracle", "sparse", "window", "block", "topk", "lists")
+
+RETUNE_UP_TO = 65536
+"""Longest sequence for which a peer's autotuner is asked again for every selection."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all measurements share."""
+
+    timer: Timer
+    rates: Rates
+    backend: str
+    emit: Callable[[Row], None]
+    """Gets every row as soon as it is there."""
+    notes: dict[tuple[str, str, str], str]
+    """(table, peer, shape) -> why the peer is not timed; see `checks`."""
+    retune: bool = True
+
+    def inputs(self, problem: Problem) -> Inputs:
+        """Fresh tensors of a problem, bf16."""
+        return Inputs.random(problem, self.timer.device, self.backend, torch.bfloat16)
+
+    def attention(
+        self, table: str, problem: Problem, selection: str | None = None, ids: Tensor | None = None
+    ) -> None:
+        """Rows of the oracle, sparse or window table."""
+        pairs = {
+            "oracle": problem.causal_pairs,
+            "window": problem.window_pairs,
+            "sparse": lambda: visible_pairs(_given(ids), problem),
+        }[table]()
+        inputs = self.inputs(problem)
+        inputs.indices = ids
+        for peer in BY_TABLE[table]:
+            template = Row(table, problem, selection, peer.name, peer.label, FORWARD)
+            reason = self.notes.get((table, peer.name, problem.shape))
+            if reason is not None:
+                self.emit(replace(template, note=reason))
+                continue
+            with _free_memory(), self._reporting(template):
+                if peer.name == "fla" and self.retune and problem.sequence <= RETUNE_UP_TO:
+                    fla_peer.forget_tuning()
+                self._passes(template, peer, inputs, pairs)
+
+    def _passes(self, template: Row, peer: Peer, inputs: Inputs, pairs: float) -> None:
+        """Forward, backward, and both in one call where a goal is set for that."""
+        problem = template.problem
+        call = peer.make(inputs)
+        leaves = [*inputs.leaves, inputs.sink] if peer.has_sink else list(inputs.leaves)
+
+        def both() -> tuple[Tensor, ...]:
+            return torch.autograd.grad(output_of(call()), leaves, inputs.grad)
+
+        forward_flops = problem.forward_flops(pairs)
+        floor = {
+            FORWARD: self.rates.floor_ms(forward_flops, problem.forward_bytes()),
+            BACKWARD: self.rates.floor_ms(
+                problem.backward_floor_flops(pairs), problem.backward_bytes()
+            ),
+        }
+        floor[BOTH] = floor[FORWARD] + floor[BACKWARD]
+        factor = {FORWARD: 1.0, BACKWARD: FORWARD_TO_BACKWARD, BOTH: 1 + FORWARD_TO_BACKWARD}
+
+        def measured(step: str, run: Call) -> None:
+            extra = self.timer.extra_bytes(run) if step != BOTH else None
+            timing = self.timer.measure(run)
+            self.emit(
+                replace(
+                    template,
+                    step=step,
+                    timing=timing,
+                    tflops=1e-9 * factor[step] * forward_flops / timing.median_ms,
+                    floor_ms=floor[step],
+                    extra_bytes=extra,
+                )
+            )
+
+        # With gradient, as in training: what is kept for the backward counts as extra memory.
+        call()  # compiles and tunes, whose memory is none of the forward's
+        measured(FORWARD, call)
+        if template.table != "oracle":
+            measured(BOTH, both)
+        output = output_of(call())
+
+        def backward() -> tuple[Tensor, ...]:
+            return torch.autograd.grad(output, leaves, inputs.grad, retain_graph=True)
+
+        backward()
+        measured(BACKWARD, backward)
+
+    def lists(self, problem: Problem, selection: str, ids: Tensor) -> None:
+        """Building what all sparse layers of a selection share."""
+        template = Row("lists", problem, selection, "hysparse", "prepare_selection", FORWARD)
+
+        def build() -> hk.BlockLists | None:
+            return hk.prepare_selection(
+                ids, problem.heads, block_size=problem.block_size, backend=self.backend
+            )
+
+        with _free_memory(), self._reporting(template):
+            if build() is None:
+                raise Refused("nothing to build with this backend")
+            self.emit(replace(template, timing=self.timer.measure(build)))
+
+    def topk(self, problem: Problem) -> None:
+        """Top-k of block scores as a separate operation; the oracle has its own inside."""
+        groups = problem.batch * problem.groups
+        size = (groups, problem.sequence, problem.num_blocks)
+        count = min(problem.num_selected, problem.num_blocks)
+        template = Row("topk", problem, None, "torch", "torch.topk", FORWARD)
+        with _free_memory(), self._reporting(template):
+            scores = torch.randn(size, device=self.timer.device)
+            num_bytes = scores.nbytes + 4 * groups * problem.sequence * count
+            calls = {
+                ("torch", "torch.topk"): lambda: torch.topk(scores, count).indices,
+                ("hysparse", "hysparse block_topk"): lambda: hk.block_topk(
+                    scores, problem.num_selected, backend=self.backend
+                ),
+            }
+            for (name, label), call in calls.items():
+                row = replace(template, name=name, label=label)
+                with self._reporting(row):
+                    self.emit(
+                        replace(
+                            row,
+                            floor_ms=self.rates.floor_ms(0, num_bytes),
+                            extra_bytes=self.timer.extra_bytes(call),
+                            timing=self.timer.measure(call),
+                        )
+                    )
+
+    def block(self, problem: Problem, selection: str, ids: Tensor) -> None:
+        """A hybrid block of 12 layers, and 12 times a full layer."""
+        row = Row("block", problem, selection, "full", "", BOTH)
+        inputs = self.inputs(problem)
+        inputs.indices = ids
+        baseline = next(
+            peer for peer in ORACLE if peer.name == ("cudnn" if inputs.query.is_cuda else "sdpa")
+        )
+        row = replace(row, label=f"12 x one full layer, {baseline.label}")
+        with _free_memory(), self._reporting(row):
+            call = baseline.make(inputs)
+            timing = self.timer.measure(
+                lambda: torch.autograd.grad(output_of(call()), inputs.leaves, inputs.grad)
+            )
+            self.emit(replace(row, timing=_times(timing, hybrid_block.LAYERS)))
+        row = replace(row, name="hysparse", label="1 oracle + 11 sparse and window layers")
+        with _free_memory(), self._reporting(row):
+            block = HybridBlock.make(inputs)
+            at_once = True
+            if inputs.query.is_cuda:
+                torch.cuda.empty_cache()
+                at_once = torch.cuda.mem_get_info()[0] > block.needs_bytes()
+            how = "all backwards last" if at_once else "each backward right after its forward"
+            row = replace(row, label=f"{row.label}, {how}")
+            self.emit(replace(row, timing=self.timer.measure(lambda: block.run(at_once))))
+
+    @contextmanager
+    def _reporting(self, row: Row) -> Iterator[None]:
+        """Turns what goes wrong into a row with a note."""
+        try:
+            yield
+        except Refused as refusal:
+            self.emit(replace(row, note=f"refused: {refusal}"))
+        except torch.cuda.OutOfMemoryError:
+            self.emit(replace(row, note="out of memory"))
+        except Exception as error:  # one implementation's failure must not cost all other rows
+            self.emit(replace(row, note=f"failed: {first_line(error)}"))
+
+
+@contextmanager
+def _free_memory() -> Iterator[None]:
+    """Nothing of one row's memory is there for the next."""
+    try:
+        yield
+    finally:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _given(ids: Tensor | None) -> Tensor:
+    assert ids is not None, "the sparse table needs a selection"
+    return ids
+
+
+def _times(timing: Timing, factor: int) -> Timing:
+    return replace(
+        timing,
+        median_ms=factor * timing.median_ms,
+        low_ms=factor * timing.low_ms,
+        high_ms=factor * timing.high_ms,
+    )

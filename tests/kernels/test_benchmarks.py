@@ -1,0 +1,144 @@
+"""The benchmarks on a CPU: every table, the files they write, what they say without a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from benchmarks import selections
+from benchmarks.__main__ import main
+from benchmarks.bars import MAIN, SHORT, bars
+from benchmarks.measure import TABLES
+from benchmarks.options import parse
+from benchmarks.problem import Problem, parse_shape
+from benchmarks.rows import BACKWARD, FORWARD, Row, Rows
+from benchmarks.timing import Timing
+
+ON_CPU = ["--device", "cpu", "--backend", "reference", "--quick"]
+PROBLEM = Problem(256, 4, 2, 8, 8, block_size=16, num_selected=4)
+
+
+def test_every_table_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    captured = tmp_path / "captured.npz"
+    indices = selections.made_up(PROBLEM, torch.device("cpu"), clustered=True)[0]
+    selections.Captured({"block_size": 16}, {3: indices}).save(captured)
+    output = tmp_path / "folder" / "results.txt"
+    sizes = ["--sequence", "128", "--shapes", "4/2/8/8", "--block-size", "16"]
+    code = main([*ON_CPU, *sizes, "--captured", str(captured), "--output", str(output)])
+    printed = capsys.readouterr().out
+    assert code == 0, printed
+    assert output.read_text() == printed
+    results = json.loads(output.with_suffix(".json").read_text())
+    assert {row["table"] for row in results["rows"]} == set(TABLES)
+    timed = [
+        row for row in results["rows"] if row["name"] == "hysparse" and row["table"] != "lists"
+    ]
+    assert all(row["median_ms"] > 0 and row["low_ms"] <= row["high_ms"] for row in timed), timed
+    assert {row["selection"] for row in timed} == {None, "random", "clustered", "captured:3"}
+    lengths = {row["problem"]["sequence"] for row in timed if row["selection"] == "captured:3"}
+    assert lengths == {256}
+    refused = {row["name"]: row["note"] for row in results["rows"] if row.get("median_ms") is None}
+    assert "needs a CUDA device" in refused["cudnn"]
+    assert "needs a CUDA device" in refused["fla"]
+    errors = [check["errors"] for check in results["checks"] if check["name"] == "hysparse"]
+    assert len(errors) == 6
+    assert max(error for found in errors for error in found.values()) < 1e-2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_and_exits_with_2() -> None:
+    environment = {**os.environ, "PYTHONPATH": "kernels"}
+    command = [sys.executable, "-m", "benchmarks"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr.startswith("no CUDA device")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "wrong"),
+    [(["--only", "oracle,spars"], "spars"), (["--shapes", "64/4/128"], "64/4/128")],
+)
+def test_a_wrong_option_is_named(
+    options: list[str], wrong: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(options) == 2
+    assert wrong in capsys.readouterr().err
+
+
+def test_default_problems_are_those_with_goals() -> None:
+    options = parse([])
+    assert options is not None
+    assert [(p.sequence, p.shape) for p in options.problems] == [
+        (32768, "64/4/128/128"),
+        (131072, "64/4/128/128"),
+        (32768, "64/4/192/128"),
+        (32768, "32/8/128/128"),
+    ]
+
+
+def test_flops_are_counted_as_published() -> None:
+    problem = Problem(32768, *parse_shape("64/4/128/128"))
+    # 604 TF/s in 29.1 ms; the floor of a 192/128 backward is 72.4 ms at 790 TF/s.
+    assert problem.forward_flops(problem.causal_pairs()) / 29.1e9 == pytest.approx(604, rel=0.01)
+    wide = Problem(32768, *parse_shape("64/4/192/128"))
+    floor = wide.backward_floor_flops(wide.causal_pairs()) / 790e9
+    assert floor == pytest.approx(72.4, rel=0.01)
+    assert problem.forward_bytes() / 4.3e9 == pytest.approx(0.27, abs=0.01)
+    assert problem.backward_bytes() / 4.3e9 == pytest.approx(0.53, abs=0.01)
+
+
+@pytest.mark.parametrize("clustered", [True, False])
+def test_made_up_selections_are_such_as_an_oracle_makes(clustered: bool, seed: int) -> None:
+    ids = selections.made_up(PROBLEM, torch.device("cpu"), clustered)
+    assert ids.shape == (1, 2, 256, 4)
+    token = torch.arange(256)[:, None]
+    assert ((ids == -1) | (ids * 16 <= token)).all()
+    order = torch.where(ids < 0, 999, ids)
+    assert ((order[..., 1:] > order[..., :-1]) | (ids[..., 1:] < 0)).all()
+    pairs = 0
+    for group in ids[0].tolist():
+        for t, row in enumerate(group):
+            pairs += 2 * sum(1 for j in range(t + 1) if j // 16 in row)
+    assert selections.visible_pairs(ids, PROBLEM) == pairs
+    for tokens in (4, 8):
+        sizes = [
+            len({i for row in group[start : start + tokens] for i in row} - {-1})
+            for group in ids[0].tolist()
+            for start in range(0, 256, tokens)
+        ]
+        assert selections.mean_union(ids, tokens) == pytest.approx(sum(sizes) / len(sizes))
+    if clustered:
+        assert selections.hottest_share(ids) == 1.0
+
+
+def test_captured_selections_survive_a_file(tmp_path: Path, seed: int) -> None:
+    ids = selections.made_up(PROBLEM, torch.device("cpu"), clustered=False)[0]
+    path = tmp_path / "picks.npz"
+    selections.Captured({"model": "tiny", "block_size": 16}, {0: ids, 4: ids + 1}).save(path)
+    loaded = selections.Captured.load(path)
+    assert loaded.facts == {"model": "tiny", "block_size": 16}
+    assert torch.equal(loaded.layers[0], ids)
+    assert torch.equal(loaded.layers[4], ids + 1)
+    three = loaded.for_groups(0, 3, torch.device("cpu"))
+    assert torch.equal(three[0], ids[[0, 1, 0]])
+
+
+def test_ratios_and_their_goals() -> None:
+    problem = Problem(SHORT, *parse_shape(MAIN))
+    rows = Rows()
+    for name, step, median in (
+        ("cudnn", FORWARD, 10.0),
+        ("hysparse", FORWARD, 10.7),
+        ("cudnn", BACKWARD, 20.0),
+        ("hysparse", BACKWARD, 21.0),
+    ):
+        rows.add(Row("oracle", problem, None, name, "", step, Timing(median, median, median, 3)))
+    lines = [bar.line() for bar in bars(rows)]
+    assert lines == [
+        "  oracle forward / cuDNN forward [32768, 64/4/128/128] 1.07 (bar 1.10) ok",
+        "  oracle backward / cuDNN backward [32768, 64/4/128/128] 1.05 (bar 1.03) MISSED",
+    ]
