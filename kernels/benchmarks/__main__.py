@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from hysparse_kernels import neighbour_agreement
 from torch import Tensor
 
 from benchmarks.bars import bars
@@ -26,7 +25,7 @@ from benchmarks.problem import Problem
 from benchmarks.rates import Rates
 from benchmarks.report import Report, default_path, environment
 from benchmarks.rows import Row, Rows
-from benchmarks.selections import Captured, hottest_share, made_up, mean_union
+from benchmarks.selections import Captured, describe, made_up, statistics
 from benchmarks.timing import Timer
 
 
@@ -140,19 +139,11 @@ class _Run:
     def _with_selection(self, table: str, problem: Problem, selection: str, ids: Tensor) -> None:
         if table == "sparse":
             self.bench.attention("sparse", problem, selection, ids)
-            self._describe(ids)
+            self.report.say(f"  the selection: {describe(statistics(ids))}")
         elif table == "lists":
             self.bench.lists(problem, selection, ids)
         else:
             self.bench.block(problem, selection, ids)
-
-    def _describe(self, ids: Tensor) -> None:
-        unions = ", ".join(f"{mean_union(ids, tokens):.1f}" for tokens in (4, 8, 16))
-        self.report.say(
-            f"  the selection: neighbours agree on {float(neighbour_agreement(ids)):.0%}; mean"
-            f" union of 4, 8, 16 tokens {unions} blocks; the hottest block is read by"
-            f" {hottest_share(ids):.0%} of the tokens"
-        )
 
     def _captured(self, problem: Problem) -> None:
         """The sparse tables on what a trained model selected, at that length and block size."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from hysparse_kernels import neighbour_agreement
 from torch import Tensor
 
 from benchmarks.problem import Problem
@@ -80,6 +81,25 @@ def hottest_share(indices: Tensor) -> float:
         counts = group[group >= 0].long().bincount()
         shares.append(float(counts.max()) / group.shape[0] if counts.numel() else 0.0)
     return sum(shares) / len(shares)
+
+
+def statistics(indices: Tensor) -> dict[str, float]:
+    """What decides how fast a selection can be walked, of int32 [B, HKV, S, K]."""
+    return {
+        "neighbour_agreement": float(neighbour_agreement(indices)),
+        **{f"mean_union_of_{tokens}": mean_union(indices, tokens) for tokens in (4, 8, 16)},
+        "hottest_block_share": hottest_share(indices),
+    }
+
+
+def describe(numbers: dict[str, float]) -> str:
+    """`statistics` in words."""
+    unions = ", ".join(f"{numbers[f'mean_union_of_{tokens}']:.1f}" for tokens in (4, 8, 16))
+    return (
+        f"neighbours agree on {numbers['neighbour_agreement']:.0%}; mean union of 4, 8, 16 tokens"
+        f" {unions} blocks; the hottest block is read by {numbers['hottest_block_share']:.0%} of"
+        " the tokens"
+    )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,90 @@
+"""The self-test on a CPU, and that it notices a wrong result."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from hysparse_kernels import _selftest_checks, dispatch, selftest
+from hysparse_kernels._comparison import relative_error, wrong_picks
+from hysparse_kernels._selftest_checks import CPU_CASES, run_case
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
+
+@no_gpu
+def test_without_a_gpu_it_says_what_would_run_and_exits_with_2(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert selftest.main([]) == 2
+    printed = capsys.readouterr().out
+    assert "GPU not found; backend=auto means reference here" in printed
+    assert "the Triton kernels need a CUDA device" in printed
+
+
+def test_the_reference_passes_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert selftest.main(["--cpu"]) == 0
+    assert f"{3 * len(CPU_CASES)} checks passed, 0 failed" in capsys.readouterr().out
+
+
+def test_json_is_one_object(capsys: pytest.CaptureFixture[str]) -> None:
+    assert selftest.main(["--cpu", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["exit_code"] == 0
+    assert {check["operation"] for check in report["checks"]} == {
+        "oracle",
+        "block-sparse",
+        "window",
+    }
+    sparse = [check for check in report["checks"] if check["operation"] == "block-sparse"]
+    assert all(set(check["errors"]) == {"o", "dq", "dk", "dv", "dsink"} for check in sparse)
+
+
+def test_a_wrong_result_is_a_failed_check(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = dispatch.sliding_window_attention
+
+    def wrong(*inputs: Any, window: int, **options: Any) -> Any:
+        return right(*inputs, window=window - 1, **options)
+
+    monkeypatch.setattr(dispatch, "sliding_window_attention", wrong)
+    assert selftest.main(["--cpu"]) == 1
+    printed = capsys.readouterr().out
+    assert "FAILED: o above" in printed
+    assert "4 checks passed, 2 failed" in printed
+
+
+def test_a_crash_is_a_failed_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(*_inputs: Any, **_options: Any) -> Any:
+        raise RuntimeError("no such instruction\nmore")
+
+    monkeypatch.setattr(dispatch, "block_sparse_attention", crash)
+    (check,) = run_case(CPU_CASES[0], "cpu", 0)
+    assert check.failures == ("RuntimeError: no such instruction",)
+
+
+def test_wrong_picks_counts_rows(seed: int) -> None:
+    query, key = torch.randn(1, 20, 4, 8).double(), torch.randn(1, 20, 2, 8).double()
+    exact = dispatch.oracle_attention(query, key, key, block_size=4, num_selected=2)
+    assert exact.block_indices is not None
+
+    def wrong(indices: torch.Tensor) -> int:
+        return wrong_picks(indices, exact, query, key, block_size=4)
+
+    assert wrong(exact.block_indices) == 0
+    worse = exact.block_indices.clone()
+    chosen = set(worse[0, 1, 19].tolist())
+    left_out = next(block for block in range(5) if block not in chosen)
+    worse[0, 1, 19] = torch.tensor(sorted([left_out, min(chosen)]))
+    assert wrong(worse) == 1
+    assert wrong(exact.block_indices.flip(-1)) >= 2 * 16  # rows that can see two blocks
+    twice = exact.block_indices.clone()
+    twice[0, 0, 19] = twice[0, 0, 19, :1]
+    assert wrong(twice) == 1
+
+
+def test_errors_of_values_that_are_not_finite_are_infinite() -> None:
+    assert relative_error(torch.tensor([1.0, torch.nan]), torch.ones(2)) == float("inf")
+    assert relative_error(torch.ones(2), torch.ones(2)) == 0
+    assert _selftest_checks.TOLERANCE[torch.float16] == 2e-3
