@@ -9,18 +9,19 @@ import shlex
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks import preparation
 from benchmarks.bars import bars
-from benchmarks.checks import Check, check, small_problems
+from benchmarks.checks import Check
 from benchmarks.measure import Bench
 from benchmarks.options import parse
-from benchmarks.peers import BY_TABLE, Peer
+from benchmarks.peers import OTHERS
 from benchmarks.problem import Problem
 from benchmarks.rates import Rates
 from benchmarks.report import Report, default_path, environment
@@ -70,7 +71,7 @@ class _Run:
     def all(self) -> int:
         """Everything asked for; returns the exit code."""
         problems = self.options.problems
-        self._check_peers(problems)
+        self._prepare(problems)
         for problem in problems:
             for table in self.options.only:
                 self._table(table, problem)
@@ -82,7 +83,7 @@ class _Run:
             self.report.say(bar.line())
         self.report.say(f"{time.monotonic() - self.began:.0f} seconds in all")
         self._write()
-        ours = [c for c in self.checks if c.failure and not c.refused and c.name not in _OTHERS]
+        ours = [c for c in self.checks if c.failure and not c.refused and c.name not in OTHERS]
         return 1 if ours else 0
 
     def _emit(self, row: Row) -> None:
@@ -94,32 +95,23 @@ class _Run:
     def _late(self) -> bool:
         return time.monotonic() - self.began > self.options.limit_seconds
 
-    def _check_peers(self, problems: list[Problem]) -> None:
-        """Ours on two small problems for every shape; others on the odd one for one shape only."""
-        if self.options.no_checks:
+    def _prepare(self, problems: list[Problem]) -> None:
+        """Check and compile; peers whose results are wrong get a note instead of times."""
+        options = self.options
+        if options.no_checks:
             return
         self.report.say()
         self.report.say("relative errors against the fp64 reference, small problems, bf16:")
-        by_shape = {problem.shape: problem for problem in problems}
-        for number, problem in enumerate(by_shape.values()):
-            for table in self.options.only:
-                for peer in BY_TABLE.get(table, ()):
-                    aligned, odd = small_problems(problem)
-                    both = peer.name not in _OTHERS or number == 0
-                    self._check(table, peer, problem, (aligned, odd) if both else (aligned,))
-
-    def _check(self, table: str, peer: Peer, problem: Problem, small: Iterable[Problem]) -> None:
-        if peer.name == "no_indices":
-            return
-        for tried in small:
-            found = check(table, peer, tried, self.device, self.options.backend)
+        work = preparation.jobs(problems, options.only, options.device, options.backend)
+        for job, found in preparation.run_all(work, options.processes):
+            if found is None:
+                continue
             self.checks.append(found)
-            self.report.say(found.line(f"{table} {peer.name} [{problem.shape}]"))
-            if found.refused or (found.failure and found.aligned):
+            self.report.say(found.line(f"{job.table} {job.peer_name} [{job.shape}]"))
+            if found.aligned and (found.refused or found.failure):
                 verb = "refused" if found.refused else "wrong, not timed"
-                note = f"{verb}: {found.failure}"
-                self.bench.notes[table, peer.name, problem.shape] = note
-                return
+                self.bench.notes[job.table, job.peer_name, job.shape] = f"{verb}: {found.failure}"
+        self.report.say(f"checked and compiled after {time.monotonic() - self.began:.0f} seconds")
 
     def _table(self, table: str, problem: Problem) -> None:
         if self._late():
@@ -163,9 +155,6 @@ class _Run:
                 if table in self.options.only and not self._late():
                     self._with_selection(table, there, f"captured:{layer}", ids)
         self._write()
-
-
-_OTHERS = ("cudnn", "flash", "sdpa", "fla", "flex", "torch")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Every peer against the fp64 reference on small problems, before it is timed.
 
-Two problems per shape: one aligned to blocks, and one with batch 2 and an odd length. A peer whose
+Two problems: one aligned to blocks, and one with batch 2 and an odd length. A peer whose
 aligned result is wrong is not timed. One that is wrong only on the odd problem is timed, and its
 rows say so: the timed lengths are aligned.
 """

@@ -57,10 +57,36 @@ def forget_tuning() -> None:
 @contextlib.contextmanager
 def untuned() -> Iterator[None]:
     """Only the first configuration of each kernel: enough to check results, and fast to compile."""
+    with _configurations(lambda configs: configs[:1]):
+        yield
+
+
+@contextlib.contextmanager
+def only_part(part: int, parts: int) -> Iterator[None]:
+    """Every `parts`-th configuration, run once each: compiles a share of all and chooses none."""
+
+    def once(call: Callable[[], object], **_options: object) -> list[float]:
+        call()
+        return [1.0, 1.0, 1.0]
+
+    with _configurations(lambda configs: configs[part::parts]):
+        forget_tuning()
+        for tuner in _tuners():
+            tuner.__dict__["do_bench"] = once
+        try:
+            yield
+        finally:
+            forget_tuning()
+            for tuner in _tuners():
+                tuner.__dict__.pop("do_bench", None)
+
+
+@contextlib.contextmanager
+def _configurations(choose: Callable[[list[Any]], list[Any]]) -> Iterator[None]:
     tuners = _tuners()
     all_configs = [tuner.configs for tuner in tuners]
-    for tuner in tuners:
-        tuner.configs = tuner.configs[:1]
+    for tuner, configs in zip(tuners, all_configs, strict=True):
+        tuner.configs = choose(configs)
     try:
         yield
     finally:

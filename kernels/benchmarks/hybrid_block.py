@@ -125,4 +125,5 @@ class HybridBlock:
             sink=window_sink,
             backend=inputs.backend,
         )
-        return self.gated_sum(sparse, window, _own(self.gate), _own(self.gate))
+        gates = (_own(self.gate).view_as(self.gate) for _ in range(2))
+        return self.gated_sum(sparse, window, *gates)

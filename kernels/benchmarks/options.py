@@ -11,6 +11,7 @@ import hysparse_kernels as hk
 
 from benchmarks.bars import LONG, MAIN, MANY_GROUPS, SHORT, WIDE
 from benchmarks.measure import TABLES
+from benchmarks.preparation import default_processes
 from benchmarks.problem import Problem, parse_shape
 
 _DESCRIPTION = """\
@@ -51,11 +52,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace | None:
     parser.add_argument("--block-size", type=int, default=64)
     parser.add_argument("--num-selected", type=int, default=16)
     parser.add_argument("--peak-tflops", type=float, default=790.0, help="bf16, for the floors")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        help="for checks and compilation; default: half of the cores, at most 8",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--limit-seconds", type=float, default=480.0, help="start no table after so many seconds"
     )
     options = parser.parse_args(argv)
+    if options.processes is None:
+        options.processes = default_processes(options.device)
     options.only = options.only.split(",")
     if unknown := sorted(set(options.only) - set(TABLES)):
         print(f"--only: {', '.join(unknown)}: expected some of {','.join(TABLES)}", file=sys.stderr)

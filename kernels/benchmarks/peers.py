@@ -120,14 +120,19 @@ def _flex(inputs: Inputs) -> Call:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     problem, device = inputs.problem, inputs.query.device
+    window = problem.window
 
     def visible(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key <= query) & (key > query - problem.window)
+        return (key <= query) & (key > query - window)
 
-    mask = create_block_mask(visible, None, None, problem.sequence, problem.sequence, device=device)
-    attend: Callable[..., Any] = flex_attention
-    if device.type == "cuda":
+    size = (None, None, problem.sequence, problem.sequence)
+    compiled = device.type == "cuda"
+    if compiled:
         torch.compiler.reset()  # or it stops compiling after a few problem sizes
+    # Uncompiled, the mask is made in full first: 17 GB at 128k tokens.
+    mask = create_block_mask(visible, *size, device=device, _compile=compiled)
+    attend: Callable[..., Any] = flex_attention
+    if compiled:
         attend = torch.compile(flex_attention, dynamic=False)
 
     def call() -> Tensor:
@@ -152,6 +157,8 @@ WINDOW = (
     Peer("flex", "FlexAttention, no sink", _flex),
     Peer("hysparse", "hysparse window, sink", _window, has_sink=True),
 )
+OTHERS = ("cudnn", "flash", "sdpa", "fla", "flex", "torch")
+"""Names of the peers that are not ours."""
 BY_TABLE = {"oracle": ORACLE, "sparse": SPARSE, "window": WINDOW}
 
 

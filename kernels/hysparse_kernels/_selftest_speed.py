@@ -74,11 +74,7 @@ def measure() -> list[Speed]:
 
     operations: dict[str, Callable[[], Tensor]] = {
         "torch SDPA, causal": sdpa,
-        "oracle, lse and indices": lambda: (
-            dispatch.oracle_attention(
-                query, key, value, block_size=BLOCK_SIZE, num_selected=NUM_SELECTED
-            ).output
-        ),
+        "oracle, lse and indices": oracle,
         "block-sparse": lambda: dispatch.block_sparse_attention(
             query, key, value, indices, block_size=BLOCK_SIZE, sink=sink, lists=lists
         ),

@@ -1,0 +1,123 @@
+"""What happens before anything is timed: results are checked and kernels compiled, in parallel.
+
+Compiling takes minutes and one core. Worker processes therefore run every check, and one pass of
+what compiles longest, so that the timing process finds the kernels in the caches on disk.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks import fla_peer
+from benchmarks.checks import Check, check, small_problems
+from benchmarks.peers import BY_TABLE, OTHERS, Peer, output_of
+from benchmarks.problem import Inputs, Problem
+from benchmarks.selections import made_up
+
+_TUNING_PARTS = 4
+"""Workers that share the configurations of one autotuner."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One check or, with `parts`, one share of compiling a peer's kernels for a problem."""
+
+    table: str
+    peer_name: str
+    problem: Problem
+    shape: str
+    """Of the timed problem."""
+    device: str
+    backend: str
+    part: int = 0
+    parts: int = 0
+
+    @property
+    def peer(self) -> Peer:
+        """The implementation."""
+        return next(peer for peer in BY_TABLE[self.table] if peer.name == self.peer_name)
+
+
+def jobs(
+    problems: Sequence[Problem], tables: Sequence[str], device: str, backend: str
+) -> list[Job]:
+    """Compilation first, because it takes longest, then the checks.
+
+    Ours are checked on an aligned and an odd problem of every shape, others on the odd one of the
+    first shape only: it is the shape they are timed at that counts.
+    """
+    compilation, checks = [], []
+    shapes = list(dict.fromkeys(problem.shape for problem in problems))
+    for table in tables:
+        for peer in BY_TABLE.get(table, ()):
+            for shape in shapes:
+                of_shape = [problem for problem in problems if problem.shape == shape]
+                parts = _TUNING_PARTS if peer.name == "fla" else 1
+                if device != "cpu" and peer.name in ("fla", "flex"):
+                    timed = of_shape[:1] if peer.name == "fla" else of_shape
+                    compilation += [
+                        Job(table, peer.name, problem, shape, device, backend, part, parts)
+                        for problem in timed
+                        for part in range(parts)
+                    ]
+                if peer.name == "no_indices":
+                    continue
+                both = peer.name not in OTHERS or shape == shapes[0]
+                for small in small_problems(of_shape[0])[: 2 if both else 1]:
+                    checks.append(Job(table, peer.name, small, shape, device, backend))
+    return compilation + checks
+
+
+def run(job: Job) -> Check | None:
+    """The check's result; compilation has none, and its failures show when the peer is timed."""
+    torch.manual_seed(0)
+    if not job.parts:
+        return check(job.table, job.peer, job.problem, torch.device(job.device), job.backend)
+    try:
+        _compile(job)
+    except Exception:
+        return None
+    return None
+
+
+def _compile(job: Job) -> None:
+    device = torch.device(job.device)
+    inputs = Inputs.random(job.problem, device, job.backend, torch.bfloat16)
+    if job.table == "sparse":
+        inputs.indices = made_up(job.problem, device, clustered=False)
+    with fla_peer.only_part(job.part, job.parts):
+        output = output_of(job.peer.make(inputs)())
+        torch.autograd.grad(output, inputs.leaves, inputs.grad)
+        torch.cuda.synchronize()
+
+
+def run_all(work: list[Job], processes: int) -> Iterator[tuple[Job, Check | None]]:
+    """Every job and its result, in order; in this process if there is only one.
+
+    A worker that dies, as a crashing kernel can make it, takes the others with it: what is left
+    then runs here, where the crash shows.
+    """
+    if processes < 2 or len(work) < 2:
+        for job in work:
+            yield job, run(job)
+        return
+    spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    with ProcessPoolExecutor(processes, mp_context=spawn) as pool:
+        futures: list[Future[Check | None]] = [pool.submit(run, job) for job in work]
+        for job, future in zip(work, futures, strict=True):
+            try:
+                yield job, future.result()
+            except BrokenProcessPool:
+                yield job, run(job)
+
+
+def default_processes(device: str) -> int:
+    """Half of the cores, at most 8; one without a GPU, where nothing is compiled."""
+    return 1 if device == "cpu" else max(1, min(8, (os.cpu_count() or 2) // 2))
