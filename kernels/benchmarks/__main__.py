@@ -72,7 +72,7 @@ class _Run:
         """Everything asked for; returns the exit code."""
         problems = self.options.problems
         self._prepare(problems)
-        for problem in problems:
+        for problem in () if self.options.captured_only else problems:
             for table in self.options.only:
                 self._table(table, problem)
         if self.captured is not None:
@@ -141,8 +141,9 @@ class _Run:
         """The sparse tables on what a trained model selected, at that length and block size."""
         assert self.captured is not None
         facts = self.captured.facts
+        told = ", ".join(f"{k} {v}" for k, v in facts.items() if k != "statistics")
         self.report.say()
-        self.report.say(f"captured selections: {facts}")
+        self.report.say(f"captured selections: {told}")
         for layer in self.captured.layers:
             ids = self.captured.for_groups(layer, problem.groups, self.device)
             there = replace(

@@ -80,7 +80,9 @@ class HybridBlock:
         """
         inputs, problem = self.inputs, self.inputs.problem
         assert inputs.indices is not None
-        query, key, value = (_own(tensor) for tensor in inputs.leaves)
+        query = _own(inputs.query)
+        # These add up what all layers contribute.
+        key, value = (x.detach().requires_grad_() for x in (inputs.key, inputs.value))
         oracle = hk.oracle_attention(
             query,
             key,

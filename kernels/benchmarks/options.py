@@ -44,6 +44,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace | None:
     )
     parser.add_argument("--only", default=",".join(TABLES), help="tables, default: %(default)s")
     parser.add_argument("--captured", type=Path, help="selections that benchmarks.capture saved")
+    parser.add_argument("--captured-only", action="store_true", help="no made-up selections")
     parser.add_argument("--quick", action="store_true", help="few repetitions, no second tuning")
     parser.add_argument("--no-checks", action="store_true", help="time without checking first")
     parser.add_argument("--output", metavar="FILE", help="text file; none writes nothing")
@@ -65,6 +66,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace | None:
     if options.processes is None:
         options.processes = default_processes(options.device)
     options.only = options.only.split(",")
+    if options.captured_only and not options.captured:
+        print("--captured-only: needs --captured FILE", file=sys.stderr)
+        return None
     if unknown := sorted(set(options.only) - set(TABLES)):
         print(f"--only: {', '.join(unknown)}: expected some of {','.join(TABLES)}", file=sys.stderr)
         return None

@@ -109,13 +109,18 @@ def run_all(work: list[Job], processes: int) -> Iterator[tuple[Job, Check | None
             yield job, run(job)
         return
     spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    with ProcessPoolExecutor(processes, mp_context=spawn) as pool:
+    with ProcessPoolExecutor(processes, mp_context=spawn, initializer=_start_worker) as pool:
         futures: list[Future[Check | None]] = [pool.submit(run, job) for job in work]
         for job, future in zip(work, futures, strict=True):
             try:
                 yield job, future.result()
             except BrokenProcessPool:
                 yield job, run(job)
+
+
+def _start_worker() -> None:
+    """Workers compile one thing at a time: torch would start as many helpers in each as cores."""
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
 def default_processes(device: str) -> int:

@@ -60,7 +60,11 @@ def test_without_a_gpu_it_says_so_and_exits_with_2() -> None:
 
 @pytest.mark.parametrize(
     ("options", "wrong"),
-    [(["--only", "oracle,spars"], "spars"), (["--shapes", "64/4/128"], "64/4/128")],
+    [
+        (["--only", "oracle,spars"], "spars"),
+        (["--shapes", "64/4/128"], "64/4/128"),
+        (["--captured-only"], "--captured FILE"),
+    ],
 )
 def test_a_wrong_option_is_named(
     options: list[str], wrong: str, capsys: pytest.CaptureFixture[str]
