@@ -6,12 +6,13 @@ what compiles longest, so that the timing process finds the kernels in the cache
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -59,12 +60,11 @@ def jobs(
         for peer in BY_TABLE.get(table, ()):
             for shape in shapes:
                 of_shape = [problem for problem in problems if problem.shape == shape]
-                parts = _TUNING_PARTS if peer.name == "fla" else 1
-                if device != "cpu" and peer.name in ("fla", "flex"):
-                    timed = of_shape[:1] if peer.name == "fla" else of_shape
+                if device != "cpu":
+                    parts = _TUNING_PARTS if peer.name == "fla" else 1
                     compilation += [
                         Job(table, peer.name, problem, shape, device, backend, part, parts)
-                        for problem in timed
+                        for problem in _compiled_for(peer, of_shape)
                         for part in range(parts)
                     ]
                 if peer.name == "no_indices":
@@ -73,6 +73,21 @@ def jobs(
                 for small in small_problems(of_shape[0])[: 2 if both else 1]:
                     checks.append(Job(table, peer.name, small, shape, device, backend))
     return compilation + checks
+
+
+def _compiled_for(peer: Peer, problems: list[Problem]) -> list[Problem]:
+    """Problems of one shape that stand for all of it, as far as this peer's compiler is concerned.
+
+    torch.compile makes new kernels for every length, fla-core's depend on it in part, and ours only
+    on whether sizes are multiples of 16.
+    """
+    if peer.name == "flex":
+        return problems
+    if peer.name == "fla":
+        return problems[:1]
+    if peer.name in OTHERS:
+        return []
+    return [replace(problems[0], sequence=min(problems[0].sequence, 4096))]
 
 
 def run(job: Job) -> Check | None:
@@ -92,7 +107,8 @@ def _compile(job: Job) -> None:
     inputs = Inputs.random(job.problem, device, job.backend, torch.bfloat16)
     if job.table == "sparse":
         inputs.indices = made_up(job.problem, device, clustered=False)
-    with fla_peer.only_part(job.part, job.parts):
+    share = fla_peer.only_part(job.part, job.parts)
+    with share if job.peer_name == "fla" else contextlib.nullcontext():
         output = output_of(job.peer.make(inputs)())
         torch.autograd.grad(output, inputs.leaves, inputs.grad)
         torch.cuda.synchronize()

@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from typing import Any
 
@@ -96,7 +97,12 @@ def _in_processes(cases: Sequence[Case], seed: int, processes: int) -> Iterator[
         return
     spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     with ProcessPoolExecutor(processes, mp_context=spawn) as pool:
-        yield from pool.map(work, cases)
+        futures = [pool.submit(work, case) for case in cases]
+        for case, future in zip(cases, futures, strict=True):
+            try:
+                yield future.result()
+            except BrokenProcessPool:
+                yield [Check(str(case), "all", {}, ("a process died; try --processes 1",))]
 
 
 def _environment() -> dict[str, str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import selections
+from benchmarks import preparation, selections
 from benchmarks.__main__ import main
 from benchmarks.bars import MAIN, SHORT, bars
 from benchmarks.measure import TABLES
@@ -146,3 +146,23 @@ def test_ratios_and_their_goals() -> None:
         "  oracle forward / cuDNN forward [32768, 64/4/128/128] 1.07 (bar 1.10) ok",
         "  oracle backward / cuDNN backward [32768, 64/4/128/128] 1.05 (bar 1.03) MISSED",
     ]
+
+
+def test_what_is_compiled_and_checked_before_timing() -> None:
+    options = parse([])
+    assert options is not None
+    work = preparation.jobs(options.problems, ["oracle", "sparse", "window"], "cuda", "triton")
+    compiled = [job for job in work if job.parts]
+    checked = [job for job in work if not job.parts]
+    assert work == compiled + checked
+    lengths = {
+        name: sorted({job.problem.sequence for job in compiled if job.peer_name == name})
+        for name in ("fla", "flex", "hysparse", "cudnn")
+    }
+    assert lengths == {"fla": [32768], "flex": [32768, 131072], "hysparse": [4096], "cudnn": []}
+    for table in ("oracle", "sparse", "window"):
+        ours = [job for job in checked if job.table == table and job.peer_name == "hysparse"]
+        assert len(ours) == 6  # an aligned and an odd problem for each of three shapes
+        assert {job.problem.heads_per_group for job in ours} == {16, 4}
+    odd = [job for job in checked if job.problem.batch == 2 and job.peer_name == "fla"]
+    assert [job.shape for job in odd] == [MAIN]
