@@ -17,6 +17,7 @@ import torch
 from hysparse_kernels import (
     BlockLists,
     block_sparse_attention,
+    gated_sum,
     oracle_attention,
     sliding_window_attention,
 )
@@ -362,10 +363,5 @@ class SparseAttention(_Attention):
             sink=window_sink,
             backend=backend,
         )
-        gated = _gate(sparse_gate) * sparse + _gate(window_gate) * window
-        return gated.to(query.dtype)
-
-
-def _gate(logits: Tensor) -> Tensor:
-    """Sigmoid in fp32 of gate logits [S, B, HQ, 1 or DV], in the kernels' layout (Eq. 8)."""
-    return torch.sigmoid(_kernel_layout(logits).float())
+        gates = (_kernel_layout(sparse_gate), _kernel_layout(window_gate))
+        return gated_sum(sparse, window, *gates, backend=backend).to(query.dtype)

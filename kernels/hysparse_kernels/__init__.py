@@ -1,5 +1,6 @@
 """Attention operations of HySparse (arXiv 2602.03560): torch only, no Megatron, no GPU needed."""
 
+from hysparse_kernels.accumulation import KeyValueGradients
 from hysparse_kernels.block_lists import BlockLists
 from hysparse_kernels.dispatch import (
     BACKENDS,
@@ -12,6 +13,7 @@ from hysparse_kernels.dispatch import (
     resolve_backend,
     sliding_window_attention,
 )
+from hysparse_kernels.gating import gated_sum
 from hysparse_kernels.reference import OracleOutput, ReduceScores
 from hysparse_kernels.selection import neighbour_agreement, selected_mass
 
@@ -20,10 +22,12 @@ __all__ = [
     "BackendChoice",
     "BackendUnavailable",
     "BlockLists",
+    "KeyValueGradients",
     "OracleOutput",
     "ReduceScores",
     "block_sparse_attention",
     "block_topk",
+    "gated_sum",
     "neighbour_agreement",
     "oracle_attention",
     "prepare_selection",

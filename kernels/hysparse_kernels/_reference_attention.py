@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from hysparse_kernels._reference_selection import BlockSelector
+from hysparse_kernels.accumulation import KeyValueGradients
+from hysparse_kernels.documents import blocks_in_documents
 
 
 @dataclass(frozen=True)
@@ -27,10 +29,13 @@ class Visibility:
     ``window``: only the last ``window`` tokens, t - window < j <= t.
     ``block_size``: only tokens of the blocks that the block indices name, in tokens per block.
     At most one of the two is set; neither means plain causal attention.
+    ``document_start``: int64 [B, S], the first token of every token's document within its batch
+    row; only keys of the query's document are visible, and blocks count from its start.
     """
 
     window: int | None = None
     block_size: int | None = None
+    document_start: Tensor | None = None
 
 
 class AttentionResult(NamedTuple):
@@ -56,14 +61,16 @@ def chunked_attention(
     sink: Tensor | None = None,
     block_indices: Tensor | None = None,
     selector: BlockSelector | None = None,
+    accumulate: KeyValueGradients | None = None,
 ) -> AttentionResult:
     """Attention of query [B,S,HQ,D] to key [B,S,HKV,D], value [B,S,HKV,DV]; lse has no gradient.
 
     ``selector``, when given, sees the logits of every chunk once, in increasing order.
+    ``accumulate``, when given, gets the gradients of key and value in place of autograd.
     """
     scale = query.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     result = _ChunkedAttention.apply(  # type: ignore[no-untyped-call]
-        query, key, value, sink, block_indices, visibility, scale, query_chunk, selector
+        query, key, value, sink, block_indices, visibility, scale, query_chunk, selector, accumulate
     )
     return AttentionResult(*cast(tuple[Tensor, Tensor], result))
 
@@ -81,6 +88,7 @@ class _ChunkedAttention(torch.autograd.Function):
         scale: float,
         query_chunk: int,
         selector: BlockSelector | None,
+        accumulate: KeyValueGradients | None,
     ) -> tuple[Tensor, Tensor]:
         dtype = compute_dtype(query.dtype)
         batch, length, heads, _ = query.shape
@@ -92,7 +100,7 @@ class _ChunkedAttention(torch.autograd.Function):
             keys, values = _heads_first(key, dtype), _heads_first(value, dtype)
             sink_logit = _sink_per_group(sink, groups, dtype)
             for start, stop in _chunks(length, query_chunk):
-                first, hidden = _visible_keys(visibility, start, stop, length, block_indices, query)
+                first, hidden = _visible_keys(visibility, start, stop, block_indices, query)
                 rows = _group_rows(query[:, start:stop], groups, dtype)
                 logits = _masked_logits(rows * scale, keys[:, :, first:stop], hidden, heads)
                 block_maxima = selector.block_maxima(logits) if selector else None
@@ -118,6 +126,7 @@ class _ChunkedAttention(torch.autograd.Function):
 
         ctx.save_for_backward(query, key, value, sink, block_indices, lse)
         ctx.visibility, ctx.scale, ctx.query_chunk = visibility, scale, query_chunk
+        ctx.accumulate = accumulate
         ctx.mark_non_differentiable(lse)
         return output, lse
 
@@ -134,9 +143,7 @@ class _ChunkedAttention(torch.autograd.Function):
             sink_logit = _sink_per_group(sink, groups, dtype)
             grad_sink = None if sink_logit is None else torch.zeros_like(sink_logit)
             for start, stop in _chunks(length, ctx.query_chunk):
-                first, hidden = _visible_keys(
-                    ctx.visibility, start, stop, length, block_indices, query
-                )
+                first, hidden = _visible_keys(ctx.visibility, start, stop, block_indices, query)
                 rows = _group_rows(query[:, start:stop], groups, dtype) * ctx.scale
                 grad_rows = _group_rows(grad_output[:, start:stop], groups, dtype)
                 chunk_keys = keys[:, :, first:stop]
@@ -158,12 +165,15 @@ class _ChunkedAttention(torch.autograd.Function):
                     sink_probs = torch.exp(sink_logit - chunk_lse)
                     pull = sink_probs * delta.view_as(chunk_lse)
                     grad_sink -= pull.sum((0, 3), keepdim=True)
+        grad_key, grad_value = grad_keys.transpose(1, 2), grad_values.transpose(1, 2)
+        if ctx.accumulate is not None and (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
+            ctx.accumulate.add(grad_key, grad_value)
         return (
             grad_query,
-            grad_keys.transpose(1, 2).to(key.dtype),
-            grad_values.transpose(1, 2).to(value.dtype),
+            None if ctx.accumulate is not None else grad_key.to(key.dtype),
+            None if ctx.accumulate is not None else grad_value.to(value.dtype),
             None if grad_sink is None else grad_sink.flatten().to(sink.dtype),
-            *([None] * 5),
+            *([None] * 6),
         )
 
 
@@ -213,30 +223,44 @@ def _visible_keys(
     visibility: Visibility,
     start: int,
     stop: int,
-    length: int,
     block_indices: Tensor | None,
     like: Tensor,
 ) -> tuple[int, Tensor]:
     """First key that queries [start, stop) touch (the last is stop - 1), and what they must hide.
 
     The mask is True where hidden, broadcasts to [B, HKV, G, C, M] and covers the last M of the keys
-    [first, stop): a causal chunk has nothing to hide before its own tokens.
+    [first, stop): a causal chunk of a single document has nothing to hide before its own tokens.
     """
     queries = torch.arange(start, stop, device=like.device).unsqueeze(1)
+    first = 0
     if visibility.window is not None:
         first = max(0, start - visibility.window + 1)
-        window_keys = torch.arange(first, stop, device=like.device)
-        return first, (window_keys > queries) | (window_keys <= queries - visibility.window)
-    future = queries.transpose(0, 1) > queries
-    if block_indices is None or visibility.block_size is None:
-        return 0, future
-    num_blocks = -(-length // visibility.block_size)
+        keys = torch.arange(first, stop, device=like.device)
+        hidden = (keys > queries) | (keys <= queries - visibility.window)
+    elif block_indices is not None:
+        hidden = _hidden_by_selection(visibility, start, stop, block_indices)
+        hidden[..., start:] |= queries.transpose(0, 1) > queries
+        hidden = hidden.unsqueeze(2)
+    else:
+        hidden = queries.transpose(0, 1) > queries
+    starts = visibility.document_start
+    if starts is None:
+        return first, hidden
+    foreign = (starts[:, start:stop, None] != starts[:, None, first:stop])[:, None, None]
+    hidden = torch.nn.functional.pad(hidden, (foreign.shape[-1] - hidden.shape[-1], 0))
+    return first, foreign | hidden
+
+
+def _hidden_by_selection(
+    visibility: Visibility, start: int, stop: int, block_indices: Tensor
+) -> Tensor:
+    """[B, HKV, C, stop]: keys of the blocks that queries [start, stop) did not select."""
+    size, length = cast(int, visibility.block_size), block_indices.shape[2]
+    num_blocks = -(-length // size)
     ids = block_indices[:, :, start:stop].long()
     # One column more than there are blocks, which takes the -1 padding and is dropped. Writing
     # True twice is writing it once, so an id that stands twice in a row counts once.
     chosen = ids.new_zeros((*ids.shape[:-1], num_blocks + 1), dtype=torch.bool)
     chosen.scatter_(-1, ids.masked_fill(ids < 0, num_blocks), True)
-    hidden = ~chosen[..., :num_blocks].repeat_interleave(visibility.block_size, dim=-1)
-    hidden = hidden[..., :stop]
-    hidden[..., start:] |= future
-    return 0, hidden.unsqueeze(2)
+    block = blocks_in_documents(visibility.document_start, stop, size, ids.device)
+    return ~chosen.gather(-1, block[:, None, None].expand(*ids.shape[:-1], stop))

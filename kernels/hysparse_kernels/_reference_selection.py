@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hysparse_kernels.documents import blocks_in_documents
+
 ReduceScores = Callable[[Tensor], Tensor]
 
 
@@ -50,29 +52,45 @@ class BlockSelector:
     """Fills ``block_indices`` [B, HKV, S, K] chunk by chunk while the oracle attention runs."""
 
     def __init__(
-        self, rule: SelectionRule, batch: int, groups: int, length: int, device: torch.device
+        self,
+        rule: SelectionRule,
+        batch: int,
+        groups: int,
+        length: int,
+        device: torch.device,
+        document_start: Tensor | None = None,
     ) -> None:
+        """``document_start`` int64 [B, S]: where blocks count from; None is the row's start."""
         self.rule = rule
+        self.one_document = document_start is None
+        self.block = blocks_in_documents(document_start, length, rule.block_size, device)
         self.num_blocks = -(-length // rule.block_size)
         self.block_indices = torch.empty(
             batch, groups, length, rule.num_selected, dtype=torch.int32, device=device
         )
 
     def block_maxima(self, logits: Tensor) -> Tensor:
-        """Largest logit of every block: [B, HKV, G, C, L] -> [B, HKV, G, C, ceil(L / block)]."""
+        """Largest logit of every block: [B, HKV, G, C, L] -> [B, HKV, G, C, N]; -inf if unseen.
+
+        Hidden keys hold -inf, so that blocks of one number in several documents share a place.
+        """
+        maxima = logits.new_full((*logits.shape[:-1], self.num_blocks), -torch.inf)
+        num_keys = logits.shape[-1]
+        if not self.one_document:
+            block = self.block[:, None, None, None, :num_keys].expand_as(logits)
+            return maxima.scatter_reduce_(-1, block, logits, "amax")
         size = self.rule.block_size
-        whole = logits.shape[-1] // size * size
-        parts = []
+        whole = num_keys // size
         if whole:
-            parts.append(logits[..., :whole].view(*logits.shape[:-1], -1, size).amax(-1))
-        if whole < logits.shape[-1]:
-            parts.append(logits[..., whole:].amax(-1, keepdim=True))
-        return torch.cat(parts, dim=-1)
+            maxima[..., :whole] = logits[..., : whole * size].unflatten(-1, (whole, size)).amax(-1)
+        if whole * size < num_keys:
+            maxima[..., whole] = logits[..., whole * size :].amax(-1)
+        return maxima
 
     def select(self, start: int, stop: int, block_maxima: Tensor, lse: Tensor) -> None:
         """Select for queries [start, stop).
 
-        ``block_maxima`` [B, HKV, G, C, <=N] holds -inf where no key of a block is visible, ``lse``
+        ``block_maxima`` [B, HKV, G, C, N] holds -inf where no key of a block is visible, ``lse``
         is [B, HKV, G, C].
 
         Eq. 3 scores a block by its largest softmax probability, exp(block maximum - lse), and a
@@ -81,14 +99,12 @@ class BlockSelector:
         prints (S - m) / l without the exp; between heads that is a different order.)
         """
         rule = self.rule
-        batch, groups, _, queries, num_seen = block_maxima.shape
-        scores = block_maxima.new_full((batch, groups, queries, self.num_blocks), -torch.inf)
-        scores[..., :num_seen] = (block_maxima - lse.unsqueeze(-1)).amax(2)
+        scores = (block_maxima - lse.unsqueeze(-1)).amax(2)
         if rule.reduce_scores is not None:
             scores = rule.reduce_scores(scores)
 
         blocks = torch.arange(self.num_blocks, device=scores.device)
-        own = torch.arange(start, stop, device=scores.device).unsqueeze(1) // rule.block_size
+        own = self.block[:, None, start:stop, None]
         forced = (blocks < rule.forced_first_blocks) | (blocks > own - rule.forced_recent_blocks)
         scores = scores.masked_fill(forced, torch.inf)
         # Last, so that neither a forced block nor a NaN ever selects what lies in the future.

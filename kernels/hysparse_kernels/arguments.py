@@ -7,6 +7,8 @@ dim, N blocks, K selected.
 import torch
 from torch import Tensor
 
+from hysparse_kernels.block_lists import BlockLists
+
 
 def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
     """query [B,S,HQ,D], key [B,S,HKV,D], value [B,S,HKV,DV]: one float dtype, one device."""
@@ -82,6 +84,61 @@ def check_block_indices(block_indices: Tensor, key: Tensor, block_size: int) -> 
                 f" ({length} tokens in blocks of {block_size}); was the block size another one"
                 " when they were selected?"
             )
+
+
+def check_cu_seqlens(cu_seqlens: Tensor | None, like: Tensor, batch: int, sequence: int) -> None:
+    """int32 [documents + 1] on the device of ``like``; the offsets are read on CPU only."""
+    if cu_seqlens is None:
+        return
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.device != like.device:
+        raise ValueError(
+            f"cu_seqlens: got {cu_seqlens.dtype} on {cu_seqlens.device}, expected torch.int32 on"
+            f" {like.device}"
+        )
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
+        raise ValueError(
+            f"cu_seqlens: got shape {_shape(cu_seqlens)}, expected [documents + 1] with at least"
+            " one document"
+        )
+    if cu_seqlens.device.type != "cpu":
+        return
+    offsets = cu_seqlens.tolist()
+    if offsets[0] != 0 or offsets[-1] != batch * sequence or offsets != sorted(offsets):
+        raise ValueError(
+            f"cu_seqlens: got {_short(offsets)}, expected ascending offsets from 0 to"
+            f" {batch * sequence} = batch * sequence"
+        )
+    missing = sorted({row * sequence for row in range(batch)} - set(offsets))
+    if missing:
+        raise ValueError(
+            f"cu_seqlens: got {_short(offsets)}, expected a document to start at token {missing[0]}"
+            " too, where a batch row does"
+        )
+
+
+def check_lists(
+    lists: BlockLists,
+    block_indices: Tensor,
+    query: Tensor,
+    block_size: int,
+    cu_seqlens: Tensor | None,
+) -> None:
+    """The shapes that ``prepare_selection`` saw must be those of the call."""
+    batch, groups, sequence, _ = block_indices.shape
+    packed = cu_seqlens is not None
+    rows, tokens = (groups, batch * sequence) if packed else (batch * groups, sequence)
+    got = (lists.packed, lists.block_size, lists.part.heads, *lists.counts.shape)
+    tiles = -(-tokens // lists.tile.tokens)
+    expected = (packed, block_size, query.shape[2] // groups, rows, tiles)
+    if got != expected:
+        raise ValueError(
+            f"lists: got (packed, block size, heads per group, rows, tiles) = {got}, expected"
+            f" {expected}; were they prepared for this selection?"
+        )
+
+
+def _short(offsets: list[int]) -> str:
+    return str(offsets) if len(offsets) <= 8 else f"{str(offsets[:8])[:-1]}, ...]"
 
 
 def _shape(tensor: Tensor) -> list[int]:

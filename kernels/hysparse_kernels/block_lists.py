@@ -2,12 +2,18 @@
 
 Neighbouring tokens select much the same blocks. The forward and dQ kernels therefore take a tile of
 neighbouring tokens at once and walk over the union of their blocks, with one bit per token. The dK,
-dV kernel needs the inverse: for every block the tiles that read it, cut into chunks so that a block
-that everybody reads does not keep one program busy for longer than all others take together.
+dV kernel needs the inverse: for every block the parts (half tiles) that read it. These are cut
+where the sequence is cut into segments: programs that work on one segment at a time find its
+queries in the cache, whatever block they work for, and a block that everybody reads does not keep
+one program busy for longer than all others take together.
 
-Everything is made by torch operations on the device, without waiting for it.
-Shapes: B batch, HKV KV groups, S sequence, K selected, T token tiles, U longest union, N blocks,
-E = B * HKV * T * U.
+Packed documents (see documents.py) are one row of B * S tokens: tiles and parts may reach over a
+border, as a token sees only blocks that it selected. Picks of blocks that start after the token are
+dropped. Everything is made on the device, without waiting for it.
+
+Shapes: B batch, HKV KV groups, S sequence, K selected, R = B * HKV rows of S tokens (packed: HKV
+rows of B * S), T token tiles and P = 2 * T parts of a row, U places for a union, NT entries of the
+block table, E places for readers, C segments.
 """
 
 from __future__ import annotations
@@ -17,8 +23,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-READERS_PER_CHUNK = 1024
-"""Token tiles that one program of the dK, dV kernel adds up before it starts a new partial sum."""
+from hysparse_kernels.documents import BlockTable, block_table
+
+SEGMENT_ROWS = 65536
+"""Tokens times query heads per group of a segment: 32 MB of queries and gradients at head dim 128,
+which stay in the L2 cache of an H100 or H200."""
+_PART_ROWS = 64
+_MOST_PART_TOKENS = 16
+"""A tile is two parts, and the bits of its tokens must fit into 32."""
 
 
 @dataclass(frozen=True)
@@ -49,112 +61,132 @@ class TokenTile:
 
 
 @dataclass(frozen=True)
+class Unions:
+    """What every token tile reads; see `BlockLists`."""
+
+    starts: Tensor
+    bits: Tensor
+    counts: Tensor
+
+
+@dataclass(frozen=True)
+class Readers:
+    """Which parts read every block; see `BlockLists`. `counts` int32 [R * NT * C]: how many
+    of every segment."""
+
+    part: Tensor
+    bits: Tensor
+    counts: Tensor
+
+
+@dataclass(frozen=True)
 class BlockLists:
     """The lists of one selection; see the module. Hold it as long as layers read the selection."""
 
     tile: TokenTile
+    """A token tile: two parts."""
+    part: TokenTile
+    """Half of it; part p of a row holds tokens p * part.tokens up to (p + 1) * part.tokens."""
     block_size: int
-    ids: Tensor
-    """int32 [B * HKV, T, U]: block ids of each tile's union, ascending."""
+    table: BlockTable
+    """The blocks that keys are cut into, the same for every row."""
+    starts: Tensor
+    """int32 [R, T, U]: first key token of each block of each tile's union, ascending; then 0."""
     bits: Tensor
-    """int32 [B * HKV, T, U]: bit r says that token r of the tile selected the block."""
+    """int32 [R, T, U]: bit r says that token r of the tile selected the block; then 0."""
     counts: Tensor
-    """int32 [B * HKV, T]: length of each union."""
-    reader_tile: Tensor
-    """int32 [E]: the tiles that read block 0, then block 1, ... of group 0, then group 1, ..."""
+    """int32 [R, T]: length of each union."""
+    reader_part: Tensor
+    """int32 [E]: the parts that read block 0, then block 1, ... of row 0, then row 1, ...;
+    ascending within a block. Nothing is written past the last one."""
     reader_bits: Tensor
-    """int32 [E]: which of their tokens."""
-    chunk_block: Tensor
-    """int32 [chunks]: group * N + block whose readers this chunk holds; -1 for unused chunks."""
+    """int32 [E]: which of the part's tokens."""
+    segments: int
+    """C: into how many segments of `segment_tokens` the tokens are cut."""
+    segment_tokens: int
     chunk_first: Tensor
-    chunk_stop: Tensor
-    """int64 [chunks]: the chunk's range in `reader_tile`."""
-    first_chunk: Tensor
-    """int64 [B * HKV * N + 1]: the first chunk of each block; its last one ends at the next."""
+    """int64 [R * NT * C + 1]: where in `reader_part` the readers of each block from each segment
+    begin; they end where the next ones begin."""
+    chunk_after: Tensor
+    """int32 [R * NT * C]: which segment's part of the block's sum comes before this one's, -1 for
+    the first one, -2 where there is nothing to do. Every block has a first one, be it empty."""
+
+    @property
+    def part_tokens(self) -> int:
+        """Tokens of one part."""
+        return self.part.tokens
+
+    @property
+    def packed(self) -> bool:
+        """Whether the selection is one of packed documents."""
+        return self.table.packed
 
 
-def build_block_lists(block_indices: Tensor, heads: int, block_size: int) -> BlockLists:
-    """Lists of `block_indices` int32 [B, HKV, S, K] for `heads` query heads per KV group."""
-    batch, groups, sequence, _ = block_indices.shape
-    tile = TokenTile.of(heads, 64, most_tokens=32)
-    blocks = -(-sequence // block_size)
-    ids, bits, counts = _unions(block_indices, tile, blocks)
-    return BlockLists(
-        tile,
-        block_size,
-        ids.to(torch.int32),
-        _as_int32(bits),
-        counts.to(torch.int32),
-        *_readers(ids, bits, counts, batch * groups * blocks, blocks),
-    )
+def tile_of_two_parts(heads: int) -> tuple[TokenTile, TokenTile]:
+    """The tile of a union and its part for `heads` query heads per group."""
+    part = TokenTile.of(heads, _PART_ROWS, _MOST_PART_TOKENS)
+    return TokenTile(2 * part.tokens, part.heads, part.pack), part
 
 
-def _as_int32(bits: Tensor) -> Tensor:
-    """The low 32 bits of non-negative int64 values, bit 31 becoming the sign."""
-    return torch.where(bits >= 2**31, bits - 2**32, bits).to(torch.int32)
+def union_capacity(tile_tokens: int, selected: int, blocks: int) -> int:
+    """U: the longest union there can be, rounded up to whole 16-byte loads."""
+    return -(-min(tile_tokens * selected, blocks) // 4) * 4
 
 
-def _unions(block_indices: Tensor, tile: TokenTile, blocks: int) -> tuple[Tensor, Tensor, Tensor]:
-    """ids, bits [B * HKV, T, U] and counts [B * HKV, T], all int64."""
+def reader_capacity(rows: int, tiles: int, tile_tokens: int, selected: int, blocks: int) -> int:
+    """E: a tile's two parts read no more blocks than its tokens pick, and each all at most."""
+    return rows * tiles * min(tile_tokens * selected, 2 * blocks)
+
+
+def segment_of(heads: int, tile_tokens: int) -> int:
+    """Tokens of a segment, a multiple of a tile's."""
+    return max(1, SEGMENT_ROWS // heads // tile_tokens) * tile_tokens
+
+
+def build_block_lists(
+    block_indices: Tensor,
+    heads: int,
+    block_size: int,
+    cu_seqlens: Tensor | None = None,
+    *,
+    with_triton: bool = True,
+) -> BlockLists:
+    """Lists of `block_indices` int32 [B, HKV, S, K] for `heads` query heads per KV group.
+
+    `with_triton` needs a CUDA device or Triton's interpreter; without, plain torch builds the same.
+    """
     batch, groups, sequence, selected = block_indices.shape
-    device = block_indices.device
-    tiles = -(-sequence // tile.tokens)
-    padded = torch.full(
-        (batch * groups, tiles * tile.tokens, selected), -1, dtype=torch.int64, device=device
-    )
-    padded[:, :sequence] = block_indices.reshape(batch * groups, sequence, selected)
-    # One sortable number per pick, block first, token second; padding sorts last.
-    token = torch.arange(tile.tokens, device=device)[:, None]
-    picks = padded.view(batch * groups, tiles, tile.tokens, selected)
-    picks = torch.where(picks < 0, blocks, picks) * tile.tokens + token
-    picks = picks.flatten(2).sort(dim=2).values
-    ids = picks // tile.tokens
-    valid = ids < blocks
-    new_block = _differs_from_previous(ids) & valid
-    # A block that a token names twice sets its bit once.
-    new_pick = _differs_from_previous(picks) & valid
-    capacity = min(tile.tokens * selected, blocks) + 1  # the last place takes the padding
-    place = torch.where(valid, new_block.cumsum(2) - 1, capacity - 1)
-    union = ids.new_zeros(batch * groups, tiles, capacity)
-    union.scatter_(2, place, torch.where(valid, ids, 0))
-    bits = torch.zeros_like(union)
-    bits.scatter_add_(2, place, torch.where(new_pick, 1 << (picks % tile.tokens), 0))
-    return union, bits, new_block.sum(2)
+    table = block_table(batch, sequence, block_size, cu_seqlens, block_indices.device)
+    if table.packed:
+        rows = block_indices.transpose(0, 1).reshape(groups, batch * sequence, selected)
+    else:
+        rows = block_indices.reshape(batch * groups, sequence, selected)
+    tile, part = tile_of_two_parts(heads)
+    if with_triton:
+        from hysparse_kernels import triton_lists as builder
+    else:
+        from hysparse_kernels import _reference_lists as builder  # type: ignore[no-redef]
+    unions = builder.unions(rows, tile.tokens, block_size, table)
+    segment_tokens = segment_of(heads, tile.tokens)
+    readers = builder.readers(unions, tile.tokens, block_size, table, selected, segment_tokens)
+    segments = -(-rows.shape[1] // segment_tokens)
+    return BlockLists(
+        tile, part, block_size, table, unions.starts, unions.bits, unions.counts,
+        readers.part, readers.bits, segments, segment_tokens,
+        *_chunks(readers.counts, table, segments, segment_tokens),
+    )  # fmt: skip
 
 
-def _differs_from_previous(values: Tensor) -> Tensor:
-    differs = torch.ones_like(values, dtype=torch.bool)
-    differs[..., 1:] = values[..., 1:] != values[..., :-1]
-    return differs
-
-
-def _readers(
-    ids: Tensor, bits: Tensor, counts: Tensor, total: int, blocks: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The fields of `BlockLists` from `reader_tile` on; `total` = B * HKV * N."""
-    groups, tiles, capacity = ids.shape
-    device = ids.device
-    slot = torch.arange(capacity, device=device)
-    group = torch.arange(groups, device=device)[:, None, None]
-    owner = torch.where(slot < counts[..., None], group * blocks + ids, total).flatten()
-    order = owner.sort(stable=True).indices
-    readers = owner.new_zeros(total + 1).scatter_add_(0, owner, torch.ones_like(owner))[:-1]
-    end_of_block = readers.cumsum(0)
-    end_of_chunks = (-(-readers // READERS_PER_CHUNK)).cumsum(0)
-    first_chunk = torch.cat([end_of_chunks.new_zeros(1), end_of_chunks])
-
-    # As many chunks as there could be: their true number is known on the device only.
-    chunk = torch.arange(total + owner.numel() // READERS_PER_CHUNK, device=device)
-    block = torch.searchsorted(end_of_chunks, chunk, right=True)
-    known = block.clamp(max=total - 1)
-    done = (chunk - first_chunk[known]) * READERS_PER_CHUNK
-    first = end_of_block[known] - readers[known] + done
-    stop = torch.minimum(first + READERS_PER_CHUNK, end_of_block[known])
-    return (
-        (order // capacity % tiles).to(torch.int32),
-        _as_int32(bits.flatten()[order]),
-        torch.where(block < total, block, -1).to(torch.int32),
-        first,
-        stop,
-        first_chunk,
-    )
+def _chunks(
+    counts: Tensor, table: BlockTable, segments: int, segment_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """`chunk_first` and `chunk_after` of `BlockLists`; counts int32 [R * NT * C]."""
+    ends = counts.cumsum(0, dtype=torch.int64)
+    segment = torch.arange(segments, dtype=torch.int32, device=counts.device)
+    # No token before the block reads it: the block's own segment is its first.
+    own = table.first[:, None] // segment_tokens == segment
+    at_work = (counts.view(-1, len(table), segments) > 0) | own
+    latest = torch.where(at_work, segment, -1).cummax(2).values
+    before = torch.nn.functional.pad(latest[..., :-1], (1, 0), value=-1)
+    after = torch.where(at_work, before, -2)
+    return torch.nn.functional.pad(ends, (1, 0)), after.flatten().to(torch.int32)

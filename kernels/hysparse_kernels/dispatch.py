@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from hysparse_kernels import reference
+from hysparse_kernels.accumulation import KeyValueGradients
 from hysparse_kernels.arguments import (
     check_at_least,
     check_block_indices,
+    check_cu_seqlens,
+    check_lists,
     check_qkv,
     check_sink,
 )
@@ -64,7 +67,7 @@ def resolve_backend(
             )
         return BackendChoice("triton", "asked for by name")
     if reason is None:
-        return BackendChoice("triton", f"Triton kernels on {device.type}")
+        return BackendChoice("triton", f"Triton kernels on {device.type}{_hopper_too(device)}")
     return BackendChoice("reference", f"plain PyTorch: {reason}")
 
 
@@ -78,6 +81,12 @@ def _why_no_triton(
     return triton_attention.why_not(device, dtype, head_dim, block_size)
 
 
+def _hopper_too(device: torch.device) -> str:
+    from hysparse_kernels import hopper
+
+    return ", those for Hopper where they take the shape" if hopper.is_hopper(device) else ""
+
+
 def _uses_triton(
     backend: str, query: Tensor, value: Tensor | None = None, block_size: int | None = None
 ) -> bool:
@@ -89,7 +98,12 @@ def _uses_triton(
 
 
 def prepare_selection(
-    block_indices: Tensor, query_heads: int, *, block_size: int, backend: str = "auto"
+    block_indices: Tensor,
+    query_heads: int,
+    *,
+    block_size: int,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
 ) -> BlockLists | None:
     """What the sparse layers that read one selection can share, built once; None if nothing.
 
@@ -97,13 +111,15 @@ def prepare_selection(
         block_indices: int32 [B, HKV, S, K] of an oracle.
         query_heads: HQ of the sparse layers.
         block_size: tokens per block.
+        cu_seqlens: the oracle's, int32 [documents + 1]; see documents.py.
         backend: see ``resolve_backend``.
     """
+    batch, groups, sequence, _ = block_indices.shape
+    check_cu_seqlens(cu_seqlens, block_indices, batch, sequence)
     choice = resolve_backend(backend, block_indices.device, block_size=block_size)
     if choice.name == "reference":
         return None
-    heads = query_heads // block_indices.shape[1]
-    return build_block_lists(block_indices, heads, block_size)
+    return build_block_lists(block_indices, query_heads // groups, block_size, cu_seqlens)
 
 
 def oracle_attention(
@@ -118,6 +134,7 @@ def oracle_attention(
     forced_first_blocks: int = 0,
     forced_recent_blocks: int = 0,
     select: bool = True,
+    cu_seqlens: Tensor | None = None,
     query_chunk: int = 256,
     backend: str = "auto",
 ) -> OracleOutput:
@@ -147,6 +164,11 @@ def oracle_attention(
         forced_recent_blocks: likewise the most recent ones, the own block counting as the first.
         select: False computes the attention alone (a recompute of what was selected before);
             block_indices is then None and reduce_scores is not called.
+        cu_seqlens: int32 [documents + 1] on the query's device, ascending offsets into the B * S
+            tokens in row-major order; see documents.py. Every batch row must start a document,
+            empty documents are allowed. Nothing crosses a document; causality and block ids
+            count from its start, forced blocks too. None: every row
+            is one document. The offsets are verified on CPU only.
         query_chunk: C of the reference, queries worked on at a time; memory grows with C x S.
         backend: see ``resolve_backend``.
 
@@ -158,6 +180,7 @@ def oracle_attention(
         BackendUnavailable: the backend cannot be used.
     """
     check_qkv(query, key, value)
+    check_cu_seqlens(cu_seqlens, query, *query.shape[:2])
     check_at_least(1, block_size=block_size, num_selected=num_selected, query_chunk=query_chunk)
     check_at_least(
         0, forced_first_blocks=forced_first_blocks, forced_recent_blocks=forced_recent_blocks
@@ -181,6 +204,7 @@ def oracle_attention(
             forced_first_blocks=forced_first_blocks,
             forced_recent_blocks=forced_recent_blocks,
             select=select,
+            cu_seqlens=cu_seqlens,
         )
     return reference.oracle_attention(
         query,
@@ -193,6 +217,7 @@ def oracle_attention(
         forced_first_blocks=forced_first_blocks,
         forced_recent_blocks=forced_recent_blocks,
         select=select,
+        cu_seqlens=cu_seqlens,
         query_chunk=query_chunk,
     )
 
@@ -217,8 +242,15 @@ def block_topk(scores: Tensor, num_selected: int, *, backend: str = "auto") -> T
             f"scores: got {scores.dtype} {list(scores.shape)}, expected a float [..., blocks]"
         )
     check_at_least(1, num_selected=num_selected)
-    resolve_backend(backend, scores.device)
-    return reference.block_topk(scores, num_selected)
+    if resolve_backend(backend, scores.device).name == "reference":
+        return reference.block_topk(scores, num_selected)
+    if scores.dtype == torch.float64:
+        if backend == "triton":
+            raise BackendUnavailable("the Triton top-k takes fp32, bf16 and fp16, not fp64")
+        return reference.block_topk(scores, num_selected)
+    from hysparse_kernels import triton_topk
+
+    return triton_topk.block_topk(scores, num_selected)
 
 
 def block_sparse_attention(
@@ -230,7 +262,9 @@ def block_sparse_attention(
     block_size: int,
     sink: Tensor | None = None,
     softmax_scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
     lists: BlockLists | None = None,
+    accumulate: KeyValueGradients | None = None,
     query_chunk: int = 256,
     backend: str = "auto",
 ) -> Tensor:
@@ -245,7 +279,14 @@ def block_sparse_attention(
         block_size: tokens per block, the one the selection was made with.
         sink: [HQ], one more logit per head that enters the denominator only. None: no sink.
         softmax_scale: factor on query . key, default D ** -0.5.
+        cu_seqlens: int32 [documents + 1] on the query's device, ascending offsets into the B * S
+            tokens in row-major order; see documents.py. Every batch row must start a document,
+            empty documents are allowed. Nothing crosses a document, block ids count from its
+            start. None: every row
+            is one document. The offsets are verified on CPU only.
         lists: ``prepare_selection`` of these very indices, to build them once for several layers.
+        accumulate: gets the gradients of key and value, which must come from its ``attach``;
+            autograd then gets none for them. See ``KeyValueGradients``.
         query_chunk: C of the reference, queries worked on at a time; memory grows with C x S.
         backend: see ``resolve_backend``.
 
@@ -254,13 +295,19 @@ def block_sparse_attention(
         that no row selected get a gradient of exactly zero.
 
     Raises:
-        ValueError: shapes, dtypes or numbers that do not fit.
+        ValueError: shapes, dtypes or numbers that do not fit, lists of another selection's shape,
+            or ``accumulate`` without ``attach``.
         BackendUnavailable: the backend cannot be used.
     """
     check_qkv(query, key, value)
+    check_cu_seqlens(cu_seqlens, query, *query.shape[:2])
     check_at_least(1, block_size=block_size, query_chunk=query_chunk)
     check_block_indices(block_indices, key, block_size)
     check_sink(sink, query)
+    if lists is not None:
+        check_lists(lists, block_indices, query, block_size, cu_seqlens)
+    if accumulate is not None:
+        accumulate.check_attached()
     if _uses_triton(backend, query, value, block_size):
         from hysparse_kernels import triton_attention
 
@@ -272,7 +319,9 @@ def block_sparse_attention(
             block_size=block_size,
             sink=sink,
             softmax_scale=softmax_scale,
+            cu_seqlens=cu_seqlens,
             lists=lists,
+            accumulate=accumulate,
         )
     return reference.block_sparse_attention(
         query,
@@ -282,6 +331,8 @@ def block_sparse_attention(
         block_size=block_size,
         sink=sink,
         softmax_scale=softmax_scale,
+        cu_seqlens=cu_seqlens,
+        accumulate=accumulate,
         query_chunk=query_chunk,
     )
 
@@ -294,6 +345,7 @@ def sliding_window_attention(
     window: int,
     sink: Tensor | None = None,
     softmax_scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
     query_chunk: int = 256,
     backend: str = "auto",
 ) -> Tensor:
@@ -308,6 +360,10 @@ def sliding_window_attention(
         window: in tokens; may exceed S.
         sink: [HQ], one more logit per head that enters the denominator only. None: no sink.
         softmax_scale: factor on query . key, default D ** -0.5.
+        cu_seqlens: int32 [documents + 1] on the query's device, ascending offsets into the B * S
+            tokens in row-major order; see documents.py. Every batch row must start a document,
+            empty documents are allowed. Nothing crosses a document. None: every row
+            is one document. The offsets are verified on CPU only.
         query_chunk: C, queries worked on at a time; memory grows with C x (C + window).
         backend: see ``resolve_backend``.
 
@@ -319,13 +375,20 @@ def sliding_window_attention(
         BackendUnavailable: the backend cannot be used.
     """
     check_qkv(query, key, value)
+    check_cu_seqlens(cu_seqlens, query, *query.shape[:2])
     check_at_least(1, window=window, query_chunk=query_chunk)
     check_sink(sink, query)
     if _uses_triton(backend, query, value):
         from hysparse_kernels import triton_attention
 
         return triton_attention.sliding_window_attention(
-            query, key, value, window=window, sink=sink, softmax_scale=softmax_scale
+            query,
+            key,
+            value,
+            window=window,
+            sink=sink,
+            softmax_scale=softmax_scale,
+            cu_seqlens=cu_seqlens,
         )
     return reference.sliding_window_attention(
         query,
@@ -334,5 +397,6 @@ def sliding_window_attention(
         window=window,
         sink=sink,
         softmax_scale=softmax_scale,
+        cu_seqlens=cu_seqlens,
         query_chunk=query_chunk,
     )

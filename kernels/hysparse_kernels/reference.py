@@ -2,7 +2,8 @@
 
 Plain PyTorch on any device and in any float dtype. Scores, softmax and accumulation are fp32, or
 fp64 when the inputs are fp64. Memory is linear in S for a fixed ``query_chunk``, in the forward and
-in the backward. Arguments are validated by the public functions in dispatch.py, not here.
+in the backward. With ``cu_seqlens`` (see documents.py) nothing crosses a document. Arguments are
+validated by the public functions in dispatch.py, not here.
 
 Shapes: B batch, S sequence, HQ query heads, HKV KV groups, G = HQ // HKV heads per group (head h
 belongs to group h // G), D query/key head dim, DV value head dim (may differ from D),
@@ -20,6 +21,8 @@ from hysparse_kernels._reference_selection import (
     SelectionRule,
     block_topk,
 )
+from hysparse_kernels.accumulation import KeyValueGradients
+from hysparse_kernels.documents import document_starts_in_rows
 
 __all__ = [
     "OracleOutput",
@@ -56,21 +59,23 @@ def oracle_attention(
     forced_first_blocks: int = 0,
     forced_recent_blocks: int = 0,
     select: bool = True,
+    cu_seqlens: Tensor | None = None,
     query_chunk: int = 256,
 ) -> OracleOutput:
     """Causal attention (P1 Eq. 2) that also selects K blocks per token and group (P1 Eq. 3)."""
+    starts = _document_starts(cu_seqlens, query)
     selector = None
     if select:
         rule = SelectionRule(
             block_size, num_selected, forced_first_blocks, forced_recent_blocks, reduce_scores
         )
         batch, length = query.shape[:2]
-        selector = BlockSelector(rule, batch, key.shape[2], length, query.device)
+        selector = BlockSelector(rule, batch, key.shape[2], length, query.device, starts)
     output, lse = chunked_attention(
         query,
         key,
         value,
-        visibility=Visibility(),
+        visibility=Visibility(document_start=starts),
         softmax_scale=softmax_scale,
         query_chunk=query_chunk,
         selector=selector,
@@ -87,6 +92,8 @@ def block_sparse_attention(
     block_size: int,
     sink: Tensor | None = None,
     softmax_scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    accumulate: KeyValueGradients | None = None,
     query_chunk: int = 256,
 ) -> Tensor:
     """Causal attention to the tokens of the selected blocks (P1 Eq. 6-7): [B, S, HQ, DV]."""
@@ -94,11 +101,14 @@ def block_sparse_attention(
         query,
         key,
         value,
-        visibility=Visibility(block_size=block_size),
+        visibility=Visibility(
+            block_size=block_size, document_start=_document_starts(cu_seqlens, query)
+        ),
         softmax_scale=softmax_scale,
         query_chunk=query_chunk,
         sink=sink,
         block_indices=block_indices,
+        accumulate=accumulate,
     ).output
 
 
@@ -110,6 +120,7 @@ def sliding_window_attention(
     window: int,
     sink: Tensor | None = None,
     softmax_scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
     query_chunk: int = 256,
 ) -> Tensor:
     """Causal attention to the last ``window`` tokens, the own one included (P1 Eq. 5)."""
@@ -117,8 +128,13 @@ def sliding_window_attention(
         query,
         key,
         value,
-        visibility=Visibility(window=window),
+        visibility=Visibility(window=window, document_start=_document_starts(cu_seqlens, query)),
         softmax_scale=softmax_scale,
         query_chunk=query_chunk,
         sink=sink,
     ).output
+
+
+def _document_starts(cu_seqlens: Tensor | None, query: Tensor) -> Tensor | None:
+    batch, length = query.shape[:2]
+    return None if cu_seqlens is None else document_starts_in_rows(cu_seqlens, batch, length)

@@ -7,17 +7,20 @@ import torch
 from torch import Tensor
 
 from hysparse_kernels._reference_attention import Visibility, chunked_attention
+from hysparse_kernels.documents import document_starts_in_rows
 
 
 @torch.no_grad()
-def neighbour_agreement(block_indices: Tensor) -> Tensor:
+def neighbour_agreement(block_indices: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
     """Mean share of a token's selected blocks that the token before it selected too.
 
     Args:
         block_indices: int32 [B, HKV, S, K] without duplicates, -1 padding; S at least 2.
+        cu_seqlens: int32 [documents + 1] of packed documents, whose first tokens are left out.
 
     Returns:
-        Scalar fp32 in [0, 1]. High agreement is what lets a kernel share loads between tokens.
+        Scalar fp32 in [0, 1], 0 where no document has two tokens. High agreement is what lets a
+        kernel share loads between tokens.
     """
     before, after = block_indices[:, :, :-1], block_indices[:, :, 1:]
     also_before = torch.zeros_like(after, dtype=torch.bool)
@@ -25,7 +28,13 @@ def neighbour_agreement(block_indices: Tensor) -> Tensor:
         also_before |= after == before[..., slot : slot + 1]
     counted = after >= 0
     share = (also_before & counted).sum(-1) / counted.sum(-1).clamp_min(1)
-    return share.float().mean()
+    share = share.float()
+    if cu_seqlens is None:
+        return share.mean()
+    batch, groups, sequence, _ = block_indices.shape
+    starts = document_starts_in_rows(cu_seqlens, batch, sequence)
+    same = (starts[:, 1:] == starts[:, :-1]).unsqueeze(1).expand(-1, groups, -1)
+    return (share * same).sum() / same.sum().clamp_min(1)
 
 
 @torch.no_grad()
@@ -37,6 +46,7 @@ def selected_mass(
     *,
     block_size: int,
     softmax_scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
     query_chunk: int = 256,
 ) -> Tensor:
     """Share of the full softmax that falls on the selected blocks, per head and token.
@@ -47,16 +57,20 @@ def selected_mass(
         lse: [B, HQ, S] as ``oracle_attention`` returned it.
         block_size: tokens per block.
         softmax_scale: the oracle's, default D ** -0.5.
+        cu_seqlens: the oracle's.
         query_chunk: queries worked on at a time.
 
     Returns:
         [B, HQ, S] in lse's dtype, in [0, 1] up to rounding.
     """
+    starts = None
+    if cu_seqlens is not None:
+        starts = document_starts_in_rows(cu_seqlens, *query.shape[:2])
     selected = chunked_attention(
         query,
         key,
         key[..., :1],
-        visibility=Visibility(block_size=block_size),
+        visibility=Visibility(block_size=block_size, document_start=starts),
         softmax_scale=softmax_scale,
         query_chunk=query_chunk,
         block_indices=block_indices,

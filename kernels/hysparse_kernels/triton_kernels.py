@@ -1,4 +1,4 @@
-"""The three attention kernels (forward, dQ, dK and dV) behind every Triton operation.
+"""The attention kernels (forward, dQ, dK and dV) behind every Triton operation.
 
 One program of the forward and dQ kernels owns a tile of TOKENS neighbouring tokens times the HEADS
 query heads of one KV group, packed into ROWS rows of one matrix, and walks over tiles of KEYS keys.
@@ -6,12 +6,17 @@ What it walks over is the mode:
 
   CAUSAL  all keys up to the tile's last token
   WINDOW  the keys that some token of the tile can see
-  BLOCKS  the blocks that some token of the tile has selected (a `Selection`), with a bit per token
+  BLOCKS  the blocks that some token of the tile has selected (`BlockLists`), with a bit per token
 
 The dK, dV kernel owns a tile of KEYS keys and walks over tiles of tokens: the inverse of the above.
 Scores are kept in base 2 and in fp32. No atomics: results repeat bit for bit.
 
-Shapes: B batch, S sequence, HQ query heads, HKV KV groups, D query/key and DV value head dim.
+PACKED (CAUSAL and WINDOW only): the batch is one row of packed documents, and tiles are `Pieces` of
+documents, so that every tile lies in one. BLOCKS needs no such thing: a token sees the keys of the
+blocks that it selected, and none of them lies in another document.
+
+Shapes: B batch, S sequence, HQ query heads, HKV KV groups, D query/key and DV value head dim,
+R = B * HKV rows of lists, T token tiles.
 """
 
 from __future__ import annotations
@@ -23,19 +28,29 @@ CAUSAL, WINDOW, BLOCKS = 0, 1, 2
 
 
 @triton.jit
+def _piece(
+    index, piece_first, piece_stop, piece_bound, first_token, tokens, bound,
+    SIZE: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """First token of piece `index`, one past its last, and the bound of its document."""
+    first = first_token + index * SIZE
+    stop = tl.minimum(first + SIZE, first_token + tokens)
+    if PACKED:
+        first = tl.load(piece_first + index)
+        stop = tl.load(piece_stop + index)
+        bound = tl.load(piece_bound + index)
+    return first, stop, bound
+
+
+@triton.jit
 def _rows(
-    tile,
-    TOKENS: tl.constexpr,
-    HEADS: tl.constexpr,
-    PACK: tl.constexpr,
-    ROWS: tl.constexpr,
-    sequence,
+    first, stop, TOKENS: tl.constexpr, HEADS: tl.constexpr, PACK: tl.constexpr, ROWS: tl.constexpr
 ):
-    """Token, head in the group and validity of each packed row of a tile."""
+    """Place in the tile, token, head in the group and validity of each packed row of a tile."""
     row = tl.arange(0, ROWS)
     offset, head = row // PACK, row % PACK
-    token = tile * TOKENS + offset
-    valid = (offset < TOKENS) & (token < sequence) & (head < HEADS)
+    token = first + offset
+    valid = (offset < TOKENS) & (token < stop) & (head < HEADS)
     return offset, token, head, valid
 
 
@@ -48,58 +63,40 @@ def _load_rows(base, token, head, valid, stride_s, stride_h, width, WIDTH: tl.co
 
 
 @triton.jit
-def _load_keys(base, key, sequence, stride_s, width, WIDTH: tl.constexpr):
-    """[KEYS, WIDTH] of one KV head, zero outside."""
+def _load_keys(base, key, stop, stride_s, width, WIDTH: tl.constexpr):
+    """[KEYS, WIDTH] of one KV head, zero from `stop` on."""
     column = tl.arange(0, WIDTH)
     pointers = base + key[:, None].to(tl.int64) * stride_s + column[None, :]
-    return tl.load(pointers, mask=(key < sequence)[:, None] & (column < width)[None, :], other=0.0)
+    return tl.load(pointers, mask=(key < stop)[:, None] & (column < width)[None, :], other=0.0)
 
 
 @triton.jit
-def _span(
-    tile,
-    group,
-    tiles,
-    sequence,
-    window,
-    counts,
-    MODE: tl.constexpr,
-    TOKENS: tl.constexpr,
-    KEYS: tl.constexpr,
-):
-    """First key and number of key tiles that a token tile walks over."""
-    first = 0
-    stop = tl.minimum(tile * TOKENS + TOKENS, sequence)
+def _span(first, stop, begin, window, counts, list_tile, MODE: tl.constexpr, KEYS: tl.constexpr):
+    """First key and number of key tiles that tokens first .. stop walk over.
+
+    Key tiles are aligned to `begin`, where the document's blocks begin.
+    """
+    start = begin
     if MODE == 1:
-        first = tl.maximum(tile * TOKENS - window + 1, 0) // KEYS * KEYS
-    steps = tl.cdiv(stop - first, KEYS)
+        start = begin + tl.maximum(first - begin - window + 1, 0) // KEYS * KEYS
+    steps = tl.cdiv(stop - start, KEYS)
     if MODE == 2:
-        steps = tl.load(counts + group.to(tl.int64) * tiles + tile)
-    return first, steps
+        steps = tl.load(counts + list_tile)
+    return start, steps
 
 
 @triton.jit
 def _step(
-    index,
-    first,
-    list_base,
-    offset,
-    token,
-    sequence,
-    window,
-    ids,
-    bits,
-    MODE: tl.constexpr,
-    KEYS: tl.constexpr,
-):
+    index, start, list_base, offset, token, stop, window, starts, bits,
+    MODE: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
     """Keys of step `index` and which of them each row sees: [KEYS], [ROWS, KEYS]."""
     if MODE == 2:
-        start = tl.load(ids + list_base + index) * KEYS
+        key = tl.load(starts + list_base + index) + tl.arange(0, KEYS)
         chosen = (tl.load(bits + list_base + index) >> offset) & 1
     else:
-        start = first + index * KEYS
-    key = start + tl.arange(0, KEYS)
-    seen = (key[None, :] <= token[:, None]) & (key < sequence)[None, :]
+        key = start + index * KEYS + tl.arange(0, KEYS)
+    seen = (key[None, :] <= token[:, None]) & (key < stop)[None, :]
     if MODE == 1:
         seen = seen & (key[None, :] > token[:, None] - window)
     if MODE == 2:
@@ -111,51 +108,54 @@ def _step(
 def forward_kernel(
     query, key_, value, sink, output, lse, maxima,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h,
-    ids, bits, counts, capacity,
-    sequence, groups, window, scale_log2, width, value_width, first_tile, last_tile, num_blocks,
-    MODE: tl.constexpr, HAS_SINK: tl.constexpr, SCORES: tl.constexpr,
+    piece_first, piece_stop, piece_begin, starts, bits, counts, capacity,
+    sequence, groups, window, scale_log2, width, value_width, first_token, tokens, num_blocks,
+    MODE: tl.constexpr, PACKED: tl.constexpr, HAS_SINK: tl.constexpr, SCORES: tl.constexpr,
     TOKENS: tl.constexpr, HEADS: tl.constexpr, PACK: tl.constexpr, ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
+    SPLIT: tl.constexpr, KEYS: tl.constexpr,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """output [B, S, HQ, DV] and lse [B, HQ, S] (natural log, sink included).
+    """output [B, S, HQ, DV] and lse [B, HQ, S] (natural log, sink included) of program (tile, row).
 
-    With SCORES also the raw base-2 maximum of every row over every key tile, into maxima
-    [B * HKV, token tiles of this launch, num_blocks, ROWS] fp32.
+    The launch covers `tokens` tokens from first_token on. BLOCKS: SPLIT tiles share a union. With
+    SCORES also the raw base-2 maximum of every row over every key tile, into maxima
+    [R, num_blocks, tokens, PACK] fp32.
     """
-    tiles = tl.cdiv(sequence, TOKENS)
-    tile = last_tile - 1 - tl.program_id(0)  # the longest first
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
     group = tl.program_id(1)
     batch, kv = group // groups, group % groups
-    offset, token, head, valid = _rows(tile, TOKENS, HEADS, PACK, ROWS, sequence)
+    first, stop, begin = _piece(tile, piece_first, piece_stop, piece_begin, first_token, tokens, 0,
+                                TOKENS, PACKED)  # fmt: skip
+    offset, token, head, valid = _rows(first, stop, TOKENS, HEADS, PACK, ROWS)
     q_base = query + batch.to(tl.int64) * q_b + (kv * HEADS).to(tl.int64) * q_h
     k_base = key_ + batch.to(tl.int64) * k_b + kv.to(tl.int64) * k_h
     v_base = value + batch.to(tl.int64) * v_b + kv.to(tl.int64) * v_h
     q = _load_rows(q_base, token, head, valid, q_s, q_h, width, WIDTH)
 
-    first, steps = _span(tile, group, tiles, sequence, window, counts, MODE, TOKENS, KEYS)
-    list_base = (group.to(tl.int64) * tiles + tile) * capacity
+    list_tile = group.to(tl.int64) * tl.cdiv(sequence, TOKENS * SPLIT) + tile // SPLIT
+    list_base = list_tile * capacity
+    bit = offset + tile % SPLIT * TOKENS
+    start, steps = _span(first, stop, begin, window, counts, list_tile, MODE, KEYS)
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     sums = tl.zeros([ROWS, VALUE_WIDTH], tl.float32)
     for index in range(steps):
-        key, seen = _step(index, first, list_base, offset, token, sequence, window, ids, bits,
+        key, seen = _step(index, start, list_base, bit, token, stop, window, starts, bits,
                           MODE, KEYS)  # fmt: skip
-        k = _load_keys(k_base, key, sequence, k_s, width, WIDTH)
+        k = _load_keys(k_base, key, stop, k_s, width, WIDTH)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
         scores = tl.where(seen, scores, float("-inf"))
         tile_peak = tl.max(scores, 1)
         if SCORES:
-            place = group.to(tl.int64) * (last_tile - first_tile) + tile - first_tile
-            place = (place * num_blocks + index) * ROWS + tl.arange(0, ROWS)
-            tl.store(maxima + place, tile_peak)
+            place = (group.to(tl.int64) * num_blocks + index) * tokens + token - first_token
+            tl.store(maxima + place * PACK + head, tile_peak, mask=valid)
         new_peak = tl.maximum(peak, tile_peak)
         # A finite pivot: rows that have seen no key yet must not compute inf - inf.
         pivot = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         weights = tl.exp2(scores - pivot[:, None])
         decay = tl.exp2(peak - pivot)
         total = total * decay + tl.sum(weights, 1)
-        v = _load_keys(v_base, key, sequence, v_s, value_width, VALUE_WIDTH)
+        v = _load_keys(v_base, key, stop, v_s, value_width, VALUE_WIDTH)
         sums = sums * decay[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
         peak = new_peak
 
@@ -183,42 +183,28 @@ def forward_kernel(
 
 
 @triton.jit
-def delta_kernel(
-    output, grad, delta, g_b, g_s, g_h, sequence, heads, value_width,
-    ROWS: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-):  # fmt: skip
-    """delta [B, HQ, S] = sum over DV of output * grad: what softmax's backward subtracts."""
-    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
-    column = tl.arange(0, VALUE_WIDTH)
-    mask = (token < sequence)[:, None] & (column < value_width)[None, :]
-    row = (batch.to(tl.int64) * sequence + token) * heads + head
-    out = tl.load(output + row[:, None] * value_width + column[None, :], mask=mask, other=0.0)
-    base = grad + batch.to(tl.int64) * g_b + head.to(tl.int64) * g_h
-    d = tl.load(base + token[:, None].to(tl.int64) * g_s + column[None, :], mask=mask, other=0.0)
-    result = tl.sum(out.to(tl.float32) * d.to(tl.float32), 1)
-    where = (batch.to(tl.int64) * heads + head) * sequence + token
-    tl.store(delta + where, result, mask=token < sequence)
-
-
-@triton.jit
 def dq_kernel(
-    query, key_, value, grad, lse, delta, dq,
-    q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, g_b, g_s, g_h,
-    ids, bits, counts, capacity,
+    query, key_, value, output, grad, lse, delta, dq,
+    q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, o_b, o_s, o_h, g_b, g_s, g_h,
+    piece_first, piece_stop, piece_begin, starts, bits, counts, capacity,
     sequence, groups, window, scale, scale_log2, width, value_width,
-    MODE: tl.constexpr,
+    MODE: tl.constexpr, PACKED: tl.constexpr,
     TOKENS: tl.constexpr, HEADS: tl.constexpr, PACK: tl.constexpr, ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
+    SPLIT: tl.constexpr, KEYS: tl.constexpr,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq [B, S, HQ, D]; the forward's walk, with the weights recomputed from lse."""
-    tiles = tl.cdiv(sequence, TOKENS)
-    tile = tiles - 1 - tl.program_id(0)
+    """dq [B, S, HQ, D]; the forward's walk, with the weights recomputed from lse.
+
+    Also delta [B, HQ, S] = sum over DV of output * grad, what softmax's backward subtracts.
+    """
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
     group = tl.program_id(1)
     batch, kv = group // groups, group % groups
-    offset, token, head, valid = _rows(tile, TOKENS, HEADS, PACK, ROWS, sequence)
+    first, stop, begin = _piece(tile, piece_first, piece_stop, piece_begin, 0, sequence, 0,
+                                TOKENS, PACKED)  # fmt: skip
+    offset, token, head, valid = _rows(first, stop, TOKENS, HEADS, PACK, ROWS)
     q_base = query + batch.to(tl.int64) * q_b + (kv * HEADS).to(tl.int64) * q_h
+    o_base = output + batch.to(tl.int64) * o_b + (kv * HEADS).to(tl.int64) * o_h
     g_base = grad + batch.to(tl.int64) * g_b + (kv * HEADS).to(tl.int64) * g_h
     k_base = key_ + batch.to(tl.int64) * k_b + kv.to(tl.int64) * k_h
     v_base = value + batch.to(tl.int64) * v_b + kv.to(tl.int64) * v_h
@@ -226,18 +212,22 @@ def dq_kernel(
     stat = (batch.to(tl.int64) * heads + kv * HEADS + head) * sequence + token
     log_total = tl.load(lse + stat, mask=valid, other=0.0) * 1.4426950408889634
     log_total = tl.where(log_total == float("-inf"), 0.0, log_total)
-    d = tl.load(delta + stat, mask=valid, other=0.0)
-    q = _load_rows(q_base, token, head, valid, q_s, q_h, width, WIDTH)
     g = _load_rows(g_base, token, head, valid, g_s, g_h, value_width, VALUE_WIDTH)
+    o = _load_rows(o_base, token, head, valid, o_s, o_h, value_width, VALUE_WIDTH)
+    d = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
+    tl.store(delta + stat, d, mask=valid)
+    q = _load_rows(q_base, token, head, valid, q_s, q_h, width, WIDTH)
 
-    first, steps = _span(tile, group, tiles, sequence, window, counts, MODE, TOKENS, KEYS)
-    list_base = (group.to(tl.int64) * tiles + tile) * capacity
+    list_tile = group.to(tl.int64) * tl.cdiv(sequence, TOKENS * SPLIT) + tile // SPLIT
+    list_base = list_tile * capacity
+    bit = offset + tile % SPLIT * TOKENS
+    start, steps = _span(first, stop, begin, window, counts, list_tile, MODE, KEYS)
     sums = tl.zeros([ROWS, WIDTH], tl.float32)
     for index in range(steps):
-        key, seen = _step(index, first, list_base, offset, token, sequence, window, ids, bits,
+        key, seen = _step(index, start, list_base, bit, token, stop, window, starts, bits,
                           MODE, KEYS)  # fmt: skip
-        k = _load_keys(k_base, key, sequence, k_s, width, WIDTH)
-        v = _load_keys(v_base, key, sequence, v_s, value_width, VALUE_WIDTH)
+        k = _load_keys(k_base, key, stop, k_s, width, WIDTH)
+        v = _load_keys(v_base, key, stop, v_s, value_width, VALUE_WIDTH)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
         weights = tl.where(seen, tl.exp2(scores - log_total[:, None]), 0.0)
         pulled = tl.dot(g, tl.trans(v), input_precision=PRECISION)
@@ -254,36 +244,42 @@ def dq_kernel(
 def dkv_kernel(
     query, key_, value, grad, lse, delta, dk, dv,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, g_b, g_s, g_h,
-    chunk_block, chunk_first, chunk_stop, reader_tile, reader_bits,
+    piece_first, piece_stop, piece_end,
+    blocks, segments, chunk_first, chunk_after, flags, accumulate, reader_part, reader_bits,
     sequence, groups, window, scale, scale_log2, width, value_width,
-    MODE: tl.constexpr,
+    MODE: tl.constexpr, PACKED: tl.constexpr,
     TOKENS: tl.constexpr, HEADS: tl.constexpr, PACK: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk [.., KEYS, D] and dv [.., KEYS, DV] in fp32.
+    """dk [B, S, HKV, D] and dv [B, S, HKV, DV] of KEYS keys.
 
-    CAUSAL, WINDOW: program (key tile, batch * group) writes into [B, HKV, S, *]. BLOCKS: program c
-    adds up one chunk of the readers of one block into the c-th partial sum.
+    CAUSAL, WINDOW: program (key tile, row). BLOCKS: a program adds up the readers of one block from
+    one segment; the first one of a block stores, or with `accumulate` = 1 adds, the others wait for
+    the one before them and add, so that the order is always the same. None waits for one that was
+    started after it.
     """
     if MODE == 2:
-        chunk = tl.program_id(0)
-        block = tl.load(chunk_block + chunk)
-        if block < 0:
+        block = tl.program_id(0) % blocks
+        segment = tl.program_id(0) // blocks % segments
+        group = tl.program_id(0) // blocks // segments
+        chunk = (group.to(tl.int64) * blocks + block) * segments + segment
+        after = tl.load(chunk_after + chunk)
+        if after < -1:
             return
-        blocks = tl.cdiv(sequence, KEYS)
-        group = block // blocks
-        start = (block % blocks) * KEYS
-        first = tl.load(chunk_first + chunk)
-        stop = tl.load(chunk_stop + chunk)
+        start = tl.load(piece_first + block)
+        stop = tl.load(piece_stop + block)
+        first = tl.load(chunk_first + chunk).to(tl.int32)
+        last = tl.load(chunk_first + chunk + 1).to(tl.int32)
+        end = sequence
     else:
         group = tl.program_id(1)
-        start = tl.program_id(0) * KEYS
-        first = start // TOKENS
-        last = sequence - 1
+        start, stop, end = _piece(tl.program_id(0), piece_first, piece_stop, piece_end, 0, sequence,
+                                  sequence, KEYS, PACKED)  # fmt: skip
+        first = 0
         if MODE == 1:
-            last = tl.minimum(start + KEYS - 1 + window - 1, sequence - 1)
-        stop = last // TOKENS + 1
+            end = tl.minimum(stop + window - 1, end)  # no later token sees a key of the tile
+        last = tl.cdiv(end - start, TOKENS)
     batch, kv = group // groups, group % groups
     q_base = query + batch.to(tl.int64) * q_b + (kv * HEADS).to(tl.int64) * q_h
     g_base = grad + batch.to(tl.int64) * g_b + (kv * HEADS).to(tl.int64) * g_h
@@ -291,25 +287,25 @@ def dkv_kernel(
     v_base = value + batch.to(tl.int64) * v_b + kv.to(tl.int64) * v_h
     heads = groups * HEADS
     key = start + tl.arange(0, KEYS)
-    k = _load_keys(k_base, key, sequence, k_s, width, WIDTH)
-    v = _load_keys(v_base, key, sequence, v_s, value_width, VALUE_WIDTH)
+    k = _load_keys(k_base, key, stop, k_s, width, WIDTH)
+    v = _load_keys(v_base, key, stop, v_s, value_width, VALUE_WIDTH)
     k_sums = tl.zeros([KEYS, WIDTH], tl.float32)
     v_sums = tl.zeros([KEYS, VALUE_WIDTH], tl.float32)
-    for index in range(first, stop):
+    for index in range(first, last):
         if MODE == 2:
-            tile = tl.load(reader_tile + index)
+            token_first = tl.load(reader_part + index) * TOKENS
             members = tl.load(reader_bits + index)
         else:
-            tile = index
+            token_first = start + index * TOKENS
             members = -1
-        offset, token, head, valid = _rows(tile, TOKENS, HEADS, PACK, ROWS, sequence)
+        offset, token, head, valid = _rows(token_first, end, TOKENS, HEADS, PACK, ROWS)
         stat = (batch.to(tl.int64) * heads + kv * HEADS + head) * sequence + token
         log_total = tl.load(lse + stat, mask=valid, other=0.0) * 1.4426950408889634
         log_total = tl.where(log_total == float("-inf"), 0.0, log_total)
         d = tl.load(delta + stat, mask=valid, other=0.0)
         q = _load_rows(q_base, token, head, valid, q_s, q_h, width, WIDTH)
         g = _load_rows(g_base, token, head, valid, g_s, g_h, value_width, VALUE_WIDTH)
-        seen = (key[:, None] <= token[None, :]) & (key < sequence)[:, None] & valid[None, :]
+        seen = (key[:, None] <= token[None, :]) & (key < stop)[:, None] & valid[None, :]
         if MODE == 1:
             seen = seen & (key[:, None] > token[None, :] - window)
         if MODE == 2:
@@ -321,101 +317,24 @@ def dkv_kernel(
         ds = weights * (pulled - d[None, :])
         k_sums += tl.dot(ds.to(q.dtype), q, input_precision=PRECISION)
 
+    row = (batch.to(tl.int64) * sequence + key) * groups + kv
+    inside = (key < stop)[:, None]
     column, value_column = tl.arange(0, WIDTH), tl.arange(0, VALUE_WIDTH)
+    k_out = dk + row[:, None] * width + column[None, :]
+    v_out = dv + row[:, None] * value_width + value_column[None, :]
+    k_mask = inside & (column < width)[None, :]
+    v_mask = inside & (value_column < value_width)[None, :]
+    k_sums = k_sums * scale
     if MODE == 2:
-        row = tl.program_id(0).to(tl.int64) * KEYS + tl.arange(0, KEYS)
-        inside = key < sequence + KEYS
-    else:
-        row = group.to(tl.int64) * sequence + key
-        inside = key < sequence
-    tl.store(dk + row[:, None] * width + column[None, :], k_sums * scale,
-             mask=inside[:, None] & (column < width)[None, :])  # fmt: skip
-    tl.store(dv + row[:, None] * value_width + value_column[None, :], v_sums,
-             mask=inside[:, None] & (value_column < value_width)[None, :])  # fmt: skip
-
-
-@triton.jit
-def group_scores_kernel(
-    maxima, lse, scores, sequence, groups, first_tile, last_tile, num_blocks, num_tokens,
-    TOKENS: tl.constexpr, HEADS: tl.constexpr, PACK: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """scores [B * HKV, num_tokens of this launch, num_blocks]: Eq. 3 in the log, base 2.
-
-    The largest log-probability of a block over its keys and the heads of the group; -inf for blocks
-    that start after the query.
-    """
-    tile = first_tile + tl.program_id(0)
-    group = tl.program_id(1)
-    batch, kv = group // groups, group % groups
-    _, token, head, valid = _rows(tile, TOKENS, HEADS, PACK, ROWS, sequence)
-    stat = (batch.to(tl.int64) * groups * HEADS + kv * HEADS + head) * sequence + token
-    log_total = tl.load(lse + stat, mask=valid, other=0.0) * 1.4426950408889634
-    block = tl.program_id(2) * CHUNK + tl.arange(0, CHUNK)
-    place = group.to(tl.int64) * (last_tile - first_tile) + tile - first_tile
-    pointers = maxima + (place * num_blocks + block)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
-    # Blocks after the tile's last token were never walked over: nothing was written there.
-    walked = (block * BLOCK)[:, None] <= token[None, :]
-    raw = tl.load(pointers, mask=walked & valid[None, :] & (block < num_blocks)[:, None],
-                  other=float("-inf"))  # fmt: skip
-    best = tl.max(tl.reshape(raw - log_total[None, :], [CHUNK, TOKENS, PACK]), 2)
-    tokens = tile * TOKENS + tl.arange(0, TOKENS)
-    row = group.to(tl.int64) * num_tokens + tokens - first_tile * TOKENS
-    out = scores + row[None, :] * num_blocks + block[:, None]
-    tl.store(out, best, mask=(tokens < sequence)[None, :] & (block < num_blocks)[:, None])
-
-
-@triton.jit
-def topk_kernel(
-    scores, indices, first_token, tokens, sequence, num_blocks, selected, forced_first,
-    forced_recent,
-    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, SELECTED: tl.constexpr,
-):  # fmt: skip
-    """The `selected` best blocks of one row, ids ascending, -1 last; the lowest id wins a tie.
-
-    A score becomes an integer of the same order, the id below it: no two keys are equal.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    group = tl.program_id(1).to(tl.int64)
-    block = tl.arange(0, BLOCKS)
-    score = tl.load(scores + (group * tokens + row) * num_blocks + block, mask=block < num_blocks,
-                    other=float("-inf"))  # fmt: skip
-    own = (first_token + row) // BLOCK
-    visible = (block < num_blocks) & (block <= own)
-    forced = visible & ((block < forced_first) | (block > own - forced_recent))
-    score = tl.where(forced, float("inf"), score)
-    bits = (score + 0.0).to(tl.int32, bitcast=True)
-    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
-    nothing = -0x7FFFFFFFFFFFFFFF
-    keys = tl.where(visible, (ordered << 32) + (0x7FFFFFFF - block), nothing)
-    slot = tl.arange(0, SELECTED)
-    chosen = tl.full([SELECTED], 0x7FFFFFFF, tl.int32)
-    for index in range(selected):
-        best = tl.max(keys, 0)
-        found = (0x7FFFFFFF - (best & 0x7FFFFFFF)).to(tl.int32)
-        chosen = tl.where((slot == index) & (best != nothing), found, chosen)
-        keys = tl.where(keys == best, nothing, keys)
-    chosen = tl.sort(chosen)
-    chosen = tl.where(chosen == 0x7FFFFFFF, -1, chosen)
-    out = indices + (group * sequence + first_token + row) * selected + slot
-    tl.store(out, chosen, mask=slot < selected)
-
-
-@triton.jit
-def sum_chunks_kernel(
-    partial, result, first_chunk, sequence, blocks, width, KEYS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):  # fmt: skip
-    """result [B * HKV, S, width] fp32: the partial sums of each block, added in fixed order."""
-    block, group = tl.program_id(0), tl.program_id(1)
-    entry = group * blocks + block
-    column = tl.arange(0, WIDTH)
-    total = tl.zeros([KEYS, WIDTH], tl.float32)
-    inside = (column < width)[None, :]
-    for chunk in range(tl.load(first_chunk + entry), tl.load(first_chunk + entry + 1)):
-        row = chunk * KEYS + tl.arange(0, KEYS)
-        total += tl.load(partial + row[:, None] * width + column[None, :],
-                         mask=inside & (row >= 0)[:, None], other=0.0)  # fmt: skip
-    key = block * KEYS + tl.arange(0, KEYS)
-    out = result + (group.to(tl.int64) * sequence + key)[:, None] * width + column[None, :]
-    tl.store(out, total, mask=inside & (key < sequence)[:, None])
+        if after >= 0:
+            flag = flags + chunk - segment + after
+            while tl.atomic_add(flag, 0, sem="acquire", scope="gpu") == 0:
+                pass
+        if after + accumulate >= 0:
+            k_sums += tl.load(k_out, mask=k_mask, other=0.0)
+            v_sums += tl.load(v_out, mask=v_mask, other=0.0)
+    tl.store(k_out, k_sums.to(dk.dtype.element_ty), mask=k_mask)
+    tl.store(v_out, v_sums.to(dv.dtype.element_ty), mask=v_mask)
+    if MODE == 2:
+        tl.debug_barrier()  # all threads' stores come before the flag
+        tl.atomic_xchg(flags + chunk, 1, sem="release", scope="gpu")

@@ -44,30 +44,51 @@ def attend(
     return torch.stack(sequences)
 
 
-def causal(_b: int, _g: int, t: int) -> list[int]:
+Starts = list[list[int]]
+"""starts[b][t]: the first token of the document that token t of batch row b lies in."""
+
+
+def document_starts(lengths: list[int], batch: int, length: int) -> Starts:
+    """``lengths`` of the documents one after the other, through all batch rows."""
+    flat = []
+    for tokens in lengths:
+        flat += [len(flat) % length] * tokens
+    return [flat[b * length : (b + 1) * length] for b in range(batch)]
+
+
+def one_document(batch: int, length: int) -> Starts:
+    return [[0] * length] * batch
+
+
+def causal(starts: Starts) -> Callable[[int, int, int], list[int]]:
     """Eq. 2."""
-    return list(range(t + 1))
+    return lambda b, _g, t: list(range(starts[b][t], t + 1))
 
 
-def last_tokens(window: int) -> Callable[[int, int, int], list[int]]:
+def last_tokens(window: int, starts: Starts) -> Callable[[int, int, int], list[int]]:
     """Eq. 5."""
-    return lambda _b, _g, t: [j for j in range(t + 1) if j > t - window]
+    return lambda b, _g, t: [j for j in range(starts[b][t], t + 1) if j > t - window]
 
 
-def selected_tokens(block_indices: Tensor, block_size: int) -> Callable[[int, int, int], list[int]]:
+def selected_tokens(
+    block_indices: Tensor, block_size: int, starts: Starts
+) -> Callable[[int, int, int], list[int]]:
     """Eq. 6."""
     ids = block_indices.tolist()
 
     def visible(b: int, g: int, t: int) -> list[int]:
         chosen = set(ids[b][g][t])
-        return [j for j in range(t + 1) if j // block_size in chosen]
+        begin = starts[b][t]
+        return [j for j in range(begin, t + 1) if (j - begin) // block_size in chosen]
 
     return visible
 
 
-def log_sum_exp(query: Tensor, key: Tensor, scale: float | None = None) -> Tensor:
+def log_sum_exp(
+    query: Tensor, key: Tensor, scale: float | None = None, starts: Starts | None = None
+) -> Tensor:
     """[B, HQ, S] of causal attention."""
-    logits = _causal_logits(query, key, scale)
+    logits = _causal_logits(query, key, scale, starts)
     return torch.log(torch.exp(logits).sum(-1))
 
 
@@ -80,12 +101,13 @@ def select(
     forced_first: int = 0,
     forced_recent: int = 0,
     printed_algorithm: bool = False,
+    starts: Starts | None = None,
 ) -> Tensor:
     """Eq. 3, group max, top-k: int32 [B, HKV, S, K].
 
     ``printed_algorithm`` scores by (block maximum - m) / l as line 16 of Algorithm 1 prints it.
     """
-    logits = _causal_logits(query, key, scale)
+    logits = _causal_logits(query, key, scale, starts)
     row_max = logits.amax(-1, keepdim=True)
     row_sum = torch.exp(logits - row_max).sum(-1, keepdim=True)
     if printed_algorithm:
@@ -94,14 +116,15 @@ def select(
         token_scores = torch.exp(logits - row_max) / row_sum
     batch, heads, length, _ = logits.shape
     groups = key.shape[2]
+    starts = starts or one_document(batch, length)
     scores = token_scores.view(batch, groups, heads // groups, length, length).tolist()
     return torch.tensor(
         [
             [
                 [
                     _select_row(
-                        [head[t] for head in scores[b][g]],
-                        t,
+                        [head[t][starts[b][t] :] for head in scores[b][g]],
+                        t - starts[b][t],
                         block_size,
                         num_selected,
                         forced_first,
@@ -137,12 +160,17 @@ def _select_row(
     return chosen + [-1] * (num_selected - len(chosen))
 
 
-def _causal_logits(query: Tensor, key: Tensor, scale: float | None) -> Tensor:
-    """[B, HQ, S, S], -inf above the diagonal."""
+def _causal_logits(
+    query: Tensor, key: Tensor, scale: float | None, starts: Starts | None
+) -> Tensor:
+    """[B, HQ, S, S], -inf above the diagonal and left of the query's document."""
     query, key = query.detach().double(), key.detach().double()
     length, heads, head_dim = query.shape[1:]
     scale = 1.0 / math.sqrt(head_dim) if scale is None else scale
     key = key.repeat_interleave(heads // key.shape[2], dim=2)
     logits = torch.einsum("bthd,bjhd->bhtj", query, key) * scale
     future = torch.ones(length, length, dtype=torch.bool).triu(1)
+    if starts is not None:
+        begin = torch.tensor(starts)[:, None, :, None]
+        logits = logits.masked_fill(torch.arange(length) < begin, -math.inf)
     return logits.masked_fill(future, -math.inf)

@@ -4,6 +4,7 @@ Shapes: B batch, S sequence, HQ query heads, HKV KV groups, D query/key head dim
 dim, K selected.
 """
 
+import itertools
 import random
 from dataclasses import dataclass
 
@@ -65,6 +66,23 @@ def random_indices(case: Case, rng: random.Random) -> Tensor:
     ]
     shape = (case.batch, case.groups, case.length, case.num_selected)
     return torch.tensor(ids, dtype=torch.int32).view(shape)
+
+
+def random_documents(batch: int, length: int, rng: random.Random) -> list[int]:
+    """Lengths of documents that fill every batch row, some of one token and some empty."""
+    lengths = []
+    for _ in range(batch):
+        left = length
+        while left:
+            tokens = min(left, rng.choice([0, 1, rng.randint(1, 6), rng.randint(1, length)]))
+            lengths.append(tokens)
+            left -= tokens
+    return lengths + [0] * rng.choice([0, 2])
+
+
+def offsets(lengths: list[int]) -> Tensor:
+    """cu_seqlens of the documents."""
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
 
 
 def gradients(output: Tensor, inputs: tuple[Tensor, ...], weight: Tensor) -> tuple[Tensor, ...]:

@@ -9,7 +9,15 @@ from hysparse_kernels import block_sparse_attention, oracle_attention, sliding_w
 from torch import Tensor
 
 from tests.kernels import brute_force
-from tests.kernels.cases import Case, gradients, random_case, random_indices, random_qkv
+from tests.kernels.cases import (
+    Case,
+    gradients,
+    offsets,
+    random_case,
+    random_documents,
+    random_indices,
+    random_qkv,
+)
 
 TRIALS = range(12)
 
@@ -32,11 +40,21 @@ def random_sink(case: Case, rng: random.Random) -> Tensor | None:
     return torch.randn(case.heads, dtype=torch.float64).mul_(2.0).requires_grad_()
 
 
+def random_packing(case: Case, rng: random.Random) -> tuple[Tensor | None, brute_force.Starts]:
+    """cu_seqlens, half of the time none, and the same for the brute force."""
+    if rng.random() < 0.5:
+        return None, brute_force.one_document(case.batch, case.length)
+    lengths = random_documents(case.batch, case.length, rng)
+    print(lengths)
+    return offsets(lengths), brute_force.document_starts(lengths, case.batch, case.length)
+
+
 @pytest.mark.parametrize("trial", TRIALS)
 def test_oracle_attention(trial: int, rng: random.Random) -> None:
     case = random_case(rng)
     print(case)
     query, key, value = random_qkv(case)
+    cu_seqlens, starts = random_packing(case, rng)
     forced_first = rng.randint(0, min(1, case.num_selected))
     forced_recent = rng.randint(0, min(2, case.num_selected - forced_first))
     result = oracle_attention(
@@ -48,14 +66,22 @@ def test_oracle_attention(trial: int, rng: random.Random) -> None:
         softmax_scale=case.softmax_scale,
         forced_first_blocks=forced_first,
         forced_recent_blocks=forced_recent,
+        cu_seqlens=cu_seqlens,
         query_chunk=case.query_chunk,
     )
     scale = case.softmax_scale
-    expected = brute_force.attend(query, key, value, brute_force.causal, scale=scale)
+    expected = brute_force.attend(query, key, value, brute_force.causal(starts), scale=scale)
     assert_same(result.output, expected, (query, key, value))
-    torch.testing.assert_close(result.lse, brute_force.log_sum_exp(query, key, scale))
+    torch.testing.assert_close(result.lse, brute_force.log_sum_exp(query, key, scale, starts))
     selected = brute_force.select(
-        query, key, case.block_size, case.num_selected, scale, forced_first, forced_recent
+        query,
+        key,
+        case.block_size,
+        case.num_selected,
+        scale,
+        forced_first,
+        forced_recent,
+        starts=starts,
     )
     assert torch.equal(result.block_indices, selected)
     assert result.block_indices.dtype == torch.int32
@@ -66,6 +92,7 @@ def test_block_sparse_attention(trial: int, rng: random.Random) -> None:
     case = random_case(rng)
     print(case)
     query, key, value = random_qkv(case)
+    cu_seqlens, starts = random_packing(case, rng)
     sink = random_sink(case, rng)
     block_indices = random_indices(case, rng)
     actual = block_sparse_attention(
@@ -76,9 +103,10 @@ def test_block_sparse_attention(trial: int, rng: random.Random) -> None:
         block_size=case.block_size,
         sink=sink,
         softmax_scale=case.softmax_scale,
+        cu_seqlens=cu_seqlens,
         query_chunk=case.query_chunk,
     )
-    visible = brute_force.selected_tokens(block_indices, case.block_size)
+    visible = brute_force.selected_tokens(block_indices, case.block_size, starts)
     expected = brute_force.attend(query, key, value, visible, sink, case.softmax_scale)
     inputs = (query, key, value) if sink is None else (query, key, value, sink)
     assert_same(actual, expected, inputs)
@@ -89,6 +117,7 @@ def test_sliding_window_attention(trial: int, rng: random.Random) -> None:
     case = random_case(rng)
     print(case)
     query, key, value = random_qkv(case)
+    cu_seqlens, starts = random_packing(case, rng)
     sink = random_sink(case, rng)
     actual = sliding_window_attention(
         query,
@@ -97,9 +126,10 @@ def test_sliding_window_attention(trial: int, rng: random.Random) -> None:
         window=case.window,
         sink=sink,
         softmax_scale=case.softmax_scale,
+        cu_seqlens=cu_seqlens,
         query_chunk=case.query_chunk,
     )
-    visible = brute_force.last_tokens(case.window)
+    visible = brute_force.last_tokens(case.window, starts)
     expected = brute_force.attend(query, key, value, visible, sink, case.softmax_scale)
     inputs = (query, key, value) if sink is None else (query, key, value, sink)
     assert_same(actual, expected, inputs)

@@ -18,6 +18,10 @@ def shaped(*shape: int) -> torch.Tensor:
     return torch.zeros(shape)
 
 
+def offsets(*tokens: int) -> torch.Tensor:
+    return torch.tensor(tokens, dtype=torch.int32)
+
+
 GOOD: dict[str, Any] = {
     "query": shaped(2, 6, 4, 8),
     "key": shaped(2, 6, 2, 8),
@@ -42,6 +46,11 @@ GOOD: dict[str, Any] = {
         ({"query_chunk": 0}, "query_chunk: got 0"),
         ({"forced_first_blocks": -1}, "forced_first_blocks: got -1"),
         ({"forced_first_blocks": 2, "forced_recent_blocks": 1}, "at most num_selected = 2"),
+        ({"cu_seqlens": offsets(0, 6, 12).long()}, "cu_seqlens: got torch.int64"),
+        ({"cu_seqlens": offsets(0)}, r"cu_seqlens: got shape \[1\]"),
+        ({"cu_seqlens": offsets(0, 6, 11)}, "expected ascending offsets from 0 to 12"),
+        ({"cu_seqlens": offsets(0, 7, 6, 12)}, "expected ascending offsets from 0 to 12"),
+        ({"cu_seqlens": offsets(0, 5, 12)}, "expected a document to start at token 6 too"),
         ({"backend": "cuda"}, "backend: got 'cuda', expected one of auto, reference, triton"),
     ],
 )

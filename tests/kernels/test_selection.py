@@ -230,7 +230,9 @@ def test_selected_mass(seed: int) -> None:
     for num_selected in (2, 7):
         result = oracle_attention(query, key, key, block_size=block_size, num_selected=num_selected)
         mass = selected_mass(query, key, result.block_indices, result.lse, block_size=block_size)
-        visible = brute_force.selected_tokens(result.block_indices, block_size)
+        visible = brute_force.selected_tokens(
+            result.block_indices, block_size, brute_force.one_document(2, 20)
+        )
         expected = torch.zeros_like(mass)
         for b, h, t in itertools.product(range(2), range(4), range(20)):
             group = h // heads_per_group

@@ -9,13 +9,14 @@ import torch
 
 
 @pytest.mark.slow
-def test_triton_kernels_agree_with_the_reference(seed: int) -> None:
+@pytest.mark.parametrize("cases", ["triton_cases", "gating_cases"])
+def test_triton_kernels_agree_with_the_reference(cases: str, seed: int) -> None:
     # A process of its own: the interpreter is chosen when the kernels are imported.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([".", "kernels"])}
     if not torch.cuda.is_available():
         environment["TRITON_INTERPRET"] = "1"
     result = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.triton_cases", str(seed)],
+        [sys.executable, "-m", f"tests.kernels.{cases}", str(seed)],
         env=environment,
         capture_output=True,
         text=True,

@@ -6,13 +6,30 @@ in Triton's interpreter (TRITON_INTERPRET=1) in fp32, where rounding cannot hide
 
 from __future__ import annotations
 
+import contextlib
 import random
 import sys
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
-from hysparse_kernels import prepare_selection, reference, triton_attention
+from hysparse_kernels import (
+    KeyValueGradients,
+    block_lists,
+    block_topk,
+    prepare_selection,
+    reference,
+    triton_attention,
+    triton_lists,
+    triton_topk,
+)
+from hysparse_kernels.block_lists import build_block_lists
+from hysparse_kernels.documents import document_starts_in_rows
 from torch import Tensor
+
+from tests.kernels.cases import offsets, random_documents
+
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
 class Case(NamedTuple):
@@ -27,9 +44,25 @@ class Case(NamedTuple):
     block_size: int
     selected: int
     window: int
+    documents: tuple[int, ...] | None = None
+
+    def cu_seqlens(self, device: str) -> Tensor | None:
+        return None if self.documents is None else offsets(list(self.documents)).to(device)
 
 
-def draw(generator: random.Random, interpreted: bool) -> Case:
+class Inputs(NamedTuple):
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    sink: Tensor
+    grad: Tensor
+
+    def leaves(self, dtype: torch.dtype | None = None) -> list[Tensor]:
+        """Query, key, value and sink, each with a gradient of its own."""
+        return [tensor.detach().clone().to(dtype).requires_grad_() for tensor in self[:4]]
+
+
+def draw(generator: random.Random, interpreted: bool, packed: bool) -> Case:
     """A random case: odd lengths, any heads per group, MQA, value dim unlike head dim."""
     groups = generator.choice([1, 2, 3])
     heads = groups * generator.choice([1, 2, 3, 4, 8, 16])
@@ -38,17 +71,43 @@ def draw(generator: random.Random, interpreted: bool) -> Case:
     large = [32, 64] if max(head_dim, value_dim) > 128 else [32, 64, 128]
     block_size = generator.choice([16, 32] if interpreted else large)
     sequence = generator.randint(1, 40) if interpreted else generator.randint(1, 1500)
+    batch = generator.choice([1, 2])
     return Case(
-        generator.choice([1, 2]),
+        batch,
         sequence,
         heads,
         groups,
         head_dim,
         value_dim,
         block_size,
-        generator.choice([1, 2, 3, 5]),
+        generator.choice([1, 2, 3, 5] if interpreted else [1, 2, 5, 16, 64]),
         generator.randint(1, sequence + 5),
+        tuple(random_documents(batch, sequence, generator)) if packed else None,
     )
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """New tensors hold NaN or huge integers: what is read but was never written shows."""
+
+    def poison(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def made(*args: Any, **kwargs: Any) -> Tensor:
+            tensor = make(*args, **kwargs)
+            if tensor.dtype.is_floating_point:
+                return tensor.fill_(torch.nan)
+            return tensor.fill_(torch.iinfo(tensor.dtype).max // 2)
+
+        return made
+
+    places = ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty"))
+    before = [getattr(owner, name) for owner, name in places]
+    for (owner, name), make in zip(places, before, strict=True):
+        setattr(owner, name, poison(make))
+    try:
+        yield
+    finally:
+        for (owner, name), make in zip(places, before, strict=True):
+            setattr(owner, name, make)
 
 
 def compare(case: Case, dtype: torch.dtype, device: str, seed: int) -> None:
@@ -63,16 +122,27 @@ def compare(case: Case, dtype: torch.dtype, device: str, seed: int) -> None:
     value = normal(case.batch, case.sequence, case.groups, case.value_dim)
     sink = torch.randn(case.heads, generator=generator, device=device)
     grad = normal(case.batch, case.sequence, case.heads, case.value_dim)
-    tolerance = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
-    block = {"block_size": case.block_size}
+    inputs = Inputs(query, key, value, sink, grad)
+    packing = {"cu_seqlens": case.cu_seqlens(device)}
+    block = {"block_size": case.block_size, **packing}
     picks = {**block, "num_selected": case.selected}
+    seen = []
+
+    def record(scores: Tensor) -> Tensor:
+        seen.append(scores.clone())
+        return scores
 
     exact = reference.oracle_attention(query.double(), key.double(), value.double(), **picks)
-    got = triton_attention.oracle_attention(query, key, value, **picks)
+    got = triton_attention.oracle_attention(query, key, value, reduce_scores=record, **picks)
     assert (got.lse.double() - exact.lse).abs().max() < 1e-4, f"{case}: lse"
     assert _same_up_to_ties(got.block_indices, exact, query, key, case), f"{case}: selection"
-    lists = prepare_selection(exact.block_indices, case.heads, **block, backend="triton")
+    scored = torch.cat(seen, 2)
+    blocks = -(-case.sequence // case.block_size)
+    assert scored.numel() == case.batch * case.groups * case.sequence * blocks
+    assert not scored.isnan().any(), f"{case}: scores"
 
+    indices = disturbed(exact.block_indices, generator)
+    lists = prepare_selection(indices, case.heads, **block, backend="triton")
     operations = {
         "oracle": (
             lambda q, k, v, s: triton_attention.oracle_attention(q, k, v, **picks).output,
@@ -80,41 +150,138 @@ def compare(case: Case, dtype: torch.dtype, device: str, seed: int) -> None:
         ),
         "block-sparse": (
             lambda q, k, v, s: triton_attention.block_sparse_attention(
-                q, k, v, exact.block_indices, **block, sink=s, lists=lists
+                q, k, v, indices, **block, sink=s, lists=lists
             ),
-            lambda q, k, v, s: reference.block_sparse_attention(
-                q, k, v, exact.block_indices, **block, sink=s
-            ),
+            lambda q, k, v, s: reference.block_sparse_attention(q, k, v, indices, **block, sink=s),
         ),
         "window": (
             lambda q, k, v, s: triton_attention.sliding_window_attention(
-                q, k, v, window=case.window, sink=s
+                q, k, v, window=case.window, sink=s, **packing
             ),
             lambda q, k, v, s: reference.sliding_window_attention(
-                q, k, v, window=case.window, sink=s
+                q, k, v, window=case.window, sink=s, **packing
             ),
+        ),
+        "accumulated": (
+            lambda q, k, v, s: accumulated(triton_attention, q, k, v, s, indices, block),
+            lambda q, k, v, s: accumulated(reference, q, k, v, s, indices, block),
         ),
     }
     for name, (ours, specification) in operations.items():
-        low = [tensor.clone().requires_grad_() for tensor in (query, key, value, sink)]
-        high = [tensor.double().requires_grad_() for tensor in (query, key, value, sink)]
-        output, wanted = ours(*low), specification(*high)
-        output.backward(grad)
-        wanted.backward(grad.double())
-        again = [tensor.detach().clone().requires_grad_() for tensor in low]
+        compare_operation(f"{case}: {name}", ours, specification, inputs, TOLERANCE[dtype])
+
+
+def accumulated(
+    backend: Any, query: Tensor, key: Tensor, value: Tensor, sink: Tensor, indices: Tensor, block
+) -> Tensor:
+    """Two sparse layers and a dense one on the same key and value, with one fp32 sum."""
+    gradients = KeyValueGradients()
+    key, value = gradients.attach(key, value)
+    arguments = {**block, "accumulate": gradients}
+    one = backend.block_sparse_attention(query, key, value, indices, **arguments, sink=sink)
+    two = backend.block_sparse_attention(2 * query, key, value, indices, **arguments)
+    dense = backend.oracle_attention(query, key, value, **block, num_selected=1, select=False)
+    return one - two + dense.output
+
+
+def compare_operation(
+    what: str,
+    ours: Callable[..., Tensor],
+    specification: Callable[..., Tensor],
+    inputs: Inputs,
+    tolerance: float,
+) -> None:
+    """Assert output and gradients, that both repeat, and that nothing unwritten is read."""
+    low, again, high = inputs.leaves(), inputs.leaves(), inputs.leaves(torch.float64)
+    output, wanted = ours(*low), specification(*high)
+    output.backward(inputs.grad)
+    wanted.backward(inputs.grad.double())
+    with poisoned_memory():
         repeated = ours(*again)
-        repeated.backward(grad)
-        assert torch.equal(output, repeated), f"{case}: {name} does not repeat"
-        pairs = {"output": (output, wanted)}
-        for letter, a, b, c in zip(("dq", "dk", "dv", "dsink"), low, high, again, strict=True):
-            if b.grad is None:
-                continue
-            pairs[letter] = (a.grad, b.grad)
-            if name != "oracle":  # whose backward is cuDNN's where that is there
-                assert torch.equal(a.grad, c.grad), f"{case}: {letter} of {name} does not repeat"
-        for what, (a, b) in pairs.items():
-            error = (a.double() - b).norm() / b.norm().clamp(min=0.5 * b.numel() ** 0.5)
-            assert error < tolerance, f"{case}: {what} of {name} is off by {error:.1e}"
+        repeated.backward(inputs.grad)
+    assert torch.equal(output, repeated), f"{what} does not repeat"
+    pairs = {"output": (output, wanted)}
+    for letter, a, b, c in zip(("dq", "dk", "dv", "dsink"), low, high, again, strict=True):
+        if b.grad is None:
+            continue
+        pairs[letter] = (a.grad, b.grad)
+        # The dense backward is cuDNN's where that is there.
+        if a.device.type == "cpu" or "block-sparse" in what or "window" in what:
+            assert torch.equal(a.grad, c.grad), f"{letter} of {what} does not repeat"
+    for letter, (a, b) in pairs.items():
+        error = (a.double() - b).norm() / b.norm().clamp(min=0.5 * b.numel() ** 0.5)
+        assert error < tolerance, f"{letter} of {what} is off by {error:.1e}"
+
+
+def disturbed(indices: Tensor, generator: torch.Generator) -> Tensor:
+    """The picks in any order, some of them random and thus twice or of the future, some rows empty,
+    and block 0 in most rows."""
+    shape, device = indices.shape, indices.device
+
+    def chance(*size: int) -> Tensor:
+        return torch.rand(*size, generator=generator, device=device)
+
+    order = chance(*shape).argsort(-1)
+    indices = indices.gather(-1, order)
+    other = (chance(*shape) * (indices.max() + 1)).int()
+    indices = torch.where(chance(*shape) < 0.1, other, indices)
+    indices[..., 0] = torch.where(chance(*shape[:-1]) < 0.7, 0, indices[..., 0])
+    return torch.where(chance(*shape[:-1], 1) < 0.1, -1, indices).contiguous()
+
+
+def compare_lists(case: Case, device: str, seed: int) -> None:
+    """Assert that Triton builds the lists that plain torch builds."""
+    generator = torch.Generator(device=device).manual_seed(seed)
+    blocks = -(-case.sequence // case.block_size)
+    shape = (case.batch, case.groups, case.sequence, case.selected)
+    indices = torch.randint(-1, blocks, shape, generator=generator, device=device).int()
+    arguments = (indices, case.heads // case.groups, case.block_size, case.cu_seqlens(device))
+    with poisoned_memory():
+        lists = build_block_lists(*arguments)
+    wanted = build_block_lists(*arguments, with_triton=False)
+    for field in ("starts", "bits", "counts", "chunk_first", "chunk_after"):
+        a, b = getattr(lists, field), getattr(wanted, field)
+        assert a.dtype == b.dtype, field
+        assert torch.equal(a, b), f"{case}: {field} of the lists"
+    readers = int(wanted.chunk_first[-1])
+    assert torch.equal(lists.reader_part[:readers], wanted.reader_part[:readers]), case
+    assert torch.equal(lists.reader_bits[:readers], wanted.reader_bits[:readers]), case
+    assert lists.segments == wanted.segments
+
+
+def compare_topk(device: str, seed: int, shapes: list[tuple[int, int]]) -> None:
+    """Assert the exact top-k of (N, K), with many ties and infinities, in every dtype."""
+    generator = torch.Generator(device=device).manual_seed(seed)
+    for blocks, selected in shapes:
+        scores = torch.randn(3, 2, blocks, generator=generator, device=device)
+        scores[1] = scores[1].round()
+        level = torch.rand(3, 2, blocks, generator=generator, device=device)
+        scores = scores.masked_fill(level < 0.1, -torch.inf).masked_fill(level > 0.99, torch.inf)
+        scores[2, 0, blocks // 2 :] = -0.0
+        scores[2, 1] = -torch.inf
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            low = scores.to(dtype)
+            got = block_topk(low, selected, backend="triton")
+            wanted = reference.block_topk(low, selected)
+            assert torch.equal(got, wanted), f"top {selected} of {blocks} {dtype}"
+
+
+@contextlib.contextmanager
+def several_passes(segment_rows: int, map_bytes: int, scratch_bytes: int) -> Iterator[None]:
+    """Limits so low that small inputs are cut into chunks and passes like large ones."""
+    limits = (
+        (block_lists, "SEGMENT_ROWS", segment_rows),
+        (triton_lists, "_MAP_BYTES", map_bytes),
+        (triton_topk, "_SCRATCH_BYTES", scratch_bytes),
+    )
+    before = [getattr(module, name) for module, name, _ in limits]
+    for module, name, limit in limits:
+        setattr(module, name, limit)
+    try:
+        yield
+    finally:
+        for (module, name, _), limit in zip(limits, before, strict=True):
+            setattr(module, name, limit)
 
 
 def _same_up_to_ties(got: Tensor, exact, query: Tensor, key: Tensor, case: Case) -> bool:
@@ -125,10 +292,15 @@ def _same_up_to_ties(got: Tensor, exact, query: Tensor, key: Tensor, case: Case)
     keys = key.double().repeat_interleave(heads, 2)
     logits = torch.einsum("bshd,bthd->bhst", query.double(), keys) * case.head_dim**-0.5
     later = torch.ones(case.sequence, case.sequence, device=query.device).triu(1).bool()
-    scores = (logits - exact.lse[..., None]).masked_fill(later, -torch.inf)
-    padding = -case.sequence % case.block_size
-    scores = torch.nn.functional.pad(scores, (0, padding), value=-torch.inf)
-    scores = scores.unflatten(3, (-1, case.block_size)).amax(4)
+    starts = torch.zeros(case.batch, case.sequence, dtype=torch.int64, device=query.device)
+    cu_seqlens = case.cu_seqlens(query.device.type)
+    if cu_seqlens is not None:
+        starts = document_starts_in_rows(cu_seqlens, case.batch, case.sequence)
+    foreign = (starts[:, :, None] != starts[:, None, :])[:, None]
+    logits = (logits - exact.lse[..., None]).masked_fill(later | foreign, -torch.inf)
+    block = (torch.arange(case.sequence, device=query.device) - starts) // case.block_size
+    scores = logits.new_full((*logits.shape[:3], -(-case.sequence // case.block_size)), -torch.inf)
+    scores.scatter_reduce_(3, block[:, None, None].expand_as(logits), logits, "amax")
     scores = scores.unflatten(1, (case.groups, heads)).amax(2)
 
     def chosen(indices: Tensor) -> Tensor:
@@ -139,21 +311,42 @@ def _same_up_to_ties(got: Tensor, exact, query: Tensor, key: Tensor, case: Case)
     return bool(((a == b) | ((a - b).abs() < 1e-4)).all())
 
 
+def on_gpu(generator: random.Random) -> None:
+    compare_topk("cuda", generator.randrange(2**31), [(7, 64), (512, 16), (2048, 16), (4096, 64)])
+    for trial in range(8):  # most of the time goes into compiling each
+        dtype = generator.choice([torch.bfloat16, torch.float16])
+        case = draw(generator, interpreted=False, packed=trial % 2 == 1)
+        with several_passes(generator.choice([8, 1024]), 2**22, 2**24):
+            compare_lists(case, "cuda", generator.randrange(2**31))
+            compare(case, dtype, "cuda", generator.randrange(2**31))
+        print(f"{case} agrees in {dtype}", flush=True)
+
+
+def interpreted(generator: random.Random) -> None:
+    def seed() -> int:
+        return generator.randrange(2**31)
+
+    compare_topk("cpu", seed(), [(1, 3), (30, 5), (300, 4), (1100, 16), (90, 64)])
+    compare(Case(1, 1, 1, 1, 16, 16, 16, 1, 1), torch.float32, "cpu", seed())
+    compare_lists(Case(1, 40, 32, 1, 16, 16, 4, 64, 1), "cpu", seed())
+    with several_passes(3, 300, 2**14):
+        for _ in range(3):
+            case = draw(generator, interpreted=True, packed=generator.random() < 0.5)
+            compare_lists(case._replace(block_size=4, sequence=case.sequence), "cpu", seed())
+        compare(Case(1, 39, 16, 1, 16, 32, 16, 2, 17, (20, 0, 19)), torch.float32, "cpu", seed())
+        for packed in (False, True, True):
+            case = draw(generator, interpreted=True, packed=packed)
+            compare(case, torch.float32, "cpu", seed())
+            print(f"{case} agrees", flush=True)
+
+
 def main(seed: int) -> None:
     """Run all cases for one seed."""
     generator = random.Random(seed)
     if torch.cuda.is_available():
-        for _ in range(8):  # most of the time goes into compiling each
-            dtype = generator.choice([torch.bfloat16, torch.float16])
-            case = draw(generator, interpreted=False)
-            compare(case, dtype, "cuda", generator.randrange(2**31))
-            print(f"{case} agrees in {dtype}", flush=True)
+        on_gpu(generator)
     else:
-        compare(Case(1, 1, 1, 1, 16, 16, 16, 1, 1), torch.float32, "cpu", seed)
-        compare(Case(1, 39, 16, 1, 16, 32, 16, 2, 17), torch.float32, "cpu", seed)
-        for _ in range(2):
-            case = draw(generator, interpreted=True)
-            compare(case, torch.float32, "cpu", generator.randrange(2**31))
+        interpreted(generator)
     print("all cases agree")
 
 

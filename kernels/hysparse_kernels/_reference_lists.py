@@ -1,0 +1,92 @@
+"""The lists of a selection in plain torch: what triton_lists.py must build too.
+
+Shapes as in block_lists.py; M tokens of a tile.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hysparse_kernels.block_lists import Readers, Unions, reader_capacity, union_capacity
+from hysparse_kernels.documents import BlockTable
+
+
+def unions(indices: Tensor, tile_tokens: int, block_size: int, table: BlockTable) -> Unions:
+    """The blocks that each tile of `tile_tokens` tokens reads; indices int32 [R, tokens, K]."""
+    rows, tokens, selected = indices.shape
+    blocks, device = len(table), indices.device
+    tiles = -(-tokens // tile_tokens)
+    token = torch.arange(tokens, device=device)[:, None]
+    if table.document_start is None or table.number is None:
+        begin, number = torch.zeros_like(token), indices.long()
+    else:
+        begin = table.document_start.long()[:, None]
+        number = table.number[begin] + indices.long()
+    chosen = (indices >= 0) & (begin + indices.long() * block_size <= token)
+
+    # One sortable number per pick, block first, token second; what is not picked sorts last.
+    codes = torch.full((rows, tiles * tile_tokens, selected), blocks * tile_tokens, device=device)
+    codes[:, :tokens] = torch.where(chosen, number * tile_tokens + token % tile_tokens, codes[0, 0])
+    codes = codes.view(rows, tiles, -1).sort(dim=2).values
+    number = codes // tile_tokens
+    valid = number < blocks
+    new_block = _differs_from_previous(number) & valid
+    # A block that a token names twice sets its bit once.
+    new_pick = _differs_from_previous(codes) & valid
+
+    capacity = union_capacity(tile_tokens, selected, blocks)
+    place = torch.where(valid, new_block.cumsum(2) - 1, capacity)  # the last one is dropped
+    starts = torch.zeros(rows, tiles, capacity + 1, dtype=torch.int64, device=device)
+    starts.scatter_(2, place, table.first.long()[number.clamp(max=blocks - 1)])
+    bits = torch.zeros_like(starts)
+    bits.scatter_add_(2, place, torch.where(new_pick, 1 << (codes % tile_tokens), 0))
+    counts = new_block.sum(2).to(torch.int32)
+    return Unions(starts[..., :-1].to(torch.int32), _as_int32(bits[..., :-1]), counts)
+
+
+def readers(
+    unions: Unions,
+    tile_tokens: int,
+    block_size: int,
+    table: BlockTable,
+    selected: int,
+    segment_tokens: int,
+) -> Readers:
+    """The parts, half a tile each, that read each block; `selected` is K."""
+    rows, tiles, capacity = unions.starts.shape
+    device, blocks, part_tokens = unions.starts.device, len(table), tile_tokens // 2
+    number = (
+        unions.starts // block_size if table.number is None else table.number[unions.starts.long()]
+    )
+    bits = torch.stack([unions.bits, unions.bits >> part_tokens], dim=3)
+    bits = bits & ((1 << part_tokens) - 1)
+    slot = torch.arange(capacity, device=device)[:, None]
+    reads = (slot < unions.counts[..., None, None]) & (bits != 0)
+    row = torch.arange(rows, device=device)[:, None, None, None]
+    segments = -(-tiles * tile_tokens // segment_tokens)
+    segment = (torch.arange(tiles, device=device) * tile_tokens // segment_tokens)[:, None, None]
+    owner = (row * blocks + number[..., None]) * segments + segment
+    owner = torch.where(reads, owner, rows * blocks * segments).flatten()
+    part = 2 * torch.arange(tiles, device=device)[:, None, None] + torch.arange(2, device=device)
+    # Each block stands once per tile, so that a stable sort by block leaves the parts ascending.
+    order = owner.sort(stable=True).indices
+    counts = owner.new_zeros(rows * blocks * segments + 1)
+    counts.scatter_add_(0, owner, torch.ones_like(owner))
+    order = order[: reader_capacity(rows, tiles, tile_tokens, selected, blocks)]
+    return Readers(
+        part.expand(rows, tiles, capacity, 2).flatten()[order].to(torch.int32),
+        bits.flatten()[order],
+        counts[:-1].to(torch.int32),
+    )
+
+
+def _differs_from_previous(values: Tensor) -> Tensor:
+    differs = torch.ones_like(values, dtype=torch.bool)
+    differs[..., 1:] = values[..., 1:] != values[..., :-1]
+    return differs
+
+
+def _as_int32(bits: Tensor) -> Tensor:
+    """The low 32 bits of non-negative int64 values, bit 31 becoming the sign."""
+    return torch.where(bits >= 2**31, bits - 2**32, bits).to(torch.int32)

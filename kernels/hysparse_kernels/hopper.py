@@ -1,0 +1,341 @@
+"""Launching the Hopper kernels: which inputs they take, descriptors, ring depths, grids.
+
+They compute what the portable kernels of triton_launch.py compute, for the shapes that matter
+most. Packed documents come as one batch row, [1, B * S, ...].
+
+Shapes: B batch, S sequence, HQ query heads, HKV KV groups, D query/key head dim, DV value head dim,
+N blocks, K selected.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from hysparse_kernels import hopper_dkv, hopper_dq, hopper_forward, hopper_oracle
+from hysparse_kernels import triton_kernels as portable
+from hysparse_kernels.accumulation import KeyValueGradients
+from hysparse_kernels.documents import cut
+from hysparse_kernels.hopper_common import BLOCKS, SPAN
+from hysparse_kernels.triton_launch import Saved, Walk, gradient_buffers
+from hysparse_kernels.triton_topk import Selector
+
+_LOG2_E = 1.4426950408889634
+_KEYS = 64
+"""Keys per step of the window and block-sparse kernels: one block."""
+_ORACLE_KEYS = 128
+_ORACLE_BLOCK_SIZES = (32, 64, 128)
+_MOST_BLOCKS = 4096
+"""More scores of one token do not fit into the registers of a warp."""
+_ROWS = 64
+"""Rows of a part: tokens times query heads of a group."""
+_SHARED_BYTES = 226 * 2**10
+"""Shared memory for tiles; a multiprocessor gives a program 227 KiB, barriers take the rest."""
+SWITCH = "HYSPARSE_HOPPER"
+"""Environment variable; 0 runs the portable kernels on Hopper GPUs too."""
+
+
+@lru_cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether the device has the instructions that these kernels are made of."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def why_not(
+    query: Tensor, key: Tensor, value: Tensor, walk: Walk, selector: Selector | None = None
+) -> str | None:
+    """Why these kernels cannot take such a call, or None."""
+    if os.environ.get(SWITCH, "1") == "0":
+        return f"{SWITCH} is 0"
+    if not is_hopper(query.device):
+        return f"they need a GPU of compute capability 9.0, the tensors are on {query.device}"
+    reason = why_not_shape(query.shape[2] // key.shape[2], query.shape[3], value.shape[3])
+    if reason is None and walk.lists is not None and walk.keys != _KEYS:
+        reason = f"they take selected blocks of {_KEYS} keys, not {walk.keys}"
+    if reason is None and walk.lists is not None and walk.lists.part.rows != _ROWS:
+        reason = f"they take 4, 8, ... 64 heads per group, not {walk.lists.part.heads}"
+    if reason is None and selector is not None:
+        blocks = triton.cdiv(selector.longest, selector.rule.block_size)
+        if selector.rule.reduce_scores is not None:
+            reason = "they do not hand out scores, which reduce_scores asks for"
+        elif selector.rule.block_size not in _ORACLE_BLOCK_SIZES:
+            reason = f"they select blocks of {_ORACLE_BLOCK_SIZES} keys"
+        elif blocks > _MOST_BLOCKS:
+            reason = f"they rank up to {_MOST_BLOCKS} blocks, not {blocks}"
+    if reason is None and not all(map(_aligned, (query, key, value))):
+        reason = "the copy engine takes rows that start at multiples of 16 bytes only"
+    return reason
+
+
+def why_not_shape(heads: int, width: int, value_width: int) -> str | None:
+    """Why these kernels do not take so many heads per group and such head dims, or None."""
+    if (width, value_width) not in ((64, 64), (64, 128), (128, 64), (128, 128), (192, 128)):
+        return f"they take head dims 64, 128 (values too) and 192/128, not {width}/{value_width}"
+    if heads > 64 or heads & (heads - 1):
+        return f"they take 1, 2, 4, ... 64 heads per group, not {heads}"
+    return None
+
+
+def _aligned(tensor: Tensor) -> bool:
+    sizes = zip(tensor.stride()[:3], tensor.shape[:3], strict=True)
+    steps = (step for step, size in sizes if size > 1)
+    return tensor.stride(3) == 1 and tensor.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in steps)
+
+
+@lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@dataclass(frozen=True)
+class _Geometry:
+    """Sizes of one call."""
+
+    batch: int
+    sequence: int
+    groups: int
+    heads: int
+    width: int
+    value_width: int
+
+    @classmethod
+    def of(cls, query: Tensor, key: Tensor, value: Tensor) -> _Geometry:
+        batch, sequence, query_heads, width = query.shape
+        groups = key.shape[2]
+        return cls(batch, sequence, groups, query_heads // groups, width, value.shape[3])
+
+    @property
+    def split(self) -> bool:
+        """Head dim 192 lies in two pieces, 128 and 64: the compiler knows powers of two only."""
+        return self.width == 192
+
+    @property
+    def first_width(self) -> int:
+        return 128 if self.split else self.width
+
+    @property
+    def own_output_width(self) -> int:
+        """Width of the place for an output that cannot leave through the place of its query."""
+        return 0 if self.first_width == self.value_width else self.value_width
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one part (64 rows)."""
+        return _ROWS // self.heads
+
+    @property
+    def key_bytes(self) -> int:
+        """Of one key and its value."""
+        return 2 * (self.width + self.value_width)
+
+    def constants(self) -> dict[str, Any]:
+        return {
+            "TOKENS": self.tokens,
+            "HEADS": self.heads,
+            "WIDTH": self.first_width,
+            "VALUE_WIDTH": self.value_width,
+            "SPLIT": self.split,
+        }
+
+    def rows(self, tensor: Tensor, width: int) -> TensorDescriptor:
+        """One part of a [B, S, HQ, *] tensor."""
+        return _descriptor(tensor, [1, self.tokens, self.heads, width])
+
+    def queries(self, tensor: Tensor) -> tuple[TensorDescriptor, TensorDescriptor]:
+        """Both pieces of a [B, S, HQ, D] tensor; the first one twice if there is one."""
+        first = self.rows(tensor, self.first_width)
+        return first, self.rows(tensor, 64) if self.split else first
+
+    def keys(self, tensor: Tensor, count: int) -> tuple[TensorDescriptor, TensorDescriptor]:
+        first = _descriptor(tensor, [1, count, 1, self.first_width])
+        return first, _descriptor(tensor, [1, count, 1, 64]) if self.split else first
+
+    def values(self, tensor: Tensor, count: int) -> TensorDescriptor:
+        return _descriptor(tensor, [1, count, 1, self.value_width])
+
+
+def _descriptor(tensor: Tensor, box: list[int]) -> TensorDescriptor:
+    """How the copy engine fetches a `box` of a tensor; zeros outside."""
+    elements = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
+    layout = gl.NVMMASharedLayout.get_default_for(box, elements[tensor.dtype])
+    # A dimension of one element may have any stride, the copy engine wants multiples of 16 bytes.
+    strides = [
+        step if size > 1 else 64 for step, size in zip(tensor.stride(), tensor.shape, strict=True)
+    ]
+    strides[-1] = 1
+    return TensorDescriptor(tensor, list(tensor.shape), strides, box, layout)
+
+
+def _stages(most: int, bytes_per_stage: int, fixed_bytes: int) -> int:
+    return min(most, (_SHARED_BYTES - fixed_bytes) // bytes_per_stage)
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """What the forward and dQ kernels are launched over."""
+
+    mode: int
+    packed: bool
+    number: int
+    table: Tensor
+    """int32 [tiles, 3] for packed documents: first token, start and stop of its document."""
+    unions: tuple[Any, ...]
+    """starts, bits, counts and capacity of a selection's unions, or stand-ins."""
+
+    @classmethod
+    def of(cls, walk: Walk, size: _Geometry, unused: Tensor) -> _Tiles:
+        if walk.lists is not None:
+            starts = walk.lists.starts
+            unions = (starts, walk.lists.bits, walk.lists.counts, starts.shape[2])
+            return cls(BLOCKS.value, False, starts.shape[1], unused, unions)
+        number, table = triton.cdiv(size.sequence, 2 * size.tokens), unused
+        if walk.cu_seqlens is not None:
+            pieces = cut(walk.cu_seqlens, 2 * size.tokens, size.sequence)
+            table = torch.stack((pieces.first, pieces.document_first, pieces.document_stop), 1)
+            number = len(pieces)
+        unions = (unused, unused, unused, 0)
+        return cls(SPAN.value, walk.cu_seqlens is not None, number, table, unions)
+
+
+def _window(walk: Walk, size: _Geometry) -> int:
+    return size.sequence if walk.mode == portable.CAUSAL else min(walk.window, size.sequence)
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sink: Tensor | None,
+    walk: Walk,
+    scale: float,
+    selector: Selector | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """output [B, S, HQ, DV], lse [B, HQ, S] fp32 and, with a selector, indices [B, HKV, S, K]."""
+    size = _Geometry.of(query, key, value)
+    output = query.new_empty(*query.shape[:3], size.value_width)
+    lse = query.new_empty(size.batch, query.shape[2], size.sequence, dtype=torch.float32)
+    tiles = _Tiles.of(walk, size, lse)
+    if walk.mode == portable.CAUSAL:
+        return output, lse, _oracle(query, key, value, output, lse, tiles, size, scale, selector)
+    items = tiles.number * size.batch * size.groups
+    programs = min(items, _multiprocessors(query.device))
+    q_stages = 1 if size.split else 2
+    fixed = 2 * _ROWS * 2 * (size.width * q_stages + size.own_output_width)
+    hopper_forward.forward_kernel[(programs,)](
+        *size.queries(query), *size.keys(key, _KEYS), size.values(value, _KEYS),
+        size.rows(output, size.value_width), output, lse, lse if sink is None else sink,
+        *tiles.unions, tiles.table, size.sequence, size.groups, tiles.number, items, programs,
+        _window(walk, size), scale * _LOG2_E,
+        MODE=tiles.mode, PACKED=tiles.packed, **size.constants(), KEYS=_KEYS,
+        STAGES=_stages(4, _KEYS * size.key_bytes, fixed), Q_STAGES=q_stages,
+        HAS_SINK=sink is not None, num_warps=4,
+    )  # fmt: skip
+    return output, lse, None
+
+
+def _oracle(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    tiles: _Tiles,
+    size: _Geometry,
+    scale: float,
+    selector: Selector | None,
+) -> Tensor | None:
+    """Fill output and lse; block indices if there is a selector."""
+    items = tiles.number * size.batch * size.groups
+    programs = min(items, _multiprocessors(query.device))
+    indices, scratch, blocks, selected, block_size, forced = lse, lse, 1, 1, _KEYS, (0, 0)
+    if selector is not None:
+        rule = selector.rule
+        block_size, selected = rule.block_size, rule.num_selected
+        forced = (rule.forced_first_blocks, rule.forced_recent_blocks)
+        blocks = triton.cdiv(selector.longest, block_size)
+        shape = (size.batch, size.groups, size.sequence, selected)
+        indices = torch.empty(shape, dtype=torch.int32, device=query.device)
+        scratch = lse.new_empty(programs * 2 * _ROWS * (blocks + 1))
+    fixed = 2 * _ROWS * 2 * (size.width + size.own_output_width)
+    hopper_oracle.oracle_kernel[(programs,)](
+        *size.queries(query), *size.keys(key, _ORACLE_KEYS), size.values(value, _ORACLE_KEYS),
+        size.rows(output, size.value_width), output, lse, indices, scratch, tiles.table,
+        size.sequence, size.groups, tiles.number, items, programs, scale * _LOG2_E, blocks,
+        selected,
+        *forced, **size.constants(), KEYS=_ORACLE_KEYS,
+        STAGES=_stages(2, _ORACLE_KEYS * size.key_bytes, fixed), PACKED=tiles.packed,
+        SCORES=selector is not None, BLOCK=block_size,
+        BLOCKS=max(128, triton.next_power_of_2(blocks)),
+        SELECTED=triton.next_power_of_2(selected), num_warps=4,
+    )  # fmt: skip
+    return None if selector is None else indices
+
+
+def gradients(
+    saved: Saved, walk: Walk, scale: float, accumulate: KeyValueGradients | None, keys_too: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """dQ, dK, dV and delta [B, HQ, S] fp32; no dK and dV where none are asked for or where they
+    were added to `accumulate`."""
+    query, key, value, output, lse, grad = saved
+    grad = grad if _aligned(grad) else grad.contiguous()
+    size = _Geometry.of(query, key, value)
+    pairs = size.batch * size.groups
+    # What the second kernel needs of every row, in the order in which it fetches them.
+    stride = triton.cdiv(size.sequence * size.heads, 4) * 4  # the copy engine's 16 bytes
+    row_lse = lse.new_empty(pairs, stride)
+    row_delta = torch.empty_like(row_lse)
+    d_query = query.new_empty(query.shape)
+    tiles = _Tiles.of(walk, size, lse)
+    items = tiles.number * pairs
+    programs = min(items, _multiprocessors(query.device))
+    q_desc, k_desc = size.queries(query), size.keys(key, _KEYS)
+    g_desc, v_desc = size.rows(grad, size.value_width), size.values(value, _KEYS)
+    q_stages = 1 if size.split else 2
+    hopper_dq.dq_kernel[(programs,)](
+        *q_desc, g_desc, *k_desc, v_desc, *size.queries(d_query),
+        output, grad, *grad.stride()[:3], lse, row_lse, row_delta, stride, d_query,
+        *tiles.unions, tiles.table, size.sequence, size.groups, tiles.number, items, programs,
+        _window(walk, size), scale, scale * _LOG2_E,
+        MODE=tiles.mode, PACKED=tiles.packed, **size.constants(), KEYS=_KEYS,
+        STAGES=_stages(4, _KEYS * size.key_bytes, 2 * _ROWS * size.key_bytes * q_stages),
+        Q_STAGES=q_stages, num_warps=4,
+    )  # fmt: skip
+    row_lse, row_delta = (rows[:, : size.sequence * size.heads] for rows in (row_lse, row_delta))
+    delta = row_delta.unflatten(0, (size.batch, size.groups)).unflatten(2, (-1, size.heads))
+    delta = delta.transpose(2, 3).reshape(lse.shape)
+    if not keys_too:
+        return d_query, None, None, delta
+
+    d_key, d_value, add = gradient_buffers(key, value, accumulate, fp32=True)
+    lists, packed = walk.lists, walk.cu_seqlens is not None
+    blocks, segments = triton.cdiv(size.sequence, _KEYS), 1
+    block_table: tuple[Tensor, ...] = (lse, lse, lse)
+    chunks: tuple[Tensor, ...] = (lse, lse, lse, lse)
+    flags = lse
+    if lists is not None:
+        blocks, segments, packed = len(lists.table), lists.segments, lists.packed
+        block_table = (lists.table.first, lists.table.stop, lse)
+        chunks = (lists.chunk_first, lists.chunk_after, lists.reader_part, lists.reader_bits)
+        flags = torch.zeros_like(lists.chunk_after)
+    elif walk.cu_seqlens is not None:
+        pieces = cut(walk.cu_seqlens, _KEYS, size.sequence)
+        blocks, block_table = len(pieces), (pieces.first, pieces.stop, pieces.document_stop)
+    hopper_dkv.dkv_kernel[(blocks * segments * pairs,)](
+        *q_desc, g_desc, *k_desc, v_desc,
+        _descriptor(row_lse, [1, _ROWS]), _descriptor(row_delta, [1, _ROWS]),
+        d_key, d_value, flags, *block_table, *chunks,
+        _window(walk, size), size.sequence, size.groups, blocks, segments, scale, scale * _LOG2_E,
+        int(add), MODE=tiles.mode, PACKED=packed, **size.constants(), KEYS=_KEYS, STAGES=4,
+        ROWS=32 if size.split else 64, num_warps=4,
+    )  # fmt: skip
+    if accumulate is not None:
+        return d_query, None, None, delta
+    return d_query, d_key.to(key.dtype), d_value.to(value.dtype), delta

@@ -1,0 +1,123 @@
+"""What the Hopper kernels share: work order, tile geometry, views and conversions.
+
+Shapes: B batch, S sequence, HQ query heads, HKV KV groups, D query/key head dim, DV value head dim.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import tma, warpgroup_mma
+
+LOG2_E = gl.constexpr(1.4426950408889634)
+LN_2 = gl.constexpr(0.6931471805599453)
+SPAN = gl.constexpr(0)
+"""Mode of a kernel that walks over the keys of a window, or of the whole past."""
+BLOCKS = gl.constexpr(1)
+"""Mode of a kernel that walks over selected blocks."""
+
+
+@gluon.jit
+def maximum(a, b):
+    """For reductions."""
+    return gl.maximum(a, b)
+
+
+@gluon.jit
+def add(a, b):
+    """For scans."""
+    return a + b
+
+
+@gluon.jit
+def work(item, items, tiles, programs):
+    """Tile, group and validity of the item-th piece of work of this program; last tiles first.
+
+    Where tiles grow with their number the longest come first. Programs take turns in both
+    directions, so that none always gets the longer tile.
+    """
+    lane = gl.program_id(0)
+    index = item * programs + lane + (item % 2) * (programs - 1 - 2 * lane)
+    valid = index < items
+    index = gl.minimum(index, items - 1)
+    return tiles - 1 - index % tiles, index // tiles, valid
+
+
+@gluon.jit
+def extent(tile, tile_table, sequence, TILE: gl.constexpr, PACKED: gl.constexpr):
+    """First token of a tile, and start and stop of the document it lies in."""
+    if PACKED:
+        first = gl.load(tile_table + 3 * tile)
+        start = gl.load(tile_table + 3 * tile + 1)
+        stop = gl.load(tile_table + 3 * tile + 2)
+    else:
+        first = tile * TILE
+        start = 0
+        stop = sequence
+    return first, start, stop
+
+
+@gluon.jit
+def span(first, start, stop, group, tile, tiles, window, counts,
+         MODE: gl.constexpr, TILE: gl.constexpr, KEYS: gl.constexpr):  # fmt: skip
+    """First key and number of steps of a token tile (for BLOCKS the lists hold the keys)."""
+    begin = gl.maximum(first - window + 1, start)
+    steps = gl.cdiv(gl.minimum(first + TILE, stop) - begin, KEYS)
+    if MODE == BLOCKS:
+        steps = gl.load(counts + group.to(gl.int64) * tiles + tile)
+    return begin, steps
+
+
+@gluon.jit
+def flat(memory, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    """A [1, .., COLUMNS] tile in shared memory as a matrix [ROWS, COLUMNS]."""
+    layout: gl.constexpr = gl.NVMMASharedLayout(
+        memory.layout.swizzle_byte_width, memory.layout.element_bitwidth, 2
+    )
+    return memory._reinterpret(memory.dtype, [ROWS, COLUMNS], layout)
+
+
+@gluon.jit
+def narrow(values, dtype: gl.constexpr):
+    """fp32 to bf16 or fp16, two at a time."""
+    if dtype == gl.bfloat16:
+        result = gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [values],
+            dtype=gl.bfloat16, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        result = gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [values],
+            dtype=gl.float16, is_pure=True, pack=2,
+        )  # fmt: skip
+    return result
+
+
+@gluon.jit
+def as_operand(values, dtype: gl.constexpr, layout: gl.constexpr):
+    """fp32 results of one matrix product as the left operand of the next; stays in registers."""
+    return gl.convert_layout(narrow(values, dtype), layout, assert_trivial=True)
+
+
+@gluon.jit
+def product(left, left2, right, right2, donor, ROWS: gl.constexpr, WIDTH: gl.constexpr,
+            SPLIT: gl.constexpr):  # fmt: skip
+    """Start left @ right^T over a head dim that may lie in two pieces; right are [ROWS, width].
+
+    `donor` is a dead tensor whose registers take the result.
+    """
+    result = warpgroup_mma(
+        left, flat(right, ROWS, WIDTH).permute((1, 0)), donor, use_acc=False, is_async=True
+    )
+    if SPLIT:
+        result = warpgroup_mma(left2, flat(right2, ROWS, 64).permute((1, 0)), result, is_async=True)
+    return result
+
+
+@gluon.jit
+def fetch(desc, desc2, coordinates, barrier, memory, memory2, SPLIT: gl.constexpr):
+    """Bring one tile of a head dim that may lie in two pieces; `coordinates` (b, s, head)."""
+    batch, token, head = coordinates
+    tma.async_copy_global_to_shared(desc, [batch, token, head, 0], barrier, memory)
+    if SPLIT:
+        tma.async_copy_global_to_shared(desc2, [batch, token, head, 128], barrier, memory2)

@@ -1,0 +1,379 @@
+"""dK and dV of window, block-sparse and causal attention for Hopper GPUs, written in Gluon.
+
+A program owns one block of KEYS keys of one KV group. The loader brings its keys and values once
+and then, one after the other, the parts (TOKENS neighbouring tokens times HEADS query heads, 64
+rows) that read them; two consumers take the parts in turn, each with sums of its own that are added
+at the end, always in the same order:
+
+    S^T = K Q^T    dP^T = V dO^T    dV += P^T dO    dK += dS^T Q
+
+With BLOCKS the parts come from the inverted lists of a selection, and a program takes only those
+of one segment of the sequence. Programs of one segment run at the same time, so that all of them
+find its queries in the L2 cache however far apart the blocks are that they work for; and a block
+that every token reads is cut into pieces. The first program of a block stores its sums, a later one
+waits until the one before is done and adds to them, so that no float is ever added in an order of
+chance. Programs are started in the order of their numbers, and none waits for a higher one.
+
+Shapes: B batch, S sequence, HQ query heads, HKV KV groups, D query/key head dim, DV value head dim.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from hysparse_kernels.hopper_common import BLOCKS, as_operand, fetch, flat
+
+
+@gluon.jit
+def _task(block_first, block_stop, document_stop, chunk_first, chunk_after, window, sequence,
+          blocks, segments, MODE: gl.constexpr, TOKENS: gl.constexpr, KEYS: gl.constexpr,
+          PACKED: gl.constexpr):  # fmt: skip
+    """What this program does.
+
+    Returns group, first key, end of the keys, first and last part (BLOCKS: places in the lists),
+    end of the document, and for BLOCKS its place in the tables of chunks and the segment to wait
+    for: -1 to store what is first, -2 if there is nothing to do.
+    """
+    index = gl.program_id(0)
+    block = index % blocks
+    place = index
+    after = -1
+    if MODE == BLOCKS:
+        group = index // (blocks * segments)
+        segment = index // blocks % segments
+        place = (group * blocks + block) * segments + segment
+        first = gl.load(chunk_first + place).to(gl.int32)
+        stop = gl.load(chunk_first + place + 1).to(gl.int32)
+        after = gl.load(chunk_after + place)
+    else:
+        group = index // blocks
+    if PACKED:
+        key = gl.load(block_first + block)
+        keys_stop = gl.load(block_stop + block)
+    else:
+        key = block * KEYS
+        keys_stop = gl.minimum(key + KEYS, sequence)
+    limit = sequence
+    if MODE != BLOCKS:
+        if PACKED:
+            limit = gl.load(document_stop + block)
+        first = key // TOKENS
+        # Written so that a window as long as the sequence cannot overflow.
+        last = gl.minimum(keys_stop - 1, limit - window) + window - 1
+        stop = gl.minimum(last, limit - 1) // TOKENS + 1
+    return group, key, keys_stop, first, stop, limit, place, after
+
+
+@gluon.jit
+def _loader(
+    q_desc, q2_desc, g_desc, k_desc, k2_desc, v_desc, lse_desc, delta_desc,
+    q_smem, q2_smem, g_smem, k_smem, k2_smem, v_smem, lse_smem, delta_smem,
+    k_ready, ready, empty,
+    block_first, block_stop, document_stop, chunk_first, chunk_after, reader_part,
+    window, sequence, groups, blocks, segments,
+    MODE: gl.constexpr, TOKENS: gl.constexpr, HEADS: gl.constexpr, KEYS: gl.constexpr,
+    STAGES: gl.constexpr, SPLIT: gl.constexpr, PACKED: gl.constexpr,
+):  # fmt: skip
+    """Bring K and V, and Q, dO, lse, delta of every part."""
+    k_bytes: gl.constexpr = (
+        k_desc.block_type.nbytes + (k2_desc.block_type.nbytes if SPLIT else 0)
+        + v_desc.block_type.nbytes
+    )  # fmt: skip
+    step_bytes: gl.constexpr = (
+        q_desc.block_type.nbytes + (q2_desc.block_type.nbytes if SPLIT else 0)
+        + g_desc.block_type.nbytes + 2 * 64 * 4
+    )  # fmt: skip
+    group, key, _, first, stop, _, _, _ = _task(
+        block_first, block_stop, document_stop, chunk_first, chunk_after, window, sequence, blocks,
+        segments, MODE, TOKENS, KEYS, PACKED,
+    )  # fmt: skip
+    batch = group // groups
+    kv = group % groups
+    if first < stop:
+        mbarrier.expect(k_ready, k_bytes)
+        fetch(k_desc, k2_desc, (batch, key, kv), k_ready, k_smem, k2_smem, SPLIT)
+        tma.async_copy_global_to_shared(v_desc, [batch, key, kv, 0], k_ready, v_smem)
+        upcoming = first
+        if MODE == BLOCKS:
+            upcoming = gl.load(reader_part + first)
+        for reader in range(first, stop):
+            part = upcoming
+            if MODE == BLOCKS:
+                upcoming = gl.load(reader_part + gl.minimum(reader + 1, stop - 1))
+            else:
+                upcoming += 1
+            step = reader - first
+            stage = step % STAGES
+            bar = ready.index(stage)
+            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+            mbarrier.expect(bar, step_bytes)
+            token = part * TOKENS
+            fetch(q_desc, q2_desc, (batch, token, kv * HEADS), bar, q_smem.index(stage),
+                  q2_smem.index(stage), SPLIT)  # fmt: skip
+            tma.async_copy_global_to_shared(
+                g_desc, [batch, token, kv * HEADS, 0], bar, g_smem.index(stage)
+            )
+            tma.async_copy_global_to_shared(
+                lse_desc, [group, part * 64], bar, lse_smem.index(stage)
+            )
+            tma.async_copy_global_to_shared(
+                delta_desc, [group, part * 64], bar, delta_smem.index(stage)
+            )
+
+
+@gluon.jit
+def _columns(memory, FIRST: gl.constexpr, COUNT: gl.constexpr, layout: gl.constexpr):
+    """[COUNT] fp32 of a [1, 64] tile."""
+    line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    return memory._reinterpret(gl.float32, [64], line).slice(FIRST, COUNT).load(layout)
+
+
+@gluon.jit
+def _view(memory, WIDTH: gl.constexpr):
+    """The first bytes of the ring of queries, which is empty by then, as fp32 [64, WIDTH]."""
+    rows: gl.constexpr = memory.numel // 2 // WIDTH
+    layout: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [1, 0])
+    return memory._reinterpret(gl.float32, [rows, WIDTH], layout).slice(0, 64)
+
+
+@gluon.jit
+def _hand_over(sums, memory, met, meeting, WIDTH: gl.constexpr):
+    """Consumer 1 leaves its [64, WIDTH] sums as soon as there is room."""
+    mbarrier.wait(met.index(1), meeting & 1)
+    _view(memory, WIDTH).store(sums)
+    gl.thread_barrier()
+    mbarrier.arrive(met.index(0), count=1)
+
+
+@gluon.jit
+def _take_over(sums, memory, met, meeting, WIDTH: gl.constexpr):
+    """Consumer 0 adds what consumer 1 leaves, and makes room for more."""
+    mbarrier.wait(met.index(0), meeting & 1)
+    sums = sums + _view(memory, WIDTH).load(sums.type.layout)
+    gl.thread_barrier()
+    mbarrier.arrive(met.index(1), count=1)
+    return sums
+
+
+@gluon.jit
+def _write(target, sums, row, keys_stop, groups, key, offset, add_to,
+           STRIDE: gl.constexpr, WIDTH: gl.constexpr):  # fmt: skip
+    """Store or add [64, WIDTH] sums into target [B, S, HKV, STRIDE] from column `offset` on.
+
+    `row` is the place of the first key in [B, S, HKV], `key` its token.
+    """
+    layout: gl.constexpr = sums.type.layout
+    line = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
+    column = offset + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, layout))
+    place = (row + line.to(gl.int64) * groups) * STRIDE
+    pointers = target + place[:, None] + column[None, :]
+    mask = (key + line < keys_stop)[:, None]
+    if add_to:
+        sums = sums + gl.load(pointers, mask=mask, other=0.0)
+    gl.store(pointers, sums, mask=mask)
+
+
+@gluon.jit
+def _consumer(
+    dk, dv, flags,
+    q_smem, q2_smem, g_smem, k_smem, k2_smem, v_smem, lse_smem, delta_smem,
+    k_ready, ready, empty, met,
+    block_first, block_stop, document_stop, chunk_first, chunk_after, reader_part, reader_bits,
+    window, sequence, groups, blocks, segments, scale, scale_log2, accumulate,
+    MODE: gl.constexpr, HALF: gl.constexpr, TOKENS: gl.constexpr, HEADS: gl.constexpr,
+    KEYS: gl.constexpr, STAGES: gl.constexpr, WIDTH: gl.constexpr, VALUE_WIDTH: gl.constexpr,
+    SPLIT: gl.constexpr, PACKED: gl.constexpr, ROWS: gl.constexpr,
+):  # fmt: skip
+    """Every second part."""
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    k_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    k2_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    v_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, VALUE_WIDTH, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, v_layout, 2)
+    ds_layout: gl.constexpr = gl.DotOperandLayout(0, k_layout, 2)
+    s_column: gl.constexpr = gl.SliceLayout(0, s_layout)
+    dtype: gl.constexpr = v_smem.dtype
+    group, key_first, keys_stop, first, stop, limit, place, after = _task(
+        block_first, block_stop, document_stop, chunk_first, chunk_after, window, sequence, blocks,
+        segments, MODE, TOKENS, KEYS, PACKED,
+    )  # fmt: skip
+    if after > -2:
+        k = flat(k_smem, KEYS, WIDTH)
+        k2 = k
+        if SPLIT:
+            k2 = flat(k2_smem, KEYS, 64)
+        v = flat(v_smem, KEYS, VALUE_WIDTH)
+        key = key_first + gl.arange(0, 64, layout=gl.SliceLayout(1, s_layout))
+        k_sums = gl.zeros([64, WIDTH], gl.float32, k_layout)
+        k2_sums = gl.zeros([64, 64], gl.float32, k2_layout)
+        v_sums = gl.zeros([64, VALUE_WIDTH], gl.float32, v_layout)
+        mbarrier.wait(k_ready, 0, pred=first < stop)
+        upcoming = first + HALF
+        upcoming_bits = 0
+        if MODE == BLOCKS:
+            here = gl.minimum(first + HALF, stop - 1)
+            upcoming = gl.load(reader_part + here, mask=stop > first)
+            upcoming_bits = gl.load(reader_bits + here, mask=stop > first)
+        for reader in range(first + HALF, stop, 2):
+            part = upcoming
+            members = upcoming_bits
+            if MODE == BLOCKS:
+                here = gl.minimum(reader + 2, stop - 1)
+                upcoming = gl.load(reader_part + here)
+                upcoming_bits = gl.load(reader_bits + here)
+            else:
+                upcoming += 2
+            step = reader - first
+            stage = step % STAGES
+            mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
+            q = flat(q_smem.index(stage), 64, WIDTH)
+            q2 = flat(q2_smem.index(stage), 64, 64) if SPLIT else q
+            g = flat(g_smem.index(stage), 64, VALUE_WIDTH)
+            token_first = part * TOKENS
+            edge = key_first + KEYS - 1 > token_first
+            if MODE != BLOCKS:
+                edge = (
+                    edge | (key_first <= token_first + TOKENS - 1 - window)
+                    | (token_first + TOKENS > limit)
+                )  # fmt: skip
+            for piece in gl.static_range(64 // ROWS):
+                row = piece * ROWS + gl.arange(0, ROWS, layout=s_column)
+                q_piece = q.slice(piece * ROWS, ROWS)
+                q2_piece = q2.slice(piece * ROWS, ROWS)
+                g_piece = g.slice(piece * ROWS, ROWS)
+                nothing = gl.zeros([64, ROWS], gl.float32, s_layout)
+                s = warpgroup_mma(k, q_piece.permute((1, 0)), nothing, use_acc=False,
+                                  is_async=True)  # fmt: skip
+                if SPLIT:
+                    s = warpgroup_mma(k2, q2_piece.permute((1, 0)), s, is_async=True)
+                dp = warpgroup_mma(v, g_piece.permute((1, 0)), nothing, use_acc=False,
+                                   is_async=True)  # fmt: skip
+                pivot = _columns(lse_smem.index(stage), piece * ROWS, ROWS, s_column)
+                if MODE == BLOCKS:
+                    member = ((members >> (row // HEADS)) & 1) == 1
+                    pivot = gl.where(member, pivot, float("inf"))
+                s = warpgroup_mma_wait(1, [s])
+                if edge:
+                    token = token_first + row // HEADS
+                    seen = key[:, None] <= token[None, :]
+                    if MODE != BLOCKS:
+                        seen = seen & (key[:, None] > token[None, :] - window)
+                        seen = seen & (token < limit)[None, :]
+                    s = gl.where(seen, s, float("-inf"))
+                weights = gl.exp2(s * scale_log2 - pivot[None, :])
+                p = as_operand(weights, dtype, p_layout)
+                v_sums = warpgroup_mma(p, g_piece, v_sums, is_async=True)
+                dp = warpgroup_mma_wait(1, [dp])
+                delta = _columns(delta_smem.index(stage), piece * ROWS, ROWS, s_column)
+                ds = as_operand(weights * (dp - delta[None, :]), dtype, ds_layout)
+                k_sums = warpgroup_mma(ds, q_piece, k_sums, is_async=True)
+                if SPLIT:
+                    k2_sums = warpgroup_mma(ds, q2_piece, k2_sums, is_async=True)
+                    v_sums, k_sums, k2_sums = warpgroup_mma_wait(0, [v_sums, k_sums, k2_sums])
+                else:
+                    v_sums, k_sums = warpgroup_mma_wait(0, [v_sums, k_sums])
+            mbarrier.arrive(empty.index(stage), count=1)
+
+        k_sums = k_sums * scale
+        if HALF == 1:
+            _hand_over(v_sums, q_smem, met, 0, VALUE_WIDTH)
+            _hand_over(k_sums, q_smem, met, 1, WIDTH)
+            if SPLIT:
+                _hand_over(k2_sums * scale, q_smem, met, 2, 64)
+        else:
+            # This consumer is done with its parts, and so is the ring.
+            mbarrier.arrive(met.index(1), count=1)
+            v_sums = _take_over(v_sums, q_smem, met, 0, VALUE_WIDTH)
+            add_to = after + accumulate >= 0
+            if MODE == BLOCKS:  # noqa: SIM102 - decided when compiling
+                if after >= 0:
+                    flag = flags + place // segments * segments + after
+                    done = gl.atomic_add(flag, 0, sem="acquire", scope="gpu")
+                    while done == 0:
+                        done = gl.atomic_add(flag, 0, sem="acquire", scope="gpu")
+            batch = group // groups
+            out = (batch.to(gl.int64) * sequence + key_first) * groups + group % groups
+            _write(dv, v_sums, out, keys_stop, groups, key_first, 0, add_to,
+                   VALUE_WIDTH, VALUE_WIDTH)  # fmt: skip
+            k_sums = _take_over(k_sums, q_smem, met, 1, WIDTH)
+            _write(dk, k_sums, out, keys_stop, groups, key_first, 0, add_to,
+                   WIDTH + (64 if SPLIT else 0), WIDTH)  # fmt: skip
+            if SPLIT:
+                k2_sums = _take_over(k2_sums * scale, q_smem, met, 2, 64)
+                _write(dk, k2_sums, out, keys_stop, groups, key_first, WIDTH, add_to,
+                       WIDTH + 64, 64)  # fmt: skip
+            if MODE == BLOCKS:
+                gl.thread_barrier()
+                gl.atomic_xchg(flags + place, 1, sem="release", scope="gpu")
+
+
+@gluon.jit(do_not_specialize=["window", "sequence", "groups", "blocks", "segments", "accumulate"])
+def dkv_kernel(
+    q_desc, q2_desc, g_desc, k_desc, k2_desc, v_desc, lse_desc, delta_desc, dk, dv, flags,
+    block_first, block_stop, document_stop, chunk_first, chunk_after, reader_part, reader_bits,
+    window, sequence, groups, blocks, segments, scale, scale_log2, accumulate,
+    MODE: gl.constexpr, TOKENS: gl.constexpr, HEADS: gl.constexpr, KEYS: gl.constexpr,
+    STAGES: gl.constexpr, WIDTH: gl.constexpr, VALUE_WIDTH: gl.constexpr, SPLIT: gl.constexpr,
+    PACKED: gl.constexpr, ROWS: gl.constexpr,
+):  # fmt: skip
+    """dk [B, S, HKV, D] and dv [B, S, HKV, DV] in fp32, stored or (`accumulate` = 1) added to."""
+    dtype: gl.constexpr = q_desc.dtype
+    # A stage must always be the same consumer's: a wait by parity cannot tell a turn of its own
+    # from one of the other that it never waited for.
+    gl.static_assert(STAGES % 2 == 0)
+    gl.static_assert(STAGES * WIDTH >= 2 * VALUE_WIDTH)
+    q_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, TOKENS, HEADS, WIDTH], q_desc.layout)
+    g_smem = gl.allocate_shared_memory(
+        dtype, [STAGES, 1, TOKENS, HEADS, VALUE_WIDTH], g_desc.layout
+    )
+    k_smem = gl.allocate_shared_memory(dtype, [1, KEYS, 1, WIDTH], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(dtype, [1, KEYS, 1, VALUE_WIDTH], v_desc.layout)
+    q2_smem = q_smem
+    k2_smem = k_smem
+    if SPLIT:
+        q2_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, TOKENS, HEADS, 64], q2_desc.layout)
+        k2_smem = gl.allocate_shared_memory(dtype, [1, KEYS, 1, 64], k2_desc.layout)
+    lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 64], lse_desc.layout)
+    delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 64], delta_desc.layout)
+    k_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    met = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(k_ready, count=1)
+    for index in gl.static_range(2):
+        mbarrier.init(met.index(index), count=1)
+    for index in gl.static_range(STAGES):
+        mbarrier.init(ready.index(index), count=1)
+        mbarrier.init(empty.index(index), count=1)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (_consumer, (dk, dv, flags, q_smem, q2_smem, g_smem, k_smem, k2_smem, v_smem, lse_smem,
+                         delta_smem, k_ready, ready, empty, met, block_first, block_stop,
+                         document_stop, chunk_first, chunk_after, reader_part, reader_bits,
+                         window, sequence, groups, blocks, segments, scale, scale_log2, accumulate,
+                         MODE, 0, TOKENS, HEADS, KEYS, STAGES, WIDTH, VALUE_WIDTH, SPLIT, PACKED,
+                         ROWS)),
+            (_consumer, (dk, dv, flags, q_smem, q2_smem, g_smem, k_smem, k2_smem, v_smem, lse_smem,
+                         delta_smem, k_ready, ready, empty, met, block_first, block_stop,
+                         document_stop, chunk_first, chunk_after, reader_part, reader_bits,
+                         window, sequence, groups, blocks, segments, scale, scale_log2, accumulate,
+                         MODE, 1, TOKENS, HEADS, KEYS, STAGES, WIDTH, VALUE_WIDTH, SPLIT, PACKED,
+                         ROWS)),
+            (_loader, (q_desc, q2_desc, g_desc, k_desc, k2_desc, v_desc, lse_desc, delta_desc,
+                       q_smem, q2_smem, g_smem, k_smem, k2_smem, v_smem, lse_smem, delta_smem,
+                       k_ready, ready, empty, block_first, block_stop, document_stop, chunk_first,
+                       chunk_after, reader_part, window, sequence, groups, blocks, segments,
+                       MODE, TOKENS, HEADS, KEYS, STAGES, SPLIT, PACKED)),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip

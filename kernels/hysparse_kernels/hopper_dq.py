@@ -1,0 +1,334 @@
+"""dQ of window, block-sparse and causal attention for Hopper GPUs, written in Gluon.
+
+The forward's walk (see hopper_forward.py) with the weights recomputed from lse. Before a consumer
+starts on its rows it computes delta = sum(output * grad) for them, and leaves delta and lse where
+the dK, dV kernel, which runs afterwards, can fetch them with the queries:
+
+    row_lse, row_delta  fp32 [B * HKV, row_stride], place token * HEADS + head in the group; lse in
+                        base 2 and +inf for a row that sees no key, so that its weights are zero
+
+Shapes: B batch, S sequence, HQ query heads, HKV KV groups, D query/key head dim, DV value head dim.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from hysparse_kernels.hopper_common import (
+    BLOCKS,
+    LOG2_E,
+    as_operand,
+    extent,
+    fetch,
+    flat,
+    narrow,
+    product,
+    span,
+    work,
+)
+
+
+@gluon.jit
+def _loader(
+    q_desc, q2_desc, g_desc, k_desc, k2_desc, v_desc,
+    q_smem, q2_smem, g_smem, k_smem, k2_smem, v_smem,
+    q_ready, q_empty, ready, empty, starts, counts, capacity, tile_table,
+    sequence, groups, tiles, items, programs, window,
+    MODE: gl.constexpr, TOKENS: gl.constexpr, HEADS: gl.constexpr, KEYS: gl.constexpr,
+    STAGES: gl.constexpr, Q_STAGES: gl.constexpr, SPLIT: gl.constexpr, PACKED: gl.constexpr,
+):  # fmt: skip
+    """Bring Q and dO of every tile and K, V of every step."""
+    q_bytes: gl.constexpr = (
+        q_desc.block_type.nbytes + (q2_desc.block_type.nbytes if SPLIT else 0)
+        + g_desc.block_type.nbytes
+    )  # fmt: skip
+    step_bytes: gl.constexpr = (
+        k_desc.block_type.nbytes + (k2_desc.block_type.nbytes if SPLIT else 0)
+        + v_desc.block_type.nbytes
+    )  # fmt: skip
+    step = 0
+    for item in range(gl.cdiv(items, programs)):
+        tile, group, valid = work(item, items, tiles, programs)
+        if valid:
+            first, start, stop = extent(tile, tile_table, sequence, 2 * TOKENS, PACKED)
+            batch = group // groups
+            kv = group % groups
+            begin, steps = span(first, start, stop, group, tile, tiles, window, counts,
+                                MODE, 2 * TOKENS, KEYS)  # fmt: skip
+            list_base = (group.to(gl.int64) * tiles + tile) * capacity
+            for half in gl.static_range(2):
+                slot = (item % Q_STAGES) * 2 + half
+                bar = q_ready.index(slot)
+                mbarrier.wait(q_empty.index(slot), ((item // Q_STAGES) & 1) ^ 1)
+                mbarrier.expect(bar, q_bytes)
+                fetch(q_desc, q2_desc, (batch, first + half * TOKENS, kv * HEADS), bar,
+                      q_smem.index(slot), q2_smem.index(slot), SPLIT)  # fmt: skip
+                tma.async_copy_global_to_shared(
+                    g_desc, [batch, first + half * TOKENS, kv * HEADS, 0], bar, g_smem.index(slot)
+                )
+            upcoming = begin
+            if MODE == BLOCKS:
+                upcoming = gl.load(starts + list_base)
+            for index in range(steps):
+                key = upcoming
+                if MODE == BLOCKS:
+                    upcoming = gl.load(starts + list_base + gl.minimum(index + 1, capacity - 1))
+                else:
+                    upcoming += KEYS
+                stage = step % STAGES
+                mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+                bar = ready.index(stage)
+                mbarrier.expect(bar, step_bytes)
+                fetch(k_desc, k2_desc, (batch, key, kv), bar, k_smem.index(stage),
+                      k2_smem.index(stage), SPLIT)  # fmt: skip
+                tma.async_copy_global_to_shared(
+                    v_desc, [batch, key, kv, 0], bar, v_smem.index(stage)
+                )
+                step += 1
+
+
+@gluon.jit
+def _row_delta(output, grad, g_b, g_s, g_h, batch, first, kv, groups, sequence, stop,
+               HEADS: gl.constexpr, VALUE_WIDTH: gl.constexpr, LINES: gl.constexpr):  # fmt: skip
+    """sum over DV of output * grad of 64 rows, [64] fp32; zero for rows past the end.
+
+    LINES rows at a time, which bounds the registers.
+    """
+    lanes: gl.constexpr = VALUE_WIDTH // 8
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // lanes, lanes], [4, 1], [1, 0])
+    row = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
+    column = gl.arange(0, VALUE_WIDTH, layout=gl.SliceLayout(0, layout))
+    token = first + row // HEADS
+    head = kv * HEADS + row % HEADS
+    out_row = ((batch.to(gl.int64) * sequence + token) * groups * HEADS + head) * VALUE_WIDTH
+    grad_row = batch.to(gl.int64) * g_b + token.to(gl.int64) * g_s + head.to(gl.int64) * g_h
+    mask = (token < stop)[:, None]
+    o = gl.load(output + out_row[:, None] + column[None, :], mask=mask, other=0.0)
+    g = gl.load(grad + grad_row[:, None] + column[None, :], mask=mask, other=0.0)
+    return gl.sum(o.to(gl.float32) * g.to(gl.float32), 1)
+
+
+@gluon.jit
+def _consumer(
+    dq_desc, dq2_desc, output, grad, g_b, g_s, g_h, lse, row_lse, row_delta, row_stride, dq,
+    q_smem, q2_smem, g_smem, k_smem, k2_smem, v_smem,
+    q_ready, q_empty, ready, empty, starts, bits, counts, capacity, tile_table,
+    sequence, groups, tiles, items, programs, window, scale, scale_log2,
+    MODE: gl.constexpr, HALF: gl.constexpr, TOKENS: gl.constexpr, HEADS: gl.constexpr,
+    KEYS: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, WIDTH: gl.constexpr,
+    VALUE_WIDTH: gl.constexpr, SPLIT: gl.constexpr, PACKED: gl.constexpr,
+):  # fmt: skip
+    """Rows HALF * 64 .. + 64 of every tile of this program."""
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    q_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    q2_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    ds_layout: gl.constexpr = gl.DotOperandLayout(0, q_layout, 2)
+    s_row: gl.constexpr = gl.SliceLayout(1, s_layout)
+    dtype: gl.constexpr = v_smem.dtype
+    row = gl.arange(0, 64, layout=s_row)
+    column = gl.arange(0, KEYS, layout=gl.SliceLayout(0, s_layout))
+    step = 0
+    for item in range(gl.cdiv(items, programs)):
+        tile, group, valid = work(item, items, tiles, programs)
+        if valid:
+            tile_first, start, stop = extent(tile, tile_table, sequence, 2 * TOKENS, PACKED)
+            batch = group // groups
+            kv = group % groups
+            begin, steps = span(tile_first, start, stop, group, tile, tiles, window, counts,
+                                MODE, 2 * TOKENS, KEYS)  # fmt: skip
+            list_base = (group.to(gl.int64) * tiles + tile) * capacity
+            first = tile_first + HALF * TOKENS
+            token = first + row // HEADS
+            head = kv * HEADS + row % HEADS
+            alive = token < stop
+
+            found = _row_delta(output, grad, g_b, g_s, g_h, batch, first, kv, groups, sequence,
+                               stop, HEADS, VALUE_WIDTH, 16)  # fmt: skip
+            delta = gl.convert_layout(found, s_row)
+            place = (batch.to(gl.int64) * groups * HEADS + head) * sequence + token
+            log_total = gl.load(lse + place, mask=alive, other=float("inf")) * LOG2_E
+            log_total = gl.where(log_total == float("-inf"), float("inf"), log_total)
+            stat = group.to(gl.int64) * row_stride + token * HEADS + row % HEADS
+            gl.store(row_lse + stat, log_total, mask=alive)
+            gl.store(row_delta + stat, delta, mask=alive)
+
+            slot = (item % Q_STAGES) * 2 + HALF
+            q = flat(q_smem.index(slot), 64, WIDTH)
+            q2 = q
+            if SPLIT:
+                q2 = flat(q2_smem.index(slot), 64, 64)
+            g = flat(g_smem.index(slot), 64, VALUE_WIDTH)
+            sums = gl.zeros([64, WIDTH], gl.float32, q_layout)
+            sums2 = gl.zeros([64, 64], gl.float32, q2_layout)
+            weights = gl.zeros([64, KEYS], gl.float32, s_layout)
+            pulled = gl.zeros([64, KEYS], gl.float32, s_layout)
+            mbarrier.wait(q_ready.index(slot), (item // Q_STAGES) & 1)
+            upcoming = begin
+            upcoming_bits = 0
+            if MODE == BLOCKS:
+                upcoming = gl.load(starts + list_base)
+                upcoming_bits = gl.load(bits + list_base)
+            for index in range(steps):
+                key_first = upcoming
+                if MODE == BLOCKS:
+                    mine = (upcoming_bits >> (HALF * TOKENS)) & ((1 << TOKENS) - 1)
+                    further = list_base + gl.minimum(index + 1, capacity - 1)
+                    upcoming = gl.load(starts + further)
+                    upcoming_bits = gl.load(bits + further)
+                    used = mine != 0
+                else:
+                    mine = 0
+                    upcoming += KEYS
+                    used = (key_first < first + TOKENS) & (key_first + KEYS > first - window + 1)
+                stage = step % STAGES
+                mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
+                if used:
+                    s = product(q, q2, k_smem.index(stage), k2_smem.index(stage), weights,
+                                KEYS, WIDTH, SPLIT)  # fmt: skip
+                    dp = product(g, g, v_smem.index(stage), v_smem.index(stage), pulled,
+                                 KEYS, VALUE_WIDTH, False)  # fmt: skip
+                    s = warpgroup_mma_wait(1, [s])
+                    edge = key_first + KEYS - 1 > first
+                    if MODE != BLOCKS:
+                        edge = edge | (key_first <= first + TOKENS - 1 - window) | PACKED
+                    if edge:
+                        key = key_first + column
+                        seen = key[None, :] <= token[:, None]
+                        if MODE != BLOCKS:
+                            seen = seen & (key[None, :] > token[:, None] - window)
+                            if PACKED:
+                                seen = seen & (key >= start)[None, :]
+                        s = gl.where(seen, s, float("-inf"))
+                    pivot = log_total
+                    if MODE == BLOCKS:
+                        picked = ((mine >> (row // HEADS)) & 1) == 1
+                        pivot = gl.where(picked, log_total, float("inf"))
+                    weights = gl.exp2(s * scale_log2 - pivot[:, None])
+                    dp = warpgroup_mma_wait(0, [dp])
+                    pulled = weights * (dp - delta[:, None])
+                    ds = as_operand(pulled, dtype, ds_layout)
+                    sums = warpgroup_mma(ds, flat(k_smem.index(stage), KEYS, WIDTH), sums,
+                                         is_async=True)  # fmt: skip
+                    if SPLIT:
+                        sums2 = warpgroup_mma(ds, flat(k2_smem.index(stage), KEYS, 64), sums2,
+                                              is_async=True)  # fmt: skip
+                        sums, sums2 = warpgroup_mma_wait(0, [sums, sums2])
+                    else:
+                        sums = warpgroup_mma_wait(0, [sums])
+                mbarrier.arrive(empty.index(stage), count=1)
+                step += 1
+
+            if PACKED:
+                mbarrier.arrive(q_empty.index(slot), count=1)
+                line = gl.arange(0, 64, layout=gl.SliceLayout(1, q_layout))
+                o_token = first + line // HEADS
+                o_place = (batch.to(gl.int64) * sequence + o_token) * groups * HEADS
+                o_place = (o_place + kv * HEADS + line % HEADS) * (WIDTH + (64 if SPLIT else 0))
+                o_column = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, q_layout))
+                gl.store(dq + o_place[:, None] + o_column[None, :], narrow(sums * scale, dtype),
+                         mask=(o_token < stop)[:, None])  # fmt: skip
+                if SPLIT:
+                    line2 = gl.arange(0, 64, layout=gl.SliceLayout(1, q2_layout))
+                    token2 = first + line2 // HEADS
+                    place2 = (batch.to(gl.int64) * sequence + token2) * groups * HEADS
+                    place2 = (place2 + kv * HEADS + line2 % HEADS) * (WIDTH + 64) + WIDTH
+                    column2 = gl.arange(0, 64, layout=gl.SliceLayout(0, q2_layout))
+                    gl.store(dq + place2[:, None] + column2[None, :], narrow(sums2 * scale, dtype),
+                             mask=(token2 < stop)[:, None])  # fmt: skip
+            else:
+                q.store(narrow(sums * scale, dtype))
+                if SPLIT:
+                    q2.store(narrow(sums2 * scale, dtype))
+                fence_async_shared()
+                gl.thread_barrier()
+                tma.async_copy_shared_to_global(
+                    dq_desc, [batch, first, kv * HEADS, 0], q_smem.index(slot)
+                )
+                if SPLIT:
+                    tma.async_copy_shared_to_global(
+                        dq2_desc, [batch, first, kv * HEADS, 128], q2_smem.index(slot)
+                    )
+                tma.store_wait(0)
+                gl.thread_barrier()
+                mbarrier.arrive(q_empty.index(slot), count=1)
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "sequence",
+        "groups",
+        "tiles",
+        "items",
+        "programs",
+        "capacity",
+        "window",
+        "row_stride",
+    ]
+)
+def dq_kernel(
+    q_desc, q2_desc, g_desc, k_desc, k2_desc, v_desc, dq_desc, dq2_desc,
+    output, grad, g_b, g_s, g_h, lse, row_lse, row_delta, row_stride, dq,
+    starts, bits, counts, capacity, tile_table,
+    sequence, groups, tiles, items, programs, window, scale, scale_log2,
+    MODE: gl.constexpr, TOKENS: gl.constexpr, HEADS: gl.constexpr, KEYS: gl.constexpr,
+    STAGES: gl.constexpr, Q_STAGES: gl.constexpr, WIDTH: gl.constexpr,
+    VALUE_WIDTH: gl.constexpr, SPLIT: gl.constexpr, PACKED: gl.constexpr,
+):  # fmt: skip
+    """dq [B, S, HQ, D], and the rows' lse and delta for the kernel after it."""
+    dtype: gl.constexpr = q_desc.dtype
+    q_smem = gl.allocate_shared_memory(
+        dtype, [2 * Q_STAGES, 1, TOKENS, HEADS, WIDTH], q_desc.layout
+    )
+    g_smem = gl.allocate_shared_memory(
+        dtype, [2 * Q_STAGES, 1, TOKENS, HEADS, VALUE_WIDTH], g_desc.layout
+    )
+    k_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, KEYS, 1, WIDTH], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, KEYS, 1, VALUE_WIDTH], v_desc.layout)
+    q2_smem = q_smem
+    k2_smem = k_smem
+    if SPLIT:
+        q2_smem = gl.allocate_shared_memory(
+            dtype, [2 * Q_STAGES, 1, TOKENS, HEADS, 64], q2_desc.layout
+        )
+        k2_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, KEYS, 1, 64], k2_desc.layout)
+    q_ready = gl.allocate_shared_memory(gl.int64, [2 * Q_STAGES, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [2 * Q_STAGES, 1], mbarrier.MBarrierLayout())
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for index in gl.static_range(2 * Q_STAGES):
+        mbarrier.init(q_ready.index(index), count=1)
+        mbarrier.init(q_empty.index(index), count=1)
+    for index in gl.static_range(STAGES):
+        mbarrier.init(ready.index(index), count=1)
+        mbarrier.init(empty.index(index), count=2)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (_consumer, (dq_desc, dq2_desc, output, grad, g_b, g_s, g_h, lse, row_lse, row_delta,
+                         row_stride, dq, q_smem, q2_smem, g_smem, k_smem, k2_smem, v_smem,
+                         q_ready, q_empty, ready, empty, starts, bits, counts, capacity,
+                         tile_table, sequence, groups, tiles, items, programs, window, scale,
+                         scale_log2, MODE, 0, TOKENS, HEADS, KEYS, STAGES, Q_STAGES, WIDTH,
+                         VALUE_WIDTH, SPLIT, PACKED)),
+            (_consumer, (dq_desc, dq2_desc, output, grad, g_b, g_s, g_h, lse, row_lse, row_delta,
+                         row_stride, dq, q_smem, q2_smem, g_smem, k_smem, k2_smem, v_smem,
+                         q_ready, q_empty, ready, empty, starts, bits, counts, capacity,
+                         tile_table, sequence, groups, tiles, items, programs, window, scale,
+                         scale_log2, MODE, 1, TOKENS, HEADS, KEYS, STAGES, Q_STAGES, WIDTH,
+                         VALUE_WIDTH, SPLIT, PACKED)),
+            (_loader, (q_desc, q2_desc, g_desc, k_desc, k2_desc, v_desc, q_smem, q2_smem, g_smem,
+                       k_smem, k2_smem, v_smem, q_ready, q_empty, ready, empty, starts, counts,
+                       capacity, tile_table, sequence, groups, tiles, items, programs, window,
+                       MODE, TOKENS, HEADS, KEYS, STAGES, Q_STAGES, SPLIT, PACKED)),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip

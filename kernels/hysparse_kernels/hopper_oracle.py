@@ -1,0 +1,404 @@
+"""Causal attention with its block selection for Hopper GPUs, written in Gluon.
+
+One persistent program per multiprocessor. A program owns a tile of ROWS = 128 rows, 2 * TOKENS
+neighbouring tokens times the HEADS query heads of one KV group, and walks over all keys up to its
+last token, KEYS at a time:
+
+    loader      one warp: Q of the tile, then K and V tiles, by the copy engine into a ring
+    consumer 0  four warps, rows 0..63:   S = Q K^T, online softmax, O += P V
+    consumer 1  four warps, rows 64..127: the same on the other half of the tokens
+
+While one consumer is in its softmax the other one keeps the tensor cores busy; within a consumer
+the softmax of one key tile runs beside the P V of the tile before. The maximum of every row over
+every block of keys, which the online softmax has in its hands anyway, goes raw into a scratch row
+of the program. When a tile is done its consumer reads them back, subtracts lse, takes the maximum
+over the heads of the group (P1 Eq. 3 in the log) and selects.
+
+Shapes: B batch, S sequence, HQ query heads, HKV KV groups, D query/key head dim, DV value head dim,
+N blocks, K selected. P1 = HySparse, arXiv 2602.03560.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from hysparse_kernels.hopper_common import (
+    LN_2,
+    add,
+    as_operand,
+    extent,
+    fetch,
+    flat,
+    maximum,
+    narrow,
+    product,
+    work,
+)
+
+LOWEST = gl.constexpr(-2147483648)
+
+
+@gluon.jit
+def _loader(
+    q_desc, q2_desc, k_desc, k2_desc, v_desc,
+    q_smem, q2_smem, k_smem, k2_smem, v_smem,
+    q_ready, q_empty, k_ready, k_empty, v_ready, v_empty,
+    tile_table, sequence, groups, tiles, items, programs,
+    TOKENS: gl.constexpr, HEADS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
+    SPLIT: gl.constexpr, PACKED: gl.constexpr,
+):  # fmt: skip
+    """Bring Q once a tile and K, V once a step; K and V have rings of their own."""
+    q_bytes: gl.constexpr = q_desc.block_type.nbytes + (q2_desc.block_type.nbytes if SPLIT else 0)
+    k_bytes: gl.constexpr = k_desc.block_type.nbytes + (k2_desc.block_type.nbytes if SPLIT else 0)
+    step = 0
+    turn = 0
+    for item in range(gl.cdiv(items, programs)):
+        tile, group, valid = work(item, items, tiles, programs)
+        first, start, stop = extent(tile, tile_table, sequence, 2 * TOKENS, PACKED)
+        if valid & (first < stop):
+            batch = group // groups
+            kv = group % groups
+            last = gl.minimum(first + 2 * TOKENS, stop)
+            steps = gl.cdiv(last - start, KEYS)
+            for half in gl.static_range(2):
+                mbarrier.wait(q_empty.index(half), (turn & 1) ^ 1)
+                bar = q_ready.index(half)
+                mbarrier.expect(bar, q_bytes)
+                token = first + half * TOKENS
+                fetch(q_desc, q2_desc, (batch, token, kv * HEADS), bar, q_smem.index(half),
+                      q2_smem.index(half), SPLIT)  # fmt: skip
+            for index in range(steps):
+                stage = step % STAGES
+                phase = (step // STAGES) & 1
+                key = start + index * KEYS
+                mbarrier.wait(k_empty.index(stage), phase ^ 1)
+                bar = k_ready.index(stage)
+                mbarrier.expect(bar, k_bytes)
+                fetch(k_desc, k2_desc, (batch, key, kv), bar, k_smem.index(stage),
+                      k2_smem.index(stage), SPLIT)  # fmt: skip
+                mbarrier.wait(v_empty.index(stage), phase ^ 1)
+                bar = v_ready.index(stage)
+                mbarrier.expect(bar, v_desc.block_type.nbytes)
+                tma.async_copy_global_to_shared(
+                    v_desc, [batch, key, kv, 0], bar, v_smem.index(stage)
+                )
+                step += 1
+            turn += 1
+
+
+@gluon.jit
+def _softmax(s, peak, total, key, token, row_scratch, block, num_blocks, scale_log2,
+             MASKED: gl.constexpr, SCORES: gl.constexpr,
+             KEYS: gl.constexpr, BLOCK: gl.constexpr):  # fmt: skip
+    """One step of the online softmax in base 2: weights (fp32), decay, and the new peak and total.
+
+    s [64, KEYS] are raw dot products. With SCORES the maxima over blocks are stored.
+    """
+    layout: gl.constexpr = s.type.layout
+    row: gl.constexpr = gl.SliceLayout(1, layout)
+    if MASKED:
+        s = gl.where(key[None, :] <= token[:, None], s, float("-inf"))
+    if SCORES:
+        parts: gl.constexpr = KEYS // BLOCK
+        blocked = gl.reshape(s, [64, parts, BLOCK])
+        maxima = gl.reduce(blocked, 2, maximum)
+        wide: gl.constexpr = maxima.type.layout
+        column = block + gl.arange(0, parts, layout=gl.SliceLayout(0, wide))
+        line = gl.arange(0, 64, layout=gl.SliceLayout(1, wide))
+        where = line[:, None] * num_blocks + column[None, :]
+        gl.store(row_scratch + where, maxima, mask=(column < num_blocks)[None, :])
+        highest = gl.convert_layout(gl.reduce(maxima, 1, maximum), row, assert_trivial=True)
+    else:
+        highest = gl.max(s, 1)
+    new_peak = gl.maximum(peak, highest * scale_log2)
+    weights = gl.exp2(s * scale_log2 - new_peak[:, None])
+    decay = gl.exp2(peak - new_peak)
+    total = total * decay + gl.sum(weights, 1)
+    return weights, decay, new_peak, total
+
+
+@gluon.jit
+def _select(scratch, lse_scratch, indices, first, start, stop, num_blocks, scale_log2, sequence,
+            group, selected, forced_first, forced_recent,
+            TOKENS: gl.constexpr, HEADS: gl.constexpr, BLOCK: gl.constexpr,
+            BLOCKS: gl.constexpr, SELECTED: gl.constexpr):  # fmt: skip
+    """Indices of TOKENS tokens from the raw maxima of their rows (P1 Eq. 3); lowest id wins a tie.
+
+    The K-th largest score is found bit by bit, so that the cost does not depend on K, and what is
+    above it is written in ascending order of ids.
+    """
+    LINES: gl.constexpr = min(TOKENS, 4)
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [LINES, 4 // LINES], [1, 0])
+    block = gl.arange(0, BLOCKS, layout=gl.SliceLayout(0, layout))
+    line = gl.arange(0, LINES, layout=gl.SliceLayout(1, layout))
+    for part in range(TOKENS // LINES):
+        offset = part * LINES + line
+        token = first + offset
+        own = (token - start) // BLOCK
+        visible = (block[None, :] <= own[:, None]) & (block < num_blocks)[None, :]
+        best = gl.full([LINES, BLOCKS], float("-inf"), gl.float32, layout)
+        for head in range(HEADS):
+            line_row = offset * HEADS + head
+            log_total = gl.load(lse_scratch + line_row)
+            raw = gl.load(scratch + line_row[:, None] * num_blocks + block[None, :],
+                          mask=visible, other=float("-inf"))  # fmt: skip
+            best = gl.maximum(best, raw * scale_log2 - log_total[:, None])
+        forced = (block[None, :] < forced_first) | (block[None, :] > own[:, None] - forced_recent)
+        best = gl.where(forced, float("inf"), best) + 0.0
+        bits = best.to(gl.int32, bitcast=True)
+        keys = gl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+        keys = gl.where(visible, keys, LOWEST)
+        # The largest threshold that at least `selected` keys reach, from its highest bit down.
+        threshold = gl.full([LINES], LOWEST, gl.int32, gl.SliceLayout(1, layout))
+        for bit in range(32):
+            # Adding to the lowest number turns its bits on in the order of unsigned ones.
+            candidate = threshold + (1 << (31 - bit))
+            reached = gl.sum((keys >= candidate[:, None]).to(gl.int32), 1)
+            threshold = gl.where(reached >= selected, candidate, threshold)
+        above = keys > threshold[:, None]
+        equal = (keys == threshold[:, None]) & visible
+        open_slots = selected - gl.sum(above.to(gl.int32), 1)
+        order = gl.associative_scan(equal.to(gl.int32), 1, add)
+        chosen = above | (equal & (order <= open_slots[:, None]))
+        place = gl.associative_scan(chosen.to(gl.int32), 1, add) - 1
+        count = gl.sum(chosen.to(gl.int32), 1)
+        out = indices + (group.to(gl.int64) * sequence + token) * selected
+        alive = token < stop
+        gl.store(out[:, None] + place, block[None, :] + gl.zeros([LINES, BLOCKS], gl.int32, layout),
+                 mask=chosen & alive[:, None])  # fmt: skip
+        slot = gl.arange(0, SELECTED, layout=gl.SliceLayout(0, layout))
+        nothing = gl.full([LINES, SELECTED], -1, gl.int32, layout)
+        gl.store(out[:, None] + slot[None, :], nothing,
+                 mask=(slot[None, :] >= count[:, None]) & (slot < selected)[None, :]
+                 & alive[:, None])  # fmt: skip
+
+
+@gluon.jit
+def _consumer(
+    o_desc, output, lse, indices, scratch,
+    q_smem, q2_smem, k_smem, k2_smem, v_smem, o_smem,
+    q_ready, q_empty, k_ready, k_empty, v_ready, v_empty,
+    tile_table, sequence, groups, tiles, items, programs, scale_log2, num_blocks, selected,
+    forced_first, forced_recent,
+    HALF: gl.constexpr, TOKENS: gl.constexpr, HEADS: gl.constexpr, KEYS: gl.constexpr,
+    STAGES: gl.constexpr, WIDTH: gl.constexpr, VALUE_WIDTH: gl.constexpr, SPLIT: gl.constexpr,
+    PACKED: gl.constexpr, SCORES: gl.constexpr, BLOCK: gl.constexpr, BLOCKS: gl.constexpr,
+    SELECTED: gl.constexpr,
+):  # fmt: skip
+    """Rows HALF * 64 .. + 64 of every tile of this program."""
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, VALUE_WIDTH, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    s_row: gl.constexpr = gl.SliceLayout(1, s_layout)
+    o_row: gl.constexpr = gl.SliceLayout(1, o_layout)
+    dtype: gl.constexpr = v_smem.dtype
+    q = flat(q_smem.index(HALF), 64, WIDTH)
+    q2 = q
+    if SPLIT:
+        q2 = flat(q2_smem.index(HALF), 64, 64)
+    row = gl.arange(0, 64, layout=s_row)
+    column = gl.arange(0, KEYS, layout=gl.SliceLayout(0, s_layout))
+    rows = scratch + (gl.program_id(0).to(gl.int64) * 2 + HALF) * 64 * (num_blocks + 1)
+    row_scratch = rows + 64
+    step = 0
+    turn = 0
+    for item in range(gl.cdiv(items, programs)):
+        tile, group, valid = work(item, items, tiles, programs)
+        tile_first, start, stop = extent(tile, tile_table, sequence, 2 * TOKENS, PACKED)
+        if valid & (tile_first < stop):
+            batch = group // groups
+            kv = group % groups
+            steps = gl.cdiv(gl.minimum(tile_first + 2 * TOKENS, stop) - start, KEYS)
+            first = tile_first + HALF * TOKENS
+            token = first + row // HEADS
+            # Steps whose keys every row of this consumer sees.
+            clear = gl.minimum((first + 1 - start) // KEYS, steps)
+
+            peak = gl.full([64], float("-inf"), gl.float32, s_row)
+            total = gl.zeros([64], gl.float32, s_row)
+            o = gl.zeros([64, VALUE_WIDTH], gl.float32, o_layout)
+            mbarrier.wait(q_ready.index(HALF), turn & 1)
+
+            # Step 0: no P V to run beside.
+            mbarrier.wait(k_ready.index(step % STAGES), (step // STAGES) & 1)
+            donor = gl.zeros([64, KEYS], gl.float32, s_layout)
+            stage = step % STAGES
+            s = product(q, q2, k_smem.index(stage), k2_smem.index(stage), donor,
+                        KEYS, WIDTH, SPLIT)  # fmt: skip
+            s = warpgroup_mma_wait(0, [s])
+            mbarrier.arrive(k_empty.index(step % STAGES), count=1)
+            key = start + column
+            weights, decay, peak, total = _softmax(
+                s, peak, total, key, token, row_scratch, 0, num_blocks, scale_log2,
+                True, SCORES, KEYS, BLOCK,
+            )  # fmt: skip
+            p = as_operand(weights, dtype, p_layout)
+
+            for index in range(1, clear):
+                now = step + index
+                stage = now % STAGES
+                before = (now - 1) % STAGES
+                mbarrier.wait(k_ready.index(stage), (now // STAGES) & 1)
+                s = product(q, q2, k_smem.index(stage), k2_smem.index(stage), weights,
+                            KEYS, WIDTH, SPLIT)  # fmt: skip
+                mbarrier.wait(v_ready.index(before), ((now - 1) // STAGES) & 1)
+                v = flat(v_smem.index(before), KEYS, VALUE_WIDTH)
+                o = warpgroup_mma(p, v, o, is_async=True)
+                s = warpgroup_mma_wait(1, [s])
+                mbarrier.arrive(k_empty.index(stage), count=1)
+                weights, decay, peak, total = _softmax(
+                    s, peak, total, key, token, row_scratch, index * (KEYS // BLOCK), num_blocks,
+                    scale_log2, False, SCORES, KEYS, BLOCK,
+                )  # fmt: skip
+                o = warpgroup_mma_wait(0, [o])
+                mbarrier.arrive(v_empty.index(before), count=1)
+                o = o * gl.convert_layout(decay, o_row, assert_trivial=True)[:, None]
+                p = as_operand(weights, dtype, p_layout)
+
+            for index in range(gl.maximum(clear, 1), steps):
+                now = step + index
+                stage = now % STAGES
+                before = (now - 1) % STAGES
+                mbarrier.wait(k_ready.index(stage), (now // STAGES) & 1)
+                s = product(q, q2, k_smem.index(stage), k2_smem.index(stage), weights,
+                            KEYS, WIDTH, SPLIT)  # fmt: skip
+                mbarrier.wait(v_ready.index(before), ((now - 1) // STAGES) & 1)
+                v = flat(v_smem.index(before), KEYS, VALUE_WIDTH)
+                o = warpgroup_mma(p, v, o, is_async=True)
+                s, o = warpgroup_mma_wait(0, [s, o])
+                mbarrier.arrive(k_empty.index(stage), count=1)
+                mbarrier.arrive(v_empty.index(before), count=1)
+                weights, decay, peak, total = _softmax(
+                    s, peak, total, key + index * KEYS, token, row_scratch,
+                    index * (KEYS // BLOCK), num_blocks, scale_log2, True, SCORES, KEYS, BLOCK,
+                )  # fmt: skip
+                o = o * gl.convert_layout(decay, o_row, assert_trivial=True)[:, None]
+                p = as_operand(weights, dtype, p_layout)
+
+            step += steps
+            before = (step - 1) % STAGES
+            mbarrier.wait(v_ready.index(before), ((step - 1) // STAGES) & 1)
+            v = flat(v_smem.index(before), KEYS, VALUE_WIDTH)
+            o = warpgroup_mma(p, v, o, is_async=True)
+            o = warpgroup_mma_wait(0, [o])
+            mbarrier.arrive(v_empty.index(before), count=1)
+
+            log_total = peak + gl.log2(total)
+            share = gl.convert_layout(1.0 / total, o_row, assert_trivial=True)
+            o = o * share[:, None]
+            head = kv * HEADS + row % HEADS
+            alive = token < stop
+            place = (batch.to(gl.int64) * groups * HEADS + head) * sequence + token
+            gl.store(lse + place, log_total * LN_2, mask=alive)
+            if PACKED:
+                mbarrier.arrive(q_empty.index(HALF), count=1)
+                o_line = gl.arange(0, 64, layout=o_row)
+                o_token = first + o_line // HEADS
+                o_head = kv * HEADS + o_line % HEADS
+                o_place = (batch.to(gl.int64) * sequence + o_token) * groups * HEADS + o_head
+                o_column = gl.arange(0, VALUE_WIDTH, layout=gl.SliceLayout(0, o_layout))
+                gl.store(output + o_place[:, None] * VALUE_WIDTH + o_column[None, :],
+                         narrow(o, dtype), mask=(o_token < stop)[:, None])  # fmt: skip
+            else:
+                out = o_smem.index(HALF)
+                flat(out, 64, VALUE_WIDTH).store(narrow(o, dtype))
+                fence_async_shared()
+                gl.thread_barrier()
+                tma.async_copy_shared_to_global(o_desc, [batch, first, kv * HEADS, 0], out)
+                tma.store_wait(0)
+                gl.thread_barrier()
+                mbarrier.arrive(q_empty.index(HALF), count=1)
+            if SCORES:
+                gl.store(rows + row, log_total)
+                gl.thread_barrier()
+                _select(row_scratch, rows, indices, first, start, stop, num_blocks,
+                        scale_log2, sequence, group, selected, forced_first, forced_recent,
+                        TOKENS, HEADS, BLOCK, BLOCKS, SELECTED)  # fmt: skip
+                gl.thread_barrier()
+            turn += 1
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "sequence",
+        "groups",
+        "tiles",
+        "items",
+        "programs",
+        "num_blocks",
+        "selected",
+        "forced_first",
+        "forced_recent",
+    ]
+)
+def oracle_kernel(
+    q_desc, q2_desc, k_desc, k2_desc, v_desc, o_desc,
+    output, lse, indices, scratch, tile_table,
+    sequence, groups, tiles, items, programs, scale_log2, num_blocks, selected,
+    forced_first, forced_recent,
+    TOKENS: gl.constexpr, HEADS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
+    WIDTH: gl.constexpr, VALUE_WIDTH: gl.constexpr, SPLIT: gl.constexpr, PACKED: gl.constexpr,
+    SCORES: gl.constexpr, BLOCK: gl.constexpr, BLOCKS: gl.constexpr, SELECTED: gl.constexpr,
+):  # fmt: skip
+    """See the module; launched with `programs` programs of four warps (and eight more inside)."""
+    dtype: gl.constexpr = q_desc.dtype
+    q_smem = gl.allocate_shared_memory(dtype, [2, 1, TOKENS, HEADS, WIDTH], q_desc.layout)
+    k_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, KEYS, 1, WIDTH], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, KEYS, 1, VALUE_WIDTH], v_desc.layout)
+    q2_smem = q_smem
+    k2_smem = k_smem
+    if SPLIT:
+        q2_smem = gl.allocate_shared_memory(dtype, [2, 1, TOKENS, HEADS, 64], q2_desc.layout)
+        k2_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, KEYS, 1, 64], k2_desc.layout)
+    # The output leaves through the place of its query where that is as wide.
+    o_smem = q_smem
+    if WIDTH != VALUE_WIDTH:
+        o_smem = gl.allocate_shared_memory(dtype, [2, 1, TOKENS, HEADS, VALUE_WIDTH], o_desc.layout)
+    q_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for index in gl.static_range(2):
+        mbarrier.init(q_ready.index(index), count=1)
+        mbarrier.init(q_empty.index(index), count=1)
+    for index in gl.static_range(STAGES):
+        mbarrier.init(k_ready.index(index), count=1)
+        mbarrier.init(k_empty.index(index), count=2)
+        mbarrier.init(v_ready.index(index), count=1)
+        mbarrier.init(v_empty.index(index), count=2)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (_consumer, (o_desc, output, lse, indices, scratch,
+                         q_smem, q2_smem, k_smem, k2_smem, v_smem, o_smem,
+                         q_ready, q_empty, k_ready, k_empty, v_ready, v_empty,
+                         tile_table, sequence, groups, tiles, items, programs, scale_log2,
+                         num_blocks, selected, forced_first, forced_recent,
+                         0, TOKENS, HEADS, KEYS, STAGES, WIDTH, VALUE_WIDTH, SPLIT, PACKED,
+                         SCORES, BLOCK, BLOCKS, SELECTED)),
+            (_consumer, (o_desc, output, lse, indices, scratch,
+                         q_smem, q2_smem, k_smem, k2_smem, v_smem, o_smem,
+                         q_ready, q_empty, k_ready, k_empty, v_ready, v_empty,
+                         tile_table, sequence, groups, tiles, items, programs, scale_log2,
+                         num_blocks, selected, forced_first, forced_recent,
+                         1, TOKENS, HEADS, KEYS, STAGES, WIDTH, VALUE_WIDTH, SPLIT, PACKED,
+                         SCORES, BLOCK, BLOCKS, SELECTED)),
+            (_loader, (q_desc, q2_desc, k_desc, k2_desc, v_desc,
+                       q_smem, q2_smem, k_smem, k2_smem, v_smem,
+                       q_ready, q_empty, k_ready, k_empty, v_ready, v_empty,
+                       tile_table, sequence, groups, tiles, items, programs,
+                       TOKENS, HEADS, KEYS, STAGES, SPLIT, PACKED)),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip

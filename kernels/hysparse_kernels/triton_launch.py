@@ -1,0 +1,263 @@
+"""How the attention kernels of triton_kernels.py are launched: tiles, memory, results.
+
+`forward`, `query_gradient` and `key_value_gradients` take the same arguments for every mode; packed
+documents come as one batch row, [1, B * S, ...].
+
+Shapes: B batch, S sequence, HQ query heads, HKV KV groups, D query/key head dim, DV value head dim,
+K selected.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from hysparse_kernels import triton_kernels as kernels
+from hysparse_kernels.accumulation import KeyValueGradients
+from hysparse_kernels.block_lists import BlockLists, TokenTile
+from hysparse_kernels.documents import cut
+from hysparse_kernels.triton_topk import Selector
+
+_LOG2_E = 1.4426950408889634
+_SHARED_MEMORY_BYTES = 200 * 2**10
+"""What tiles may take of a Hopper multiprocessor's 227 KiB; the compiler needs some for itself."""
+
+
+@dataclass(frozen=True)
+class Walk:
+    """What a kernel walks over; see `triton_kernels`."""
+
+    mode: int
+    keys: int
+    """Keys per step of the forward and dQ kernels."""
+    window: int = 0
+    lists: BlockLists | None = None
+    cu_seqlens: Tensor | None = None
+    """Documents of the one batch row, for CAUSAL and WINDOW."""
+
+    @property
+    def packed(self) -> bool:
+        """Whether the batch is one row of packed documents."""
+        return self.cu_seqlens is not None or (self.lists is not None and self.lists.packed)
+
+    def pieces(self, size: int, tokens: int, first_token: int, unused: Tensor) -> _Pieces:
+        """Tiles of `size` of `tokens` tokens, or their number and stand-ins where none is cut."""
+        if self.cu_seqlens is None:
+            return _Pieces(triton.cdiv(tokens, size), unused, unused, unused, unused)
+        pieces = cut(self.cu_seqlens, size, tokens, first_token)
+        return _Pieces(
+            len(pieces), pieces.first, pieces.stop, pieces.document_first, pieces.document_stop
+        )
+
+    def query_tile(self, shape: Shape) -> tuple[TokenTile, int]:
+        """The token tile of the forward and dQ kernels, and how many of them share a union."""
+        if self.lists is None:
+            return TokenTile.of(shape.heads, 128 if shape.row_bytes <= 512 else 64), 1
+        # Wide rows and long blocks leave no room for more than half of the lists' tile.
+        half = shape.row_bytes > 768 or self.keys > 64
+        return (self.lists.part, 2) if half else (self.lists.tile, 1)
+
+    def unions(self, unused: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+        """starts, bits, counts and capacity of the unions, or stand-ins."""
+        if self.lists is None:
+            return unused, unused, unused, 0
+        starts = self.lists.starts
+        return starts, self.lists.bits, self.lists.counts, starts.shape[2]
+
+
+class _Pieces(NamedTuple):
+    number: int
+    first: Tensor
+    stop: Tensor
+    document_first: Tensor
+    document_stop: Tensor
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one call."""
+
+    batch: int
+    sequence: int
+    query_heads: int
+    groups: int
+    width: int
+    value_width: int
+
+    @classmethod
+    def of(cls, query: Tensor, key: Tensor, value: Tensor) -> Shape:
+        """The sizes of query [B,S,HQ,D], key [B,S,HKV,D] and value [B,S,HKV,DV]."""
+        batch, sequence, query_heads, width = query.shape
+        return cls(batch, sequence, query_heads, key.shape[2], width, value.shape[3])
+
+    @property
+    def heads(self) -> int:
+        """Query heads per KV group."""
+        return self.query_heads // self.groups
+
+    @property
+    def rows(self) -> int:
+        """B * HKV, what the kernels' second grid axis counts."""
+        return self.batch * self.groups
+
+    @property
+    def row_bytes(self) -> int:
+        """Shared memory of one query/key row and one value row, in 2-byte elements."""
+        constants = self.constants(torch.bfloat16)
+        return 2 * (constants["WIDTH"] + constants["VALUE_WIDTH"])
+
+    def constants(self, dtype: torch.dtype) -> dict[str, Any]:
+        """The kernels' compile-time names of these sizes."""
+        return {
+            "WIDTH": max(16, triton.next_power_of_2(self.width)),
+            "VALUE_WIDTH": max(16, triton.next_power_of_2(self.value_width)),
+            "PRECISION": "ieee" if dtype is torch.float32 else "tf32",
+        }
+
+
+class Saved(NamedTuple):
+    """What a backward starts from; the last dimension of all but lse is contiguous."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    output: Tensor
+    lse: Tensor
+    grad: Tensor
+    """Gradient of the output."""
+
+
+def _stages(most: int, bytes_per_stage: int, fixed_bytes: int) -> int:
+    """Software-pipeline depth, up to `most`, whose tiles fit into shared memory."""
+    return max(1, min(most, (_SHARED_MEMORY_BYTES - fixed_bytes) // bytes_per_stage))
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    return [stride for tensor in tensors for stride in tensor.stride()[:3]]
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sink: Tensor | None,
+    walk: Walk,
+    scale: float,
+    selector: Selector | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """output [B, S, HQ, DV], lse [B, HQ, S] fp32 and, with a selector, indices [B, HKV, S, K]."""
+    shape = Shape.of(query, key, value)
+    output = query.new_empty(*query.shape[:3], shape.value_width)
+    lse = query.new_empty(shape.batch, shape.query_heads, shape.sequence, dtype=torch.float32)
+    tile, split = walk.query_tile(shape)
+    stages = _stages(3, walk.keys * shape.row_bytes, tile.rows * (shape.row_bytes + walk.keys))
+
+    def launch(first_token: int, tokens: int, maxima: Tensor, num_blocks: int = 0) -> None:
+        pieces = walk.pieces(tile.tokens, tokens, first_token, lse)
+        kernels.forward_kernel[(pieces.number, shape.rows)](
+            query, key, value, lse if sink is None else sink, output, lse, maxima,
+            *_strides(query, key, value),
+            pieces.first, pieces.stop, pieces.document_first, *walk.unions(lse),
+            shape.sequence, shape.groups, walk.window, scale * _LOG2_E,
+            shape.width, shape.value_width, first_token, tokens, num_blocks,
+            MODE=walk.mode, PACKED=walk.cu_seqlens is not None,
+            HAS_SINK=sink is not None, SCORES=selector is not None,
+            SPLIT=split, KEYS=walk.keys, **tile.constants(), **shape.constants(query.dtype),
+            num_warps=8 if tile.rows >= 128 else 4, num_stages=stages,
+        )  # fmt: skip
+
+    if selector is not None:
+        return output, lse, selector.run(launch, tile, lse, shape.groups)
+    launch(0, shape.sequence, lse)
+    return output, lse, None
+
+
+def query_gradient(saved: Saved, walk: Walk, scale: float) -> tuple[Tensor, Tensor]:
+    """dQ [B, S, HQ, D] in the query's dtype and delta [B, HQ, S] fp32, the sum of output * grad."""
+    query, key, value, output, lse, grad = saved
+    shape = Shape.of(query, key, value)
+    d_query = query.new_empty(query.shape)
+    delta = torch.empty_like(lse)
+    tile, split = walk.query_tile(shape)
+    stages = _stages(2, walk.keys * shape.row_bytes, tile.rows * (shape.row_bytes + 4 * walk.keys))
+    pieces = walk.pieces(tile.tokens, shape.sequence, 0, lse)
+    kernels.dq_kernel[(pieces.number, shape.rows)](
+        query, key, value, output, grad, lse, delta, d_query,
+        *_strides(query, key, value, output, grad),
+        pieces.first, pieces.stop, pieces.document_first, *walk.unions(lse),
+        *_sizes(shape, walk, scale), MODE=walk.mode, PACKED=walk.cu_seqlens is not None,
+        SPLIT=split, KEYS=walk.keys, **tile.constants(), **shape.constants(query.dtype),
+        num_warps=8 if tile.rows >= 128 else 4, num_stages=stages,
+    )  # fmt: skip
+    return d_query, delta
+
+
+def key_value_gradients(
+    saved: Saved, delta: Tensor, walk: Walk, scale: float, accumulate: KeyValueGradients | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """dK [B, S, HKV, D] and dV [B, S, HKV, DV] in the key's dtype.
+
+    Without a result where they were added to `accumulate` (BLOCKS only).
+    """
+    query, key, value, _, lse, grad = saved
+    shape = Shape.of(query, key, value)
+    lists = walk.lists
+    d_key, d_value, add = gradient_buffers(key, value, accumulate, fp32=lists is not None)
+    tile = TokenTile.of(shape.heads, 64) if lists is None else lists.part
+    keys = 64 if lists is None else walk.keys
+    stages = _stages(2, tile.rows * shape.row_bytes, keys * (shape.row_bytes + 4 * tile.rows))
+    if lists is None:
+        pieces = walk.pieces(keys, shape.sequence, 0, lse)
+        grid: tuple[int, ...] = (pieces.number, shape.rows)
+        ends = (pieces.first, pieces.stop, pieces.document_stop)
+        chunks: tuple[Any, ...] = (0, 0, lse, lse, lse, 0, lse, lse)
+    else:
+        entries = len(lists.table)
+        grid = (shape.rows * lists.segments * entries,)
+        ends = (lists.table.first, lists.table.stop, lse)
+        flags = torch.zeros_like(lists.chunk_after)
+        chunks = (
+            entries, lists.segments, lists.chunk_first, lists.chunk_after, flags, int(add),
+            lists.reader_part, lists.reader_bits,
+        )  # fmt: skip
+    kernels.dkv_kernel[grid](
+        query, key, value, grad, lse, delta, d_key, d_value, *_strides(query, key, value, grad),
+        *ends, *chunks, *_sizes(shape, walk, scale),
+        MODE=walk.mode, PACKED=walk.cu_seqlens is not None,
+        KEYS=keys, **tile.constants(), **shape.constants(query.dtype),
+        num_warps=8 if keys * shape.width >= 128 * 64 else 4, num_stages=stages,
+    )  # fmt: skip
+    if accumulate is not None:
+        return None, None
+    return d_key.to(key.dtype), d_value.to(value.dtype)
+
+
+def gradient_buffers(
+    key: Tensor, value: Tensor, accumulate: KeyValueGradients | None, *, fp32: bool
+) -> tuple[Tensor, Tensor, bool]:
+    """Where dK [B, S, HKV, D] and dV [B, S, HKV, DV] go, and whether they are added to it."""
+    if accumulate is not None:
+        return accumulate.buffers(key, value)
+    kinds = tuple(torch.float32 if fp32 else tensor.dtype for tensor in (key, value))
+    return (
+        torch.empty(key.shape, dtype=kinds[0], device=key.device),
+        torch.empty(value.shape, dtype=kinds[1], device=value.device),
+        False,
+    )
+
+
+def _sizes(shape: Shape, walk: Walk, scale: float) -> tuple[Any, ...]:
+    """The trailing arguments of the two backward kernels."""
+    return (
+        shape.sequence,
+        shape.groups,
+        walk.window,
+        scale,
+        scale * _LOG2_E,
+        shape.width,
+        shape.value_width,
+    )

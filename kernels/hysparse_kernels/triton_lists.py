@@ -1,0 +1,211 @@
+"""The lists of a selection built by Triton kernels; _reference_lists.py specifies them.
+
+Unions: one program per token tile sorts the tile's picks. Readers: a map [blocks, tiles] of the
+bits that the tiles' tokens set, written by the tiles and read by the blocks, in passes over as many
+blocks as fit into a bounded map.
+
+Shapes as in block_lists.py.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hysparse_kernels.block_lists import Readers, Unions, reader_capacity, union_capacity
+from hysparse_kernels.documents import BlockTable
+
+_MAP_BYTES = 256 * 2**20
+"""Most memory for the map of readers."""
+_NONE = tl.constexpr(0x7FFFFFFF)
+
+
+def unions(indices: Tensor, tile_tokens: int, block_size: int, table: BlockTable) -> Unions:
+    """The blocks that each tile of `tile_tokens` tokens reads; indices int32 [R, tokens, K]."""
+    rows, tokens, selected = indices.shape
+    tiles = triton.cdiv(tokens, tile_tokens)
+    capacity = union_capacity(tile_tokens, selected, len(table))
+    slots = triton.next_power_of_2(selected)
+    codes = max(4, slots * tile_tokens)
+    starts, bits = (indices.new_empty(rows, tiles, capacity) for _ in range(2))
+    counts = indices.new_empty(rows, tiles)
+    union_kernel[(tiles, rows)](
+        indices, *_table_arguments(table, indices), table.first, starts, bits, counts,
+        tokens, selected, capacity,
+        PACKED=table.packed, TOKENS=tile_tokens, SLOTS=slots, BLOCK=block_size, CODES=codes,
+        num_warps=max(1, min(8, codes // 256)),
+    )  # fmt: skip
+    return Unions(starts, bits, counts)
+
+
+def readers(
+    unions: Unions,
+    tile_tokens: int,
+    block_size: int,
+    table: BlockTable,
+    selected: int,
+    segment_tokens: int,
+) -> Readers:
+    """The parts, half a tile each, that read each block; `selected` is K."""
+    rows, tiles, capacity = unions.starts.shape
+    blocks, part_tokens = len(table), tile_tokens // 2
+    entries = rows * blocks
+    dtype = torch.uint8 if tile_tokens <= 8 else torch.int16 if tile_tokens <= 16 else torch.int32
+    entries_per_pass = max(1, min(entries, _MAP_BYTES // (tiles * dtype.itemsize)))
+    marks = unions.starts.new_empty(entries_per_pass, tiles, dtype=dtype)
+    segments = triton.cdiv(tiles * tile_tokens, segment_tokens)
+    counts = unions.counts.new_empty(entries, segments)
+    ends = unions.counts.new_empty(entries, dtype=torch.int64)
+    places = reader_capacity(rows, tiles, tile_tokens, selected, blocks)
+    part, bits = (unions.starts.new_empty(places) for _ in range(2))
+    step = min(1024, triton.next_power_of_2(tiles))
+    counting = min(step, triton.next_power_of_2(segment_tokens // tile_tokens))
+    for first in range(0, entries, entries_per_pass):
+        stop = min(first + entries_per_pass, entries)
+        passed = slice(first, stop)
+        first_row, last_row = first // blocks, (stop - 1) // blocks
+        marks.zero_()
+        map_kernel[(tiles, last_row - first_row + 1)](
+            unions.starts, unions.bits, unions.counts, _table_arguments(table, counts)[1], marks,
+            first_row, first, stop, blocks, tiles, capacity,
+            PACKED=table.packed, BLOCK=block_size, STEP=min(64, triton.next_power_of_2(capacity)),
+            num_warps=1,
+        )  # fmt: skip
+        count_kernel[(stop - first, segments)](
+            marks, table.first, counts, first, blocks, tiles, segment_tokens // tile_tokens,
+            PART=part_tokens, STEP=counting, num_warps=4,
+        )  # fmt: skip
+        ends[passed] = counts[passed].sum(1).cumsum(0)
+        if first:
+            ends[passed] += ends[first - 1]
+        compact_kernel[(stop - first,)](
+            marks, table.first, ends, part, bits, first, blocks, tiles,
+            PART=part_tokens, STEP=step, num_warps=4,
+        )  # fmt: skip
+    return Readers(part, bits, counts.flatten())
+
+
+def _table_arguments(table: BlockTable, unused: Tensor) -> tuple[Tensor, Tensor]:
+    """Document start and block number of every token, or stand-ins."""
+    if table.document_start is None or table.number is None:
+        return unused, unused
+    return table.document_start, table.number
+
+
+@triton.jit
+def _join(left_number, left_bits, right_number, right_bits):
+    """Scan step: OR of the bits since the block number last changed."""
+    return right_number, tl.where(left_number == right_number, left_bits | right_bits, right_bits)
+
+
+@triton.jit
+def union_kernel(
+    indices, document_start, block_number, block_first, starts, bits, counts,
+    tokens, selected, capacity,
+    PACKED: tl.constexpr, TOKENS: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
+    CODES: tl.constexpr,
+):  # fmt: skip
+    """starts, bits [R, T, U] and counts [R, T] of program (tile, row)."""
+    tile = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    tiles = tl.num_programs(0)
+    place = tl.arange(0, CODES)
+    offset, slot = place // SLOTS, place % SLOTS
+    token = tile * TOKENS + offset
+    inside = (offset < TOKENS) & (slot < selected) & (token < tokens)
+    pick = tl.load(indices + (row * tokens + token) * selected + slot, mask=inside, other=-1)
+    begin, before = 0, 0
+    if PACKED:
+        begin = tl.load(document_start + token, mask=inside, other=0)
+        before = tl.load(block_number + begin, mask=inside, other=0)
+    chosen = inside & (pick >= 0) & (begin + pick * BLOCK <= token)
+
+    # Block first, token second; what is not picked sorts last.
+    code = tl.sort(tl.where(chosen, (before + pick) * TOKENS + offset, _NONE))
+    valid = code != _NONE
+    number = code // TOKENS
+    members = tl.full([CODES], 1, tl.int32) << (code % TOKENS)
+    number, members = tl.associative_scan((number, members), 0, _join)
+    following = tl.gather(number, tl.minimum(place + 1, CODES - 1), 0)
+    last = valid & ((following != number) | (place == CODES - 1))
+    ones = last.to(tl.int32)
+    found = tl.cumsum(ones, 0) - 1
+    count = tl.sum(ones, 0)
+    base = (row * tiles + tile) * capacity
+    tl.store(starts + base + found, tl.load(block_first + number, mask=last, other=0), mask=last)
+    tl.store(bits + base + found, members, mask=last)
+    unused = (place >= count) & (place < capacity)
+    tl.store(starts + base + place, 0, mask=unused)
+    tl.store(bits + base + place, 0, mask=unused)
+    tl.store(counts + row * tiles + tile, count)
+
+
+@triton.jit
+def map_kernel(
+    starts, bits, counts, block_number, marks, first_row, first, stop, blocks, tiles, capacity,
+    PACKED: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Bits of program (tile, row - first_row) into marks [stop - first, T] at the blocks' rows."""
+    tile = tl.program_id(0)
+    row = (first_row + tl.program_id(1)).to(tl.int64)
+    base = (row * tiles + tile) * capacity
+    count = tl.load(counts + row * tiles + tile)
+    for begin in range(0, count, STEP):
+        index = begin + tl.arange(0, STEP)
+        inside = index < count
+        start = tl.load(starts + base + index, mask=inside, other=0)
+        members = tl.load(bits + base + index, mask=inside, other=0)
+        number = start // BLOCK
+        if PACKED:
+            number = tl.load(block_number + start, mask=inside, other=0)
+        entry = row * blocks + number
+        inside = inside & (entry >= first) & (entry < stop)
+        where = marks + (entry - first) * tiles + tile
+        tl.store(where, members.to(marks.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _parts(marks, tile, tiles, PART: tl.constexpr, STEP: tl.constexpr):
+    """Bits of the parts of tiles tile .. tile + STEP: int32 [2 * STEP]."""
+    place = tile + tl.arange(0, STEP)
+    both = tl.load(marks + place, mask=place < tiles, other=0).to(tl.int32)
+    low: tl.constexpr = (1 << PART) - 1
+    return tl.interleave(both & low, (both >> PART) & low)
+
+
+@triton.jit
+def count_kernel(
+    marks, block_first, counts, first, blocks, tiles, segment,
+    PART: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """counts [R * NT, C]: the parts that read entry first + program, per `segment` tiles."""
+    entry = first + tl.program_id(0)
+    row = marks + tl.program_id(0).to(tl.int64) * tiles
+    begin = tl.program_id(1) * segment
+    stop = tl.minimum(begin + segment, tiles)
+    # No token before the block reads it.
+    begin = tl.maximum(begin, tl.load(block_first + entry % blocks) // (2 * PART))
+    total = tl.zeros([2 * STEP], tl.int32)
+    for tile in range(begin, stop, STEP):
+        total += (_parts(row, tile, stop, PART, STEP) != 0).to(tl.int32)
+    tl.store(counts + entry * tl.num_programs(1) + tl.program_id(1), tl.sum(total, 0))
+
+
+@triton.jit
+def compact_kernel(
+    marks, block_first, ends, part, bits, first, blocks, tiles,
+    PART: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """The parts that read entry first + program, and their bits, up to place ends [R * NT]."""
+    entry = first + tl.program_id(0)
+    row = marks + tl.program_id(0).to(tl.int64) * tiles
+    place = tl.load(ends + entry - 1, mask=entry > 0, other=0)
+    for tile in range(tl.load(block_first + entry % blocks) // (2 * PART), tiles, STEP):
+        members = _parts(row, tile, tiles, PART, STEP)
+        ones = (members != 0).to(tl.int32)
+        found = place + tl.cumsum(ones, 0) - 1
+        tl.store(part + found, 2 * tile + tl.arange(0, 2 * STEP), mask=members != 0)
+        tl.store(bits + found, members, mask=members != 0)
+        place += tl.sum(ones, 0)
