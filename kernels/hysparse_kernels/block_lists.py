@@ -185,6 +185,7 @@ def _chunks(
     segment = torch.arange(segments, dtype=torch.int32, device=counts.device)
     # No token before the block reads it: the block's own segment is its first.
     own = table.first[:, None] // segment_tokens == segment
+    own &= (table.first < table.stop)[:, None]
     at_work = (counts.view(-1, len(table), segments) > 0) | own
     latest = torch.where(at_work, segment, -1).cummax(2).values
     before = torch.nn.functional.pad(latest[..., :-1], (1, 0), value=-1)

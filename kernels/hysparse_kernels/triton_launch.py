@@ -58,7 +58,7 @@ class Walk:
         if self.lists is None:
             return TokenTile.of(shape.heads, 128 if shape.row_bytes <= 512 else 64), 1
         # Wide rows and long blocks leave no room for more than half of the lists' tile.
-        half = shape.row_bytes > 768 or self.keys > 64
+        half = shape.row_bytes > 768 or self.keys > 64 or self.lists.tile.rows > 128
         return (self.lists.part, 2) if half else (self.lists.tile, 1)
 
     def unions(self, unused: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:

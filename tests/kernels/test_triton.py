@@ -24,3 +24,19 @@ def test_triton_kernels_agree_with_the_reference(cases: str, seed: int) -> None:
         check=False,
     )
     assert result.returncode == 0, f"seed {seed}\n{result.stdout}\n{result.stderr[-4000:]}"
+
+
+@pytest.mark.slow
+def test_hopper_kernels_compile_without_a_gpu() -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([".", "kernels"])}
+    environment.pop("TRITON_INTERPRET", None)
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.hopper_compiles"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert "18 compiled" in result.stdout

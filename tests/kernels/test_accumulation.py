@@ -1,0 +1,114 @@
+"""One sum of the key and value gradients of several layers, against plain autograd."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hysparse_kernels import KeyValueGradients, block_sparse_attention, oracle_attention
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+BLOCK: dict[str, Any] = {"block_size": 4}
+Run = Callable[..., Tensor]
+
+
+def plainly(layer: Run, *inputs: Any) -> Tensor:
+    return layer(*inputs)
+
+
+def recomputed(reentrant: bool) -> Run:
+    return lambda layer, *inputs: checkpoint(layer, *inputs, use_reentrant=reentrant)
+
+
+RUNS = {"plain": plainly, "reentrant": recomputed(True), "recompute": recomputed(False)}
+
+
+def leaves(dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+    """The oracle's hidden state, from which its key and value come, and three queries."""
+    shapes = ((2, 21, 2, 13), *[(2, 21, 4, 8)] * 3)
+    return tuple(torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes)
+
+
+def model(run: Run, accumulate: bool, used: tuple[int, ...], *inputs: Tensor) -> Tensor:
+    """An oracle and two sparse layers on its key and value, of which the output takes `used`."""
+    hidden, *queries = inputs
+    key, value = (2 * hidden).split([8, 5], dim=3)
+    gradients = KeyValueGradients() if accumulate else None
+    if gradients is not None:
+        key, value = gradients.attach(key, value)
+    oracle = oracle_attention(queries[0], key, value, num_selected=2, **BLOCK)
+
+    def sparse(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return block_sparse_attention(
+            query, key, value, oracle.block_indices, accumulate=gradients, **BLOCK
+        )
+
+    outputs = [oracle.output, *(run(sparse, query, key, value) for query in queries[1:])]
+    return torch.stack([outputs[layer] for layer in used]).prod(0)
+
+
+def backward(*arguments: Any) -> list[Tensor | None]:
+    inputs = [tensor.clone().requires_grad_() for tensor in arguments[3:]]
+    model(*arguments[:3], *inputs).square().sum().backward()
+    return [tensor.grad for tensor in inputs]
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("used", [(0, 1, 2), (1, 2), (0, 2), (1,), (0,)])
+def test_sum_is_that_of_autograd(run: str, used: tuple[int, ...], seed: int) -> None:
+    inputs = leaves()
+    wanted = backward(plainly, False, used, *inputs)
+    for got, expected in zip(backward(RUNS[run], True, used, *inputs), wanted, strict=True):
+        if expected is None:
+            assert got is None
+        else:
+            torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_everything_inside_a_recompute(reentrant: bool, seed: int) -> None:
+    inputs = leaves()
+    wanted = backward(plainly, False, (0, 1, 2), *inputs)
+    whole = [tensor.clone().requires_grad_() for tensor in inputs]
+    output = checkpoint(
+        lambda *tensors: model(plainly, True, (0, 1, 2), *tensors), *whole, use_reentrant=reentrant
+    )
+    output.square().sum().backward()
+    for tensor, expected in zip(whole, wanted, strict=True):
+        torch.testing.assert_close(tensor.grad, expected)
+
+
+def test_low_precision_is_summed_in_fp32_and_repeats(seed: int) -> None:
+    inputs = leaves(torch.bfloat16)
+    first, second = (backward(plainly, True, (0, 1, 2), *inputs) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert first[0].dtype == torch.bfloat16
+
+
+def test_backward_twice_starts_afresh(seed: int) -> None:
+    inputs = [tensor.requires_grad_() for tensor in leaves()]
+    loss = model(plainly, True, (0, 1, 2), *inputs).sum()
+    once = torch.autograd.grad(loss, inputs, retain_graph=True)
+    again = torch.autograd.grad(loss, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+
+
+def test_frozen_key_and_value_take_nothing(seed: int) -> None:
+    hidden, query, *_ = leaves()
+    gradients = KeyValueGradients()
+    key, value = gradients.attach(*hidden.split([8, 5], dim=3))
+    indices = torch.zeros(2, 2, 21, 1, dtype=torch.int32)
+    query.requires_grad_()
+    output = block_sparse_attention(query, key, value, indices, accumulate=gradients, **BLOCK)
+    output.sum().backward()
+    assert query.grad is not None
+    assert gradients.buffers(key, value)[2] is False
+
+
+def test_gradients_that_nothing_collects_are_refused() -> None:
+    tensor, indices = torch.zeros(1, 4, 1, 2), torch.zeros(1, 1, 4, 1, dtype=torch.int32)
+    with pytest.raises(ValueError, match="that nothing collects"):
+        block_sparse_attention(
+            tensor, tensor, tensor, indices, accumulate=KeyValueGradients(), **BLOCK
+        )
