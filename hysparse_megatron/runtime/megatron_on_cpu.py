@@ -5,7 +5,8 @@ megatron-core names the CUDA device in a few dozen places (`device="cuda"`, `.cu
 of them with the CPU. They live in this one file, are installed by `install()`, and `install()` does
 nothing where CUDA is used.
 
-1. `torch.cuda.current_device`, `synchronize`, `current_stream` and friends: inert stand-ins.
+1. `torch.cuda.current_device`, `synchronize`, `Stream`, `current_stream` and friends: inert
+   stand-ins.
 2. A `TorchFunctionMode` that turns CUDA devices in tensor factories, `.cuda()` and `.to()` into CPU
    and lets `Tensor.type()` answer with the CUDA name that the distributed optimizer compares with.
    PyTorch does not run such a mode inside a backward pass; everything megatron-core calls there
@@ -78,14 +79,28 @@ class _CudaIsCpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class _Event:
+    """An event that has already happened."""
+
+    def synchronize(self) -> None:
+        """Return at once."""
+
+
 class _Stream:
     """A stream on which everything has already happened."""
+
+    def __init__(self, device: Any = None, priority: int = 0) -> None:
+        """Take what `torch.cuda.Stream` takes."""
 
     def wait_stream(self, stream: Any) -> None:
         """Return at once: work on the CPU is in order."""
 
     def synchronize(self) -> None:
         """Return at once: work on the CPU is in order."""
+
+    def record_event(self, event: Any = None) -> _Event:
+        """An event that has already happened."""
+        return _Event()
 
 
 def _cpu_generator_state(
@@ -154,6 +169,7 @@ def install() -> bool:
 
     torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda device=None: None  # type: ignore[assignment]
+    torch.cuda.Stream = _Stream  # type: ignore[assignment,misc]
     torch.cuda.current_stream = lambda device=None: _Stream()  # type: ignore[assignment,return-value]
     torch.cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment,return-value]
     torch.cuda.nvtx.range_push = lambda message: None  # type: ignore[assignment,return-value]

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from math import lcm
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def test_every_group_has_a_preset() -> None:
 def test_every_preset_composes_and_is_valid(group: str, option: str) -> None:
     config = compose([f"{group}={option}"])
     parallel = config.parallel
-    ranks = parallel.tp * parallel.pp
+    ranks = parallel.pp * lcm(parallel.tp, parallel.ep * parallel.etp)
     assert validate(config, world_size=ranks) == []
 
 
@@ -117,7 +118,7 @@ def test_a_layout_needs_no_quotes_of_its_own(override: str) -> None:
         ("checkpoint.resume=7x", "checkpoint.resume", "7x", "true or false"),
         ("train.precision=fp8", "train.precision", "fp8", "one of fp32, bf16"),
         ("model.gate=token", "model.gate", "token", "one of head, channel"),
-        ("model=huge", "model", "huge", "one of tiny_full, tiny_hybrid_swa, tiny_hysparse"),
+        ("model=huge", "model", "huge", "tiny_full, tiny_hybrid_swa, tiny_hysparse"),
         ("experiment=none", "experiment", "none", "quickstart"),
         ("train=5", "train", "5", "one of default"),
         ("a b", "a b", "unreadable override", "key=value"),
