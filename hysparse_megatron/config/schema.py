@@ -38,7 +38,6 @@ class Balancing(Enum):
     none = "none"
     aux_loss = "aux_loss"
     sequence_aux_loss = "sequence_aux_loss"
-    global_aux_loss = "global_aux_loss"
     bias = "bias"
 
 
@@ -108,8 +107,9 @@ class MoeConfig:
     router_scaling: float = 1.0
     """Factor on the normalised weights of the chosen experts; sigmoid routers often use 2.5."""
     balancing: Balancing = Balancing.aux_loss
-    """aux_loss per micro-batch, per sequence or over the global batch; bias moves the choice with
-    one learnt number per expert and needs sigmoid; none leaves the router alone."""
+    """aux_loss per micro-batch or per sequence; bias moves the choice with one learnt number per
+    expert and needs sigmoid; none leaves the router alone. (megatron-core's loss over the global
+    batch depends on the data-parallel size and is left out.)"""
     aux_loss_coefficient: float = 1e-3
     """Weight of the auxiliary loss in the total; unused with bias and none."""
     bias_update_rate: float = 1e-3
@@ -207,9 +207,8 @@ class ParallelConfig:
     """Context-parallel size: ranks that share one sequence; only 1 in this version."""
     ep: int = 1
     """Expert-parallel size: ranks that share the experts of a layer; they are taken from the
-    tensor- and data-parallel ranks of a stage, so they add nothing to the world size."""
-    etp: int = 1
-    """Tensor-parallel size inside an expert; 1 keeps thin experts whole and moves tokens only."""
+    tensor- and data-parallel ranks of a stage, so they add nothing to the world size. An expert is
+    never split."""
     sequence_parallel: bool = False
     """Also split the residual stream over the tensor-parallel ranks, along the sequence."""
     timeout_seconds: int = 600

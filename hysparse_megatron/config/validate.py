@@ -22,7 +22,13 @@ from hysparse_megatron.config.schema import (
     TrackingMode,
 )
 from hysparse_megatron.errors import Problem
-from hysparse_megatron.layout import Layout, LayoutError, check_stages, parse_layout
+from hysparse_megatron.layout import (
+    Layout,
+    LayoutError,
+    check_stages,
+    parse_layout,
+    stage_layers,
+)
 
 AT_LEAST: dict[str, int] = {
     "model.hidden_size": 1,
@@ -50,7 +56,6 @@ AT_LEAST: dict[str, int] = {
     "parallel.vpp": 2,
     "parallel.cp": 1,
     "parallel.ep": 1,
-    "parallel.etp": 1,
     "cluster.gpus_per_node": 1,
     "parallel.timeout_seconds": 1,
     "optim.min_learning_rate": 0,
@@ -235,10 +240,9 @@ def _experts(config: Config) -> Iterator[Problem]:
     model, parallel = config.model, config.parallel
     moe = model.moe
     if moe.num_experts < 1:
-        for key, size in (("ep", parallel.ep), ("etp", parallel.etp)):
-            if size > 1:
-                allowed = "1 while model.moe.num_experts = 0: the model is dense"
-                yield Problem(f"parallel.{key}", str(size), allowed)
+        if parallel.ep > 1:
+            allowed = "1 while model.moe.num_experts = 0: the model is dense"
+            yield Problem("parallel.ep", str(parallel.ep), allowed)
         return
     if moe.num_active_experts > moe.num_experts:
         allowed = f"at most model.moe.num_experts = {moe.num_experts}"
@@ -253,9 +257,6 @@ def _experts(config: Config) -> Iterator[Problem]:
         divisors = [str(n) for n in range(1, moe.num_experts + 1) if moe.num_experts % n == 0]
         allowed = f"a divisor of model.moe.num_experts = {moe.num_experts}: {', '.join(divisors)}"
         yield Problem("parallel.ep", str(parallel.ep), allowed)
-    if not _is_multiple(model.expert_width, parallel.etp):
-        allowed = f"a divisor of the experts' width {model.expert_width}"
-        yield Problem("parallel.etp", str(parallel.etp), allowed)
     width = moe.shared_expert_ffn_hidden_size
     if not _is_multiple(width, parallel.tp):
         allowed = f"a multiple of parallel.tp = {parallel.tp}"
@@ -263,6 +264,25 @@ def _experts(config: Config) -> Iterator[Problem]:
     if parallel.tp > 1 and not parallel.sequence_parallel:
         allowed = "true with experts and parallel.tp > 1: each rank routes tokens of its own"
         yield Problem("parallel.sequence_parallel", "false", allowed)
+
+
+def _dense_ranks(config: Config) -> Iterator[Problem]:
+    """megatron-core's optimizer waits forever for a pipeline rank that has no experts."""
+    moe, parallel = config.model.moe, config.parallel
+    if moe.num_experts < 1 or moe.num_dense_first_layers < 1:
+        return
+    try:
+        layout = parse_layout(config.model.layout)
+        stages = stage_layers(layout, max(parallel.pp, 1) * max(parallel.vpp or 1, 1))
+    except LayoutError:
+        return  # `_layout` has said so
+    for rank in range(parallel.pp):
+        last = max(layer for stage in stages[rank :: parallel.pp] for layer in stage)
+        if last < moe.num_dense_first_layers:
+            allowed = f"at most {last}, so that every pipeline rank has a layer with experts"
+            got = str(moe.num_dense_first_layers)
+            yield Problem("model.moe.num_dense_first_layers", got, allowed)
+            return
 
 
 def _schedule(config: Config) -> Iterator[Problem]:
@@ -303,9 +323,9 @@ def _ranks(config: Config, world_size: int) -> Iterator[Problem]:
         got = f"tp {parallel.tp} x pp {parallel.pp} x cp {parallel.cp} = {ranks} ranks"
         allowed = f"a divisor of the world size, which is {world_size}"
         yield Problem("parallel.tp", got, allowed)
-    ranks = parallel.ep * parallel.etp * parallel.pp
+    ranks = parallel.ep * parallel.pp
     if config.model.moe.num_experts > 0 and not _is_multiple(world_size, ranks):
-        got = f"ep {parallel.ep} x etp {parallel.etp} x pp {parallel.pp} = {ranks} ranks"
+        got = f"ep {parallel.ep} x pp {parallel.pp} = {ranks} ranks"
         allowed = f"a divisor of the world size, which is {world_size}"
         yield Problem("parallel.ep", got, allowed)
 
@@ -353,6 +373,7 @@ RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _backend,
     _parallel,
     _experts,
+    _dense_ranks,
     _schedule,
     paths.run_directory,
     paths.inputs,
@@ -365,5 +386,6 @@ PLAN_RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _widths,
     _parallel,
     _experts,
+    _dense_ranks,
 )
 """Those that another parallel plan may satisfy."""

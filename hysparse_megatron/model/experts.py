@@ -73,7 +73,6 @@ def moe_layer() -> Callable[..., MoELayer]:
 _AUXILIARY_LOSSES = {
     "aux_loss": "load_balancing_loss",
     "seq_aux_loss": "seq_load_balancing_loss",
-    "global_aux_loss": "global_load_balancing_loss",
 }
 """megatron-core's names of what a kind of balancing records."""
 

@@ -103,7 +103,6 @@ _BALANCING = {
     Balancing.bias: "none",
     Balancing.aux_loss: "aux_loss",
     Balancing.sequence_aux_loss: "seq_aux_loss",
-    Balancing.global_aux_loss: "global_aux_loss",
 }
 
 
@@ -166,7 +165,8 @@ def make_megatron_config(config: Config, pipeline: PipelinePlan) -> HySparseConf
         virtual_pipeline_model_parallel_size=parallel.vpp,
         sequence_parallel=parallel.sequence_parallel,
         expert_model_parallel_size=parallel.ep,
-        expert_tensor_parallel_size=parallel.etp,
+        # An expert is never split: tokens travel to it, also between tensor-parallel ranks.
+        expert_tensor_parallel_size=1,
         **_experts(model, num_layers),
         params_dtype=dtype,
         pipeline_dtype=dtype,

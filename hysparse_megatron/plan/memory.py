@@ -115,9 +115,8 @@ def _feed_forward_activations(config: Config, layer: int) -> Counter[str]:
     kept["feed-forward"] += tokens * 4 * shared_width * element
     # Logits, scores and probabilities of the router in fp32.
     kept["routing"] += rows * moe.num_experts * 3 * 4
-    routed = rows * moe.num_active_experts * parallel.etp
-    width = model.expert_width // parallel.etp
-    kept["experts"] += routed * (model.hidden_size + 5 * width) * element
+    routed = rows * moe.num_active_experts
+    kept["experts"] += routed * (model.hidden_size + 5 * model.expert_width) * element
     return kept
 
 

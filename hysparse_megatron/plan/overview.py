@@ -110,7 +110,7 @@ def rank_groups(config: Config, world_size: int) -> RankGroups:
     """The groups of a valid configuration on `world_size` ranks."""
     parallel, train = config.parallel, config.train
     dp = world_size // (parallel.tp * parallel.pp * parallel.cp)
-    edp = world_size // (parallel.etp * parallel.ep * parallel.pp)
+    edp = world_size // (parallel.ep * parallel.pp)
     return RankGroups(world_size, dp, edp, train.global_batch_size // (train.micro_batch_size * dp))
 
 
@@ -202,7 +202,7 @@ def _step_time(
         return 1e9 * (cluster.node_bandwidth_gb if inside else cluster.network_bandwidth_gb)
 
     tensor = bandwidth(parallel.tp)
-    expert = bandwidth(parallel.ep * parallel.etp)
+    expert = bandwidth(parallel.ep)
     # Pipeline ranks are the outermost: neighbours stand a whole stage apart.
     across = bandwidth(groups.world_size // plan.pp)
     between_stages = bandwidth(2 * groups.world_size // plan.pp)

@@ -38,7 +38,7 @@ class LayerParameters:
     feed_forward: int
     """The dense feed-forward layer, or the shared expert; split over tensor-parallel ranks."""
     experts: int
-    """Routed experts, split over expert-parallel ranks and inside each over its tensor ranks."""
+    """Routed experts, split over expert-parallel ranks."""
     router: int
     """Replicated on every rank of the stage."""
     norms: int
@@ -60,9 +60,9 @@ class LayerParameters:
         """Parameters of one rank that data-parallel ranks replicate."""
         return (self.attention + self.feed_forward) // tp + self.router + self.norms
 
-    def experts_on_rank(self, ep: int, etp: int) -> int:
+    def experts_on_rank(self, ep: int) -> int:
         """Parameters of one rank that expert-data-parallel ranks replicate."""
-        return self.experts // (ep * etp)
+        return self.experts // ep
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def parameters_on_rank(
         stage = plan.stage_index(pp_rank, chunk)
         for layer in plan.stages[stage]:
             dense += counted.layers[layer].dense_on_rank(parallel.tp)
-            experts += counted.layers[layer].experts_on_rank(parallel.ep, parallel.etp)
+            experts += counted.layers[layer].experts_on_rank(parallel.ep)
         if stage == 0:
             dense += counted.embedding // parallel.tp
         if stage == last:

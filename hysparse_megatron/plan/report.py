@@ -115,7 +115,7 @@ def _head(overview: Overview) -> str:
     parallel, train = config.parallel, config.train
     layout = overview.plan.layout
     kinds = "".join(layer.kind.value for layer in layout.layers)
-    experts = "" if config.model.moe.num_experts == 0 else f", ep {parallel.ep}, etp {parallel.etp}"
+    experts = "" if config.model.moe.num_experts == 0 else f", ep {parallel.ep}"
     return (
         f"{config.model.layout}: {layout.num_layers} layers, {kinds.count('F')} full, "
         f"{kinds.count('S')} sparse, {kinds.count('W')} window\n"

@@ -37,7 +37,7 @@ class Suggestion:
             "parallel.sequence_parallel": str(parallel.sequence_parallel).lower(),
         }
         if config.model.moe.num_experts:
-            found |= {"parallel.ep": parallel.ep, "parallel.etp": parallel.etp}
+            found["parallel.ep"] = parallel.ep
         found |= {
             "train.micro_batch_size": config.train.micro_batch_size,
             "train.recompute": config.train.recompute.value,
@@ -140,7 +140,6 @@ def _candidates(config: Config, world_size: int) -> Iterator[Config]:
                         vpp=vpp,
                         cp=1,
                         ep=ep,
-                        etp=1,
                         sequence_parallel=tp > 1
                         and (config.parallel.sequence_parallel or moe.num_experts > 0),
                     ),
@@ -161,7 +160,6 @@ def _distance(first: Config, second: Config) -> float:
         lambda parallel: parallel.pp,
         lambda parallel: parallel.vpp or 1,
         lambda parallel: parallel.ep,
-        lambda parallel: parallel.etp,
     )
     doublings = sum(
         abs(math.log2(max(1, size(first.parallel)) / size(second.parallel))) for size in sizes

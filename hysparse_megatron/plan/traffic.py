@@ -133,10 +133,9 @@ def _tensor_bytes(config: Config, plan: PipelinePlan, layer: int) -> float:
 
 def _expert_bytes(config: Config, layer: int) -> float:
     model, parallel = config.model, config.parallel
-    if not model.is_moe_layer(layer) or parallel.ep * parallel.etp == 1:
+    if not model.is_moe_layer(layer) or parallel.ep == 1:
         return 0.0
     routed = token_rows(config) * model.moe.num_active_experts * model.hidden_size
-    once = routed * element_bytes(config)
-    sent = once * _ring(parallel.ep) + once * (parallel.etp - 1)
+    sent = routed * element_bytes(config) * _ring(parallel.ep)
     # Dispatch and combine, in every forward pass and in the backward pass.
     return 2 * sent * (1 + _passes(config.train.recompute))

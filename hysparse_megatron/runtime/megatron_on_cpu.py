@@ -1,7 +1,7 @@
 """Lets megatron-core train on a machine without CUDA.
 
 megatron-core names the CUDA device in a few dozen places (`device="cuda"`, `.cuda()`,
-`torch.cuda.current_device()`, the type name `torch.cuda.FloatTensor`). Four adaptations answer all
+`torch.cuda.current_device()`, the type name `torch.cuda.FloatTensor`). Five adaptations answer all
 of them with the CPU. They live in this one file, are installed by `install()`, and `install()` does
 nothing where CUDA is used.
 
@@ -13,7 +13,9 @@ nothing where CUDA is used.
    goes through the stand-ins of point 1.
 3. The "CUDA generator" is PyTorch's CPU generator, so that the tensor-parallel random streams are
    real: forked, different between ranks, restored by activation recompute.
-4. The distributed optimizer with PyTorch's AdamW cannot load its own checkpoints (it looks for a
+4. Experts are sent split sizes as NumPy arrays, which megatron-core makes of CUDA tensors only and
+   the collective does not take otherwise.
+5. The distributed optimizer with PyTorch's AdamW cannot load its own checkpoints (it looks for a
    `step` tensor among the loaded parameter state): see `checkpoint/state.py`, needed on GPUs too.
 """
 
@@ -23,6 +25,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy
 import torch
 from torch.overrides import TorchFunctionMode
 
@@ -148,6 +151,12 @@ def _make_tracker() -> Any:
     return CpuRngStatesTracker()
 
 
+def _to_numpy(
+    tensor: torch.Tensor, as_numpy: bool = False, record_stream: bool = False
+) -> torch.Tensor | numpy.ndarray:
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
 _installed = False
 
 
@@ -176,7 +185,9 @@ def install() -> bool:
     torch.cuda.nvtx.range_pop = lambda: None  # type: ignore[assignment,return-value]
 
     from megatron.core.tensor_parallel import random as megatron_random
+    from megatron.core.transformer.moe import token_dispatcher
 
+    token_dispatcher.maybe_move_tensor_to_cpu = _to_numpy
     megatron_random._get_cuda_rng_state = _cpu_generator_state
     megatron_random._set_cuda_rng_state = _set_cpu_generator_state
     megatron_random._CUDA_RNG_STATE_TRACKER = _make_tracker()

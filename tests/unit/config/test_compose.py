@@ -33,7 +33,7 @@ def test_every_group_has_a_preset() -> None:
 def test_every_preset_composes_and_is_valid(group: str, option: str) -> None:
     config = compose([f"{group}={option}"])
     parallel = config.parallel
-    ranks = parallel.pp * lcm(parallel.tp, parallel.ep * parallel.etp)
+    ranks = parallel.pp * lcm(parallel.tp, parallel.ep)
     assert validate(config, world_size=ranks) == []
 
 

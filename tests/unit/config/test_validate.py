@@ -95,7 +95,6 @@ BAD: list[tuple[dict[str, Any], str, str, str]] = [
     ),
     ({"parallel.cp": 2}, "parallel.cp", "2", "not supported yet"),
     ({"parallel.ep": 2}, "parallel.ep", "2", "dense"),
-    ({"parallel.etp": 2}, "parallel.etp", "2", "dense"),
     ({"model.moe": MoeConfig(num_experts=-1)}, "model.moe.num_experts", "-1", "at least 0"),
     ({"model.moe": experts(4)}, "model.moe.num_active_experts", "8", "num_experts = 4"),
     (
@@ -112,7 +111,12 @@ BAD: list[tuple[dict[str, Any], str, str, str]] = [
     ),
     ({"model.moe": experts(8), "parallel.ep": 3}, "parallel.ep", "3", "1, 2, 4, 8"),
     ({"model.moe": experts(8), "parallel.ep": 8}, "parallel.ep", "= 16 ranks", "which is 4"),
-    ({"model.moe": experts(8), "parallel.etp": 3}, "parallel.etp", "3", "experts' width 352"),
+    (
+        {"model.moe": experts(8, num_dense_first_layers=5)},
+        "model.moe.num_dense_first_layers",
+        "5",
+        "at most 4",
+    ),
     (
         {"model.moe": experts(8, shared_expert_ffn_hidden_size=7)},
         "model.moe.shared_expert_ffn_hidden_size",

@@ -38,10 +38,10 @@ DENSE_PLANS = [
 ]
 EXPERT_PLANS = [
     (512, ["parallel.ep=512"]),
-    (512, ["parallel.tp=2", "parallel.pp=4", "parallel.ep=128", "parallel.etp=1"]),
+    (512, ["parallel.tp=2", "parallel.pp=4", "parallel.ep=128"]),
     (
         512,
-        ["parallel.tp=8", "parallel.pp=2", "parallel.vpp=2", "parallel.ep=128", "parallel.etp=2"],
+        ["parallel.tp=8", "parallel.pp=2", "parallel.vpp=2", "parallel.ep=128"],
     ),
 ]
 CASES = [
