@@ -56,6 +56,10 @@ class SeededExperts(SequentialMLP):
             name=name,
         )
         seed_initialization(stream, "after the experts")
+        # megatron-core gives experts an optimizer of their own unless EP and TP are 1. Here always,
+        # so that checkpoints of any size have the same parts.
+        for parameter in self.parameters():
+            parameter.allreduce = False  # type: ignore[attr-defined]
 
 
 def moe_layer() -> Callable[..., MoELayer]:

@@ -106,7 +106,7 @@ def compare(
         assert actual.keys() == expected.keys()
         for name, gradient in expected.items():
             found.gradients[step, name] = relative_difference(gradient, actual[name])
-    found.other_routing = _other_routing(reference, runs, sequence_parallel)
+    found.other_routing = other_routing(reference, runs, sequence_parallel)
     for step, expected_selection in enumerate(reference.selections):
         actual_selection = whole_selection(runs, step, num_groups)
         assert actual_selection.keys() == expected_selection.keys()
@@ -118,9 +118,10 @@ def compare(
     return found
 
 
-def _other_routing(
+def other_routing(
     reference: RankRun, runs: Sequence[RankRun], sequence_parallel: bool
 ) -> str | None:
+    """The first step and layer where tokens went elsewhere than in the reference."""
     for step, expected in enumerate(reference.routings):
         actual = whole_routing(runs, step, sequence_parallel)
         assert actual.keys() == expected.keys()
