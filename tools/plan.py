@@ -13,11 +13,13 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from hysparse_megatron.config.cli import load, parse_arguments
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.errors import ConfigError, HySparseError
 from hysparse_megatron.plan.overview import make_overview
+from hysparse_megatron.plan.picture import draw
 from hysparse_megatron.plan.report import as_text, as_values
 from hysparse_megatron.plan.suggest import check, suggest
 
@@ -33,6 +35,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="world size (default 1)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--suggest", type=int, default=0, metavar="N", help="N plans, best first")
+    parser.add_argument("--plot", metavar="FILE.svg", help="also draw the plan")
     parser.add_argument("--config", metavar="FILE", help="plan this frozen config.yaml")
     parser.add_argument("overrides", nargs="*", help="group=option, key=value")
     given = parser.parse_intermixed_args(list(argv))
@@ -65,6 +68,11 @@ def _print_plan(config: Config, given: argparse.Namespace) -> int:
     check(config, given.gpus)
     overview = make_overview(config, given.gpus)
     print(json.dumps(as_values(overview)) if given.json else as_text(overview))
+    if given.plot:
+        try:
+            Path(given.plot).write_text(draw(overview))
+        except OSError as error:
+            raise ConfigError(f"--plot: cannot write {given.plot} ({error.strerror})") from error
     return 0
 
 

@@ -140,8 +140,7 @@ def _candidates(config: Config, world_size: int) -> Iterator[Config]:
                         vpp=vpp,
                         cp=1,
                         ep=ep,
-                        sequence_parallel=tp > 1
-                        and (config.parallel.sequence_parallel or moe.num_experts > 0),
+                        sequence_parallel=tp > 1,
                     ),
                     train=dataclasses.replace(
                         config.train, micro_batch_size=micro_batch, recompute=recompute

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -78,7 +79,33 @@ def test_suggestions(capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["--gpus", "128", *free, *line.partition("  (")[0].split()]) == 0
 
 
+def test_the_picture_shows_stages_memory_and_cache(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "plan.svg"
+    assert main(["--gpus", "128", "--plot", str(path), *LARGE]) == 0
+    assert "KV cache" in capsys.readouterr().out
+    picture = ElementTree.parse(path).getroot()
+    texts = ["".join(element.itertext()) for element in picture.iter() if "text" in element.tag]
+    overview = make_overview(compose(LARGE), 128)
+    assert [text for text in texts if text.startswith("pp ")] == ["pp 0", "pp 1", "pp 2", "pp 3"]
+    layers = [item for item in picture.iter() if item.get("class") == "layer"]
+    assert [item.get("data-kind") for item in layers] == list(
+        "".join(s.kinds for s in overview.stages)
+    )
+    # Stacked bars are as high as the memory they stand for.
+    for rank, own in enumerate(overview.ranks):
+        bars = [item for item in picture.iter() if item.get("data-rank") == str(rank)]
+        height = sum(float(item.get("height", 0)) for item in bars)
+        limit = next(item for item in picture.iter() if item.get("class") == "limit")
+        scale = float(limit.get("data-height", 0)) / (79 * 2**30)
+        assert height == pytest.approx(own.memory.total * scale, abs=1)
+    curves = [item for item in picture.iter() if item.get("class") == "cache"]
+    assert len(curves) == 3
+
+
 BAD = [
+    (["--gpus", "128", "--plot", "/nowhere/plan.svg"], "cannot write /nowhere/plan.svg"),
     (["--gpus", "0"], "--gpus"),
     (["parallel.ep=3", "--gpus", "128"], "nearest plans that work"),
     (["model=tiny_hysparse"], "model.vocab_size"),
