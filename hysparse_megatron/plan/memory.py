@@ -144,6 +144,17 @@ def _kept_activations(config: Config, plan: PipelinePlan, layer: int) -> Counter
     return outputs
 
 
+def _alike(config: Config, plan: PipelinePlan, layers: list[int]) -> dict[int, int]:
+    """One layer of every sort among `layers`, and how many there are of it."""
+    found: dict[tuple[LayerKind, bool, bool], tuple[int, int]] = {}
+    for layer in layers:
+        kind = plan.layout.layers[layer].kind
+        sort = (kind, plan.is_read(layer), config.model.is_moe_layer(layer))
+        first, count = found.get(sort, (layer, 0))
+        found[sort] = (first, count + 1)
+    return dict(found.values())
+
+
 def head_bytes(config: Config) -> int:
     """Bytes of the loss on the last stage: logits, softmax in fp32, and the logits' gradient."""
     model = config.model
@@ -180,8 +191,9 @@ def rank_memory(
     layers = [layer for stage in stages for layer in plan.stages[stage]]
     flying = in_flight(plan, pp_rank, num_microbatches)
     one: Counter[str] = Counter()
-    for layer in layers:
-        one += _kept_activations(config, plan, layer)
+    for layer, count in _alike(config, plan, layers).items():
+        for name, size in _kept_activations(config, plan, layer).items():
+            one[name] += count * size
     for stage in stages:
         if plan.oracle_into(stage) is not None:
             # Unpacked from the payload, and the payload itself until it is unpacked.
@@ -190,7 +202,10 @@ def rank_memory(
             one["selections"] += 2 * indices
     working = _workspace(config, plan, layers)
     if config.train.recompute is Recompute.full:
-        working += max(sum(layer_activations(config, plan, layer).values()) for layer in layers)
+        working += max(
+            sum(layer_activations(config, plan, layer).values())
+            for layer in _alike(config, plan, layers)
+        )
     if len(plan.stages) - 1 in stages:
         working = max(working, head_bytes(config))
     weights, gradients, optimizer = state_bytes(held, config.train.precision, dp, edp)

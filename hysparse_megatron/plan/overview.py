@@ -92,7 +92,12 @@ class Overview:
     stages: tuple[Stage, ...]
     ranks: tuple[PipelineRank, ...]
     time: StepTime
-    cache: tuple[CacheRow, ...]
+
+    @property
+    def cache(self) -> tuple[CacheRow, ...]:
+        """The key-value cache by context length."""
+        kinds = tuple(layer.kind for layer in self.plan.layout.layers)
+        return tuple(_cache_row(self.config, kinds, length) for length in CONTEXT_LENGTHS)
 
     @property
     def peak_bytes(self) -> int:
@@ -141,7 +146,6 @@ def make_overview(config: Config, world_size: int) -> Overview:
             groups,
             training_flops(flops, config.train.recompute) / flops.total,
         ),
-        cache=tuple(_cache_row(config, kinds, length) for length in CONTEXT_LENGTHS),
     )
 
 

@@ -6,6 +6,7 @@ Pure arithmetic: nothing is allocated. The numbers equal those of the built mode
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from hysparse_megatron.config.schema import (
     FullGate,
@@ -105,6 +106,7 @@ class ModelParameters:
         return sum(layer.matrices for layer in self.layers) + (self.output or self.embedding)
 
 
+@lru_cache(maxsize=64)
 def count_parameters(model: ModelConfig, layout: tuple[LayerKind, ...]) -> ModelParameters:
     """The parameters of `model` with one layer per entry of `layout`.
 

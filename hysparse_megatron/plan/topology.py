@@ -7,7 +7,7 @@ the shape of what it receives.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from hysparse_megatron.config.schema import ModelConfig, ParallelConfig
 from hysparse_megatron.layout import Layout, live_oracle, parse_layout, stage_layers
@@ -45,7 +45,11 @@ class PipelinePlan:
 
     def is_read(self, layer: int) -> bool:
         """Whether any sparse layer reads the oracle at `layer`."""
-        return any(plan.oracle == layer for plan in self.layout.layers)
+        return layer in self._oracles_read
+
+    @cached_property
+    def _oracles_read(self) -> frozenset[int | None]:
+        return frozenset(plan.oracle for plan in self.layout.layers)
 
     @property
     def megatron_pattern(self) -> str:
