@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 from hysparse_megatron.config.cli import load, parse_arguments
 from hysparse_megatron.config.frozen import to_yaml
-from hysparse_megatron.config.validate import check
 from hysparse_megatron.config.validate import warnings as config_warnings
 from hysparse_megatron.errors import HySparseError
+from hysparse_megatron.plan.suggest import check
 from hysparse_megatron.runtime.launcher import rank_from_environment
 
 

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hysparse_megatron.config.cli import load, parse_arguments
-from hysparse_megatron.config.validate import check
 from hysparse_megatron.errors import ConfigError, HySparseError
+from hysparse_megatron.plan.suggest import check
 
 _USAGE = "usage: python -m launch.local [--nproc RANKS] [--config FILE] [overrides]"
 

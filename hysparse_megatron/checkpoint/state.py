@@ -31,6 +31,9 @@ def _metadata(state: TrainingState) -> dict[str, Any]:
         # can load them; megatron-core's default format cannot be saved any more.
         "distrib_optim_sharding_type": "fully_reshardable",
         "dp_cp_group": state.groups.dp_cp,
+        # Experts have an optimizer of their own, which a stage of dense layers lacks: keys must not
+        # count optimizers.
+        "chained_optim_avoid_prefix": True,
     }
 
 
@@ -80,12 +83,18 @@ def load_state(state: TrainingState, directory: Path, weights_only: bool = False
     # megatron-core pairs groups by their learning rates, among others, and would take the rest
     # from the checkpoint: today's settings count.
     optim = state.config.optim
-    for group in loaded["optimizer"]["optimizer"]["param_groups"]:
-        group.update(
-            max_lr=optim.learning_rate,
-            min_lr=optim.min_learning_rate,
-            betas=(optim.beta1, optim.beta2),
-            eps=optim.epsilon,
-        )
+    for part in _optimizer_parts(loaded["optimizer"]):
+        for group in part["optimizer"]["param_groups"]:
+            group.update(
+                max_lr=optim.learning_rate,
+                min_lr=optim.min_learning_rate,
+                betas=(optim.beta1, optim.beta2),
+                eps=optim.epsilon,
+            )
     state.optimizer.load_state_dict(loaded["optimizer"])
     return int(loaded["step"])
+
+
+def _optimizer_parts(loaded: dict[Any, Any]) -> list[dict[str, Any]]:
+    """The state of each chained optimizer; a single one is not wrapped."""
+    return [loaded] if "optimizer" in loaded else list(loaded.values())

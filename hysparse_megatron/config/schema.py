@@ -17,6 +17,30 @@ class GateKind(Enum):
     channel = "channel"
 
 
+class FullGate(Enum):
+    """Sigmoid gate on the output of a full-attention layer (gated attention)."""
+
+    none = "none"
+    head = "head"
+    channel = "channel"
+
+
+class RouterScore(Enum):
+    """How a router turns logits into the weights of the chosen experts."""
+
+    softmax = "softmax"
+    sigmoid = "sigmoid"
+
+
+class Balancing(Enum):
+    """What keeps the experts of a layer about equally busy."""
+
+    none = "none"
+    aux_loss = "aux_loss"
+    sequence_aux_loss = "sequence_aux_loss"
+    bias = "bias"
+
+
 class SinkKind(Enum):
     """The learnable extra logit in the softmax of a sparse layer's two branches."""
 
@@ -65,6 +89,36 @@ class TrackingMode(Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MoeConfig:
+    """Mixture of experts in the feed-forward layers; the paper gives 512 experts, 8 active."""
+
+    num_experts: int = 0
+    """Routed experts of every layer, of all expert-parallel ranks together; 0 makes it dense."""
+    num_active_experts: int = 8
+    """Experts that compute for each token (top-k), out of `num_experts`."""
+    expert_ffn_hidden_size: int | None = None
+    """Inner width of one expert, in channels; null means `model.ffn_hidden_size`."""
+    shared_expert_ffn_hidden_size: int = 0
+    """Inner width of an expert that sees every token; 0 for none, which fits the paper's counts."""
+    num_dense_first_layers: int = 0
+    """Layers at the start that stay dense, `model.ffn_hidden_size` wide; the paper names none."""
+    router_score: RouterScore = RouterScore.softmax
+    """softmax or sigmoid over the experts; the chosen weights are normalised to one either way."""
+    router_scaling: float = 1.0
+    """Factor on the normalised weights of the chosen experts; sigmoid routers often use 2.5."""
+    balancing: Balancing = Balancing.aux_loss
+    """aux_loss per micro-batch or per sequence; bias moves the choice with one learnt number per
+    expert and needs sigmoid; none leaves the router alone. (megatron-core's loss over the global
+    batch depends on the data-parallel size and is left out.)"""
+    aux_loss_coefficient: float = 1e-3
+    """Weight of the auxiliary loss in the total; unused with bias and none."""
+    bias_update_rate: float = 1e-3
+    """Step by which an expert's bias moves after every batch, with balancing = bias."""
+    z_loss_coefficient: float = 0.0
+    """Weight of the squared log-sum-exp of the router's logits (ST-MoE); 0 turns it off."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The architecture. Baselines are other layouts of the same model."""
 
@@ -94,6 +148,8 @@ class ModelConfig:
     """One gate per head or per channel; the paper is silent, its parameter counts favour head."""
     sink: SinkKind = SinkKind.branch
     """One sink per head and branch, one shared by both branches, or none; the paper is silent."""
+    full_gate: FullGate = FullGate.none
+    """Gate on full layers' output; the paper's 80B full-attention baseline alone has one."""
     forced_first_blocks: int = 0
     """Blocks at the start that are always selected, out of `num_selected_blocks`; paper: none."""
     forced_recent_blocks: int = 0
@@ -114,6 +170,17 @@ class ModelConfig:
     """Probability of dropping a channel after attention and feed-forward; 0 for one-epoch runs."""
     backend: Backend = Backend.auto
     """Attention implementation; auto picks by device and logs what it picked and why."""
+    moe: MoeConfig = field(default_factory=MoeConfig)
+
+    @property
+    def expert_width(self) -> int:
+        """Inner width of one routed expert, with the default resolved."""
+        width = self.moe.expert_ffn_hidden_size
+        return self.ffn_hidden_size if width is None else width
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether the layer with this index from 0 has experts instead of a dense feed-forward."""
+        return self.moe.num_experts > 0 and layer >= self.moe.num_dense_first_layers
 
     @property
     def value_dim(self) -> int:
@@ -139,7 +206,9 @@ class ParallelConfig:
     cp: int = 1
     """Context-parallel size: ranks that share one sequence; only 1 in this version."""
     ep: int = 1
-    """Expert-parallel size; only 1 in this version, whose models are dense."""
+    """Expert-parallel size: ranks that share the experts of a layer; they are taken from the
+    tensor- and data-parallel ranks of a stage, so they add nothing to the world size. An expert is
+    never split."""
     sequence_parallel: bool = False
     """Also split the residual stream over the tensor-parallel ranks, along the sequence."""
     timeout_seconds: int = 600
@@ -254,10 +323,20 @@ class TrackingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
-    """Where the run is launched."""
+    """Where the run is launched, as far as the planner must know it."""
 
     name: str = "local"
     """Label written into the run's records; local means this machine."""
+    gpus_per_node: int = 8
+    """Accelerators of one machine; tensor parallelism should not reach beyond it."""
+    memory_gib: float | None = None
+    """Memory of one accelerator in GiB; a plan that needs more is refused. null: not checked."""
+    peak_tflops: float = 989.0
+    """Dense bf16 matrix throughput of one accelerator, in 1e12 FLOPs per second (an H100's)."""
+    node_bandwidth_gb: float = 450.0
+    """Bandwidth of one accelerator inside a machine and one direction, in 1e9 bytes a second."""
+    network_bandwidth_gb: float = 50.0
+    """Bandwidth of one accelerator between machines and one direction, in 1e9 bytes a second."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,9 +13,22 @@ from operator import attrgetter
 
 from hysparse_megatron.config import paths
 from hysparse_megatron.config.problems import as_error
-from hysparse_megatron.config.schema import Backend, Config, Precision, TrackingMode
+from hysparse_megatron.config.schema import (
+    Backend,
+    Balancing,
+    Config,
+    Precision,
+    RouterScore,
+    TrackingMode,
+)
 from hysparse_megatron.errors import Problem
-from hysparse_megatron.layout import Layout, LayoutError, check_stages, parse_layout
+from hysparse_megatron.layout import (
+    Layout,
+    LayoutError,
+    check_stages,
+    parse_layout,
+    stage_layers,
+)
 
 AT_LEAST: dict[str, int] = {
     "model.hidden_size": 1,
@@ -30,11 +43,20 @@ AT_LEAST: dict[str, int] = {
     "model.window": 1,
     "model.forced_first_blocks": 0,
     "model.forced_recent_blocks": 0,
+    "model.moe.num_experts": 0,
+    "model.moe.num_active_experts": 1,
+    "model.moe.expert_ffn_hidden_size": 1,
+    "model.moe.shared_expert_ffn_hidden_size": 0,
+    "model.moe.num_dense_first_layers": 0,
+    "model.moe.aux_loss_coefficient": 0,
+    "model.moe.bias_update_rate": 0,
+    "model.moe.z_loss_coefficient": 0,
     "parallel.tp": 1,
     "parallel.pp": 1,
     "parallel.vpp": 2,
     "parallel.cp": 1,
     "parallel.ep": 1,
+    "cluster.gpus_per_node": 1,
     "parallel.timeout_seconds": 1,
     "optim.min_learning_rate": 0,
     "optim.weight_decay": 0,
@@ -58,6 +80,11 @@ ABOVE_ZERO = (
     "model.rotary_base",
     "model.norm_epsilon",
     "model.init_std",
+    "model.moe.router_scaling",
+    "cluster.memory_gib",
+    "cluster.peak_tflops",
+    "cluster.node_bandwidth_gb",
+    "cluster.network_bandwidth_gb",
     "optim.learning_rate",
     "optim.epsilon",
 )
@@ -86,6 +113,14 @@ def validate(config: Config, *, world_size: int) -> list[Problem]:
     return problems
 
 
+def plan_problems(config: Config, *, world_size: int) -> list[Problem]:
+    """What of `validate` is about how the model is split over ranks."""
+    problems = [problem for rule in PLAN_RULES for problem in rule(config)]
+    problems += _ranks(config, world_size)
+    problems += _batches(config, world_size)
+    return problems
+
+
 def warnings(config: Config) -> list[str]:
     """What will not stop the run but will probably surprise."""
     if config.tracking.mode is TrackingMode.online and not _has_wandb_key():
@@ -103,7 +138,7 @@ def _numbers(config: Config) -> Iterator[Problem]:
             yield Problem(key, str(value), f"at least {smallest}")
     for key in ABOVE_ZERO:
         value = attrgetter(key)(config)
-        if not 0 < value < math.inf:
+        if value is not None and not 0 < value < math.inf:
             yield Problem(key, str(value), "a number above 0")
     for key in FRACTIONS:
         value = attrgetter(key)(config)
@@ -192,8 +227,6 @@ def _parallel(config: Config) -> Iterator[Problem]:
     parallel, seq_length = config.parallel, config.train.seq_length
     if parallel.cp > 1:
         yield Problem("parallel.cp", str(parallel.cp), "1: context parallel is not supported yet")
-    if parallel.ep > 1:
-        yield Problem("parallel.ep", str(parallel.ep), "1: the models of this version are dense")
     if parallel.vpp is not None and parallel.pp == 1:
         yield Problem("parallel.vpp", str(parallel.vpp), "null while parallel.pp = 1")
     if parallel.sequence_parallel and parallel.tp == 1:
@@ -201,6 +234,55 @@ def _parallel(config: Config) -> Iterator[Problem]:
     if parallel.sequence_parallel and not _is_multiple(seq_length, parallel.tp):
         allowed = f"a multiple of parallel.tp = {parallel.tp} with parallel.sequence_parallel"
         yield Problem("train.seq_length", str(seq_length), allowed)
+
+
+def _experts(config: Config) -> Iterator[Problem]:
+    model, parallel = config.model, config.parallel
+    moe = model.moe
+    if moe.num_experts < 1:
+        if parallel.ep > 1:
+            allowed = "1 while model.moe.num_experts = 0: the model is dense"
+            yield Problem("parallel.ep", str(parallel.ep), allowed)
+        return
+    if moe.num_active_experts > moe.num_experts:
+        allowed = f"at most model.moe.num_experts = {moe.num_experts}"
+        yield Problem("model.moe.num_active_experts", str(moe.num_active_experts), allowed)
+    if moe.num_active_experts == 1 and moe.router_score is RouterScore.softmax:
+        allowed = "at least 2 with softmax, whose normalised weight of one expert is always 1"
+        yield Problem("model.moe.num_active_experts", "1", allowed)
+    if moe.balancing is Balancing.bias and moe.router_score is not RouterScore.sigmoid:
+        allowed = "another one with softmax; bias needs model.moe.router_score = sigmoid"
+        yield Problem("model.moe.balancing", "bias", allowed)
+    if not _is_multiple(moe.num_experts, parallel.ep):
+        divisors = [str(n) for n in range(1, moe.num_experts + 1) if moe.num_experts % n == 0]
+        allowed = f"a divisor of model.moe.num_experts = {moe.num_experts}: {', '.join(divisors)}"
+        yield Problem("parallel.ep", str(parallel.ep), allowed)
+    width = moe.shared_expert_ffn_hidden_size
+    if not _is_multiple(width, parallel.tp):
+        allowed = f"a multiple of parallel.tp = {parallel.tp}"
+        yield Problem("model.moe.shared_expert_ffn_hidden_size", str(width), allowed)
+    if parallel.tp > 1 and not parallel.sequence_parallel:
+        allowed = "true with experts and parallel.tp > 1: each rank routes tokens of its own"
+        yield Problem("parallel.sequence_parallel", "false", allowed)
+
+
+def _dense_ranks(config: Config) -> Iterator[Problem]:
+    """megatron-core's optimizer waits forever for a pipeline rank that has no experts."""
+    moe, parallel = config.model.moe, config.parallel
+    if moe.num_experts < 1 or moe.num_dense_first_layers < 1:
+        return
+    try:
+        layout = parse_layout(config.model.layout)
+        stages = stage_layers(layout, max(parallel.pp, 1) * max(parallel.vpp or 1, 1))
+    except LayoutError:
+        return  # `_layout` has said so
+    for rank in range(parallel.pp):
+        last = max(layer for stage in stages[rank :: parallel.pp] for layer in stage)
+        if last < moe.num_dense_first_layers:
+            allowed = f"at most {last}, so that every pipeline rank has a layer with experts"
+            got = str(moe.num_dense_first_layers)
+            yield Problem("model.moe.num_dense_first_layers", got, allowed)
+            return
 
 
 def _schedule(config: Config) -> Iterator[Problem]:
@@ -241,6 +323,11 @@ def _ranks(config: Config, world_size: int) -> Iterator[Problem]:
         got = f"tp {parallel.tp} x pp {parallel.pp} x cp {parallel.cp} = {ranks} ranks"
         allowed = f"a divisor of the world size, which is {world_size}"
         yield Problem("parallel.tp", got, allowed)
+    ranks = parallel.ep * parallel.pp
+    if config.model.moe.num_experts > 0 and not _is_multiple(world_size, ranks):
+        got = f"ep {parallel.ep} x pp {parallel.pp} = {ranks} ranks"
+        allowed = f"a divisor of the world size, which is {world_size}"
+        yield Problem("parallel.ep", got, allowed)
 
 
 def _batches(config: Config, world_size: int) -> Iterator[Problem]:
@@ -285,8 +372,20 @@ RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _selection,
     _backend,
     _parallel,
+    _experts,
+    _dense_ranks,
     _schedule,
     paths.run_directory,
     paths.inputs,
 )
 """The rules that need nothing but the configuration, in the order they are reported."""
+
+PLAN_RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
+    _layout,
+    _heads,
+    _widths,
+    _parallel,
+    _experts,
+    _dense_ranks,
+)
+"""Those that another parallel plan may satisfy."""

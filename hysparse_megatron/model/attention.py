@@ -32,7 +32,7 @@ from megatron.core.transformer.utils import (
 )
 from torch import Tensor
 
-from hysparse_megatron.config.schema import GateKind, SinkKind
+from hysparse_megatron.config.schema import FullGate, GateKind, SinkKind
 from hysparse_megatron.model.megatron_config import HySparseConfig
 from hysparse_megatron.model.norm import RMSNorm
 from hysparse_megatron.model.projection import GroupedProjection, Part
@@ -171,8 +171,17 @@ class FullAttention(_Attention):
     """Causal full attention that also picks, for every query, the blocks its sparse layers read.
 
     HySparse (arXiv 2602.03560) Eq. 1-3. Key, value and the picks are returned for sharing if any
-    layer reads them.
+    layer reads them. With `full_gate` a sigmoid gate scales the output per head or channel (gated
+    attention, arXiv 2505.06708), as in the paper's 80B full-attention baseline.
     """
+
+    @staticmethod
+    def _parts(config: HySparseConfig) -> tuple[Part, ...]:
+        parts = _Attention._parts(config)
+        if config.full_gate is FullGate.none:
+            return parts
+        width = 1 if config.full_gate is FullGate.head else config.value_dim
+        return (*parts, Part("gate", width, per_head=True))
 
     def __init__(
         self,
@@ -210,6 +219,8 @@ class FullAttention(_Attention):
             key, value = key.contiguous(), value.contiguous()
         attend = self._attend_and_select(select and self.is_read)
         attention, indices = self._run(attend, query, key, value)
+        if "gate" in parts:
+            attention = (_gate(parts["gate"]) * attention).to(query.dtype)
         output = self._project(attention)
         return output, SharedAttention(key, value, indices) if self.is_read else None
 

@@ -10,18 +10,8 @@ from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.model.megatron_config import HySparseConfig
 from hysparse_megatron.model.sharing import MAX_PAYLOAD_BLOCKS
 from hysparse_megatron.model.spec import stack_spec
+from hysparse_megatron.plan.parameters import padded_vocab_size
 from hysparse_megatron.runtime.random import seed_initialization
-
-VOCAB_MULTIPLE = 128
-"""The vocabulary is padded to a multiple of this, whatever the tensor-parallel size.
-
-(megatron-core's own habit pads to a multiple that grows with it, and then neither losses nor
-checkpoints agree between layouts.)"""
-
-
-def padded_vocab_size(vocab_size: int) -> int:
-    """`vocab_size` rounded up to `VOCAB_MULTIPLE`."""
-    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 def build_chunks(

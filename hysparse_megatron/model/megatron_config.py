@@ -8,7 +8,9 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from hysparse_megatron.config.schema import (
+    Balancing,
     Config,
+    FullGate,
     GateKind,
     ModelConfig,
     Precision,
@@ -32,6 +34,7 @@ class HySparseConfig(TransformerConfig):
     window: int = 128
     gate: GateKind = GateKind.head
     sink: SinkKind = SinkKind.branch
+    full_gate: FullGate = FullGate.none
     forced_first_blocks: int = 0
     forced_recent_blocks: int = 0
     attention_backend_name: str = "auto"
@@ -44,6 +47,11 @@ class HySparseConfig(TransformerConfig):
         """`pipeline`, which every model has."""
         assert self.pipeline is not None
         return self.pipeline
+
+    def is_moe_layer(self, index: int) -> bool:
+        """Whether the layer with this index from 0 has experts."""
+        frequency = self.moe_layer_freq
+        return bool(self.num_moe_experts and isinstance(frequency, list) and frequency[index])
 
     def groups_per_rank(self) -> int:
         """KV groups on one tensor-parallel rank; 1 where a group is shared by several ranks."""
@@ -90,6 +98,40 @@ def _recompute(recompute: Recompute) -> dict[str, object]:
     return {}
 
 
+_BALANCING = {
+    Balancing.none: "none",
+    Balancing.bias: "none",
+    Balancing.aux_loss: "aux_loss",
+    Balancing.sequence_aux_loss: "seq_aux_loss",
+}
+
+
+def _experts(model: ModelConfig, num_layers: int) -> dict[str, object]:
+    """megatron-core's settings of a mixture of experts; none for a dense model."""
+    moe = model.moe
+    if moe.num_experts == 0:
+        return {}
+    by_bias = moe.balancing is Balancing.bias
+    with_loss = not by_bias and moe.balancing is not Balancing.none
+    return {
+        "num_moe_experts": moe.num_experts,
+        "moe_layer_freq": [int(model.is_moe_layer(layer)) for layer in range(num_layers)],
+        "moe_ffn_hidden_size": model.expert_width,
+        "moe_shared_expert_intermediate_size": moe.shared_expert_ffn_hidden_size or None,
+        "moe_router_topk": moe.num_active_experts,
+        "moe_router_score_function": moe.router_score.value,
+        # Scores and the weighted sum in fp32: with hundreds of experts bf16 has too many ties.
+        "moe_router_dtype": "fp32",
+        "moe_router_topk_scaling_factor": None if moe.router_scaling == 1.0 else moe.router_scaling,
+        "moe_router_load_balancing_type": _BALANCING[moe.balancing],
+        "moe_aux_loss_coeff": moe.aux_loss_coefficient if with_loss else 0.0,
+        "moe_router_enable_expert_bias": by_bias,
+        "moe_router_bias_update_rate": moe.bias_update_rate,
+        "moe_z_loss_coeff": moe.z_loss_coefficient or None,
+        "moe_token_dispatcher_type": "alltoall",
+    }
+
+
 def _normal(std: float):
     return lambda tensor: torch.nn.init.normal_(tensor, mean=0.0, std=std)
 
@@ -122,6 +164,10 @@ def make_megatron_config(config: Config, pipeline: PipelinePlan) -> HySparseConf
         pipeline_model_parallel_size=parallel.pp,
         virtual_pipeline_model_parallel_size=parallel.vpp,
         sequence_parallel=parallel.sequence_parallel,
+        expert_model_parallel_size=parallel.ep,
+        # An expert is never split: tokens travel to it, also between tensor-parallel ranks.
+        expert_tensor_parallel_size=1,
+        **_experts(model, num_layers),
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
@@ -143,6 +189,7 @@ def make_megatron_config(config: Config, pipeline: PipelinePlan) -> HySparseConf
         window=model.window,
         gate=model.gate,
         sink=model.sink,
+        full_gate=model.full_gate,
         forced_first_blocks=model.forced_first_blocks,
         forced_recent_blocks=model.forced_recent_blocks,
         attention_backend_name=model.backend.value,

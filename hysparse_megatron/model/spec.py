@@ -21,6 +21,7 @@ from hysparse_megatron.model.attention import (
     SparseAttention,
     WindowAttention,
 )
+from hysparse_megatron.model.experts import moe_layer
 from hysparse_megatron.model.layer import HySparseLayer
 from hysparse_megatron.model.norm import RMSNorm
 from hysparse_megatron.model.stack import HySparseStack, HySparseStackSubmodules
@@ -32,8 +33,12 @@ _ATTENTION = {
 }
 
 
-def layer_spec(kind: LayerKind) -> ModuleSpec:
-    """The spec of one transformer layer with a dense SwiGLU feed-forward."""
+def layer_spec(kind: LayerKind, has_experts: bool) -> ModuleSpec:
+    """The spec of one transformer layer, with a dense SwiGLU feed-forward or a mixture of them."""
+    dense = functools.partial(
+        MLP.as_mlp_submodule,
+        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+    )
     return ModuleSpec(
         module=HySparseLayer,
         submodules=TransformerLayerSubmodules(
@@ -46,12 +51,7 @@ def layer_spec(kind: LayerKind) -> ModuleSpec:
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=functools.partial(
-                MLP.as_mlp_submodule,
-                submodules=MLPSubmodules(
-                    linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear
-                ),
-            ),
+            mlp=moe_layer() if has_experts else dense,
             mlp_bda=get_bias_dropout_add,
         ),
     )
@@ -62,6 +62,11 @@ def stack_spec() -> ModuleSpec:
     return ModuleSpec(
         module=HySparseStack,
         submodules=HySparseStackSubmodules(
-            layers={kind: layer_spec(kind) for kind in LayerKind}, final_norm=RMSNorm
+            layers={
+                (kind, has_experts): layer_spec(kind, has_experts)
+                for kind in LayerKind
+                for has_experts in (False, True)
+            },
+            final_norm=RMSNorm,
         ),
     )

@@ -30,9 +30,9 @@ from hysparse_megatron.runtime.random import seed_initialization
 
 @dataclass
 class HySparseStackSubmodules:
-    """Specs of the layers by kind, and the norm after the last one."""
+    """Specs of the layers by kind and by whether they have experts, and the norm after the last."""
 
-    layers: Mapping[LayerKind, ModuleSpec]
+    layers: Mapping[tuple[LayerKind, bool], ModuleSpec]
     final_norm: type
 
 
@@ -64,9 +64,10 @@ class HySparseStack(MegatronModule):
         self.layers = torch.nn.ModuleList()
         for index in self.layer_indices:
             seed_initialization(config.init_seed, "layer", index)
+            kind = plan.layout.layers[index].kind
             self.layers.append(
                 build_module(
-                    submodules.layers[plan.layout.layers[index].kind],
+                    submodules.layers[kind, config.is_moe_layer(index)],
                     config=config,
                     layer_number=index + 1,
                     pg_collection=pg_collection,

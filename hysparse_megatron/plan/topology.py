@@ -7,6 +7,7 @@ the shape of what it receives.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 from hysparse_megatron.config.schema import ModelConfig, ParallelConfig
 from hysparse_megatron.layout import Layout, live_oracle, parse_layout, stage_layers
@@ -44,7 +45,11 @@ class PipelinePlan:
 
     def is_read(self, layer: int) -> bool:
         """Whether any sparse layer reads the oracle at `layer`."""
-        return any(plan.oracle == layer for plan in self.layout.layers)
+        return layer in self._oracles_read
+
+    @cached_property
+    def _oracles_read(self) -> frozenset[int | None]:
+        return frozenset(plan.oracle for plan in self.layout.layers)
 
     @property
     def megatron_pattern(self) -> str:
@@ -67,6 +72,11 @@ class PipelinePlan:
 
 def plan_pipeline(model: ModelConfig, parallel: ParallelConfig) -> PipelinePlan:
     """Cut the model's layers into pp * vpp stages. Raises `LayoutError`."""
-    layout = parse_layout(model.layout)
-    stages = stage_layers(layout, parallel.pp * (parallel.vpp or 1))
-    return PipelinePlan(layout, stages, parallel.pp)
+    return _plan(model.layout, parallel.pp, parallel.vpp or 1)
+
+
+@lru_cache(maxsize=256)
+def _plan(layout_text: str, pp: int, vpp: int) -> PipelinePlan:
+    """Kept, because a search over plans asks for the same cuts again and again."""
+    layout = parse_layout(layout_text)
+    return PipelinePlan(layout, stage_layers(layout, pp * vpp), pp)

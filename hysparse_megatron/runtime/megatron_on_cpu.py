@@ -1,18 +1,21 @@
 """Lets megatron-core train on a machine without CUDA.
 
 megatron-core names the CUDA device in a few dozen places (`device="cuda"`, `.cuda()`,
-`torch.cuda.current_device()`, the type name `torch.cuda.FloatTensor`). Four adaptations answer all
+`torch.cuda.current_device()`, the type name `torch.cuda.FloatTensor`). Five adaptations answer all
 of them with the CPU. They live in this one file, are installed by `install()`, and `install()` does
 nothing where CUDA is used.
 
-1. `torch.cuda.current_device`, `synchronize`, `current_stream` and friends: inert stand-ins.
+1. `torch.cuda.current_device`, `synchronize`, `Stream`, `current_stream` and friends: inert
+   stand-ins.
 2. A `TorchFunctionMode` that turns CUDA devices in tensor factories, `.cuda()` and `.to()` into CPU
    and lets `Tensor.type()` answer with the CUDA name that the distributed optimizer compares with.
    PyTorch does not run such a mode inside a backward pass; everything megatron-core calls there
    goes through the stand-ins of point 1.
 3. The "CUDA generator" is PyTorch's CPU generator, so that the tensor-parallel random streams are
    real: forked, different between ranks, restored by activation recompute.
-4. The distributed optimizer with PyTorch's AdamW cannot load its own checkpoints (it looks for a
+4. Experts are sent split sizes as NumPy arrays, which megatron-core makes of CUDA tensors only and
+   the collective does not take otherwise.
+5. The distributed optimizer with PyTorch's AdamW cannot load its own checkpoints (it looks for a
    `step` tensor among the loaded parameter state): see `checkpoint/state.py`, needed on GPUs too.
 """
 
@@ -22,6 +25,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy
 import torch
 from torch.overrides import TorchFunctionMode
 
@@ -78,14 +82,28 @@ class _CudaIsCpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class _Event:
+    """An event that has already happened."""
+
+    def synchronize(self) -> None:
+        """Return at once."""
+
+
 class _Stream:
     """A stream on which everything has already happened."""
+
+    def __init__(self, device: Any = None, priority: int = 0) -> None:
+        """Take what `torch.cuda.Stream` takes."""
 
     def wait_stream(self, stream: Any) -> None:
         """Return at once: work on the CPU is in order."""
 
     def synchronize(self) -> None:
         """Return at once: work on the CPU is in order."""
+
+    def record_event(self, event: Any = None) -> _Event:
+        """An event that has already happened."""
+        return _Event()
 
 
 def _cpu_generator_state(
@@ -133,6 +151,12 @@ def _make_tracker() -> Any:
     return CpuRngStatesTracker()
 
 
+def _to_numpy(
+    tensor: torch.Tensor, as_numpy: bool = False, record_stream: bool = False
+) -> torch.Tensor | numpy.ndarray:
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
 _installed = False
 
 
@@ -154,13 +178,16 @@ def install() -> bool:
 
     torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda device=None: None  # type: ignore[assignment]
+    torch.cuda.Stream = _Stream  # type: ignore[assignment,misc]
     torch.cuda.current_stream = lambda device=None: _Stream()  # type: ignore[assignment,return-value]
     torch.cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment,return-value]
     torch.cuda.nvtx.range_push = lambda message: None  # type: ignore[assignment,return-value]
     torch.cuda.nvtx.range_pop = lambda: None  # type: ignore[assignment,return-value]
 
     from megatron.core.tensor_parallel import random as megatron_random
+    from megatron.core.transformer.moe import token_dispatcher
 
+    token_dispatcher.maybe_move_tensor_to_cpu = _to_numpy
     megatron_random._get_cuda_rng_state = _cpu_generator_state
     megatron_random._set_cuda_rng_state = _set_cpu_generator_state
     megatron_random._CUDA_RNG_STATE_TRACKER = _make_tracker()

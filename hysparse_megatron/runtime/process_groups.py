@@ -19,6 +19,7 @@ def build_process_groups(parallel: ParallelConfig, num_query_groups: int) -> Pro
         virtual_pipeline_model_parallel_size=parallel.vpp,
         context_parallel_size=parallel.cp,
         expert_model_parallel_size=parallel.ep,
+        expert_tensor_parallel_size=1,
         distributed_timeout_minutes=max(1, round(parallel.timeout_seconds / 60)),
     )
     _build_sharing_groups(parallel.tp, num_query_groups)

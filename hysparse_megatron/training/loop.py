@@ -86,6 +86,7 @@ def _report(
         "tokens_per_second": tokens / seconds,
         "step_seconds": seconds,
         "skipped": result.skipped,
+        **result.model_metrics,
     }
     for hook in hooks.on_row:
         hook(row)

@@ -16,6 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.model.builder import build_chunks
+from hysparse_megatron.model.experts import ExpertLoads
 from hysparse_megatron.model.megatron_config import HySparseConfig, make_megatron_config
 from hysparse_megatron.model.pipeline import PayloadCommunicator
 from hysparse_megatron.plan.topology import plan_pipeline
@@ -37,6 +38,8 @@ class TrainingState:
     schedule: OptimizerParamScheduler
     communicator: PayloadCommunicator | None
     """How pipeline neighbours talk; None without pipeline parallelism."""
+    loads: ExpertLoads | None
+    """How busy the experts are; None in a dense model."""
 
     @property
     def is_last_stage(self) -> bool:
@@ -92,4 +95,5 @@ def build_state(config: Config, vocab_size: int, device: torch.device) -> Traini
         optimizer=optimizer,
         schedule=build_schedule(config.optim, config.train, optimizer),
         communicator=communicator,
+        loads=ExpertLoads(megatron, chunks) if config.model.moe.num_experts else None,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -31,6 +31,8 @@ class StepResult:
     learning_rate: float
     skipped: bool
     """Whether the update was left out because the loss was not finite."""
+    model_metrics: dict[str, float] = field(default_factory=dict)
+    """What the model reports about itself, such as the load of its experts."""
 
 
 def train_step(state: TrainingState, step: int, microbatches: Sequence[Batch]) -> StepResult:
@@ -53,6 +55,7 @@ def train_step(state: TrainingState, step: int, microbatches: Sequence[Batch]) -
         grad_norm=float(grad_norm),
         learning_rate=state.optimizer.param_groups[0]["lr"],
         skipped=not updated,
+        model_metrics=state.loads.take(len(microbatches)) if state.loads else {},
     )
 
 

@@ -64,6 +64,7 @@ class Case:
     pp: int = 1
     vpp: int | None = None
     dp: int = 1
+    ep: int = 1
     sp: bool = False
     model: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
@@ -87,7 +88,11 @@ class Case:
                 }
             ),
             parallel=ParallelConfig(
-                tp=self.tp, pp=self.pp, vpp=self.vpp, sequence_parallel=self.sp
+                tp=self.tp,
+                pp=self.pp,
+                vpp=self.vpp,
+                ep=self.ep,
+                sequence_parallel=self.sp,
             ),
             # Adam divides by |g| + epsilon at first: where a gradient is next to zero, its rounding
             # would decide the sign of a whole step. This is far above rounding and far below |g|.
@@ -112,13 +117,26 @@ def without_cuts(layout: str) -> str:
     return "".join(plan.kind.value for plan in parse_layout(layout).layers)
 
 
+def _mixed(seed: int, parts: tuple[int, ...]) -> int:
+    for part in parts:
+        seed = (seed * 1_000_003 + part + 1) % 2**63
+    return seed
+
+
 def random_tokens(seed: int, *parts: int, sequences: int = GLOBAL_BATCH) -> Tensor:
     """Token ids [sequences, S + 1] that depend on the seed and all parts."""
-    mixed = seed
-    for part in parts:
-        mixed = (mixed * 1_000_003 + part + 1) % 2**63
-    generator = torch.Generator().manual_seed(mixed)
+    generator = torch.Generator().manual_seed(_mixed(seed, parts))
     return torch.randint(0, VOCAB, (sequences, SEQ_LENGTH + 1), generator=generator)
+
+
+def text_tokens(
+    text: bytes, length: int, seed: int, *parts: int, sequences: int = GLOBAL_BATCH
+) -> Tensor:
+    """Windows of `text`, one token per byte: ids [sequences, length + 1] below 256."""
+    generator = torch.Generator().manual_seed(_mixed(seed, parts))
+    starts = torch.randint(0, len(text) - length, (sequences,), generator=generator)
+    rows = [list(text[start : start + length + 1]) for start in starts.tolist()]
+    return torch.tensor(rows)
 
 
 def microbatches(
@@ -130,6 +148,7 @@ def microbatches(
     """
     inputs = tokens[:, :-1]
     targets = tokens[:, 1:] if labels is None else labels
+    length = inputs.shape[1]
     shares = []
     for first in range(dp_rank * MICRO_BATCH, len(tokens), dp_size * MICRO_BATCH):
         rows = slice(first, first + MICRO_BATCH)
@@ -137,8 +156,8 @@ def microbatches(
             {
                 "tokens": inputs[rows].contiguous(),
                 "labels": targets[rows].contiguous(),
-                "loss_mask": torch.ones(MICRO_BATCH, SEQ_LENGTH),
-                "position_ids": torch.arange(SEQ_LENGTH).expand(MICRO_BATCH, SEQ_LENGTH),
+                "loss_mask": torch.ones(MICRO_BATCH, length),
+                "position_ids": torch.arange(length).expand(MICRO_BATCH, length),
             }
         )
     return shares

@@ -11,7 +11,12 @@ import numpy as np
 from hysparse_megatron.config.schema import Config
 from tests.distributed.cases import STEPS
 from tests.distributed.ranks import RankRun
-from tests.distributed.reassemble import relative_difference, whole, whole_selection
+from tests.distributed.reassemble import (
+    relative_difference,
+    whole,
+    whole_routing,
+    whole_selection,
+)
 
 LOSS_TOLERANCE = 1e-5
 """In nats."""
@@ -48,10 +53,13 @@ class Differences:
     """By step and parameter."""
     other_selection: str | None = None
     """The first step and oracle whose block indices are not the reference's."""
+    other_routing: str | None = None
+    """The first step and layer where a token went to other experts than in the reference."""
 
     def too_large(self) -> list[str]:
         """What is beyond its tolerance, in words."""
         found = [] if self.other_selection is None else [f"selection: {self.other_selection}"]
+        found += [] if self.other_routing is None else [f"routing: {self.other_routing}"]
         if not self.loss <= LOSS_TOLERANCE:
             found.append(f"loss: {self.loss:.1e}")
         if not self.grad_norm <= GRAD_NORM_TOLERANCE:
@@ -71,12 +79,14 @@ class Differences:
             self.loss,
             self.grad_norm,
             max(self.gradients.values()),
-            "equal" if self.other_selection is None else "DIFFER",
+            "equal" if self.other_selection is self.other_routing is None else "DIFFER",
             "FAILED" if self.too_large() else "ok",
         )
 
 
-def compare(reference: RankRun, runs: Sequence[RankRun], num_groups: int) -> Differences:
+def compare(
+    reference: RankRun, runs: Sequence[RankRun], num_groups: int, sequence_parallel: bool = False
+) -> Differences:
     """Everything that a layout of `num_groups` KV groups must share with the reference."""
     for run in runs:
         assert len(run.losses) == len(run.grad_norms) == STEPS
@@ -96,6 +106,7 @@ def compare(reference: RankRun, runs: Sequence[RankRun], num_groups: int) -> Dif
         assert actual.keys() == expected.keys()
         for name, gradient in expected.items():
             found.gradients[step, name] = relative_difference(gradient, actual[name])
+    found.other_routing = other_routing(reference, runs, sequence_parallel)
     for step, expected_selection in enumerate(reference.selections):
         actual_selection = whole_selection(runs, step, num_groups)
         assert actual_selection.keys() == expected_selection.keys()
@@ -105,3 +116,16 @@ def compare(reference: RankRun, runs: Sequence[RankRun], num_groups: int) -> Dif
                 found.other_selection = f"step {step}, oracle {layer}"
                 return found
     return found
+
+
+def other_routing(
+    reference: RankRun, runs: Sequence[RankRun], sequence_parallel: bool
+) -> str | None:
+    """The first step and layer where tokens went elsewhere than in the reference."""
+    for step, expected in enumerate(reference.routings):
+        actual = whole_routing(runs, step, sequence_parallel)
+        assert actual.keys() == expected.keys()
+        for layer, chosen in expected.items():
+            if not np.array_equal(chosen, actual[layer]):
+                return f"step {step}, layer {layer}"
+    return None

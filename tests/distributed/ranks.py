@@ -18,6 +18,7 @@ from unittest import mock
 import numpy as np
 import torch
 from megatron.core.distributed import finalize_model_grads
+from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from hysparse_megatron.config.schema import Config
@@ -25,7 +26,7 @@ from hysparse_megatron.model import attention
 from hysparse_megatron.runtime import megatron_on_cpu
 from hysparse_megatron.training.state import TrainingState, build_state
 from hysparse_megatron.training.step import evaluate, train_step
-from tests.distributed.cases import VOCAB, microbatches, random_tokens
+from tests.distributed.cases import VOCAB, microbatches, random_tokens, text_tokens
 
 
 class Piece(NamedTuple):
@@ -36,6 +37,8 @@ class Piece(NamedTuple):
     """Dimension split over tensor-parallel ranks; None if every rank holds all of it."""
     stride: int
     """Number of interleaved runs per rank (2 for the gate and up halves of SwiGLU)."""
+    index: int
+    """Which of the parts this is."""
 
 
 class Place(NamedTuple):
@@ -59,6 +62,9 @@ class RankRun:
     final: dict[str, Piece] = field(default_factory=dict)
     selections: list[dict[int, np.ndarray]] = field(default_factory=list)
     """By step and oracle layer: block indices [M, B, HKV, S, K]."""
+    routings: list[dict[int, np.ndarray]] = field(default_factory=list)
+    """By step and layer with experts: who got which token, bool [M, S / T or S, B, E]."""
+    model_metrics: list[dict[str, float]] = field(default_factory=list)
     tokens: list[np.ndarray] = field(default_factory=list)
     """The reference's choice, by step: [sequences, S + 1]."""
     redrawn: int = 0
@@ -96,21 +102,28 @@ def pieces(state: TrainingState, read: Callable[[torch.nn.Parameter], Tensor]) -
             # The last stage has a copy of a tied embedding, under another name.
             if state.config.model.tie_embeddings and name == "output_layer.weight":
                 name = "embedding.word_embeddings.weight"
+            is_expert = not getattr(parameter, "allreduce", True)
+            group = state.groups.expt_tp if is_expert else state.groups.tp
             value = read(parameter).detach().float().numpy().copy()
-            found[_global_name(model, name)] = Piece(
+            found[_global_name(state, model, name)] = Piece(
                 value,
                 parameter.partition_dim if split else None,
                 getattr(parameter, "partition_stride", 1) if split else 1,
+                group.rank() if split else 0,
             )
     return found
 
 
-def _global_name(model: torch.nn.Module, name: str) -> str:
+def _global_name(state: TrainingState, model: torch.nn.Module, name: str) -> str:
     match = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
     if match is None:
         return name
-    layer = model.decoder.layers[int(match[1])]
-    return f"decoder.layers.{layer.layer_number - 1}.{match[2]}"
+    layer, rest = model.decoder.layers[int(match[1])], match[2]
+    expert = re.match(r"mlp\.experts\.local_experts\.(\d+)\.(.*)", rest)
+    if expert is not None:
+        first = state.groups.ep.rank() * layer.mlp.num_local_experts
+        rest = f"mlp.experts.{first + int(expert[1])}.{expert[2]}"
+    return f"decoder.layers.{layer.layer_number - 1}.{rest}"
 
 
 @contextlib.contextmanager
@@ -130,10 +143,11 @@ def whole_gradients(state: TrainingState, into: dict[str, Piece]) -> Iterator[No
 
 
 class SelectionRecorder:
-    """Keeps the block indices of every selection, by layer, in the order of micro-batches."""
+    """Keeps every selection of blocks and of experts, by layer, in the order of micro-batches."""
 
     def __init__(self, measure_gaps: bool = False) -> None:
         self.made: dict[int, list[np.ndarray]] = defaultdict(list)
+        self.routed: dict[int, list[np.ndarray]] = defaultdict(list)
         self.smallest_gap = float("inf")
         self._measure_gaps = measure_gaps
         self._layer = -1
@@ -144,10 +158,27 @@ class SelectionRecorder:
         self.made.clear()
         return taken
 
+    def take_routing(self) -> dict[int, np.ndarray]:
+        """Which experts were chosen since the last call: bool [M, S / T or S, B, E] by layer."""
+        taken = {layer: np.stack(maps) for layer, maps in self.routed.items()}
+        self.routed.clear()
+        return taken
+
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
         """Record while this context is open."""
         forward, oracle = attention.FullAttention.forward, attention.oracle_attention
+        routing = TopKRouter.routing
+
+        def recorded_routing(router: TopKRouter, logits: Tensor, **options: Any) -> Any:
+            if self._measure_gaps:
+                self._measure_routing(router, logits.detach())
+            probabilities, chosen = routing(router, logits, **options)
+            # Full recompute routes a first time without gradient.
+            if torch.is_grad_enabled():
+                layer = router.layer_number - 1
+                self.routed[layer].append(chosen.view(logits.shape).numpy().copy())
+            return probabilities, chosen
 
         def named_forward(layer: attention.FullAttention, *arguments: Any, **options: Any) -> Any:
             self._layer = layer.layer_number - 1
@@ -164,8 +195,21 @@ class SelectionRecorder:
         with (
             mock.patch.object(attention.FullAttention, "forward", named_forward),
             mock.patch.object(attention, "oracle_attention", recorded),
+            mock.patch.object(TopKRouter, "routing", recorded_routing),
         ):
             yield
+
+    def _measure_routing(self, router: TopKRouter, logits: Tensor) -> None:
+        """Distance between the last expert that is in and the first that is out."""
+        scores = logits
+        if router.score_function == "sigmoid":
+            scores = torch.sigmoid(logits)
+            if router.expert_bias is not None:
+                scores = scores + router.expert_bias
+            scores = 4 * scores  # a logit's rounding moves its sigmoid by a quarter of it at most
+        ranked = scores.sort(-1, descending=True).values
+        gaps = ranked[..., router.topk - 1] - ranked[..., router.topk]
+        self.smallest_gap = min(self.smallest_gap, float(gaps.min()))
 
     def _measure(self, options: dict[str, Any], scores: Tensor) -> Tensor:
         """Distance in log score between the last block that is in and the first that is out."""
@@ -200,6 +244,7 @@ def train(
         for step, batch in enumerate(tokens):
             _step(state, run, step, torch.from_numpy(batch), step in gradient_steps)
             run.selections.append(recorder.take())
+            run.routings.append(recorder.take_routing())
     run.final = pieces(state, lambda parameter: parameter)
     return run
 
@@ -214,6 +259,7 @@ def _step(
         run.gradients[step] = gradients
     run.losses.append(result.loss)
     run.grad_norms.append(result.grad_norm)
+    run.model_metrics.append(result.model_metrics)
 
 
 def train_reference(
@@ -224,18 +270,24 @@ def train_reference(
     gradient_steps: Sequence[int],
     least_gap: float,
     most_tries: int,
+    text: bytes | None = None,
 ) -> RankRun:
     """Train on one process and choose every step's batch so that its selections are no near-ties.
 
     Layouts round differently. Where two blocks score almost alike that may flip a selection, which
-    is right and yet changes everything after it. A batch with such a pair is drawn anew.
+    is right and yet changes everything after it. A batch with such a pair is drawn anew. The
+    tokens are random, or the bytes of `text`.
     """
+    sequences, length = config.train.global_batch_size, config.train.seq_length
     state = prepare(config)
     run = RankRun(place_of(state), initial=pieces(state, lambda parameter: parameter))
     recorder = SelectionRecorder()
     for step in range(steps):
         for attempt in range(most_tries):
-            tokens = random_tokens(seed, step, attempt, sequences=config.train.global_batch_size)
+            if text is None:
+                tokens = random_tokens(seed, step, attempt, sequences=sequences)
+            else:
+                tokens = text_tokens(text, length, seed, step, attempt, sequences=sequences)
             scout = SelectionRecorder(measure_gaps=True)
             with scout.watch():
                 evaluate(state, [share_of(state, tokens)])
@@ -249,5 +301,6 @@ def train_reference(
         with recorder.watch():
             _step(state, run, step, tokens, step in gradient_steps)
         run.selections.append(recorder.take())
+        run.routings.append(recorder.take_routing())
     run.final = pieces(state, lambda parameter: parameter)
     return run

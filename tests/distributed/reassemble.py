@@ -19,9 +19,9 @@ def whole(
     relative to its largest entry.
     """
     copies: dict[str, dict[int, list[Piece]]] = defaultdict(lambda: defaultdict(list))
-    for place, named in parts:
+    for _, named in parts:
         for name, piece in named.items():
-            copies[name][0 if piece.dim is None else place.tp].append(piece)
+            copies[name][piece.index].append(piece)
     result = {}
     for name, by_slice in copies.items():
         slices = [by_slice[index] for index in sorted(by_slice)]
@@ -77,5 +77,27 @@ def whole_selection(runs: Sequence[RankRun], step: int, num_groups: int) -> dict
             for dp in range(dp_size)
         ]
         # Micro-batch m of rank r is number m * dp_size + r of the global batch.
+        result[layer] = np.stack(by_dp, axis=1).reshape(-1, *by_dp[0].shape[1:])
+    return result
+
+
+def whole_routing(
+    runs: Sequence[RankRun], step: int, sequence_parallel: bool
+) -> dict[int, np.ndarray]:
+    """Which experts every token went to in one step: bool [M, S, B, E] by layer."""
+    dp_size = 1 + max(run.place.dp for run in runs)
+    layers = sorted({layer for run in runs for layer in run.routings[step]})
+    result = {}
+    for layer in layers:
+        shares = {
+            (run.place.dp, run.place.tp): run.routings[step][layer]
+            for run in runs
+            if layer in run.routings[step]
+        }
+        by_dp = []
+        for dp in range(dp_size):
+            # Each tensor-parallel rank routes its part of the sequence, or all route all of it.
+            parts = [shares[key] for key in sorted(shares) if key[0] == dp]
+            by_dp.append(np.concatenate(parts, axis=1) if sequence_parallel else parts[0])
         result[layer] = np.stack(by_dp, axis=1).reshape(-1, *by_dp[0].shape[1:])
     return result

@@ -13,7 +13,7 @@ from hysparse_megatron.checkpoint.store import (
     read_manifest,
     step_directory,
 )
-from hysparse_megatron.config.schema import Precision
+from hysparse_megatron.config.schema import Balancing, MoeConfig, Precision, RouterScore
 from tests.distributed.cases import (
     HALF_BATCH,
     INSIDE,
@@ -214,3 +214,61 @@ def test_leftover_of_a_killed_write_is_replaced(pool: WorkerPool, checkpoints: P
     assert not unfinished.exists()
     files = read_manifest(step_directory(checkpoints, 300))["files"]
     assert sorted(files) == ["__0_0.distcp", "__1_0.distcp"]
+
+
+EXPERTS = {
+    "moe": MoeConfig(
+        num_experts=8,
+        num_active_experts=2,
+        expert_ffn_hidden_size=32,
+        shared_expert_ffn_hidden_size=16,
+        num_dense_first_layers=1,
+        router_score=RouterScore.sigmoid,
+        balancing=Balancing.bias,
+        bias_update_rate=0.01,
+    )
+}
+SAVED_EXPERTS = Case("ep2-tp2-sp", tp=2, sp=True, ep=2, model=EXPERTS, train=HALF_BATCH)
+LOADED_EXPERTS = [
+    Case("one-process", model=EXPERTS, train=HALF_BATCH),
+    Case("ep2-pp2-dp2", INSIDE, pp=2, dp=2, ep=2, model=EXPERTS, train=HALF_BATCH),
+    Case("ep4-tp2-dp2", tp=2, sp=True, dp=2, ep=4, model=EXPERTS, train=HALF_BATCH),
+    SAVED_EXPERTS,
+]
+
+
+@pytest.fixture(scope="module")
+def saved_experts(
+    pool: WorkerPool, reference_for: ReferenceFor, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[np.ndarray], Continuation]:
+    """A run with experts saved at EP 2 x TP 2, its data, and how it went on."""
+    run_dir = tmp_path_factory.mktemp("experts")
+    config = SAVED_EXPERTS.config()
+    tokens = reference_for(config).tokens[:STEPS]
+    runs = pool.run(
+        SAVED_EXPERTS.world_size,
+        train_and_save,
+        config=config,
+        tokens=tokens,
+        run_dir=run_dir,
+        save_after=SAVE_AFTER,
+    )
+    return run_dir, tokens, runs[0]
+
+
+@pytest.mark.parametrize("case", LOADED_EXPERTS, ids=lambda case: case.name)
+def test_experts_continue_at_any_size(
+    case: Case, pool: WorkerPool, saved_experts: tuple[Path, list[np.ndarray], Continuation]
+) -> None:
+    """Weights, moments and the routers' biases; losses to the bit at the saved size."""
+    run_dir, tokens, original = saved_experts
+    runs = pool.run(
+        case.world_size, load_and_train, config=case.config(), tokens=tokens, run_dir=run_dir
+    )
+    for run in runs:
+        assert run.first_step == SAVE_AFTER
+        assert abs(run.eval_loss - original.eval_loss) <= EVAL_TOLERANCE
+        np.testing.assert_allclose(run.losses, original.losses, rtol=0, atol=LOSS_TOLERANCE)
+        if case is SAVED_EXPERTS:
+            assert run.losses == original.losses
+            assert run.grad_norms == original.grad_norms

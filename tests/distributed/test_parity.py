@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 
-from hysparse_megatron.config.schema import GateKind, Recompute, SinkKind
+from hysparse_megatron.config.schema import (
+    Balancing,
+    FullGate,
+    GateKind,
+    MoeConfig,
+    Recompute,
+    RouterScore,
+    SinkKind,
+)
 from tests.distributed.cases import HALF_BATCH, INSIDE, INTERLEAVED, STEPS, TWO_INSIDE, Case
 from tests.distributed.comparison import (
     GRAD_NORM_TOLERANCE,
@@ -33,6 +42,26 @@ SELECTIVE = {**HALF_BATCH, "recompute": Recompute.selective}
 MQA = {"num_query_groups": 1}
 WIDE = {"gate": GateKind.channel, "value_head_dim": 12}
 FORCED = {"num_selected_blocks": 3, "forced_first_blocks": 1, "forced_recent_blocks": 1}
+
+GATED = {"full_gate": FullGate.head}
+
+
+def experts(**settings: Any) -> dict[str, Any]:
+    """Eight experts, two of them active, all half as wide as the dense layer."""
+    sizes = {"num_experts": 8, "num_active_experts": 2, "expert_ffn_hidden_size": 32}
+    # The usual weight of the auxiliary loss would drown in the gradient of the loss itself.
+    return {"moe": MoeConfig(**{**sizes, "aux_loss_coefficient": 0.05, **settings})}
+
+
+SOFTMAX = experts(balancing=Balancing.sequence_aux_loss, z_loss_coefficient=0.01)
+SHARED = experts(shared_expert_ffn_hidden_size=16, balancing=Balancing.aux_loss)
+BIASED = experts(
+    router_score=RouterScore.sigmoid,
+    router_scaling=2.5,
+    balancing=Balancing.bias,
+    bias_update_rate=0.01,
+)
+DENSE_FIRST = experts(num_dense_first_layers=1, router_score=RouterScore.sigmoid)
 
 CASES = [
     Case("tp2", tp=2, train=HALF_BATCH),
@@ -62,6 +91,13 @@ CASES = [
     Case("forced-blocks-tp2-pp2-inside", INSIDE, tp=2, pp=2, model=FORCED, train=HALF_BATCH),
     Case("hybrid-tp2-sp", HYBRID, tp=2, sp=True, train=HALF_BATCH),
     Case("hybrid-pp2-vpp2", HYBRID_INTERLEAVED, pp=2, vpp=2, train=HALF_BATCH),
+    Case("full-gate-tp2-sp", tp=2, sp=True, model=GATED, train=HALF_BATCH),
+    Case("moe-tp2-sp-ep2", tp=2, sp=True, ep=2, model=SOFTMAX, train=HALF_BATCH),
+    Case("moe-pp2-ep2-inside", INSIDE, pp=2, dp=2, ep=2, model=SOFTMAX, train=HALF_BATCH),
+    Case("moe-shared-tp2-dp2-ep2", tp=2, sp=True, dp=2, ep=2, model=SHARED, train=HALF_BATCH),
+    Case("moe-bias-tp2-dp2-ep4", tp=2, sp=True, dp=2, ep=4, model=BIASED, train=HALF_BATCH),
+    Case("moe-dense-first-pp2-vpp2-ep2", INTERLEAVED, pp=2, vpp=2, dp=2, ep=2, model=DENSE_FIRST),
+    Case("moe-recompute-full-tp2-ep2", tp=2, sp=True, ep=2, model=SOFTMAX, train=FULL),
 ]
 
 
@@ -78,7 +114,7 @@ def test_layout_trains_like_one_process(
         tokens=reference.tokens,
         gradient_steps=GRADIENT_STEPS,
     )
-    differences = compare(reference, runs, config.model.num_query_groups)
+    differences = compare(reference, runs, config.model.num_query_groups, case.sp)
     parity_rows.append(differences.row(case.name, case.world_size))
     assert differences.too_large() == []
 

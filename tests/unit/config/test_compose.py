@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from math import lcm
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from hysparse_megatron.config.schema import Precision, Schedule, TrackingMode
 from hysparse_megatron.config.validate import validate
 from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.layout import live_oracle, parse_layout, stage_layers
+from hysparse_megatron.plan.suggest import check
 
 PRESETS = [(group, option) for group in GROUPS for option in group_options(group)]
 
@@ -32,7 +34,7 @@ def test_every_group_has_a_preset() -> None:
 def test_every_preset_composes_and_is_valid(group: str, option: str) -> None:
     config = compose([f"{group}={option}"])
     parallel = config.parallel
-    ranks = parallel.tp * parallel.pp
+    ranks = parallel.pp * lcm(parallel.tp, parallel.ep)
     assert validate(config, world_size=ranks) == []
 
 
@@ -117,7 +119,7 @@ def test_a_layout_needs_no_quotes_of_its_own(override: str) -> None:
         ("checkpoint.resume=7x", "checkpoint.resume", "7x", "true or false"),
         ("train.precision=fp8", "train.precision", "fp8", "one of fp32, bf16"),
         ("model.gate=token", "model.gate", "token", "one of head, channel"),
-        ("model=huge", "model", "huge", "one of tiny_full, tiny_hybrid_swa, tiny_hysparse"),
+        ("model=huge", "model", "huge", "tiny_full, tiny_hybrid_swa, tiny_hysparse"),
         ("experiment=none", "experiment", "none", "quickstart"),
         ("train=5", "train", "5", "one of default"),
         ("a b", "a b", "unreadable override", "key=value"),
@@ -180,3 +182,39 @@ def test_a_bad_configuration_is_found_without_loading_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+PAPER_RUNS = [
+    # preset, GPUs, tokens, sequence length, highest learning rate, RoPE base
+    ("paper_7b_8k", 64, 1.0e12, 8192, 8.3e-4, None),
+    ("paper_7b_32k", 64, 0.2e12, 32768, 3.0e-5, 640000),
+    ("paper_80b_a3b_32k", 128, 0.5e12, 32768, 1.0e-3, 640000),
+]
+
+
+@pytest.mark.parametrize(("name", "gpus", "tokens", "length", "rate", "base"), PAPER_RUNS)
+def test_paper_presets_are_the_papers(
+    name: str, gpus: int, tokens: float, length: int, rate: float, base: float | None
+) -> None:
+    """HySparse (arXiv 2602.03560), Table 1 and section 4.1; the plans fit the named GPUs."""
+    config = compose([f"experiment={name}"])
+    train, optim = config.train, config.optim
+    seen = train.steps * train.global_batch_size * train.seq_length
+    assert seen == pytest.approx(tokens, rel=1e-4)
+    assert (train.seq_length, train.precision) == (length, Precision.bf16)
+    assert (optim.learning_rate, optim.clip_grad, optim.weight_decay) == (rate, 1.0, 0.1)
+    assert (optim.beta1, optim.beta2, optim.epsilon) == (0.9, 0.95, 1e-10)
+    if base is not None:
+        assert config.model.rotary_base == base
+    model = "80b_a3b" if "80b" in name else "7b"
+    for family in ("hysparse", "full", "hybrid_swa"):
+        check(compose([f"experiment={name}", f"model={family}_{model}"]), gpus)
+
+
+def test_the_second_stage_continues_the_first() -> None:
+    """The same model but for the RoPE base, so that the weights fit."""
+    first, second = compose(["experiment=paper_7b_8k"]), compose(["experiment=paper_7b_32k"])
+    assert first.model != second.model
+    assert replace(first.model, rotary_base=second.model.rotary_base) == second.model
+    assert first.optim.min_learning_rate == second.optim.learning_rate
+    assert second.optim.schedule is Schedule.constant

@@ -9,7 +9,14 @@ import pytest
 
 from hysparse_megatron.config import validate as rules
 from hysparse_megatron.config.compose import compose
-from hysparse_megatron.config.schema import Backend, Config, Schedule, TrackingMode
+from hysparse_megatron.config.schema import (
+    Backend,
+    Balancing,
+    Config,
+    MoeConfig,
+    Schedule,
+    TrackingMode,
+)
 from hysparse_megatron.config.validate import check, validate
 from hysparse_megatron.errors import ConfigError
 
@@ -36,6 +43,10 @@ def test_the_base_is_valid_on_more_ranks_too(base: Config) -> None:
     for world_size in (4, 8, 16):
         assert validate(base, world_size=world_size) == []
     check(base, 4)
+
+
+def experts(num_experts: int, **settings: Any) -> MoeConfig:
+    return MoeConfig(num_experts=num_experts, **settings)
 
 
 BAD: list[tuple[dict[str, Any], str, str, str]] = [
@@ -84,6 +95,41 @@ BAD: list[tuple[dict[str, Any], str, str, str]] = [
     ),
     ({"parallel.cp": 2}, "parallel.cp", "2", "not supported yet"),
     ({"parallel.ep": 2}, "parallel.ep", "2", "dense"),
+    ({"model.moe": MoeConfig(num_experts=-1)}, "model.moe.num_experts", "-1", "at least 0"),
+    ({"model.moe": experts(4)}, "model.moe.num_active_experts", "8", "num_experts = 4"),
+    (
+        {"model.moe": experts(8, num_active_experts=1)},
+        "model.moe.num_active_experts",
+        "1",
+        "at least 2 with softmax",
+    ),
+    (
+        {"model.moe": experts(8, balancing=Balancing.bias)},
+        "model.moe.balancing",
+        "bias",
+        "router_score = sigmoid",
+    ),
+    ({"model.moe": experts(8), "parallel.ep": 3}, "parallel.ep", "3", "1, 2, 4, 8"),
+    ({"model.moe": experts(8), "parallel.ep": 8}, "parallel.ep", "= 16 ranks", "which is 4"),
+    (
+        {"model.moe": experts(8, num_dense_first_layers=5)},
+        "model.moe.num_dense_first_layers",
+        "5",
+        "at most 4",
+    ),
+    (
+        {"model.moe": experts(8, shared_expert_ffn_hidden_size=7)},
+        "model.moe.shared_expert_ffn_hidden_size",
+        "7",
+        "parallel.tp = 2",
+    ),
+    (
+        {"model.moe": experts(8), "parallel.sequence_parallel": False},
+        "parallel.sequence_parallel",
+        "false",
+        "true with experts",
+    ),
+    ({"cluster.memory_gib": 0.0}, "cluster.memory_gib", "0.0", "above 0"),
     ({"parallel.vpp": 1}, "parallel.vpp", "1", "at least 2"),
     ({"parallel.pp": 1, "parallel.vpp": 2}, "parallel.vpp", "2", "parallel.pp = 1"),
     ({"parallel.tp": 1}, "parallel.sequence_parallel", "true", "parallel.tp = 1"),

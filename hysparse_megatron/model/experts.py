@@ -1,0 +1,146 @@
+"""Mixture of experts: megatron-core's layer, with weights that no parallel size changes.
+
+Router, all-to-all dispatch and experts are megatron-core's. Ours is what it lacks: every expert is
+drawn from a random stream of its own, and the load of the experts is measured.
+Shapes: S sequence, B batch, E experts.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from torch import Tensor
+
+from hysparse_megatron.model.megatron_config import HySparseConfig
+from hysparse_megatron.runtime.random import seed_initialization
+
+
+class SeededExperts(SequentialMLP):
+    """The experts of one rank, one after another; each has the same weights at every EP size."""
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: HySparseConfig,
+        submodules: MLPSubmodules,
+        pg_collection: ProcessGroupCollection,
+        name: str | None = None,
+    ) -> None:
+        # Where the layer's own stream stands, equal on all ranks, names this layer's experts.
+        stream = int(torch.randint(2**31, (), device="cpu"))
+        first = pg_collection.ep.rank() * num_local_experts
+        experts = itertools.count(first)
+
+        def first_projection(*arguments, **options):
+            """An expert begins with its first projection; the second draws on."""
+            seed_initialization(stream, "expert", next(experts))
+            return submodules.linear_fc1(*arguments, **options)
+
+        super().__init__(
+            num_local_experts,
+            config,
+            MLPSubmodules(linear_fc1=first_projection, linear_fc2=submodules.linear_fc2),
+            pg_collection=pg_collection,
+            name=name,
+        )
+        seed_initialization(stream, "after the experts")
+        # megatron-core gives experts an optimizer of their own unless EP and TP are 1. Here always,
+        # so that checkpoints of any size have the same parts.
+        for parameter in self.parameters():
+            parameter.allreduce = False  # type: ignore[attr-defined]
+
+
+def moe_layer() -> Callable[..., MoELayer]:
+    """What builds the feed-forward part of a layer with experts, for a layer's `mlp` submodule."""
+    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    return functools.partial(
+        MoELayer,
+        submodules=MoESubmodules(
+            experts=functools.partial(SeededExperts, submodules=linears),
+            shared_experts=functools.partial(SharedExpertMLP, submodules=linears),
+        ),
+    )
+
+
+_AUXILIARY_LOSSES = {
+    "aux_loss": "load_balancing_loss",
+    "seq_aux_loss": "seq_load_balancing_loss",
+}
+"""megatron-core's names of what a kind of balancing records."""
+
+
+class ExpertLoads:
+    """Counts, over one step, how many tokens every expert of every layer was given."""
+
+    def __init__(self, config: HySparseConfig, chunks: Sequence[torch.nn.Module]) -> None:
+        self._config = config
+        experts = int(config.num_moe_experts or 0)
+        device = next(chunks[0].parameters()).device
+        self._counts = torch.zeros(config.num_layers, experts, device=device)
+        for chunk in chunks:
+            for module in chunk.modules():
+                if isinstance(module, TopKRouter):
+                    module.register_forward_hook(self._count)
+
+    def _count(self, router: TopKRouter, _inputs: object, outputs: tuple[Tensor, Tensor]) -> None:
+        # Without gradient it is an evaluation, or the first of two passes with recompute.
+        if router.training and torch.is_grad_enabled():
+            _, routing_map = outputs  # bool [S / T x B, E]
+            assert router.layer_number is not None
+            self._counts[router.layer_number - 1] += routing_map.detach().sum(dim=0)
+
+    def take(self, num_microbatches: int) -> dict[str, float]:
+        """The step's metrics, equal on all ranks, and a fresh start. Collective.
+
+        moe_max_load: tokens of the busiest expert relative to an even share, mean over layers.
+        moe_worst_load: the same in the worst layer. moe_idle_experts: share of experts without a
+        token. moe_balance_loss, moe_z_loss: what the router's losses are, before their weight.
+        """
+        counts = self._counts.clone()
+        self._counts.zero_()
+        # Sequence- and data-parallel ranks route other tokens, pipeline ranks other layers.
+        dist.all_reduce(counts)
+        counts = counts[counts.sum(dim=1) > 0]
+        if not counts.numel():
+            return {}
+        busiest = counts.amax(dim=1) / counts.mean(dim=1)
+        metrics = {
+            "moe_max_load": float(busiest.mean()),
+            "moe_worst_load": float(busiest.max()),
+            "moe_idle_experts": float((counts == 0).float().mean()),
+        }
+        return metrics | self._losses(num_microbatches)
+
+    def _losses(self, num_microbatches: int) -> dict[str, float]:
+        config = self._config
+        wanted = {}
+        kind = config.moe_router_load_balancing_type
+        if kind in _AUXILIARY_LOSSES and config.moe_aux_loss_coeff:
+            wanted[_AUXILIARY_LOSSES[str(kind)]] = "moe_balance_loss"
+        if config.moe_z_loss_coeff:
+            wanted["z_loss"] = "moe_z_loss"
+        if not wanted:
+            return {}
+        found: dict[str, Tensor] = {}
+        get_moe_metrics_tracker().report(
+            loss_scale=1 / num_microbatches,
+            iteration=0,
+            force_initialize=True,
+            track_names=list(wanted),
+            num_layers=config.num_layers,
+            moe_layer_freq=config.moe_layer_freq,
+            total_loss_dict=found,
+        )
+        return {wanted[name]: float(value) for name, value in found.items()}

@@ -1,0 +1,41 @@
+"""Bytes of the key-value cache by context length, and what the two baselines would need.
+
+Only full layers cache every token; sparse and window layers cache their own window, and a sparse
+layer reads its oracle's cache besides (HySparse, arXiv 2602.03560, section 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hysparse_megatron.config.schema import ModelConfig
+from hysparse_megatron.layout import LayerKind
+
+CONTEXT_LENGTHS = (8_192, 16_384, 32_768, 131_072, 1_048_576)
+"""The lengths that tables show, in tokens."""
+
+
+def kv_cache_bytes(
+    model: ModelConfig,
+    layout: Sequence[LayerKind],
+    context_length: int,
+    bytes_per_number: int = 2,
+) -> int:
+    """Bytes of one sequence's cache after `context_length` tokens, over all ranks together.
+
+    Two bytes a number are bf16, one is FP8.
+    """
+    full = sum(kind is LayerKind.FULL for kind in layout)
+    windows = len(layout) - full
+    per_token = model.num_query_groups * (model.head_dim + model.value_dim) * bytes_per_number
+    return per_token * (full * context_length + windows * min(context_length, model.window))
+
+
+def all_full(layout: Sequence[LayerKind]) -> tuple[LayerKind, ...]:
+    """The full-attention baseline of a layout."""
+    return tuple(LayerKind.FULL for _ in layout)
+
+
+def hybrid_window(layout: Sequence[LayerKind]) -> tuple[LayerKind, ...]:
+    """The sliding-window baseline of a layout: windows where it is sparse."""
+    return tuple(LayerKind.WINDOW if kind is LayerKind.SPARSE else kind for kind in layout)

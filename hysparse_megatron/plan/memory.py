@@ -1,0 +1,235 @@
+"""Bytes of one rank at the peak of a training step: weights, gradients, optimizer, activations.
+
+Activations are what autograd keeps from the forward to the backward pass of every micro-batch in
+flight, plus what the most expensive moment needs for itself. Shapes: S sequence, B micro-batch, T
+tensor-parallel size; `tokens` = S B, `rows` = S B / T with sequence parallelism, else S B.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from hysparse_megatron.config.schema import Config, GateKind, Precision, Recompute
+from hysparse_megatron.layout import LayerKind
+from hysparse_megatron.plan.parameters import RankParameters, gate_width, padded_vocab_size
+from hysparse_megatron.plan.topology import PipelinePlan
+from hysparse_megatron.plan.traffic import (
+    element_bytes,
+    groups_on_rank,
+    shared_bytes,
+    token_rows,
+)
+
+GIB = 2**30
+
+SCORE_CHUNK_BYTES = 256 * 2**20
+"""Kernels score the oracle's blocks in chunks of queries: their workspace stays about this."""
+
+RUNTIME_BYTES = 3 * GIB
+"""CUDA context, NCCL buffers, libraries and fragmentation: what no arithmetic on tensors sees."""
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of one rank at the peak."""
+
+    weights: int
+    gradients: int
+    """fp32, accumulated over micro-batches."""
+    optimizer: int
+    """fp32 main weights (with bf16 training) and both moments, split over data-parallel ranks."""
+    activations: dict[str, int]
+    """Kept for the backward pass by all micro-batches in flight, by what they are."""
+    micro_batches_in_flight: float
+    """Forward passes of this rank's layers whose activations are kept at the peak."""
+    working_set: int
+    """What the most expensive moment needs besides: loss, recomputed layer, kernel workspace."""
+    runtime: int
+
+    @property
+    def activation_bytes(self) -> int:
+        """Sum of the kept activations."""
+        return sum(self.activations.values())
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        state = self.weights + self.gradients + self.optimizer
+        return state + self.activation_bytes + self.working_set + self.runtime
+
+
+def state_bytes(
+    held: RankParameters, precision: Precision, dp: int, edp: int
+) -> tuple[int, int, int]:
+    """(weights, gradients, optimizer) of a rank that holds `held` parameters."""
+    bf16 = precision is Precision.bf16
+    weights = held.total * (2 if bf16 else 4)
+    # Both moments, and in bf16 the fp32 main weights: in fp32 those are the weights themselves.
+    per_parameter = 12 if bf16 else 8
+    optimizer = per_parameter * (-(-held.dense // dp) + -(-held.experts // edp))
+    return weights, 4 * held.total, optimizer
+
+
+def layer_activations(config: Config, plan: PipelinePlan, layer: int) -> Counter[str]:
+    """Bytes that one layer keeps of one micro-batch, by what they are, without any recompute."""
+    model, tp = config.model, config.parallel.tp
+    kind = plan.layout.layers[layer].kind
+    element, rows = element_bytes(config), token_rows(config)
+    tokens = config.train.seq_length * config.train.micro_batch_size
+    heads, groups = model.num_attention_heads // tp, groups_on_rank(model, tp)
+    query, key_value = heads * model.head_dim, groups * (model.head_dim + model.value_dim)
+    output = heads * model.value_dim
+    branches = 2 if kind is LayerKind.SPARSE else 1
+    kept: Counter[str] = Counter()
+    # The norm keeps the residual stream, the projection what the norm made of it.
+    kept["residual stream and norms"] += 2 * rows * model.hidden_size * element
+    # The value is a view of the fused projection; query and key exist once more, rotated.
+    fused = query + key_value + heads * gate_width(model, kind)
+    kept["attention"] += tokens * (fused + query + groups * model.head_dim) * element
+    kept["attention"] += branches * tokens * (output * element + heads * 4)
+    if kind is LayerKind.SPARSE:
+        # The gated sum that the output projection reads, and both gates in fp32.
+        per_head = 1 if model.gate is GateKind.head else model.value_dim
+        kept["attention"] += tokens * (output * element + 2 * heads * per_head * 4)
+    if kind is LayerKind.FULL and plan.is_read(layer):
+        key_and_value, _ = shared_bytes(config)
+        kept["shared key and value"] += key_and_value
+        kept["selections"] += tokens * groups * model.num_selected_blocks * 4
+    kept += _feed_forward_activations(config, layer)
+    return kept
+
+
+def _feed_forward_activations(config: Config, layer: int) -> Counter[str]:
+    model, parallel = config.model, config.parallel
+    element, rows = element_bytes(config), token_rows(config)
+    tokens = config.train.seq_length * config.train.micro_batch_size
+    kept: Counter[str] = Counter()
+    kept["residual stream and norms"] += 2 * rows * model.hidden_size * element
+    # Both halves of the first projection, the activated half, and their product.
+    if not model.is_moe_layer(layer):
+        kept["feed-forward"] += tokens * 4 * (model.ffn_hidden_size // parallel.tp) * element
+        return kept
+    moe = model.moe
+    shared_width = moe.shared_expert_ffn_hidden_size // parallel.tp
+    kept["feed-forward"] += tokens * 4 * shared_width * element
+    # Logits, scores and probabilities of the router in fp32.
+    kept["routing"] += rows * moe.num_experts * 3 * 4
+    routed = rows * moe.num_active_experts
+    kept["experts"] += routed * (model.hidden_size + 5 * model.expert_width) * element
+    return kept
+
+
+def _kept_activations(config: Config, plan: PipelinePlan, layer: int) -> Counter[str]:
+    """Bytes that one layer keeps of one micro-batch under the configured recompute."""
+    kept = layer_activations(config, plan, layer)
+    if config.train.recompute is Recompute.none:
+        return kept
+    model, tp = config.model, config.parallel.tp
+    tokens = config.train.seq_length * config.train.micro_batch_size
+    element = element_bytes(config)
+    heads = model.num_attention_heads // tp
+    if config.train.recompute is Recompute.selective:
+        # Made again: what attention and its gates keep for themselves, except the last output.
+        branches = 2 if plan.layout.layers[layer].kind is LayerKind.SPARSE else 1
+        again = branches * tokens * (heads * model.value_dim * element + heads * 4)
+        if branches == 1:
+            again -= tokens * heads * model.value_dim * element  # the output projection reads it
+        kept["attention"] -= again
+        return kept
+    # Full: the layer's input alone, and what it shares with other layers.
+    shared = ("shared key and value", "selections")
+    outputs = Counter({name: kept[name] for name in shared if name in kept})
+    outputs["residual stream and norms"] = token_rows(config) * model.hidden_size * element
+    return outputs
+
+
+def _alike(config: Config, plan: PipelinePlan, layers: list[int]) -> dict[int, int]:
+    """One layer of every sort among `layers`, and how many there are of it."""
+    found: dict[tuple[LayerKind, bool, bool], tuple[int, int]] = {}
+    for layer in layers:
+        kind = plan.layout.layers[layer].kind
+        sort = (kind, plan.is_read(layer), config.model.is_moe_layer(layer))
+        first, count = found.get(sort, (layer, 0))
+        found[sort] = (first, count + 1)
+    return dict(found.values())
+
+
+def head_bytes(config: Config) -> int:
+    """Bytes of the loss on the last stage: logits, softmax in fp32, and the logits' gradient."""
+    model = config.model
+    assert model.vocab_size is not None
+    tokens = config.train.seq_length * config.train.micro_batch_size
+    columns = padded_vocab_size(model.vocab_size) // config.parallel.tp
+    return tokens * columns * (2 * element_bytes(config) + 4)
+
+
+def in_flight(plan: PipelinePlan, pp_rank: int, num_microbatches: int) -> float:
+    """Micro-batches whose activations rank `pp_rank` keeps at the peak, in whole-rank units.
+
+    1F1B keeps one per stage from here to the end. Interleaving warms up further: that many chunks.
+    """
+    behind = plan.pp - pp_rank - 1
+    if plan.num_chunks == 1:
+        return min(num_microbatches, behind + 1)
+    chunks = plan.num_chunks
+    warm = 2 * behind + (chunks - 1) * plan.pp + 1
+    return min(num_microbatches * chunks, warm) / chunks
+
+
+def rank_memory(
+    config: Config,
+    plan: PipelinePlan,
+    pp_rank: int,
+    held: RankParameters,
+    num_microbatches: int,
+    dp: int,
+    edp: int,
+) -> RankMemory:
+    """The peak of one rank of pipeline rank `pp_rank` with `held` parameters."""
+    stages = [plan.stage_index(pp_rank, chunk) for chunk in range(plan.num_chunks)]
+    layers = [layer for stage in stages for layer in plan.stages[stage]]
+    flying = in_flight(plan, pp_rank, num_microbatches)
+    one: Counter[str] = Counter()
+    for layer, count in _alike(config, plan, layers).items():
+        for name, size in _kept_activations(config, plan, layer).items():
+            one[name] += count * size
+    for stage in stages:
+        if plan.oracle_into(stage) is not None:
+            # Unpacked from the payload, and the payload itself until it is unpacked.
+            key_and_value, indices = shared_bytes(config)
+            one["shared key and value"] += key_and_value
+            one["selections"] += 2 * indices
+    working = _workspace(config, plan, layers)
+    if config.train.recompute is Recompute.full:
+        working += max(
+            sum(layer_activations(config, plan, layer).values())
+            for layer in _alike(config, plan, layers)
+        )
+    if len(plan.stages) - 1 in stages:
+        working = max(working, head_bytes(config))
+    weights, gradients, optimizer = state_bytes(held, config.train.precision, dp, edp)
+    return RankMemory(
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        activations={name: round(size * flying) for name, size in one.items() if size},
+        micro_batches_in_flight=flying,
+        working_set=working,
+        runtime=RUNTIME_BYTES,
+    )
+
+
+def _workspace(config: Config, plan: PipelinePlan, layers: list[int]) -> int:
+    """Scratch memory of the attention kernels: gradients in fp32, and scores of oracles."""
+    model, train = config.model, config.train
+    tokens = train.seq_length * train.micro_batch_size
+    heads = model.num_attention_heads // config.parallel.tp
+    groups = groups_on_rank(model, config.parallel.tp)
+    widths = heads * model.head_dim + groups * (model.head_dim + model.value_dim)
+    gradients = tokens * widths * 4
+    scores = 0
+    if any(plan.is_read(layer) for layer in layers):
+        blocks = -(-train.seq_length // model.block_size)
+        scores = min(SCORE_CHUNK_BYTES, tokens * heads * blocks * 4)
+    return gradients + scores

@@ -1,0 +1,188 @@
+"""How many parameters a model has, layer by layer, and how many of them each rank holds.
+
+Pure arithmetic: nothing is allocated. The numbers equal those of the built model to the last one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from hysparse_megatron.config.schema import (
+    FullGate,
+    GateKind,
+    ModelConfig,
+    ParallelConfig,
+    SinkKind,
+)
+from hysparse_megatron.layout import LayerKind
+from hysparse_megatron.plan.topology import PipelinePlan
+
+VOCAB_MULTIPLE = 128
+"""The vocabulary is padded to a multiple of this, whatever the tensor-parallel size.
+
+(megatron-core's own habit pads to a multiple that grows with it, and then neither losses nor
+checkpoints agree between layouts.)"""
+
+
+def padded_vocab_size(vocab_size: int) -> int:
+    """`vocab_size` rounded up to `VOCAB_MULTIPLE`."""
+    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+@dataclass(frozen=True)
+class LayerParameters:
+    """Parameters of one whole layer, by how they are split over ranks."""
+
+    attention: int
+    """Projections and sinks, split over tensor-parallel ranks."""
+    feed_forward: int
+    """The dense feed-forward layer, or the shared expert; split over tensor-parallel ranks."""
+    experts: int
+    """Routed experts, split over expert-parallel ranks."""
+    router: int
+    """Replicated on every rank of the stage."""
+    norms: int
+    """Replicated on every rank of the stage."""
+    active_experts: int
+    """Those of `experts` that compute for one token."""
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.attention + self.feed_forward + self.experts + self.router + self.norms
+
+    @property
+    def matrices(self) -> int:
+        """Weights that one token is multiplied with: 2 FLOPs each in the forward pass."""
+        return self.attention + self.feed_forward + self.active_experts + self.router
+
+    def dense_on_rank(self, tp: int) -> int:
+        """Parameters of one rank that data-parallel ranks replicate."""
+        return (self.attention + self.feed_forward) // tp + self.router + self.norms
+
+    def experts_on_rank(self, ep: int) -> int:
+        """Parameters of one rank that expert-data-parallel ranks replicate."""
+        return self.experts // ep
+
+
+@dataclass(frozen=True)
+class RankParameters:
+    """Parameters of one rank. The two kinds are reduced over different data-parallel groups."""
+
+    dense: int
+    experts: int
+
+    @property
+    def total(self) -> int:
+        """All of them; a tied output projection counts on its stage too."""
+        return self.dense + self.experts
+
+
+@dataclass(frozen=True)
+class ModelParameters:
+    """Parameters of a whole model."""
+
+    layers: tuple[LayerParameters, ...]
+    embedding: int
+    output: int
+    """The output projection; 0 where it is the embedding itself."""
+    final_norm: int
+
+    @property
+    def total(self) -> int:
+        """Every parameter once."""
+        rest = self.embedding + self.output + self.final_norm
+        return rest + sum(layer.total for layer in self.layers)
+
+    @property
+    def active(self) -> int:
+        """Parameters that take part in computing one token: all but the experts not chosen."""
+        return self.total - sum(layer.experts - layer.active_experts for layer in self.layers)
+
+    @property
+    def matrices(self) -> int:
+        """Weights one token is multiplied with, the output projection included."""
+        return sum(layer.matrices for layer in self.layers) + (self.output or self.embedding)
+
+
+@lru_cache(maxsize=64)
+def count_parameters(model: ModelConfig, layout: tuple[LayerKind, ...]) -> ModelParameters:
+    """The parameters of `model` with one layer per entry of `layout`.
+
+    Raises ValueError without `model.vocab_size`: only a tokenizer would know it.
+    """
+    if model.vocab_size is None:
+        raise ValueError("model.vocab_size is not set: the planner needs the size of the embedding")
+    table = padded_vocab_size(model.vocab_size) * model.hidden_size
+    return ModelParameters(
+        layers=tuple(_layer(model, kind, index) for index, kind in enumerate(layout)),
+        embedding=table,
+        output=0 if model.tie_embeddings else table,
+        final_norm=model.hidden_size,
+    )
+
+
+def _layer(model: ModelConfig, kind: LayerKind, index: int) -> LayerParameters:
+    hidden, moe = model.hidden_size, model.moe
+    qk_norms = 2 * model.head_dim if model.qk_norm else 0
+    feed_forward, experts, active, router = 3 * hidden * model.ffn_hidden_size, 0, 0, 0
+    if model.is_moe_layer(index):
+        one = 3 * hidden * model.expert_width
+        experts, active = moe.num_experts * one, moe.num_active_experts * one
+        router = moe.num_experts * hidden
+        feed_forward = 3 * hidden * moe.shared_expert_ffn_hidden_size
+    return LayerParameters(
+        attention=attention_matrices(model, kind) + _num_sinks(model, kind),
+        feed_forward=feed_forward,
+        experts=experts,
+        router=router,
+        norms=2 * hidden + qk_norms,
+        active_experts=active,
+    )
+
+
+def attention_matrices(model: ModelConfig, kind: LayerKind) -> int:
+    """Weights of the fused input projection and the output projection of one layer."""
+    heads, groups = model.num_attention_heads, model.num_query_groups
+    outputs = heads * model.head_dim + groups * (model.head_dim + model.value_dim)
+    outputs += heads * gate_width(model, kind)
+    return model.hidden_size * (outputs + heads * model.value_dim)
+
+
+def gate_width(model: ModelConfig, kind: LayerKind) -> int:
+    """Gate logits per query head of one layer, both branches of a sparse layer together."""
+    if kind is LayerKind.SPARSE:
+        return 2 * (1 if model.gate is GateKind.head else model.value_dim)
+    if kind is LayerKind.FULL:
+        return {FullGate.none: 0, FullGate.head: 1, FullGate.channel: model.value_dim}[
+            model.full_gate
+        ]
+    return 0
+
+
+def _num_sinks(model: ModelConfig, kind: LayerKind) -> int:
+    if kind is LayerKind.FULL or model.sink is SinkKind.none:
+        return 0
+    branches = 2 if kind is LayerKind.SPARSE and model.sink is SinkKind.branch else 1
+    return branches * model.num_attention_heads
+
+
+def parameters_on_rank(
+    counted: ModelParameters, plan: PipelinePlan, parallel: ParallelConfig, pp_rank: int
+) -> RankParameters:
+    """What one rank of pipeline rank `pp_rank` holds, all its model chunks together."""
+    dense = experts = 0
+    last = len(plan.stages) - 1
+    for chunk in range(plan.num_chunks):
+        stage = plan.stage_index(pp_rank, chunk)
+        for layer in plan.stages[stage]:
+            dense += counted.layers[layer].dense_on_rank(parallel.tp)
+            experts += counted.layers[layer].experts_on_rank(parallel.ep)
+        if stage == 0:
+            dense += counted.embedding // parallel.tp
+        if stage == last:
+            # A tied output projection is a second copy unless it stands beside the embedding.
+            copied = counted.embedding if stage > 0 else 0
+            dense += (counted.output or copied) // parallel.tp + counted.final_norm
+    return RankParameters(dense, experts)

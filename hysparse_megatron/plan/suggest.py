@@ -1,0 +1,169 @@
+"""Parallel plans that fit, best first, and a check that names the nearest ones to a bad plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from hysparse_megatron.config.problems import as_error
+from hysparse_megatron.config.schema import Config, ParallelConfig, Recompute
+from hysparse_megatron.config.validate import plan_problems, validate
+from hysparse_megatron.errors import ConfigError, Problem
+from hysparse_megatron.layout import LayoutError, parse_layout
+from hysparse_megatron.plan.memory import GIB
+from hysparse_megatron.plan.overview import Overview, make_overview
+
+RECOMPUTE_COST = {Recompute.none: 0, Recompute.selective: 1, Recompute.full: 2}
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A plan that works, as overrides of the configuration it was made for."""
+
+    overview: Overview
+
+    @property
+    def overrides(self) -> str:
+        """What to write on the command line."""
+        config = self.overview.config
+        parallel = config.parallel
+        found = {
+            "parallel.tp": parallel.tp,
+            "parallel.pp": parallel.pp,
+            "parallel.vpp": "null" if parallel.vpp is None else parallel.vpp,
+            "parallel.sequence_parallel": str(parallel.sequence_parallel).lower(),
+        }
+        if config.model.moe.num_experts:
+            found["parallel.ep"] = parallel.ep
+        found |= {
+            "train.micro_batch_size": config.train.micro_batch_size,
+            "train.recompute": config.train.recompute.value,
+        }
+        return " ".join(f"{key}={value}" for key, value in found.items())
+
+    def __str__(self) -> str:
+        overview = self.overview
+        return (
+            f"{self.overrides}  ({overview.time.seconds:.3g} s a step, "
+            f"{overview.peak_bytes / GIB:.1f} GiB, waits {overview.time.bubble_share:.0%})"
+        )
+
+
+def suggest(config: Config, world_size: int, count: int = 5) -> list[Suggestion]:
+    """Plans of the same model and global batch that work on `world_size` ranks, fastest first."""
+    found = list(_working(config, world_size))
+    found.sort(key=lambda one: (one.overview.time.seconds, one.overview.peak_bytes))
+    return found[:count]
+
+
+def nearest(config: Config, world_size: int, count: int = 3) -> list[Suggestion]:
+    """Plans that work and change the fewest and smallest of the settings, nearest first."""
+    found = list(_working(config, world_size))
+    found.sort(key=lambda one: (_distance(config, one.overview.config), one.overview.time.seconds))
+    return found[:count]
+
+
+def check(config: Config, world_size: int) -> None:
+    """Raise one `ConfigError` with every problem, and with plans that work if the plan is wrong.
+
+    Beyond `validate` it refuses a plan that needs more memory than `cluster.memory_gib`.
+    """
+    problems = validate(config, world_size=world_size)
+    fitting = not problems and _memory_problem(config, world_size)
+    if fitting:
+        problems = [fitting]
+    if not problems:
+        return
+    error = as_error(problems)
+    plan_is_wrong = fitting or plan_problems(config, world_size=world_size)
+    if not plan_is_wrong:
+        raise error
+    plans = nearest(config, world_size)
+    lines = ["nearest plans that work:", *(f"  {plan}" for plan in plans)]
+    if not plans:
+        lines = [f"no plan of this model and batch works on {world_size} ranks"]
+    raise ConfigError("\n".join([str(error), *lines]), problems)
+
+
+def _memory_problem(config: Config, world_size: int) -> Problem | None:
+    limit = config.cluster.memory_gib
+    if limit is None or config.model.vocab_size is None:
+        return None
+    overview = make_overview(config, world_size)
+    if overview.fits:
+        return None
+    worst = max(range(len(overview.ranks)), key=lambda rank: overview.ranks[rank].memory.total)
+    got = f"a plan of {overview.peak_bytes / GIB:.1f} GiB on pipeline rank {worst}"
+    return Problem("cluster.memory_gib", got, f"at most {limit:g} GiB (see tools/plan.py)")
+
+
+def _working(config: Config, world_size: int) -> Iterator[Suggestion]:
+    if config.model.vocab_size is None:
+        model = dataclasses.replace(config.model, vocab_size=config.data.tokenizer_vocab_size)
+        config = dataclasses.replace(config, model=model)
+    for candidate in _candidates(config, world_size):
+        if plan_problems(candidate, world_size=world_size):
+            continue
+        overview = make_overview(candidate, world_size)
+        if overview.fits:
+            yield Suggestion(overview)
+
+
+def _candidates(config: Config, world_size: int) -> Iterator[Config]:
+    """Every combination of sizes that could work, the given ones among them."""
+    model, moe = config.model, config.model.moe
+    try:
+        num_layers = parse_layout(model.layout).num_layers
+    except LayoutError:
+        return
+    sizes = _divisors(world_size)
+    tensor = [size for size in sizes if size <= max(1, config.cluster.gpus_per_node)]
+    pipeline = [size for size in sizes if size <= num_layers]
+    expert = [1]
+    if moe.num_experts:
+        expert = [size for size in sizes if moe.num_experts % size == 0]
+    micro = sorted({1, 2, 4, config.train.micro_batch_size})
+    for tp, pp, ep, micro_batch in itertools.product(tensor, pipeline, expert, micro):
+        if tp * pp > world_size or ep * pp > world_size:
+            continue
+        for vpp in {None, config.parallel.vpp if pp > 1 else None, 2 if pp > 1 else None}:
+            for recompute in Recompute:
+                yield dataclasses.replace(
+                    config,
+                    parallel=dataclasses.replace(
+                        config.parallel,
+                        tp=tp,
+                        pp=pp,
+                        vpp=vpp,
+                        cp=1,
+                        ep=ep,
+                        sequence_parallel=tp > 1,
+                    ),
+                    train=dataclasses.replace(
+                        config.train, micro_batch_size=micro_batch, recompute=recompute
+                    ),
+                )
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def _distance(first: Config, second: Config) -> float:
+    """Sum of the doublings between two plans' sizes, and what else differs."""
+    sizes: tuple[Callable[[ParallelConfig], int], ...] = (
+        lambda parallel: parallel.tp,
+        lambda parallel: parallel.pp,
+        lambda parallel: parallel.vpp or 1,
+        lambda parallel: parallel.ep,
+    )
+    doublings = sum(
+        abs(math.log2(max(1, size(first.parallel)) / size(second.parallel))) for size in sizes
+    )
+    micro = max(1, first.train.micro_batch_size) / second.train.micro_batch_size
+    recompute = [RECOMPUTE_COST[config.train.recompute] for config in (first, second)]
+    sequence = first.parallel.sequence_parallel is not second.parallel.sequence_parallel
+    return doublings + abs(math.log2(micro)) + abs(recompute[0] - recompute[1]) + 0.5 * sequence

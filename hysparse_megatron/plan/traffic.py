@@ -1,0 +1,141 @@
+"""Bytes that ranks send: over every pipeline cut, and in every kind of collective.
+
+Per rank, per micro-batch unless said otherwise. Ring algorithms are assumed: a reduce-scatter or an
+all-gather of n bytes over r ranks sends n (r - 1) / r from each, an all-reduce twice that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hysparse_megatron.config.schema import Config, ModelConfig, Precision, Recompute
+from hysparse_megatron.layout import LayerKind
+from hysparse_megatron.plan.parameters import RankParameters
+from hysparse_megatron.plan.topology import PipelinePlan
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What crosses one pipeline cut, in one direction."""
+
+    before_layer: int
+    oracle: int | None
+    """The oracle whose key, value and indices cross with the hidden state, if any."""
+    hidden_bytes: int
+    shared_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of the one tensor that is sent."""
+        return self.hidden_bytes + self.shared_bytes
+
+
+@dataclass(frozen=True)
+class Collectives:
+    """Bytes one rank sends in collectives."""
+
+    tensor_bytes: float
+    """Tensor (and sequence) parallelism, forward and backward of one micro-batch."""
+    expert_bytes: float
+    """Dispatch and combine of tokens between experts, forward and backward of one micro-batch."""
+    data_bytes: float
+    """Gradients and updated weights, once per step."""
+
+
+def element_bytes(config: Config) -> int:
+    """Bytes of one activation or model weight."""
+    return 2 if config.train.precision is Precision.bf16 else 4
+
+
+def groups_on_rank(model: ModelConfig, tp: int) -> int:
+    """KV groups of one tensor-parallel rank; 1 where several ranks share a group."""
+    return max(1, model.num_query_groups // tp)
+
+
+def token_rows(config: Config) -> int:
+    """Tokens of one micro-batch in one rank's residual stream."""
+    parallel, train = config.parallel, config.train
+    split = parallel.tp if parallel.sequence_parallel else 1
+    return train.seq_length * train.micro_batch_size // split
+
+
+def shared_bytes(config: Config) -> tuple[int, int]:
+    """(key and value, block indices) of one oracle on one rank for one micro-batch, as sent."""
+    model, train = config.model, config.train
+    tokens = train.seq_length * train.micro_batch_size
+    groups = groups_on_rank(model, config.parallel.tp)
+    element = element_bytes(config)
+    return (
+        tokens * groups * (model.head_dim + model.value_dim) * element,
+        # An index travels as the bits of one element.
+        tokens * groups * model.num_selected_blocks * element,
+    )
+
+
+def cuts(config: Config, plan: PipelinePlan) -> list[Cut]:
+    """Every cut in model order."""
+    hidden = token_rows(config) * config.model.hidden_size * element_bytes(config)
+    found = []
+    for stage in range(1, len(plan.stages)):
+        oracle = plan.oracle_into(stage)
+        shared = 0 if oracle is None else sum(shared_bytes(config))
+        found.append(Cut(plan.stages[stage].start, oracle, hidden, shared))
+    return found
+
+
+def collectives(
+    config: Config, plan: PipelinePlan, pp_rank: int, held: RankParameters, dp: int, edp: int
+) -> Collectives:
+    """What one rank of pipeline rank `pp_rank` sends, with `held` parameters."""
+    layers = [layer for chunk in range(plan.num_chunks) for layer in _stage(plan, pp_rank, chunk)]
+    element = element_bytes(config)
+    gradient_and_weight = 4 + element
+    return Collectives(
+        tensor_bytes=sum(_tensor_bytes(config, plan, layer) for layer in layers),
+        expert_bytes=sum(_expert_bytes(config, layer) for layer in layers),
+        data_bytes=gradient_and_weight * (held.dense * _ring(dp) + held.experts * _ring(edp)),
+    )
+
+
+def _stage(plan: PipelinePlan, pp_rank: int, chunk: int) -> range:
+    return plan.stages[plan.stage_index(pp_rank, chunk)]
+
+
+def _ring(ranks: int) -> float:
+    return (ranks - 1) / ranks
+
+
+def _passes(recompute: Recompute) -> int:
+    """Forward passes of one micro-batch in training."""
+    return 2 if recompute is Recompute.full else 1
+
+
+def _tensor_bytes(config: Config, plan: PipelinePlan, layer: int) -> float:
+    model, train, parallel = config.model, config.train, config.parallel
+    if parallel.tp == 1:
+        return 0.0
+    tokens = train.seq_length * train.micro_batch_size
+    whole = tokens * model.hidden_size * element_bytes(config) * _ring(parallel.tp)
+    has_dense = not model.is_moe_layer(layer) or model.moe.shared_expert_ffn_hidden_size > 0
+    blocks = 2 if has_dense else 1
+    # Two operations of this size per block and direction: all-gather and reduce-scatter with
+    # sequence parallelism, which gathers once more for the weight gradient; else one all-reduce.
+    backward = 3 if parallel.sequence_parallel else 2
+    total = blocks * whole * (2 * _passes(train.recompute) + backward)
+    ranks_per_group = parallel.tp // model.num_query_groups
+    is_oracle = plan.layout.layers[layer].kind is LayerKind.FULL and plan.is_read(layer)
+    if ranks_per_group > 1 and is_oracle:
+        # Ranks that share a KV group agree on the blocks: fp32 scores are max-reduced.
+        blocks_per_sequence = -(-train.seq_length // model.block_size)
+        total += 2 * _ring(ranks_per_group) * tokens * blocks_per_sequence * 4
+    return total
+
+
+def _expert_bytes(config: Config, layer: int) -> float:
+    model, parallel = config.model, config.parallel
+    if not model.is_moe_layer(layer) or parallel.ep == 1:
+        return 0.0
+    routed = token_rows(config) * model.moe.num_active_experts * model.hidden_size
+    sent = routed * element_bytes(config) * _ring(parallel.ep)
+    # Dispatch and combine, in every forward pass and in the backward pass.
+    return 2 * sent * (1 + _passes(config.train.recompute))

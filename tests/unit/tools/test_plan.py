@@ -1,0 +1,121 @@
+"""`python -m tools.plan`: tables, JSON, suggestions, refusals."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from hysparse_megatron.config.compose import compose
+from hysparse_megatron.plan.overview import make_overview
+from tools.plan import main
+
+ROOT = Path(__file__).resolve().parents[3]
+LARGE = [
+    "model=hysparse_80b_a3b",
+    "cluster=h100",
+    "train.precision=bf16",
+    "train.seq_length=32768",
+    "train.global_batch_size=128",
+    "train.micro_batch_size=1",
+    "train.recompute=full",
+    "parallel.tp=8",
+    "parallel.pp=4",
+    "parallel.ep=16",
+    "parallel.sequence_parallel=true",
+    "model.layout=F 11*S F 6*S | 5*S 2*(F 11*S) F",
+]
+
+
+def test_the_80b_in_seconds_without_torch() -> None:
+    """The whole command, imports included; torch would take longer than all of it."""
+    program = (
+        "import sys; from tools.plan import main; code = main(sys.argv[1:]); "
+        "sys.exit(code or 99 * ('torch' in sys.modules))"
+    )
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", program, "--gpus", "128", *LARGE],
+        cwd=ROOT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert time.perf_counter() - start < 10
+    for expected in ("81,355,025,920 in total", "in the block of layer 12", "KV cache", "9.47x"):
+        assert expected in done.stdout
+
+
+def test_json_holds_what_the_overview_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--gpus", "128", "--json", *LARGE]) == 0
+    values = json.loads(capsys.readouterr().out)
+    overview = make_overview(compose(LARGE), 128)
+    assert values["parameters"]["total"] == overview.parameters.total
+    assert values["peak_bytes"] == overview.peak_bytes
+    assert sum(stage["num_layers"] for stage in values["stages"]) == 49
+    assert values["stages"][0]["cut"] is None
+    crossing = [stage["cut"]["oracle"] for stage in values["stages"][1:]]
+    assert 12 in crossing
+    for rank, own in zip(values["ranks"], overview.ranks, strict=True):
+        memory = rank["memory_bytes"]
+        parts = sum(size for name, size in memory.items() if name not in ("total", "activations"))
+        assert memory["total"] == parts + sum(memory["activations"].values())
+        assert memory["total"] == own.memory.total
+    cache = {row["context_length"]: row for row in values["kv_cache"]}
+    assert round(cache[32768]["full_bytes"] / cache[32768]["bytes"], 2) == 9.47
+
+
+def test_suggestions(capsys: pytest.CaptureFixture[str]) -> None:
+    free = [item for item in LARGE if not item.startswith(("parallel", "model.layout"))]
+    assert main(["--gpus", "128", "--suggest", "3", *free]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    for line in lines:
+        assert main(["--gpus", "128", *free, *line.partition("  (")[0].split()]) == 0
+
+
+def test_the_picture_shows_stages_memory_and_cache(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "plan.svg"
+    assert main(["--gpus", "128", "--plot", str(path), *LARGE]) == 0
+    assert "KV cache" in capsys.readouterr().out
+    picture = ElementTree.parse(path).getroot()
+    texts = ["".join(element.itertext()) for element in picture.iter() if "text" in element.tag]
+    overview = make_overview(compose(LARGE), 128)
+    assert [text for text in texts if text.startswith("pp ")] == ["pp 0", "pp 1", "pp 2", "pp 3"]
+    layers = [item for item in picture.iter() if item.get("class") == "layer"]
+    assert [item.get("data-kind") for item in layers] == list(
+        "".join(s.kinds for s in overview.stages)
+    )
+    # Stacked bars are as high as the memory they stand for.
+    for rank, own in enumerate(overview.ranks):
+        bars = [item for item in picture.iter() if item.get("data-rank") == str(rank)]
+        height = sum(float(item.get("height", 0)) for item in bars)
+        limit = next(item for item in picture.iter() if item.get("class") == "limit")
+        scale = float(limit.get("data-height", 0)) / (79 * 2**30)
+        assert height == pytest.approx(own.memory.total * scale, abs=1)
+    curves = [item for item in picture.iter() if item.get("class") == "cache"]
+    assert len(curves) == 3
+
+
+BAD = [
+    (["--gpus", "128", "--plot", "/nowhere/plan.svg"], "cannot write /nowhere/plan.svg"),
+    (["--gpus", "0"], "--gpus"),
+    (["parallel.ep=3", "--gpus", "128"], "nearest plans that work"),
+    (["model=tiny_hysparse"], "model.vocab_size"),
+    (["modle=tiny"], "modle"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "text"), BAD)
+def test_mistakes_end_with_2(
+    arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*LARGE, *arguments]) == 2
+    assert text in capsys.readouterr().err

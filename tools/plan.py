@@ -1,0 +1,80 @@
+"""What a run will cost, before any cluster is asked: `python -m tools.plan [options] [overrides]`.
+
+    python -m tools.plan --gpus 64 model=hysparse_80b_a3b cluster=h100 parallel.ep=8 parallel.pp=8
+    python -m tools.plan --gpus 64 --suggest 5 model=hysparse_7b cluster=h100 train.seq_length=8192
+
+Needs no GPU and allocates no weights. Takes the overrides of `python -m hysparse_megatron`. Ends
+with 0, or with 2 for a plan that cannot run, after naming the nearest plans that can.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hysparse_megatron.config.cli import load, parse_arguments
+from hysparse_megatron.config.schema import Config
+from hysparse_megatron.errors import ConfigError, HySparseError
+from hysparse_megatron.plan.overview import make_overview
+from hysparse_megatron.plan.picture import draw
+from hysparse_megatron.plan.report import as_text, as_values
+from hysparse_megatron.plan.suggest import check, suggest
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the plan of `argv`, the command line without the program's name."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.plan",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="world size (default 1)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument("--suggest", type=int, default=0, metavar="N", help="N plans, best first")
+    parser.add_argument("--plot", metavar="FILE.svg", help="also draw the plan")
+    parser.add_argument("--config", metavar="FILE", help="plan this frozen config.yaml")
+    parser.add_argument("overrides", nargs="*", help="group=option, key=value")
+    given = parser.parse_intermixed_args(list(argv))
+    rest = [*(["--config", given.config] if given.config else []), *given.overrides]
+    try:
+        config = load(parse_arguments(rest))
+        return _print_plan(config, given)
+    except HySparseError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _print_plan(config: Config, given: argparse.Namespace) -> int:
+    if given.gpus < 1:
+        raise ConfigError(f"--gpus: got {given.gpus}; allowed at least 1")
+    if config.model.vocab_size is None:
+        raise ConfigError(
+            "model.vocab_size: got null; the planner trains no tokenizer, so set it "
+            f"(a tokenizer made here would have {config.data.tokenizer_vocab_size} ids)"
+        )
+    if given.suggest:
+        plans = suggest(config, given.gpus, given.suggest)
+        if not plans:
+            raise ConfigError(f"no plan of this model and batch works on {given.gpus} GPUs")
+        if given.json:
+            print(json.dumps([as_values(plan.overview) for plan in plans], default=str))
+        else:
+            print("\n".join(map(str, plans)))
+        return 0
+    check(config, given.gpus)
+    overview = make_overview(config, given.gpus)
+    print(json.dumps(as_values(overview)) if given.json else as_text(overview))
+    if given.plot:
+        try:
+            Path(given.plot).write_text(draw(overview))
+        except OSError as error:
+            raise ConfigError(f"--plot: cannot write {given.plot} ({error.strerror})") from error
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
