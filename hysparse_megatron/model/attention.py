@@ -376,3 +376,8 @@ class SparseAttention(_Attention):
         )
         gates = (_kernel_layout(sparse_gate), _kernel_layout(window_gate))
         return gated_sum(sparse, window, *gates, backend=backend).to(query.dtype)
+
+
+def _gate(logits: Tensor) -> Tensor:
+    """Sigmoid in fp32 of gate logits [S, B, HQ, 1 or DV], in the kernels' layout (Eq. 8)."""
+    return torch.sigmoid(_kernel_layout(logits).float())
