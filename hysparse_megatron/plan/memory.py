@@ -84,6 +84,8 @@ def layer_activations(config: Config, plan: PipelinePlan, layer: int) -> Counter
     kept: Counter[str] = Counter()
     # The norm keeps the residual stream, the projection what the norm made of it.
     kept["residual stream and norms"] += 2 * rows * model.hidden_size * element
+    # Cosines and sines, once for the query and once for the key.
+    kept["attention"] += 4 * config.train.seq_length * model.rotary_dim * element
     # The value is a view of the fused projection; query and key exist once more, rotated.
     fused = query + key_value + heads * gate_width(model, kind)
     kept["attention"] += tokens * (fused + query + groups * model.head_dim) * element
@@ -106,17 +108,19 @@ def _feed_forward_activations(config: Config, layer: int) -> Counter[str]:
     tokens = config.train.seq_length * config.train.micro_batch_size
     kept: Counter[str] = Counter()
     kept["residual stream and norms"] += 2 * rows * model.hidden_size * element
-    # Both halves of the first projection, the activated half, and their product.
+    # Both halves of the first projection, each half once more (activated; plus an offset that is 0
+    # here), and their product.
     if not model.is_moe_layer(layer):
-        kept["feed-forward"] += tokens * 4 * (model.ffn_hidden_size // parallel.tp) * element
+        kept["feed-forward"] += tokens * 5 * (model.ffn_hidden_size // parallel.tp) * element
         return kept
     moe = model.moe
     shared_width = moe.shared_expert_ffn_hidden_size // parallel.tp
-    kept["feed-forward"] += tokens * 4 * shared_width * element
+    kept["feed-forward"] += tokens * 5 * shared_width * element
     # Logits, scores and probabilities of the router in fp32.
     kept["routing"] += rows * moe.num_experts * 3 * 4
     routed = rows * moe.num_active_experts
-    kept["experts"] += routed * (model.hidden_size + 5 * model.expert_width) * element
+    # As above, and the product weighted by the router.
+    kept["experts"] += routed * (model.hidden_size + 6 * model.expert_width) * element
     return kept
 
 

@@ -1,0 +1,131 @@
+"""The planner's bytes against tensors that a training step really keeps."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from hysparse_megatron.config.compose import compose
+from hysparse_megatron.plan.memory import in_flight, state_bytes
+from hysparse_megatron.plan.overview import make_overview
+from hysparse_megatron.plan.topology import plan_pipeline
+from hysparse_megatron.runtime.process_groups import destroy_process_groups
+from hysparse_megatron.training.optimizer import distributed_parts
+from hysparse_megatron.training.state import TrainingState, build_state
+from tests.unit.single_process import default_group
+
+SEQUENCE, HIDDEN, VOCAB = 256, 64, 128
+SMALL = [
+    f"model.hidden_size={HIDDEN}",
+    "model.ffn_hidden_size=160",
+    f"model.vocab_size={VOCAB}",
+    "model.tie_embeddings=false",
+    f"train.seq_length={SEQUENCE}",
+    "train.global_batch_size=1",
+    "train.micro_batch_size=1",
+]
+EXPERTS = [
+    "model.moe.num_experts=8",
+    "model.moe.num_active_experts=2",
+    "model.moe.expert_ffn_hidden_size=96",
+    "model.moe.shared_expert_ffn_hidden_size=48",
+]
+
+
+def kept_bytes(state: TrainingState) -> int:
+    """Storage that autograd holds after a forward pass, parameters not counted."""
+    [chunk] = state.chunks
+    parameters = {p.untyped_storage().data_ptr() for p in chunk.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    tokens = torch.randint(0, VOCAB, (1, SEQUENCE))
+    chunk.train()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        chunk(tokens, torch.arange(SEQUENCE)[None], None, labels=tokens)
+    return sum(
+        tensor.untyped_storage().nbytes()
+        for storage, tensor in kept.items()
+        if storage not in parameters
+    )
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("experts", [[], EXPERTS], ids=["dense", "experts"])
+@pytest.mark.parametrize("layout", ["F F F F F F", "W W W W W W", "F S S S S F"])
+def test_activations_are_those_that_autograd_keeps(
+    layout: str, experts: list[str], recompute: str
+) -> None:
+    config = compose([f"model.layout={layout}", *SMALL, *experts, f"train.recompute={recompute}"])
+    with default_group():
+        try:
+            measured = kept_bytes(build_state(config, VOCAB, torch.device("cpu")))
+        finally:
+            destroy_process_groups()
+    rows = SEQUENCE * HIDDEN * 4
+    # The head, which the planner counts as working set: norm, projection, softmax.
+    measured -= 2 * rows + SEQUENCE * VOCAB * 4
+    # On a CPU a norm keeps its normalised input besides; on a GPU it is one kernel.
+    measured -= rows * (1 if recompute == "full" else 1 + 2 * 6)
+    planned = make_overview(config, 1).ranks[0].memory.activation_bytes
+    # One table of rotary angles and a few index tensors, whatever the depth, are left out.
+    table = SEQUENCE * config.model.rotary_dim * 4 + 8192
+    assert abs(planned - measured) <= max(0.05 * measured, table)
+
+
+@pytest.mark.parametrize("experts", [[], EXPERTS], ids=["dense", "experts"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_weights_gradients_and_moments_are_those_of_the_optimizer(
+    experts: list[str], precision: str
+) -> None:
+    config = compose(["model.layout=F S W F", *SMALL, *experts, f"train.precision={precision}"])
+    held = make_overview(config, 1).ranks[0].parameters
+    weights, gradients, optimizer = state_bytes(held, config.train.precision, 1, 1)
+    with default_group():
+        try:
+            state = build_state(config, VOCAB, torch.device("cpu"))
+        finally:
+            destroy_process_groups()
+    parameters = [p for chunk in state.chunks for p in chunk.parameters()]
+    # Sinks stay in fp32.
+    sinks = sum(p.numel() for p in parameters if getattr(p, "is_sink", False))
+    saved = 2 * sinks if precision == "bf16" else 0
+    assert sum(p.numel() * p.element_size() for p in parameters) == weights + saved
+    main_gradients = [p.main_grad for p in parameters]
+    assert sum(g.numel() * g.element_size() for g in main_gradients) == gradients
+    found = 0
+    for part in distributed_parts(state.optimizer):
+        for group in part.optimizer.param_groups:
+            for main in group["params"]:
+                moments = part.optimizer.state[main]
+                tensors = [moments["exp_avg"], moments["exp_avg_sq"]]
+                tensors += [main] if precision == "bf16" else []
+                found += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    # Main weights of fp32 sinks are the sinks themselves.
+    assert found <= optimizer <= found + 4 * sinks
+
+
+def test_in_flight_follows_the_schedule() -> None:
+    """1F1B and interleaving, replayed: forward passes done and not yet taken back."""
+    for pp, vpp, count in itertools.product((1, 2, 4), (1, 2), (4, 8)):
+        if vpp > 1 and pp == 1:
+            continue
+        config = compose(
+            ["model.layout=16*F", f"parallel.pp={pp}", f"parallel.vpp={vpp if vpp > 1 else 'null'}"]
+        )
+        plan = plan_pipeline(config.model, config.parallel)
+        for rank in range(pp):
+            total = count * vpp
+            warm = pp - rank - 1 if vpp == 1 else (pp - rank - 1) * 2 + (vpp - 1) * pp
+            warm = min(warm, total)
+            alive = most = warm
+            for done in range(warm, total):
+                alive += 1
+                most = max(most, alive)
+                alive -= 1
+                assert done < total
+            assert in_flight(plan, rank, count) == most / vpp
