@@ -1,7 +1,7 @@
 """What a run will cost, before any cluster is asked: `python -m tools.plan [options] [overrides]`.
 
-    python -m tools.plan --gpus 64 model=hysparse_80b_a3b cluster=h100 parallel.ep=8 parallel.pp=8
-    python -m tools.plan --gpus 64 --suggest 5 model=hysparse_7b cluster=h100 train.seq_length=8192
+    python -m tools.plan --gpus 256 experiment=paper_80b_a3b_32k cluster=h100 parallel.ep=8
+    python -m tools.plan --gpus 64 --suggest 5 experiment=paper_7b_8k cluster=h100
 
 Needs no GPU and allocates no weights. Takes the overrides of `python -m hysparse_megatron`. Ends
 with 0, or with 2 for a plan that cannot run, after naming the nearest plans that can.
