@@ -265,6 +265,11 @@ def _attention_backend(config: Config, device: torch.device) -> BackendChoice:
             dtype=torch.bfloat16 if bf16 else torch.float32,
             head_dim=max(model.head_dim, model.value_dim),
             block_size=model.block_size,
+            hopper_shape=(
+                model.num_attention_heads // model.num_query_groups,
+                model.head_dim,
+                model.value_dim,
+            ),
         )
     except BackendUnavailable as error:
         raise ConfigError(f"model.backend: {error}") from error

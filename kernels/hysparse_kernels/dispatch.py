@@ -44,11 +44,14 @@ def resolve_backend(
     dtype: torch.dtype | None = None,
     head_dim: int | None = None,
     block_size: int | None = None,
+    hopper_shape: tuple[int, int, int] | None = None,
 ) -> BackendChoice:
     """Which backend ``backend`` (auto, reference or triton) means for such inputs.
 
     "auto" takes triton where it can run, else the reference. ``dtype``, ``head_dim`` (the larger
     one of query/key and value) and ``block_size`` are those of the call; None leaves them open.
+    ``hopper_shape``, query heads per KV group and head dims of query and value, lets the reason say
+    on a Hopper GPU whether its own kernels take them.
 
     Raises:
         ValueError: ``backend`` is none of the three.
@@ -67,7 +70,9 @@ def resolve_backend(
             )
         return BackendChoice("triton", "asked for by name")
     if reason is None:
-        return BackendChoice("triton", f"Triton kernels on {device.type}{_hopper_too(device)}")
+        return BackendChoice(
+            "triton", f"Triton kernels on {device.type}{_on_hopper(device, hopper_shape)}"
+        )
     return BackendChoice("reference", f"plain PyTorch: {reason}")
 
 
@@ -81,10 +86,15 @@ def _why_no_triton(
     return triton_attention.why_not(device, dtype, head_dim, block_size)
 
 
-def _hopper_too(device: torch.device) -> str:
+def _on_hopper(device: torch.device, shape: tuple[int, int, int] | None) -> str:
     from hysparse_kernels import hopper
 
-    return ", those for Hopper where they take the shape" if hopper.is_hopper(device) else ""
+    if not hopper.is_hopper(device):
+        return ""
+    refusal = None if shape is None else hopper.why_not_shape(*shape)
+    if refusal is not None:
+        return f", not those for Hopper: {refusal}"
+    return ", those for Hopper where they take the call"
 
 
 def _uses_triton(

@@ -7,7 +7,12 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import tma, warpgroup_mma
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+)
 
 LOG2_E = gl.constexpr(1.4426950408889634)
 LN_2 = gl.constexpr(0.6931471805599453)
@@ -58,14 +63,19 @@ def extent(tile, tile_table, sequence, TILE: gl.constexpr, PACKED: gl.constexpr)
 
 
 @gluon.jit
-def span(first, start, stop, group, tile, tiles, window, counts,
-         MODE: gl.constexpr, TILE: gl.constexpr, KEYS: gl.constexpr):  # fmt: skip
-    """First key and number of steps of a token tile (for BLOCKS the lists hold the keys)."""
-    begin = gl.maximum(first - window + 1, start)
-    steps = gl.cdiv(gl.minimum(first + TILE, stop) - begin, KEYS)
-    if MODE == BLOCKS:
-        steps = gl.load(counts + group.to(gl.int64) * tiles + tile)
-    return begin, steps
+def room(desc, COUNT: gl.constexpr):
+    """Shared memory for COUNT boxes of a descriptor: [COUNT, *box]."""
+    shape: gl.constexpr = [COUNT] + desc.block_type.shape  # noqa: RUF005 - the compiler's Python
+    return gl.allocate_shared_memory(desc.dtype, shape, desc.layout)
+
+
+@gluon.jit
+def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    """COUNT barriers, each of which ARRIVALS arrivals complete."""
+    made = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for index in gl.static_range(COUNT):
+        mbarrier.init(made.index(index), count=ARRIVALS)
+    return made
 
 
 @gluon.jit
@@ -121,3 +131,33 @@ def fetch(desc, desc2, coordinates, barrier, memory, memory2, SPLIT: gl.constexp
     tma.async_copy_global_to_shared(desc, [batch, token, head, 0], barrier, memory)
     if SPLIT:
         tma.async_copy_global_to_shared(desc2, [batch, token, head, 128], barrier, memory2)
+
+
+@gluon.jit
+def send_rows(values, desc, memory, batch, first, head, COLUMN: gl.constexpr):
+    """[64, width] of a tile into [B, S, HQ, *] by the copy engine, which skips what is past S.
+
+    Through `memory`, one box, which is free again afterwards.
+    """
+    flat(memory, 64, values.shape[1]).store(values)
+    fence_async_shared()
+    gl.thread_barrier()
+    tma.async_copy_shared_to_global(desc, [batch, first, head, COLUMN], memory)
+    tma.store_wait(0)
+    gl.thread_barrier()
+
+
+@gluon.jit
+def write_rows(values, target, batch, first, stop, sequence, groups, kv, HEADS: gl.constexpr,
+               STRIDE: gl.constexpr, COLUMN: gl.constexpr):  # fmt: skip
+    """The same by ordinary stores, where another document begins at `stop`.
+
+    Columns COLUMN .. of target [B, S, HQ, STRIDE].
+    """
+    layout: gl.constexpr = values.type.layout
+    line = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
+    token = first + line // HEADS
+    place = (batch.to(gl.int64) * sequence + token) * groups * HEADS + kv * HEADS + line % HEADS
+    column = COLUMN + gl.arange(0, values.shape[1], layout=gl.SliceLayout(0, layout))
+    gl.store(target + place[:, None] * STRIDE + column[None, :], values,
+             mask=(token < stop)[:, None])  # fmt: skip

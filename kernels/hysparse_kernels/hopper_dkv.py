@@ -29,7 +29,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from hysparse_kernels.hopper_common import BLOCKS, as_operand, fetch, flat
+from hysparse_kernels.hopper_common import (
+    BLOCKS,
+    as_operand,
+    barriers,
+    fetch,
+    flat,
+    room,
+)
 
 
 @gluon.jit
@@ -325,34 +332,22 @@ def dkv_kernel(
     PACKED: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
     """dk [B, S, HKV, D] and dv [B, S, HKV, DV] in fp32, stored or (`accumulate` = 1) added to."""
-    dtype: gl.constexpr = q_desc.dtype
     # A stage must always be the same consumer's: a wait by parity cannot tell a turn of its own
     # from one of the other that it never waited for.
     gl.static_assert(STAGES % 2 == 0)
     gl.static_assert(STAGES * WIDTH >= 2 * VALUE_WIDTH)
-    q_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, TOKENS, HEADS, WIDTH], q_desc.layout)
-    g_smem = gl.allocate_shared_memory(
-        dtype, [STAGES, 1, TOKENS, HEADS, VALUE_WIDTH], g_desc.layout
-    )
-    k_smem = gl.allocate_shared_memory(dtype, [1, KEYS, 1, WIDTH], k_desc.layout)
-    v_smem = gl.allocate_shared_memory(dtype, [1, KEYS, 1, VALUE_WIDTH], v_desc.layout)
-    q2_smem = q_smem
-    k2_smem = k_smem
-    if SPLIT:
-        q2_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, TOKENS, HEADS, 64], q2_desc.layout)
-        k2_smem = gl.allocate_shared_memory(dtype, [1, KEYS, 1, 64], k2_desc.layout)
-    lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 64], lse_desc.layout)
-    delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 64], delta_desc.layout)
-    k_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    met = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(k_ready, count=1)
-    for index in gl.static_range(2):
-        mbarrier.init(met.index(index), count=1)
-    for index in gl.static_range(STAGES):
-        mbarrier.init(ready.index(index), count=1)
-        mbarrier.init(empty.index(index), count=1)
+    q_smem = room(q_desc, STAGES)
+    g_smem = room(g_desc, STAGES)
+    k_smem = room(k_desc, 1).index(0)
+    v_smem = room(v_desc, 1).index(0)
+    q2_smem = room(q2_desc, STAGES) if SPLIT else q_smem
+    k2_smem = room(k2_desc, 1).index(0) if SPLIT else k_smem
+    lse_smem = room(lse_desc, STAGES)
+    delta_smem = room(delta_desc, STAGES)
+    k_ready = barriers(1, 1).index(0)
+    ready = barriers(STAGES, 1)
+    empty = barriers(STAGES, 1)
+    met = barriers(2, 1)
     fence_async_shared()
     gl.warp_specialize(
         [

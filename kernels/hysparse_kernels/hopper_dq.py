@@ -17,7 +17,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -26,73 +25,17 @@ from hysparse_kernels.hopper_common import (
     BLOCKS,
     LOG2_E,
     as_operand,
+    barriers,
     extent,
-    fetch,
     flat,
     narrow,
     product,
-    span,
+    room,
+    send_rows,
     work,
+    write_rows,
 )
-
-
-@gluon.jit
-def _loader(
-    q_desc, q2_desc, g_desc, k_desc, k2_desc, v_desc,
-    q_smem, q2_smem, g_smem, k_smem, k2_smem, v_smem,
-    q_ready, q_empty, ready, empty, starts, counts, capacity, tile_table,
-    sequence, groups, tiles, items, programs, window,
-    MODE: gl.constexpr, TOKENS: gl.constexpr, HEADS: gl.constexpr, KEYS: gl.constexpr,
-    STAGES: gl.constexpr, Q_STAGES: gl.constexpr, SPLIT: gl.constexpr, PACKED: gl.constexpr,
-):  # fmt: skip
-    """Bring Q and dO of every tile and K, V of every step."""
-    q_bytes: gl.constexpr = (
-        q_desc.block_type.nbytes + (q2_desc.block_type.nbytes if SPLIT else 0)
-        + g_desc.block_type.nbytes
-    )  # fmt: skip
-    step_bytes: gl.constexpr = (
-        k_desc.block_type.nbytes + (k2_desc.block_type.nbytes if SPLIT else 0)
-        + v_desc.block_type.nbytes
-    )  # fmt: skip
-    step = 0
-    for item in range(gl.cdiv(items, programs)):
-        tile, group, valid = work(item, items, tiles, programs)
-        if valid:
-            first, start, stop = extent(tile, tile_table, sequence, 2 * TOKENS, PACKED)
-            batch = group // groups
-            kv = group % groups
-            begin, steps = span(first, start, stop, group, tile, tiles, window, counts,
-                                MODE, 2 * TOKENS, KEYS)  # fmt: skip
-            list_base = (group.to(gl.int64) * tiles + tile) * capacity
-            for half in gl.static_range(2):
-                slot = (item % Q_STAGES) * 2 + half
-                bar = q_ready.index(slot)
-                mbarrier.wait(q_empty.index(slot), ((item // Q_STAGES) & 1) ^ 1)
-                mbarrier.expect(bar, q_bytes)
-                fetch(q_desc, q2_desc, (batch, first + half * TOKENS, kv * HEADS), bar,
-                      q_smem.index(slot), q2_smem.index(slot), SPLIT)  # fmt: skip
-                tma.async_copy_global_to_shared(
-                    g_desc, [batch, first + half * TOKENS, kv * HEADS, 0], bar, g_smem.index(slot)
-                )
-            upcoming = begin
-            if MODE == BLOCKS:
-                upcoming = gl.load(starts + list_base)
-            for index in range(steps):
-                key = upcoming
-                if MODE == BLOCKS:
-                    upcoming = gl.load(starts + list_base + gl.minimum(index + 1, capacity - 1))
-                else:
-                    upcoming += KEYS
-                stage = step % STAGES
-                mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
-                bar = ready.index(stage)
-                mbarrier.expect(bar, step_bytes)
-                fetch(k_desc, k2_desc, (batch, key, kv), bar, k_smem.index(stage),
-                      k2_smem.index(stage), SPLIT)  # fmt: skip
-                tma.async_copy_global_to_shared(
-                    v_desc, [batch, key, kv, 0], bar, v_smem.index(stage)
-                )
-                step += 1
+from hysparse_kernels.hopper_walk import first_step, hide, loader, next_step, span
 
 
 @gluon.jit
@@ -171,23 +114,13 @@ def _consumer(
             weights = gl.zeros([64, KEYS], gl.float32, s_layout)
             pulled = gl.zeros([64, KEYS], gl.float32, s_layout)
             mbarrier.wait(q_ready.index(slot), (item // Q_STAGES) & 1)
-            upcoming = begin
-            upcoming_bits = 0
-            if MODE == BLOCKS:
-                upcoming = gl.load(starts + list_base)
-                upcoming_bits = gl.load(bits + list_base)
+            upcoming, members = first_step(begin, starts, bits, list_base, MODE)
             for index in range(steps):
                 key_first = upcoming
-                if MODE == BLOCKS:
-                    mine = (upcoming_bits >> (HALF * TOKENS)) & ((1 << TOKENS) - 1)
-                    further = list_base + gl.minimum(index + 1, capacity - 1)
-                    upcoming = gl.load(starts + further)
-                    upcoming_bits = gl.load(bits + further)
-                    used = mine != 0
-                else:
-                    mine = 0
-                    upcoming += KEYS
-                    used = (key_first < first + TOKENS) & (key_first + KEYS > first - window + 1)
+                mine, used, upcoming, members = next_step(
+                    upcoming, members, index, starts, bits, list_base, capacity, first, window,
+                    MODE, HALF, TOKENS, KEYS,
+                )  # fmt: skip
                 stage = step % STAGES
                 mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
                 if used:
@@ -196,17 +129,8 @@ def _consumer(
                     dp = product(g, g, v_smem.index(stage), v_smem.index(stage), pulled,
                                  KEYS, VALUE_WIDTH, False)  # fmt: skip
                     s = warpgroup_mma_wait(1, [s])
-                    edge = key_first + KEYS - 1 > first
-                    if MODE != BLOCKS:
-                        edge = edge | (key_first <= first + TOKENS - 1 - window) | PACKED
-                    if edge:
-                        key = key_first + column
-                        seen = key[None, :] <= token[:, None]
-                        if MODE != BLOCKS:
-                            seen = seen & (key[None, :] > token[:, None] - window)
-                            if PACKED:
-                                seen = seen & (key >= start)[None, :]
-                        s = gl.where(seen, s, float("-inf"))
+                    s = hide(s, key_first, column, token, first, start, window,
+                             MODE, TOKENS, KEYS, PACKED)  # fmt: skip
                     pivot = log_total
                     if MODE == BLOCKS:
                         picked = ((mine >> (row // HEADS)) & 1) == 1
@@ -226,38 +150,20 @@ def _consumer(
                 mbarrier.arrive(empty.index(stage), count=1)
                 step += 1
 
+            STRIDE: gl.constexpr = WIDTH + (64 if SPLIT else 0)
+            found_q = narrow(sums * scale, dtype)
             if PACKED:
                 mbarrier.arrive(q_empty.index(slot), count=1)
-                line = gl.arange(0, 64, layout=gl.SliceLayout(1, q_layout))
-                o_token = first + line // HEADS
-                o_place = (batch.to(gl.int64) * sequence + o_token) * groups * HEADS
-                o_place = (o_place + kv * HEADS + line % HEADS) * (WIDTH + (64 if SPLIT else 0))
-                o_column = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, q_layout))
-                gl.store(dq + o_place[:, None] + o_column[None, :], narrow(sums * scale, dtype),
-                         mask=(o_token < stop)[:, None])  # fmt: skip
+                write_rows(found_q, dq, batch, first, stop, sequence, groups, kv,
+                           HEADS, STRIDE, 0)  # fmt: skip
                 if SPLIT:
-                    line2 = gl.arange(0, 64, layout=gl.SliceLayout(1, q2_layout))
-                    token2 = first + line2 // HEADS
-                    place2 = (batch.to(gl.int64) * sequence + token2) * groups * HEADS
-                    place2 = (place2 + kv * HEADS + line2 % HEADS) * (WIDTH + 64) + WIDTH
-                    column2 = gl.arange(0, 64, layout=gl.SliceLayout(0, q2_layout))
-                    gl.store(dq + place2[:, None] + column2[None, :], narrow(sums2 * scale, dtype),
-                             mask=(token2 < stop)[:, None])  # fmt: skip
+                    write_rows(narrow(sums2 * scale, dtype), dq, batch, first, stop, sequence,
+                               groups, kv, HEADS, STRIDE, WIDTH)  # fmt: skip
             else:
-                q.store(narrow(sums * scale, dtype))
+                send_rows(found_q, dq_desc, q_smem.index(slot), batch, first, kv * HEADS, 0)
                 if SPLIT:
-                    q2.store(narrow(sums2 * scale, dtype))
-                fence_async_shared()
-                gl.thread_barrier()
-                tma.async_copy_shared_to_global(
-                    dq_desc, [batch, first, kv * HEADS, 0], q_smem.index(slot)
-                )
-                if SPLIT:
-                    tma.async_copy_shared_to_global(
-                        dq2_desc, [batch, first, kv * HEADS, 128], q2_smem.index(slot)
-                    )
-                tma.store_wait(0)
-                gl.thread_barrier()
+                    send_rows(narrow(sums2 * scale, dtype), dq2_desc, q2_smem.index(slot),
+                              batch, first, kv * HEADS, 128)  # fmt: skip
                 mbarrier.arrive(q_empty.index(slot), count=1)
 
 
@@ -283,32 +189,16 @@ def dq_kernel(
     VALUE_WIDTH: gl.constexpr, SPLIT: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """dq [B, S, HQ, D], and the rows' lse and delta for the kernel after it."""
-    dtype: gl.constexpr = q_desc.dtype
-    q_smem = gl.allocate_shared_memory(
-        dtype, [2 * Q_STAGES, 1, TOKENS, HEADS, WIDTH], q_desc.layout
-    )
-    g_smem = gl.allocate_shared_memory(
-        dtype, [2 * Q_STAGES, 1, TOKENS, HEADS, VALUE_WIDTH], g_desc.layout
-    )
-    k_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, KEYS, 1, WIDTH], k_desc.layout)
-    v_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, KEYS, 1, VALUE_WIDTH], v_desc.layout)
-    q2_smem = q_smem
-    k2_smem = k_smem
-    if SPLIT:
-        q2_smem = gl.allocate_shared_memory(
-            dtype, [2 * Q_STAGES, 1, TOKENS, HEADS, 64], q2_desc.layout
-        )
-        k2_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, KEYS, 1, 64], k2_desc.layout)
-    q_ready = gl.allocate_shared_memory(gl.int64, [2 * Q_STAGES, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [2 * Q_STAGES, 1], mbarrier.MBarrierLayout())
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for index in gl.static_range(2 * Q_STAGES):
-        mbarrier.init(q_ready.index(index), count=1)
-        mbarrier.init(q_empty.index(index), count=1)
-    for index in gl.static_range(STAGES):
-        mbarrier.init(ready.index(index), count=1)
-        mbarrier.init(empty.index(index), count=2)
+    q_smem = room(q_desc, 2 * Q_STAGES)
+    g_smem = room(g_desc, 2 * Q_STAGES)
+    k_smem = room(k_desc, STAGES)
+    v_smem = room(v_desc, STAGES)
+    q2_smem = room(q2_desc, 2 * Q_STAGES) if SPLIT else q_smem
+    k2_smem = room(k2_desc, STAGES) if SPLIT else k_smem
+    q_ready = barriers(2 * Q_STAGES, 1)
+    q_empty = barriers(2 * Q_STAGES, 1)
+    ready = barriers(STAGES, 1)
+    empty = barriers(STAGES, 2)
     fence_async_shared()
     gl.warp_specialize(
         [
@@ -324,10 +214,10 @@ def dq_kernel(
                          tile_table, sequence, groups, tiles, items, programs, window, scale,
                          scale_log2, MODE, 1, TOKENS, HEADS, KEYS, STAGES, Q_STAGES, WIDTH,
                          VALUE_WIDTH, SPLIT, PACKED)),
-            (_loader, (q_desc, q2_desc, g_desc, k_desc, k2_desc, v_desc, q_smem, q2_smem, g_smem,
-                       k_smem, k2_smem, v_smem, q_ready, q_empty, ready, empty, starts, counts,
-                       capacity, tile_table, sequence, groups, tiles, items, programs, window,
-                       MODE, TOKENS, HEADS, KEYS, STAGES, Q_STAGES, SPLIT, PACKED)),
+            (loader, (q_desc, q2_desc, g_desc, k_desc, k2_desc, v_desc, q_smem, q2_smem, g_smem,
+                      k_smem, k2_smem, v_smem, q_ready, q_empty, ready, empty, starts, counts,
+                      capacity, tile_table, sequence, groups, tiles, items, programs, window,
+                      MODE, TOKENS, HEADS, KEYS, STAGES, Q_STAGES, SPLIT, PACKED, True)),
         ],
         [4, 1],
         [240, 24],

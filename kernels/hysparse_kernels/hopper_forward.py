@@ -16,7 +16,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -26,66 +25,40 @@ from hysparse_kernels.hopper_common import (
     LN_2,
     LOG2_E,
     as_operand,
+    barriers,
     extent,
-    fetch,
     flat,
     narrow,
     product,
-    span,
+    room,
+    send_rows,
     work,
+    write_rows,
 )
+from hysparse_kernels.hopper_walk import first_step, hide, loader, next_step, span
 
 
 @gluon.jit
-def _loader(
-    q_desc, q2_desc, k_desc, k2_desc, v_desc, q_smem, q2_smem, k_smem, k2_smem, v_smem,
-    q_ready, q_empty, ready, empty, starts, counts, capacity, tile_table,
-    sequence, groups, tiles, items, programs, window,
-    MODE: gl.constexpr, TOKENS: gl.constexpr, HEADS: gl.constexpr, KEYS: gl.constexpr,
-    STAGES: gl.constexpr, Q_STAGES: gl.constexpr, SPLIT: gl.constexpr, PACKED: gl.constexpr,
-):  # fmt: skip
-    """Bring Q of every tile and K, V of every step."""
-    q_bytes: gl.constexpr = q_desc.block_type.nbytes + (q2_desc.block_type.nbytes if SPLIT else 0)
-    step_bytes: gl.constexpr = (
-        k_desc.block_type.nbytes + (k2_desc.block_type.nbytes if SPLIT else 0)
-        + v_desc.block_type.nbytes
-    )  # fmt: skip
-    step = 0
-    for item in range(gl.cdiv(items, programs)):
-        tile, group, valid = work(item, items, tiles, programs)
-        if valid:
-            first, start, stop = extent(tile, tile_table, sequence, 2 * TOKENS, PACKED)
-            batch = group // groups
-            kv = group % groups
-            begin, steps = span(first, start, stop, group, tile, tiles, window, counts,
-                                MODE, 2 * TOKENS, KEYS)  # fmt: skip
-            list_base = (group.to(gl.int64) * tiles + tile) * capacity
-            for half in gl.static_range(2):
-                slot = (item % Q_STAGES) * 2 + half
-                mbarrier.wait(q_empty.index(slot), ((item // Q_STAGES) & 1) ^ 1)
-                mbarrier.expect(q_ready.index(slot), q_bytes)
-                fetch(q_desc, q2_desc, (batch, first + half * TOKENS, kv * HEADS),
-                      q_ready.index(slot), q_smem.index(slot), q2_smem.index(slot),
-                      SPLIT)  # fmt: skip
-            upcoming = begin
-            if MODE == BLOCKS:
-                upcoming = gl.load(starts + list_base)
-            for index in range(steps):
-                key = upcoming
-                if MODE == BLOCKS:
-                    upcoming = gl.load(starts + list_base + gl.minimum(index + 1, capacity - 1))
-                else:
-                    upcoming += KEYS
-                stage = step % STAGES
-                mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
-                bar = ready.index(stage)
-                mbarrier.expect(bar, step_bytes)
-                fetch(k_desc, k2_desc, (batch, key, kv), bar, k_smem.index(stage),
-                      k2_smem.index(stage), SPLIT)  # fmt: skip
-                tma.async_copy_global_to_shared(
-                    v_desc, [batch, key, kv, 0], bar, v_smem.index(stage)
-                )
-                step += 1
+def _softmax(s, peak, total, mine, row, scale_log2, MODE: gl.constexpr, HEADS: gl.constexpr):
+    """One step of the online softmax in base 2: weights (fp32), decay, and the new peak and total.
+
+    s [64, KEYS] are raw dot products, -inf where hidden by place; with BLOCKS bit r of `mine` says
+    that token r of the consumer selected the block. A row may see no key here, or none so far.
+    """
+    infinite = gl.full([64], float("inf"), gl.float32, row.type.layout)
+    highest = gl.max(s, 1) * scale_log2
+    if MODE == BLOCKS:
+        picked = ((mine >> (row // HEADS)) & 1) == 1
+        highest = gl.where(picked, highest, float("-inf"))
+    new_peak = gl.maximum(peak, highest)
+    # An infinite pivot makes the weights of a row that sees nothing here zero.
+    known = new_peak != float("-inf")
+    decay = gl.exp2(peak - gl.where(known, new_peak, 0.0))
+    pivot = gl.where(known, new_peak, infinite)
+    if MODE == BLOCKS:
+        pivot = gl.where(picked, pivot, infinite)
+    weights = gl.exp2(s * scale_log2 - pivot[:, None])
+    return weights, decay, new_peak, total * decay + gl.sum(weights, 1)
 
 
 @gluon.jit
@@ -108,7 +81,6 @@ def _consumer(
     dtype: gl.constexpr = v_smem.dtype
     row = gl.arange(0, 64, layout=s_row)
     column = gl.arange(0, KEYS, layout=gl.SliceLayout(0, s_layout))
-    infinite = gl.full([64], float("inf"), gl.float32, s_row)
     step = 0
     for item in range(gl.cdiv(items, programs)):
         tile, group, valid = work(item, items, tiles, programs)
@@ -136,54 +108,24 @@ def _consumer(
             total = gl.zeros([64], gl.float32, s_row)
             o = gl.zeros([64, VALUE_WIDTH], gl.float32, o_layout)
             weights = gl.zeros([64, KEYS], gl.float32, s_layout)
-            upcoming = begin
-            upcoming_bits = 0
-            if MODE == BLOCKS:
-                upcoming = gl.load(starts + list_base)
-                upcoming_bits = gl.load(bits + list_base)
+            upcoming, members = first_step(begin, starts, bits, list_base, MODE)
             for index in range(steps):
                 key_first = upcoming
-                if MODE == BLOCKS:
-                    mine = (upcoming_bits >> (HALF * TOKENS)) & ((1 << TOKENS) - 1)
-                    further = list_base + gl.minimum(index + 1, capacity - 1)
-                    upcoming = gl.load(starts + further)
-                    upcoming_bits = gl.load(bits + further)
-                    used = mine != 0
-                else:
-                    mine = 0
-                    upcoming += KEYS
-                    used = (key_first < first + TOKENS) & (key_first + KEYS > first - window + 1)
+                mine, used, upcoming, members = next_step(
+                    upcoming, members, index, starts, bits, list_base, capacity, first, window,
+                    MODE, HALF, TOKENS, KEYS,
+                )  # fmt: skip
                 stage = step % STAGES
                 mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
                 if used:
                     s = product(q, q2, k_smem.index(stage), k2_smem.index(stage), weights,
                                 KEYS, WIDTH, SPLIT)  # fmt: skip
                     s = warpgroup_mma_wait(0, [s])
-                    edge = key_first + KEYS - 1 > first
-                    if MODE != BLOCKS:
-                        edge = edge | (key_first <= first + TOKENS - 1 - window) | PACKED
-                    if edge:
-                        key = key_first + column
-                        seen = key[None, :] <= token[:, None]
-                        if MODE != BLOCKS:
-                            seen = seen & (key[None, :] > token[:, None] - window)
-                            if PACKED:
-                                seen = seen & (key >= start)[None, :]
-                        s = gl.where(seen, s, float("-inf"))
-                    highest = gl.max(s, 1) * scale_log2
-                    if MODE == BLOCKS:
-                        picked = ((mine >> (row // HEADS)) & 1) == 1
-                        highest = gl.where(picked, highest, float("-inf"))
-                    new_peak = gl.maximum(peak, highest)
-                    # An infinite pivot makes the weights of a row that sees nothing here zero.
-                    known = new_peak != float("-inf")
-                    decay = gl.exp2(peak - gl.where(known, new_peak, 0.0))
-                    pivot = gl.where(known, new_peak, infinite)
-                    if MODE == BLOCKS:
-                        pivot = gl.where(picked, pivot, infinite)
-                    weights = gl.exp2(s * scale_log2 - pivot[:, None])
-                    total = total * decay + gl.sum(weights, 1)
-                    peak = new_peak
+                    s = hide(s, key_first, column, token, first, start, window,
+                             MODE, TOKENS, KEYS, PACKED)  # fmt: skip
+                    weights, decay, peak, total = _softmax(
+                        s, peak, total, mine, row, scale_log2, MODE, HEADS
+                    )
                     o = o * gl.convert_layout(decay, o_row, assert_trivial=True)[:, None]
                     p = as_operand(weights, dtype, p_layout)
                     o = warpgroup_mma(p, flat(v_smem.index(stage), KEYS, VALUE_WIDTH), o,
@@ -209,29 +151,15 @@ def _consumer(
             place = (batch.to(gl.int64) * groups * HEADS + head) * sequence + token
             gl.store(lse + place, log_total, mask=alive)
             if PACKED:
-                # The copy engine would write over the document behind this one.
                 mbarrier.arrive(q_empty.index(slot), count=1)
-                line = gl.arange(0, 64, layout=o_row)
-                o_token = first + line // HEADS
-                o_place = (batch.to(gl.int64) * sequence + o_token) * groups * HEADS
-                o_place += kv * HEADS + line % HEADS
-                o_column = gl.arange(0, VALUE_WIDTH, layout=gl.SliceLayout(0, o_layout))
-                gl.store(output + o_place[:, None] * VALUE_WIDTH + o_column[None, :],
-                         narrow(o, dtype), mask=(o_token < stop)[:, None])  # fmt: skip
+                write_rows(narrow(o, dtype), output, batch, first, stop, sequence, groups, kv,
+                           HEADS, VALUE_WIDTH, 0)  # fmt: skip
+            elif OWN_OUTPUT:
+                mbarrier.arrive(q_empty.index(slot), count=1)
+                send_rows(narrow(o, dtype), o_desc, o_smem.index(HALF), batch, first, kv * HEADS, 0)
             else:
-                if OWN_OUTPUT:
-                    out = o_smem.index(HALF)
-                    mbarrier.arrive(q_empty.index(slot), count=1)
-                else:
-                    out = q_smem.index(slot)
-                flat(out, 64, VALUE_WIDTH).store(narrow(o, dtype))
-                fence_async_shared()
-                gl.thread_barrier()
-                tma.async_copy_shared_to_global(o_desc, [batch, first, kv * HEADS, 0], out)
-                tma.store_wait(0)
-                gl.thread_barrier()
-                if not OWN_OUTPUT:
-                    mbarrier.arrive(q_empty.index(slot), count=1)
+                send_rows(narrow(o, dtype), o_desc, q_smem.index(slot), batch, first, kv * HEADS, 0)
+                mbarrier.arrive(q_empty.index(slot), count=1)
 
 
 @gluon.jit(
@@ -246,33 +174,17 @@ def forward_kernel(
     VALUE_WIDTH: gl.constexpr, SPLIT: gl.constexpr, PACKED: gl.constexpr, HAS_SINK: gl.constexpr,
 ):  # fmt: skip
     """output [B, S, HQ, DV] and lse [B, HQ, S] (natural log, sink included)."""
-    dtype: gl.constexpr = q_desc.dtype
     OWN_OUTPUT: gl.constexpr = WIDTH != VALUE_WIDTH
-    q_smem = gl.allocate_shared_memory(
-        dtype, [2 * Q_STAGES, 1, TOKENS, HEADS, WIDTH], q_desc.layout
-    )
-    k_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, KEYS, 1, WIDTH], k_desc.layout)
-    v_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, KEYS, 1, VALUE_WIDTH], v_desc.layout)
-    q2_smem = q_smem
-    k2_smem = k_smem
-    if SPLIT:
-        q2_smem = gl.allocate_shared_memory(
-            dtype, [2 * Q_STAGES, 1, TOKENS, HEADS, 64], q2_desc.layout
-        )
-        k2_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, KEYS, 1, 64], k2_desc.layout)
-    o_smem = q_smem
-    if OWN_OUTPUT:
-        o_smem = gl.allocate_shared_memory(dtype, [2, 1, TOKENS, HEADS, VALUE_WIDTH], o_desc.layout)
-    q_ready = gl.allocate_shared_memory(gl.int64, [2 * Q_STAGES, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [2 * Q_STAGES, 1], mbarrier.MBarrierLayout())
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for index in gl.static_range(2 * Q_STAGES):
-        mbarrier.init(q_ready.index(index), count=1)
-        mbarrier.init(q_empty.index(index), count=1)
-    for index in gl.static_range(STAGES):
-        mbarrier.init(ready.index(index), count=1)
-        mbarrier.init(empty.index(index), count=2)
+    q_smem = room(q_desc, 2 * Q_STAGES)
+    k_smem = room(k_desc, STAGES)
+    v_smem = room(v_desc, STAGES)
+    q2_smem = room(q2_desc, 2 * Q_STAGES) if SPLIT else q_smem
+    k2_smem = room(k2_desc, STAGES) if SPLIT else k_smem
+    o_smem = room(o_desc, 2) if OWN_OUTPUT else q_smem
+    q_ready = barriers(2 * Q_STAGES, 1)
+    q_empty = barriers(2 * Q_STAGES, 1)
+    ready = barriers(STAGES, 1)
+    empty = barriers(STAGES, 2)
     fence_async_shared()
     gl.warp_specialize(
         [
@@ -286,10 +198,10 @@ def forward_kernel(
                          tile_table, sequence, groups, tiles, items, programs, window, scale_log2,
                          MODE, 1, TOKENS, HEADS, KEYS, STAGES, Q_STAGES, WIDTH, VALUE_WIDTH, SPLIT,
                          PACKED, HAS_SINK, OWN_OUTPUT)),
-            (_loader, (q_desc, q2_desc, k_desc, k2_desc, v_desc, q_smem, q2_smem, k_smem, k2_smem,
-                       v_smem, q_ready, q_empty, ready, empty, starts, counts, capacity, tile_table,
-                       sequence, groups, tiles, items, programs, window,
-                       MODE, TOKENS, HEADS, KEYS, STAGES, Q_STAGES, SPLIT, PACKED)),
+            (loader, (q_desc, q2_desc, q_desc, k_desc, k2_desc, v_desc, q_smem, q2_smem, q_smem,
+                      k_smem, k2_smem, v_smem, q_ready, q_empty, ready, empty, starts, counts,
+                      capacity, tile_table, sequence, groups, tiles, items, programs, window,
+                      MODE, TOKENS, HEADS, KEYS, STAGES, Q_STAGES, SPLIT, PACKED, False)),
         ],
         [4, 1],
         [240, 24],

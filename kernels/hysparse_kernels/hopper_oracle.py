@@ -34,13 +34,17 @@ from hysparse_kernels.hopper_common import (
     LN_2,
     add,
     as_operand,
+    barriers,
     extent,
     fetch,
     flat,
     maximum,
     narrow,
     product,
+    room,
+    send_rows,
     work,
+    write_rows,
 )
 
 LOWEST = gl.constexpr(-2147483648)
@@ -300,21 +304,10 @@ def _consumer(
             gl.store(lse + place, log_total * LN_2, mask=alive)
             if PACKED:
                 mbarrier.arrive(q_empty.index(HALF), count=1)
-                o_line = gl.arange(0, 64, layout=o_row)
-                o_token = first + o_line // HEADS
-                o_head = kv * HEADS + o_line % HEADS
-                o_place = (batch.to(gl.int64) * sequence + o_token) * groups * HEADS + o_head
-                o_column = gl.arange(0, VALUE_WIDTH, layout=gl.SliceLayout(0, o_layout))
-                gl.store(output + o_place[:, None] * VALUE_WIDTH + o_column[None, :],
-                         narrow(o, dtype), mask=(o_token < stop)[:, None])  # fmt: skip
+                write_rows(narrow(o, dtype), output, batch, first, stop, sequence, groups, kv,
+                           HEADS, VALUE_WIDTH, 0)  # fmt: skip
             else:
-                out = o_smem.index(HALF)
-                flat(out, 64, VALUE_WIDTH).store(narrow(o, dtype))
-                fence_async_shared()
-                gl.thread_barrier()
-                tma.async_copy_shared_to_global(o_desc, [batch, first, kv * HEADS, 0], out)
-                tma.store_wait(0)
-                gl.thread_barrier()
+                send_rows(narrow(o, dtype), o_desc, o_smem.index(HALF), batch, first, kv * HEADS, 0)
                 mbarrier.arrive(q_empty.index(HALF), count=1)
             if SCORES:
                 gl.store(rows + row, log_total)
@@ -349,33 +342,19 @@ def oracle_kernel(
     SCORES: gl.constexpr, BLOCK: gl.constexpr, BLOCKS: gl.constexpr, SELECTED: gl.constexpr,
 ):  # fmt: skip
     """See the module; launched with `programs` programs of four warps (and eight more inside)."""
-    dtype: gl.constexpr = q_desc.dtype
-    q_smem = gl.allocate_shared_memory(dtype, [2, 1, TOKENS, HEADS, WIDTH], q_desc.layout)
-    k_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, KEYS, 1, WIDTH], k_desc.layout)
-    v_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, KEYS, 1, VALUE_WIDTH], v_desc.layout)
-    q2_smem = q_smem
-    k2_smem = k_smem
-    if SPLIT:
-        q2_smem = gl.allocate_shared_memory(dtype, [2, 1, TOKENS, HEADS, 64], q2_desc.layout)
-        k2_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, KEYS, 1, 64], k2_desc.layout)
+    q_smem = room(q_desc, 2)
+    k_smem = room(k_desc, STAGES)
+    v_smem = room(v_desc, STAGES)
+    q2_smem = room(q2_desc, 2) if SPLIT else q_smem
+    k2_smem = room(k2_desc, STAGES) if SPLIT else k_smem
     # The output leaves through the place of its query where that is as wide.
-    o_smem = q_smem
-    if WIDTH != VALUE_WIDTH:
-        o_smem = gl.allocate_shared_memory(dtype, [2, 1, TOKENS, HEADS, VALUE_WIDTH], o_desc.layout)
-    q_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for index in gl.static_range(2):
-        mbarrier.init(q_ready.index(index), count=1)
-        mbarrier.init(q_empty.index(index), count=1)
-    for index in gl.static_range(STAGES):
-        mbarrier.init(k_ready.index(index), count=1)
-        mbarrier.init(k_empty.index(index), count=2)
-        mbarrier.init(v_ready.index(index), count=1)
-        mbarrier.init(v_empty.index(index), count=2)
+    o_smem = room(o_desc, 2) if WIDTH != VALUE_WIDTH else q_smem
+    q_ready = barriers(2, 1)
+    q_empty = barriers(2, 1)
+    k_ready = barriers(STAGES, 1)
+    k_empty = barriers(STAGES, 2)
+    v_ready = barriers(STAGES, 1)
+    v_empty = barriers(STAGES, 2)
     fence_async_shared()
     gl.warp_specialize(
         [

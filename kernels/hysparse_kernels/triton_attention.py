@@ -162,6 +162,8 @@ class _Attention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         query, key, value = (_unit_stride(tensor) for tensor in (query, key, value))
         ctx.hopper = hopper.why_not(query, key, value, walk, selector) is None
+        if ctx.hopper:
+            query, key, value = (hopper.aligned(tensor) for tensor in (query, key, value))
         run = hopper.forward if ctx.hopper else forward
         output, lse, indices = run(query, key, value, sink, walk, scale, selector)
         ctx.mark_non_differentiable(*([lse] if indices is None else [lse, indices]))

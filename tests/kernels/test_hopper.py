@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hysparse_kernels import hopper, triton_kernels
+from hysparse_kernels import hopper, resolve_backend, triton_kernels
 from hysparse_kernels.triton_launch import Walk
 
 
@@ -36,8 +36,23 @@ def test_no_gpu_and_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert hopper.why_not(query, key, key, walk) == "HYSPARSE_HOPPER is 0"
 
 
-def test_rows_must_start_at_16_bytes() -> None:
-    whole = torch.zeros(1, 8, 4, 72, dtype=torch.bfloat16)
-    assert hopper._aligned(whole[..., :64])
-    assert not hopper._aligned(whole[..., 1:65])
-    assert not hopper._aligned(torch.zeros(1, 8, 4, 68, dtype=torch.bfloat16)[..., :64])
+@pytest.mark.parametrize(
+    ("width", "first", "copied"), [(72, 0, False), (72, 8, False), (72, 1, True), (68, 0, True)]
+)
+def test_rows_that_do_not_start_at_16_bytes_are_copied(
+    width: int, first: int, copied: bool
+) -> None:
+    rows = torch.randn(2, 8, 4, width).to(torch.bfloat16)[..., first : first + 64]
+    found = hopper.aligned(rows)
+    assert torch.equal(found, rows)
+    assert (found.data_ptr() != rows.data_ptr()) == copied
+    assert not copied or found.is_contiguous()
+
+
+def test_the_log_says_whether_the_hopper_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper, "is_hopper", lambda device: True)
+    device = torch.device("cuda")
+    for shape, said in (((16, 192, 128), "those for Hopper where"), ((3, 128, 128), "not 3")):
+        choice = resolve_backend("auto", device, dtype=torch.bfloat16, hopper_shape=shape)
+        assert choice.name == "triton"
+        assert said in choice.reason

@@ -9,10 +9,13 @@ from hysparse_kernels import _selftest_checks, dispatch, selftest
 from hysparse_kernels._comparison import relative_error, wrong_picks
 from hysparse_kernels._selftest_checks import CPU_CASES, run_case
 
-no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-@no_gpu
+@pytest.mark.usefixtures("no_gpu")
 def test_without_a_gpu_it_says_what_would_run_and_exits_with_2(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
