@@ -28,6 +28,30 @@ RETUNE_UP_TO = 65536
 
 
 @dataclass(frozen=True)
+class _Run:
+    """A peer on its inputs."""
+
+    template: Row
+    call: Call
+    leaves: list[Tensor]
+    grad: Tensor
+
+    def of(self, step: str) -> Call:
+        """Its forward, backward, or both as one call."""
+        if step == FORWARD:
+            return self.call
+        if step == BOTH:
+            return lambda: torch.autograd.grad(output_of(self.call()), self.leaves, self.grad)
+        output = output_of(self.call())
+
+        def backward() -> tuple[Tensor, ...]:
+            return torch.autograd.grad(output, self.leaves, self.grad, retain_graph=True)
+
+        backward()  # compiles
+        return backward
+
+
+@dataclass(frozen=True)
 class Bench:
     """What all measurements share."""
 
@@ -55,62 +79,65 @@ class Bench:
         }[table]()
         inputs = self.inputs(problem)
         inputs.indices = ids
-        for peer in BY_TABLE[table]:
-            template = Row(table, problem, selection, peer.name, peer.label, FORWARD)
-            reason = self.notes.get((table, peer.name, problem.shape))
-            if reason is not None:
-                self.emit(replace(template, note=reason))
-                continue
-            with _free_memory(), self._reporting(template):
-                if peer.name == "fla" and self.retune and problem.sequence <= RETUNE_UP_TO:
-                    fla_peer.forget_tuning()
-                self._passes(template, peer, inputs, pairs)
+        with _free_memory():
+            runs = []
+            for peer in BY_TABLE[table]:
+                if run := self._prepared(table, peer, inputs, selection):
+                    runs.append(run)
+            forward_flops = problem.forward_flops(pairs)
+            floor = {
+                FORWARD: self.rates.floor_ms(forward_flops, problem.forward_bytes()),
+                BACKWARD: self.rates.floor_ms(
+                    problem.backward_floor_flops(pairs), problem.backward_bytes()
+                ),
+            }
+            floor[BOTH] = floor[FORWARD] + floor[BACKWARD]
+            factor = {FORWARD: 1.0, BACKWARD: FORWARD_TO_BACKWARD, BOTH: 1 + FORWARD_TO_BACKWARD}
+            for step in (FORWARD, BACKWARD) if table == "oracle" else (FORWARD, BOTH, BACKWARD):
+                for row, timing, extra in self._together(step, runs):
+                    self.emit(
+                        replace(
+                            row,
+                            step=step,
+                            timing=timing,
+                            tflops=1e-9 * factor[step] * forward_flops / timing.median_ms,
+                            floor_ms=floor[step],
+                            extra_bytes=extra,
+                        )
+                    )
 
-    def _passes(self, template: Row, peer: Peer, inputs: Inputs, pairs: float) -> None:
-        """Forward, backward, and both in one call where a goal is set for that."""
-        problem = template.problem
-        call = peer.make(inputs)
-        leaves = [*inputs.leaves, inputs.sink] if peer.has_sink else list(inputs.leaves)
+    def _prepared(
+        self, table: str, peer: Peer, inputs: Inputs, selection: str | None
+    ) -> _Run | None:
+        """A peer that is ready to be timed; None, and a row that says why, if it cannot."""
+        template = Row(table, inputs.problem, selection, peer.name, peer.label, FORWARD)
+        reason = self.notes.get((table, peer.name, inputs.problem.shape))
+        if reason is not None:
+            self.emit(replace(template, note=reason))
+            return None
+        with self._reporting(template):
+            if peer.name == "fla" and self.retune and inputs.problem.sequence <= RETUNE_UP_TO:
+                fla_peer.forget_tuning()
+            call = peer.make(inputs)
+            leaves = [*inputs.leaves, inputs.sink] if peer.has_sink else list(inputs.leaves)
+            call()  # compiles and tunes, whose memory is none of the forward's
+            return _Run(template, call, leaves, inputs.grad)
+        return None
 
-        def both() -> tuple[Tensor, ...]:
-            return torch.autograd.grad(output_of(call()), leaves, inputs.grad)
-
-        forward_flops = problem.forward_flops(pairs)
-        floor = {
-            FORWARD: self.rates.floor_ms(forward_flops, problem.forward_bytes()),
-            BACKWARD: self.rates.floor_ms(
-                problem.backward_floor_flops(pairs), problem.backward_bytes()
-            ),
-        }
-        floor[BOTH] = floor[FORWARD] + floor[BACKWARD]
-        factor = {FORWARD: 1.0, BACKWARD: FORWARD_TO_BACKWARD, BOTH: 1 + FORWARD_TO_BACKWARD}
-
-        def measured(step: str, run: Call) -> None:
-            extra = self.timer.extra_bytes(run) if step != BOTH else None
-            timing = self.timer.measure(run)
-            self.emit(
-                replace(
-                    template,
-                    step=step,
-                    timing=timing,
-                    tflops=1e-9 * factor[step] * forward_flops / timing.median_ms,
-                    floor_ms=floor[step],
-                    extra_bytes=extra,
-                )
-            )
-
-        # With gradient, as in training: what is kept for the backward counts as extra memory.
-        call()  # compiles and tunes, whose memory is none of the forward's
-        measured(FORWARD, call)
-        if template.table != "oracle":
-            measured(BOTH, both)
-        output = output_of(call())
-
-        def backward() -> tuple[Tensor, ...]:
-            return torch.autograd.grad(output, leaves, inputs.grad, retain_graph=True)
-
-        backward()
-        measured(BACKWARD, backward)
+    def _together(self, step: str, runs: list[_Run]) -> Iterator[tuple[Row, Timing, int | None]]:
+        """One pass of all peers, in turns. One that fails gets a row that says so."""
+        calls, extra = {}, {}
+        for run in list(runs):
+            with self._reporting(run.template):
+                call = run.of(step)
+                # With gradient, as in training: what the backward needs counts as extra memory.
+                extra[run.template] = self.timer.extra_bytes(call) if step != BOTH else None
+                calls[run.template] = call
+            if run.template not in calls:
+                runs.remove(run)
+        timings = self.timer.measure_together(list(calls.values())) if calls else []
+        for row, timing in zip(calls, timings, strict=True):
+            yield row, timing, extra[row]
 
     def lists(self, problem: Problem, selection: str, ids: Tensor) -> None:
         """Building what all sparse layers of a selection share."""

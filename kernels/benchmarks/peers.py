@@ -133,6 +133,8 @@ def _flex(inputs: Inputs) -> Call:
     mask = create_block_mask(visible, *size, device=device, _compile=compiled)
     attend: Callable[..., Any] = flex_attention
     if compiled:
+        # Its backward is timed again and again on the buffers of one forward.
+        torch._functorch.config.donated_buffer = False
         attend = torch.compile(flex_attention, dynamic=False)
 
     def call() -> Tensor:

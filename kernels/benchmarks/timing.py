@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,16 +50,24 @@ class Timer:
 
     def measure(self, call: Callable[[], object]) -> Timing:
         """Time `call` after a first run, which compiles, and a second, which is an estimate."""
-        call()
+        return self.measure_together([call])[0]
+
+    def measure_together(self, calls: Sequence[Callable[[], object]]) -> list[Timing]:
+        """Time several calls that are to be compared, in turns: a clock that drifts, as a hot GPU's
+        does, drifts for all of them."""
+        for call in calls:
+            call()
         self._synchronize()
         began = time.perf_counter()
-        call()
+        for call in calls:
+            call()
         self._synchronize()
-        estimate_ms = (time.perf_counter() - began) * 1e3
+        estimate_ms = (time.perf_counter() - began) * 1e3 / len(calls)
         repetitions = int(max(3, min(100, self.budget_ms / max(estimate_ms, 1e-3))))
-        if self.device.type == "cuda":
-            return Timing.of(self._events(call, repetitions))
-        return Timing.of([self._wall_clock(call) for _ in range(repetitions)])
+        time_once = self._events if self.device.type == "cuda" else self._wall_clock
+        turns = [[time_once(call) for call in calls] for _ in range(repetitions)]
+        self._synchronize()
+        return [Timing.of([turn[i]() for turn in turns]) for i in range(len(calls))]
 
     def extra_bytes(self, call: Callable[[], Any]) -> int | None:
         """Peak memory of `call` beyond what was there before and what it returns; None on CPU."""
@@ -77,23 +85,21 @@ class Timer:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def _events(self, call: Callable[[], object], repetitions: int) -> list[float]:
-        flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=self.device)
-        starts = [torch.cuda.Event(enable_timing=True) for _ in range(repetitions)]
-        stops = [torch.cuda.Event(enable_timing=True) for _ in range(repetitions)]
-        for start, stop in zip(starts, stops, strict=True):
-            flush.zero_()
-            start.record()
-            call()
-            stop.record()
-        self._synchronize()
-        return [start.elapsed_time(stop) for start, stop in zip(starts, stops, strict=True)]
+    def _events(self, call: Callable[[], object]) -> Callable[[], float]:
+        """Run `call`; what is returned gives its milliseconds once the device is done."""
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=self.device).zero_()
+        start.record()
+        call()
+        stop.record()
+        return lambda: start.elapsed_time(stop)
 
     @staticmethod
-    def _wall_clock(call: Callable[[], object]) -> float:
+    def _wall_clock(call: Callable[[], object]) -> Callable[[], float]:
         began = time.perf_counter()
         call()
-        return (time.perf_counter() - began) * 1e3
+        took_ms = (time.perf_counter() - began) * 1e3
+        return lambda: took_ms
 
 
 def _storage_bytes(results: Any) -> int:

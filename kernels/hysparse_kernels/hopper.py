@@ -321,23 +321,25 @@ def gradients(
 
     d_key, d_value, add = gradient_buffers(key, value, accumulate, fp32=True)
     lists, packed = walk.lists, walk.cu_seqlens is not None
-    blocks, segments = triton.cdiv(size.sequence, _KEYS), 1
+    blocks = triton.cdiv(size.sequence, _KEYS)
+    work = blocks * pairs
     block_table: tuple[Tensor, ...] = (lse, lse, lse)
-    chunks: tuple[Tensor, ...] = (lse, lse, lse, lse)
+    chunks: tuple[Tensor, ...] = (lse, lse, lse, lse, lse, lse)
     flags = lse
     if lists is not None:
-        blocks, segments, packed = len(lists.table), lists.segments, lists.packed
+        blocks, work, packed = len(lists.table), len(lists.chunks), lists.packed
         block_table = (lists.table.first, lists.table.stop, lse)
-        chunks = (lists.chunk_first, lists.chunk_after, lists.reader_part, lists.reader_bits)
-        flags = torch.zeros_like(lists.chunk_after)
+        chunks = (*lists.chunks.tensors, lists.reader_part, lists.reader_bits)
+        flags = torch.zeros_like(lists.chunks.after)
     elif walk.cu_seqlens is not None:
         pieces = cut(walk.cu_seqlens, _KEYS, size.sequence)
         blocks, block_table = len(pieces), (pieces.first, pieces.stop, pieces.document_stop)
-    hopper_dkv.dkv_kernel[(blocks * segments * pairs,)](
+        work = blocks * pairs
+    hopper_dkv.dkv_kernel[(work,)](
         *q_desc, g_desc, *k_desc, v_desc,
         _descriptor(row_lse, [1, _ROWS]), _descriptor(row_delta, [1, _ROWS]),
         d_key, d_value, flags, *block_table, *chunks,
-        _window(walk, size), size.sequence, size.groups, blocks, segments, scale, scale * _LOG2_E,
+        _window(walk, size), size.sequence, size.groups, blocks, scale, scale * _LOG2_E,
         int(add), MODE=tiles.mode, PACKED=packed, **size.constants(), KEYS=_KEYS, STAGES=4,
         ROWS=32 if size.split else 64, num_warps=4,
     )  # fmt: skip

@@ -7,12 +7,13 @@ at the end, always in the same order:
 
     S^T = K Q^T    dP^T = V dO^T    dV += P^T dO    dK += dS^T Q
 
-With BLOCKS the parts come from the inverted lists of a selection, and a program takes only those
-of one segment of the sequence. Programs of one segment run at the same time, so that all of them
-find its queries in the L2 cache however far apart the blocks are that they work for; and a block
-that every token reads is cut into pieces. The first program of a block stores its sums, a later one
-waits until the one before is done and adds to them, so that no float is ever added in an order of
-chance. Programs are started in the order of their numbers, and none waits for a higher one.
+With BLOCKS the parts come from the inverted lists of a selection, and a program takes one piece of
+one block's, see block_lists.Chunks. The pieces of one segment of the sequence are worked on at the
+same time, so that all of them find its queries in the L2 cache however far apart the blocks are
+that they work for; and a block that every token reads is cut up. The first program of a block
+stores its sums, a later one waits until the one before is done and adds to them, so that no float
+is ever added in an order of chance. Programs are started in the order of their numbers, and none
+waits for a higher one.
 
 Shapes: B batch, S sequence, HQ query heads, HKV KV groups, D query/key head dim, DV value head dim.
 """
@@ -40,28 +41,24 @@ from hysparse_kernels.hopper_common import (
 
 
 @gluon.jit
-def _task(block_first, block_stop, document_stop, chunk_first, chunk_after, window, sequence,
-          blocks, segments, MODE: gl.constexpr, TOKENS: gl.constexpr, KEYS: gl.constexpr,
+def _task(block_first, block_stop, document_stop, chunk_entry, chunk_first, chunk_stop, chunk_after,
+          window, sequence, blocks, MODE: gl.constexpr, TOKENS: gl.constexpr, KEYS: gl.constexpr,
           PACKED: gl.constexpr):  # fmt: skip
     """What this program does.
 
     Returns group, first key, end of the keys, first and last part (BLOCKS: places in the lists),
-    end of the document, and for BLOCKS its place in the tables of chunks and the segment to wait
-    for: -1 to store what is first, -2 if there is nothing to do.
+    end of the document, and for BLOCKS the program to wait for: -1 to store what is first, -2 if
+    there is nothing to do.
     """
-    index = gl.program_id(0)
-    block = index % blocks
-    place = index
+    entry = gl.program_id(0)
     after = -1
     if MODE == BLOCKS:
-        group = index // (blocks * segments)
-        segment = index // blocks % segments
-        place = (group * blocks + block) * segments + segment
-        first = gl.load(chunk_first + place).to(gl.int32)
-        stop = gl.load(chunk_first + place + 1).to(gl.int32)
-        after = gl.load(chunk_after + place)
-    else:
-        group = index // blocks
+        first = gl.load(chunk_first + entry).to(gl.int32)
+        stop = gl.load(chunk_stop + entry).to(gl.int32)
+        after = gl.load(chunk_after + entry)
+        entry = gl.load(chunk_entry + entry)
+    group = entry // blocks
+    block = entry % blocks
     if PACKED:
         key = gl.load(block_first + block)
         keys_stop = gl.load(block_stop + block)
@@ -76,7 +73,7 @@ def _task(block_first, block_stop, document_stop, chunk_first, chunk_after, wind
         # Written so that a window as long as the sequence cannot overflow.
         last = gl.minimum(keys_stop - 1, limit - window) + window - 1
         stop = gl.minimum(last, limit - 1) // TOKENS + 1
-    return group, key, keys_stop, first, stop, limit, place, after
+    return group, key, keys_stop, first, stop, limit, after
 
 
 @gluon.jit
@@ -84,8 +81,8 @@ def _loader(
     q_desc, q2_desc, g_desc, k_desc, k2_desc, v_desc, lse_desc, delta_desc,
     q_smem, q2_smem, g_smem, k_smem, k2_smem, v_smem, lse_smem, delta_smem,
     k_ready, ready, empty,
-    block_first, block_stop, document_stop, chunk_first, chunk_after, reader_part,
-    window, sequence, groups, blocks, segments,
+    block_first, block_stop, document_stop, chunk_entry, chunk_first, chunk_stop, chunk_after,
+    reader_part, window, sequence, groups, blocks,
     MODE: gl.constexpr, TOKENS: gl.constexpr, HEADS: gl.constexpr, KEYS: gl.constexpr,
     STAGES: gl.constexpr, SPLIT: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
@@ -98,9 +95,9 @@ def _loader(
         q_desc.block_type.nbytes + (q2_desc.block_type.nbytes if SPLIT else 0)
         + g_desc.block_type.nbytes + 2 * 64 * 4
     )  # fmt: skip
-    group, key, _, first, stop, _, _, _ = _task(
-        block_first, block_stop, document_stop, chunk_first, chunk_after, window, sequence, blocks,
-        segments, MODE, TOKENS, KEYS, PACKED,
+    group, key, _, first, stop, _, _ = _task(
+        block_first, block_stop, document_stop, chunk_entry, chunk_first, chunk_stop, chunk_after,
+        window, sequence, blocks, MODE, TOKENS, KEYS, PACKED,
     )  # fmt: skip
     batch = group // groups
     kv = group % groups
@@ -193,8 +190,8 @@ def _consumer(
     dk, dv, flags,
     q_smem, q2_smem, g_smem, k_smem, k2_smem, v_smem, lse_smem, delta_smem,
     k_ready, ready, empty, met,
-    block_first, block_stop, document_stop, chunk_first, chunk_after, reader_part, reader_bits,
-    window, sequence, groups, blocks, segments, scale, scale_log2, accumulate,
+    block_first, block_stop, document_stop, chunk_entry, chunk_first, chunk_stop, chunk_after,
+    reader_part, reader_bits, window, sequence, groups, blocks, scale, scale_log2, accumulate,
     MODE: gl.constexpr, HALF: gl.constexpr, TOKENS: gl.constexpr, HEADS: gl.constexpr,
     KEYS: gl.constexpr, STAGES: gl.constexpr, WIDTH: gl.constexpr, VALUE_WIDTH: gl.constexpr,
     SPLIT: gl.constexpr, PACKED: gl.constexpr, ROWS: gl.constexpr,
@@ -208,9 +205,9 @@ def _consumer(
     ds_layout: gl.constexpr = gl.DotOperandLayout(0, k_layout, 2)
     s_column: gl.constexpr = gl.SliceLayout(0, s_layout)
     dtype: gl.constexpr = v_smem.dtype
-    group, key_first, keys_stop, first, stop, limit, place, after = _task(
-        block_first, block_stop, document_stop, chunk_first, chunk_after, window, sequence, blocks,
-        segments, MODE, TOKENS, KEYS, PACKED,
+    group, key_first, keys_stop, first, stop, limit, after = _task(
+        block_first, block_stop, document_stop, chunk_entry, chunk_first, chunk_stop, chunk_after,
+        window, sequence, blocks, MODE, TOKENS, KEYS, PACKED,
     )  # fmt: skip
     if after > -2:
         k = flat(k_smem, KEYS, WIDTH)
@@ -302,10 +299,9 @@ def _consumer(
             add_to = after + accumulate >= 0
             if MODE == BLOCKS:  # noqa: SIM102 - decided when compiling
                 if after >= 0:
-                    flag = flags + place // segments * segments + after
-                    done = gl.atomic_add(flag, 0, sem="acquire", scope="gpu")
+                    done = gl.atomic_add(flags + after, 0, sem="acquire", scope="gpu")
                     while done == 0:
-                        done = gl.atomic_add(flag, 0, sem="acquire", scope="gpu")
+                        done = gl.atomic_add(flags + after, 0, sem="acquire", scope="gpu")
             batch = group // groups
             out = (batch.to(gl.int64) * sequence + key_first) * groups + group % groups
             _write(dv, v_sums, out, keys_stop, groups, key_first, 0, add_to,
@@ -319,14 +315,14 @@ def _consumer(
                        WIDTH + 64, 64)  # fmt: skip
             if MODE == BLOCKS:
                 gl.thread_barrier()
-                gl.atomic_xchg(flags + place, 1, sem="release", scope="gpu")
+                gl.atomic_xchg(flags + gl.program_id(0), 1, sem="release", scope="gpu")
 
 
-@gluon.jit(do_not_specialize=["window", "sequence", "groups", "blocks", "segments", "accumulate"])
+@gluon.jit(do_not_specialize=["window", "sequence", "groups", "blocks", "accumulate"])
 def dkv_kernel(
     q_desc, q2_desc, g_desc, k_desc, k2_desc, v_desc, lse_desc, delta_desc, dk, dv, flags,
-    block_first, block_stop, document_stop, chunk_first, chunk_after, reader_part, reader_bits,
-    window, sequence, groups, blocks, segments, scale, scale_log2, accumulate,
+    block_first, block_stop, document_stop, chunk_entry, chunk_first, chunk_stop, chunk_after,
+    reader_part, reader_bits, window, sequence, groups, blocks, scale, scale_log2, accumulate,
     MODE: gl.constexpr, TOKENS: gl.constexpr, HEADS: gl.constexpr, KEYS: gl.constexpr,
     STAGES: gl.constexpr, WIDTH: gl.constexpr, VALUE_WIDTH: gl.constexpr, SPLIT: gl.constexpr,
     PACKED: gl.constexpr, ROWS: gl.constexpr,
@@ -353,20 +349,23 @@ def dkv_kernel(
         [
             (_consumer, (dk, dv, flags, q_smem, q2_smem, g_smem, k_smem, k2_smem, v_smem, lse_smem,
                          delta_smem, k_ready, ready, empty, met, block_first, block_stop,
-                         document_stop, chunk_first, chunk_after, reader_part, reader_bits,
-                         window, sequence, groups, blocks, segments, scale, scale_log2, accumulate,
+                         document_stop, chunk_entry, chunk_first, chunk_stop, chunk_after,
+                         reader_part, reader_bits, window, sequence, groups, blocks, scale,
+                         scale_log2, accumulate,
                          MODE, 0, TOKENS, HEADS, KEYS, STAGES, WIDTH, VALUE_WIDTH, SPLIT, PACKED,
                          ROWS)),
             (_consumer, (dk, dv, flags, q_smem, q2_smem, g_smem, k_smem, k2_smem, v_smem, lse_smem,
                          delta_smem, k_ready, ready, empty, met, block_first, block_stop,
-                         document_stop, chunk_first, chunk_after, reader_part, reader_bits,
-                         window, sequence, groups, blocks, segments, scale, scale_log2, accumulate,
+                         document_stop, chunk_entry, chunk_first, chunk_stop, chunk_after,
+                         reader_part, reader_bits, window, sequence, groups, blocks, scale,
+                         scale_log2, accumulate,
                          MODE, 1, TOKENS, HEADS, KEYS, STAGES, WIDTH, VALUE_WIDTH, SPLIT, PACKED,
                          ROWS)),
             (_loader, (q_desc, q2_desc, g_desc, k_desc, k2_desc, v_desc, lse_desc, delta_desc,
                        q_smem, q2_smem, g_smem, k_smem, k2_smem, v_smem, lse_smem, delta_smem,
-                       k_ready, ready, empty, block_first, block_stop, document_stop, chunk_first,
-                       chunk_after, reader_part, window, sequence, groups, blocks, segments,
+                       k_ready, ready, empty, block_first, block_stop, document_stop, chunk_entry,
+                       chunk_first, chunk_stop, chunk_after, reader_part, window, sequence, groups,
+                       blocks,
                        MODE, TOKENS, HEADS, KEYS, STAGES, SPLIT, PACKED)),
         ],
         [4, 1],

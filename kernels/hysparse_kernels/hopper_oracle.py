@@ -157,6 +157,8 @@ def _select(scratch, lse_scratch, indices, first, start, stop, num_blocks, scale
             best = gl.maximum(best, raw * scale_log2 - log_total[:, None])
         forced = (block[None, :] < forced_first) | (block[None, :] > own[:, None] - forced_recent)
         best = gl.where(forced, float("inf"), best) + 0.0
+        # Like the reference, never a block in which no key has any weight.
+        visible = visible & (best != float("-inf"))
         bits = best.to(gl.int32, bitcast=True)
         keys = gl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
         keys = gl.where(visible, keys, LOWEST)

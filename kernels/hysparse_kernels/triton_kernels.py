@@ -245,7 +245,8 @@ def dkv_kernel(
     query, key_, value, grad, lse, delta, dk, dv,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, g_b, g_s, g_h,
     piece_first, piece_stop, piece_end,
-    blocks, segments, chunk_first, chunk_after, flags, accumulate, reader_part, reader_bits,
+    blocks, chunk_entry, chunk_first, chunk_stop, chunk_after, flags, accumulate,
+    reader_part, reader_bits,
     sequence, groups, window, scale, scale_log2, width, value_width,
     MODE: tl.constexpr, PACKED: tl.constexpr,
     TOKENS: tl.constexpr, HEADS: tl.constexpr, PACK: tl.constexpr, ROWS: tl.constexpr,
@@ -254,23 +255,22 @@ def dkv_kernel(
 ):  # fmt: skip
     """dk [B, S, HKV, D] and dv [B, S, HKV, DV] of KEYS keys.
 
-    CAUSAL, WINDOW: program (key tile, row). BLOCKS: a program adds up the readers of one block from
-    one segment; the first one of a block stores, or with `accumulate` = 1 adds, the others wait for
-    the one before them and add, so that the order is always the same. None waits for one that was
-    started after it.
+    CAUSAL, WINDOW: program (key tile, row). BLOCKS: a program adds up one piece of the readers of
+    one block (see block_lists.Chunks); the first one of a block stores, or with `accumulate` = 1
+    adds, the others wait for the one before them and add, so that the order is always the same.
+    None waits for one that was started after it.
     """
     if MODE == 2:
-        block = tl.program_id(0) % blocks
-        segment = tl.program_id(0) // blocks % segments
-        group = tl.program_id(0) // blocks // segments
-        chunk = (group.to(tl.int64) * blocks + block) * segments + segment
+        chunk = tl.program_id(0)
         after = tl.load(chunk_after + chunk)
         if after < -1:
             return
+        entry = tl.load(chunk_entry + chunk)
+        group, block = entry // blocks, entry % blocks
         start = tl.load(piece_first + block)
         stop = tl.load(piece_stop + block)
         first = tl.load(chunk_first + chunk).to(tl.int32)
-        last = tl.load(chunk_first + chunk + 1).to(tl.int32)
+        last = tl.load(chunk_stop + chunk).to(tl.int32)
         end = sequence
     else:
         group = tl.program_id(1)
@@ -327,8 +327,7 @@ def dkv_kernel(
     k_sums = k_sums * scale
     if MODE == 2:
         if after >= 0:
-            flag = flags + chunk - segment + after
-            while tl.atomic_add(flag, 0, sem="acquire", scope="gpu") == 0:
+            while tl.atomic_add(flags + after, 0, sem="acquire", scope="gpu") == 0:
                 pass
         if after + accumulate >= 0:
             k_sums += tl.load(k_out, mask=k_mask, other=0.0)

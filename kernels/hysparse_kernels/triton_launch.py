@@ -214,14 +214,13 @@ def key_value_gradients(
         pieces = walk.pieces(keys, shape.sequence, 0, lse)
         grid: tuple[int, ...] = (pieces.number, shape.rows)
         ends = (pieces.first, pieces.stop, pieces.document_stop)
-        chunks: tuple[Any, ...] = (0, 0, lse, lse, lse, 0, lse, lse)
+        chunks: tuple[Any, ...] = (0, lse, lse, lse, lse, lse, 0, lse, lse)
     else:
-        entries = len(lists.table)
-        grid = (shape.rows * lists.segments * entries,)
+        grid = (len(lists.chunks),)
         ends = (lists.table.first, lists.table.stop, lse)
-        flags = torch.zeros_like(lists.chunk_after)
+        flags = torch.zeros_like(lists.chunks.after)
         chunks = (
-            entries, lists.segments, lists.chunk_first, lists.chunk_after, flags, int(add),
+            len(lists.table), *lists.chunks.tensors, flags, int(add),
             lists.reader_part, lists.reader_bits,
         )  # fmt: skip
     kernels.dkv_kernel[grid](

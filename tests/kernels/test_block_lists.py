@@ -48,38 +48,41 @@ def reads_of_unions(lists: BlockLists) -> Reads:
 
 def reads_of_chunks(lists: BlockLists) -> Reads:
     reads: Reads = {}
-    blocks, segments = len(lists.table), lists.segments
-    for chunk, (first, stop) in enumerate(lists.chunk_first.unfold(0, 2, 1).tolist()):
-        row, block, segment = (
-            chunk // (blocks * segments),
-            chunk // segments % blocks,
-            chunk % segments,
-        )
+    for entry, first, stop, after in zip(*lists.chunks.tensors, strict=True):
+        row, block = divmod(int(entry), len(lists.table))
         parts = lists.reader_part[first:stop].tolist()
+        assert not parts or after > -2
         assert parts == sorted(set(parts))
         for part, bits in zip(parts, lists.reader_bits[first:stop].tolist(), strict=True):
-            assert part * lists.part_tokens // lists.segment_tokens == segment
             key = (row, int(lists.table.first[block]))
             for token in members(bits, lists.part_tokens):
                 reads.setdefault(key, set()).add(part * lists.part_tokens + token)
     return reads
 
 
-def check_order(lists: BlockLists) -> None:
-    """Every block with keys has one first chunk, and a chain from it through all with readers."""
-    shape = (-1, len(lists.table), lists.segments)
-    counts, after = lists.chunk_first.diff().view(shape), lists.chunk_after.view(shape)
-    for row in range(counts.shape[0]):
-        for block in range(len(lists.table)):
-            latest = -1
-            for segment in range(lists.segments):
-                at_work = after[row, block, segment] != -2
-                assert at_work or counts[row, block, segment] == 0
-                if at_work:
-                    assert after[row, block, segment] == latest
-                    latest = segment
-            used = lists.table.first[block] < lists.table.stop[block]
-            assert latest >= 0 if used else latest == -1
+def check_chunks(lists: BlockLists) -> None:
+    """Every block with keys is in a chain of pieces, and those are in the order of segments."""
+    entries, firsts, stops, afters = (tensor.tolist() for tensor in lists.chunks.tensors)
+    used = afters.index(-2) if -2 in afters else len(afters)
+    assert set(afters[used:]) <= {-2}
+    latest: dict[int, int] = {}
+    places: list[tuple[int, int]] = []
+    for number, entry in enumerate(entries[:used]):
+        assert afters[number] == latest.get(entry, -1)
+        latest[entry] = number
+        assert stops[number] - firsts[number] < block_lists.CHUNK_PARTS + longest_segment(lists)
+    for number, entry in enumerate(entries[:used]):
+        if number != latest[entry]:  # the last one waits for the last segment
+            token = int(lists.reader_part[stops[number] - 1]) * lists.part_tokens
+            places.append((entry // len(lists.table), token // lists.segment_tokens))
+    assert places == sorted(places)
+    rows, blocks = lists.counts.shape[0], len(lists.table)
+    with_keys = (lists.table.first < lists.table.stop).nonzero().flatten().tolist()
+    assert set(latest) == {row * blocks + block for row in range(rows) for block in with_keys}
+
+
+def longest_segment(lists: BlockLists) -> int:
+    return lists.segment_tokens // lists.part_tokens
 
 
 def members(bits: int, tokens: int) -> list[int]:
@@ -91,6 +94,7 @@ def members(bits: int, tokens: int) -> list[int]:
 @pytest.mark.parametrize("trial", range(8))
 def test_lists(trial: int, rng: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(block_lists, "SEGMENT_ROWS", rng.choice([2, 256, 65536]))
+    monkeypatch.setattr(block_lists, "CHUNK_PARTS", rng.choice([1, 2, 16]))
     batch, groups, length = rng.choice([1, 2]), rng.choice([1, 2]), rng.randint(1, 90)
     heads, selected = rng.choice([1, 2, 4, 7, 16, 64, 128]), rng.randint(1, 5)
     lengths = random_documents(batch, length, rng) if trial % 2 else None
@@ -107,7 +111,7 @@ def test_lists(trial: int, rng: random.Random, monkeypatch: pytest.MonkeyPatch) 
     assert reads_of_unions(lists) == wanted
     assert reads_of_chunks(lists) == wanted
 
-    check_order(lists)
+    check_chunks(lists)
     keys = [range(*span) for span in zip(lists.table.first, lists.table.stop, strict=True)]
     tokens = batch * length if lists.packed else length
     assert [key for span in keys for key in span] == list(range(tokens))

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from tests.kernels.cases import offsets, random_documents
 
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 5e-3}
 
 
 class Case(NamedTuple):
@@ -145,6 +145,11 @@ def compare(case: Case, dtype: torch.dtype, device: str, seed: int) -> None:
     blocks = -(-case.sequence // case.block_size)
     assert scored.numel() == case.batch * case.groups * case.sequence * blocks
     assert not scored.isnan().any(), f"{case}: scores"
+    # Without a look at the scores; on a Hopper GPU other kernels do that.
+    with poisoned_memory():
+        got = triton_attention.oracle_attention(query, key, value, **picks)
+    assert (got.lse.double() - exact.lse).abs().max() < 1e-4, f"{case}: lse without scores"
+    assert _same_up_to_ties(got.block_indices, exact, query, key, case), f"{case}: bare selection"
 
     indices = disturbed(exact.block_indices, generator)
     lists = prepare_selection(indices, case.heads, **block, backend="triton")
@@ -173,7 +178,16 @@ def compare(case: Case, dtype: torch.dtype, device: str, seed: int) -> None:
         ),
     }
     for name, (ours, specification) in operations.items():
-        compare_operation(f"{case}: {name}", ours, specification, inputs, TOLERANCE[dtype])
+        compare_operation(
+            f"{name} of {case}",
+            ours,
+            specification,
+            inputs,
+            # The errors of three operations, whose results nearly cancel.
+            tolerance=TOLERANCE[dtype] * (2 if name == "accumulated" else 1),
+            # The dense backward is cuDNN's where that is there.
+            repeats=device == "cpu" or name in ("block-sparse", "window"),
+        )
 
 
 def accumulated(
@@ -195,8 +209,10 @@ def compare_operation(
     specification: Callable[..., Tensor],
     inputs: Inputs,
     tolerance: float,
+    repeats: bool,
 ) -> None:
-    """Assert output and gradients, that both repeat, and that nothing unwritten is read."""
+    """Assert output and gradients, that the output and, with `repeats`, the gradients come out the
+    same once more, and that nothing unwritten is read."""
     low, again, high = inputs.leaves(), inputs.leaves(), inputs.leaves(torch.float64)
     output, wanted = ours(*low), specification(*high)
     output.backward(inputs.grad)
@@ -210,9 +226,7 @@ def compare_operation(
         if b.grad is None:
             continue
         pairs[letter] = (a.grad, b.grad)
-        # The dense backward is cuDNN's where that is there.
-        if a.device.type == "cpu" or "block-sparse" in what or "window" in what:
-            assert torch.equal(a.grad, c.grad), f"{letter} of {what} does not repeat"
+        assert not repeats or torch.equal(a.grad, c.grad), f"{letter} of {what} does not repeat"
     for letter, (a, b) in pairs.items():
         error = (a.double() - b).norm() / b.norm().clamp(min=0.5 * b.numel() ** 0.5)
         assert error < tolerance, f"{letter} of {what} is off by {error:.1e}"
@@ -273,11 +287,13 @@ def compare_lists(case: Case, device: str, seed: int) -> None:
     with poisoned_memory():
         lists = build_block_lists(*arguments)
     wanted = build_block_lists(*arguments, with_triton=False)
-    for field in ("starts", "bits", "counts", "chunk_first", "chunk_after"):
+    for field in ("starts", "bits", "counts"):
         a, b = getattr(lists, field), getattr(wanted, field)
         assert a.dtype == b.dtype, field
         assert torch.equal(a, b), f"{case}: {field} of the lists"
-    readers = int(wanted.chunk_first[-1])
+    for a, b in zip(lists.chunks.tensors, wanted.chunks.tensors, strict=True):
+        assert torch.equal(a, b), f"{case}: chunks of the lists"
+    readers = int(wanted.chunks.stop.max())
     assert torch.equal(lists.reader_part[:readers], wanted.reader_part[:readers]), case
     assert torch.equal(lists.reader_bits[:readers], wanted.reader_bits[:readers]), case
     assert lists.segments == wanted.segments
@@ -305,6 +321,7 @@ def several_passes(segment_rows: int, map_bytes: int, scratch_bytes: int) -> Ite
     """Limits so low that small inputs are cut into chunks and passes like large ones."""
     limits = (
         (block_lists, "SEGMENT_ROWS", segment_rows),
+        (block_lists, "CHUNK_PARTS", 2),
         (triton_lists, "_MAP_BYTES", map_bytes),
         (triton_topk, "_SCRATCH_BYTES", scratch_bytes),
     )
