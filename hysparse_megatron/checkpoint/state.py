@@ -11,12 +11,14 @@ import queue
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
 from hysparse_megatron.errors import CheckpointError
+from hysparse_megatron.model.stack import EXTRA_STATE
 from hysparse_megatron.training.state import TrainingState
 
 # torch's CheckpointException is no Exception.
@@ -76,7 +78,7 @@ def load_state(state: TrainingState, directory: Path, weights_only: bool = False
             "model.* must be what the checkpoint was made with; parallel.* may differ"
         ) from error
     for index, chunk in enumerate(state.chunks):
-        chunk.module.load_state_dict(loaded[f"model{index}"], strict=True)
+        _load_weights(chunk.module, loaded[f"model{index}"])
     if weights_only:
         state.optimizer.reload_model_params()
         return 0
@@ -93,6 +95,17 @@ def load_state(state: TrainingState, directory: Path, weights_only: bool = False
             )
     state.optimizer.load_state_dict(loaded["optimizer"])
     return int(loaded["step"])
+
+
+def _load_weights(module: torch.nn.Module, weights: dict[str, Any]) -> None:
+    """All weights, and nothing else; what layers store beside weights is not in checkpoints."""
+    keys = module.load_state_dict(weights, strict=False)
+    missing = [key for key in keys.missing_keys if EXTRA_STATE not in key]
+    if missing or keys.unexpected_keys:
+        raise CheckpointError(
+            f"the checkpoint does not fit the model: it lacks {missing or 'nothing'}, "
+            f"and what is in it too many is {keys.unexpected_keys or 'nothing'}"
+        )
 
 
 def _optimizer_parts(loaded: dict[Any, Any]) -> list[dict[str, Any]]:

@@ -57,6 +57,22 @@ class Backend(Enum):
     triton = "triton"
 
 
+class Layers(Enum):
+    """Whose linear layers, norms and experts are used."""
+
+    auto = "auto"
+    te = "te"
+    local = "local"
+
+
+class Fp8(Enum):
+    """How linear layers scale what they compute in FP8: per tensor, or per block of 128."""
+
+    none = "none"
+    tensorwise = "tensorwise"
+    blockwise = "blockwise"
+
+
 class Schedule(Enum):
     """Shape of the learning rate over the run, after the warm-up."""
 
@@ -170,6 +186,10 @@ class ModelConfig:
     """Probability of dropping a channel after attention and feed-forward; 0 for one-epoch runs."""
     backend: Backend = Backend.auto
     """Attention implementation; auto picks by device and logs what it picked and why."""
+    layers: Layers = Layers.auto
+    """Linear layers, norms and experts; auto takes Transformer Engine where it is and can run."""
+    fp8: Fp8 = Fp8.none
+    """Matrix products of Transformer Engine's linear layers in FP8; attention stays in bf16."""
     moe: MoeConfig = field(default_factory=MoeConfig)
 
     @property

@@ -17,18 +17,26 @@ from hysparse_megatron.config.schema import (
     Backend,
     Balancing,
     Config,
+    Fp8,
+    Layers,
     Precision,
+    Recompute,
     RouterScore,
     TrackingMode,
 )
 from hysparse_megatron.errors import Problem
 from hysparse_megatron.layout import (
+    LayerKind,
     Layout,
     LayoutError,
     check_stages,
     parse_layout,
     stage_layers,
 )
+from hysparse_megatron.plan.parameters import gate_width
+
+FP8_UNIT = 16
+"""Rows and columns of an FP8 matrix come in multiples of this."""
 
 AT_LEAST: dict[str, int] = {
     "model.hidden_size": 1,
@@ -316,6 +324,42 @@ def _backend(config: Config) -> Iterator[Problem]:
             yield Problem(f"model.{key}", str(width), allowed)
 
 
+def _fp8(config: Config) -> Iterator[Problem]:
+    """What FP8 matrix products take; whether the GPU can do them is found out there."""
+    model, train, parallel = config.model, config.train, config.parallel
+    if model.fp8 is Fp8.none:
+        return
+    fp8 = f"model.fp8={model.fp8.value}"
+    if model.layers is Layers.local:
+        yield Problem("model.layers", "local", f"te or auto with {fp8}")
+    if train.precision is not Precision.bf16:
+        yield Problem("train.precision", train.precision.value, f"bf16 with {fp8}")
+    if train.recompute is Recompute.full:
+        yield Problem("train.recompute", "full", f"none or selective with {fp8}")
+    tokens = train.seq_length * train.micro_batch_size
+    if not _is_multiple(tokens, FP8_UNIT):
+        got = f"{train.seq_length} (x train.micro_batch_size = {train.micro_batch_size})"
+        yield Problem("train.seq_length", got, f"a multiple of {FP8_UNIT} tokens with {fp8}")
+    widths = {
+        "model.hidden_size": model.hidden_size,
+        "model.ffn_hidden_size": model.ffn_hidden_size // max(parallel.tp, 1),
+        "model.moe.expert_ffn_hidden_size": model.expert_width if model.moe.num_experts else 0,
+        "model.num_attention_heads": _fused_width(config),
+    }
+    for key, width in widths.items():
+        if not _is_multiple(width, FP8_UNIT):
+            yield Problem(key, f"{width} columns a rank", f"a multiple of {FP8_UNIT} with {fp8}")
+
+
+def _fused_width(config: Config) -> int:
+    """Columns per rank of a sparse layer's input projection: queries, gates, key and value."""
+    model = config.model
+    groups = max(1, model.num_query_groups // max(config.parallel.tp, 1))
+    heads = model.num_attention_heads // max(model.num_query_groups, 1)
+    per_head = model.head_dim + gate_width(model, LayerKind.SPARSE)
+    return groups * (heads * per_head + model.head_dim + model.value_dim)
+
+
 def _ranks(config: Config, world_size: int) -> Iterator[Problem]:
     parallel = config.parallel
     ranks = parallel.tp * parallel.pp * parallel.cp
@@ -371,6 +415,7 @@ RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _rotary,
     _selection,
     _backend,
+    _fp8,
     _parallel,
     _experts,
     _dense_ranks,

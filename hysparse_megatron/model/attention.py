@@ -77,6 +77,7 @@ class _Attention(MegatronModule):
             input_is_parallel=True,
             skip_bias_add=True,
             is_expert=False,
+            tp_comm_buffer_name="proj",
             tp_group=pg_collection.tp,
         )
         self.q_layernorm: RMSNorm | None = None

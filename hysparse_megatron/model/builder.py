@@ -7,6 +7,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.errors import ConfigError
+from hysparse_megatron.model.layers import LOCAL, LayerChoice, LayerModules
 from hysparse_megatron.model.megatron_config import HySparseConfig
 from hysparse_megatron.model.sharing import MAX_PAYLOAD_BLOCKS
 from hysparse_megatron.model.spec import stack_spec
@@ -19,6 +20,7 @@ def build_chunks(
     megatron: HySparseConfig,
     vocab_size: int,
     groups: ProcessGroupCollection,
+    layers: LayerChoice = LOCAL,
 ) -> list[HybridModel]:
     """The model chunks of this pipeline rank, in order (one without interleaving).
 
@@ -31,6 +33,7 @@ def build_chunks(
             f"train.seq_length: {num_blocks} blocks do not fit into the {largest} that a block "
             "index can name across a pipeline cut; raise model.block_size"
         )
+    spec = stack_spec(LayerModules.of(layers))
     plan = megatron.plan
     last = len(plan.stages) - 1
     chunks = []
@@ -39,7 +42,7 @@ def build_chunks(
         seed_initialization(config.train.seed, "embedding")
         model = HybridModel(
             config=megatron,
-            hybrid_stack_spec=stack_spec(),
+            hybrid_stack_spec=spec,
             vocab_size=padded_vocab_size(vocab_size),
             max_sequence_length=config.train.seq_length,
             hybrid_layer_pattern=plan.megatron_pattern,

@@ -14,15 +14,19 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
-from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.experts import (
+    GroupedMLPSubmodules,
+    SequentialMLP,
+    TEGroupedMLP,
+)
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from torch import Tensor
 
+from hysparse_megatron.model.layers import LayerModules
 from hysparse_megatron.model.megatron_config import HySparseConfig
 from hysparse_megatron.runtime.random import seed_initialization
 
@@ -38,8 +42,7 @@ class SeededExperts(SequentialMLP):
         pg_collection: ProcessGroupCollection,
         name: str | None = None,
     ) -> None:
-        # Where the layer's own stream stands, equal on all ranks, names this layer's experts.
-        stream = int(torch.randint(2**31, (), device="cpu"))
+        stream = _stream_of_the_experts()
         first = pg_collection.ep.rank() * num_local_experts
         experts = itertools.count(first)
 
@@ -56,20 +59,69 @@ class SeededExperts(SequentialMLP):
             name=name,
         )
         seed_initialization(stream, "after the experts")
-        # megatron-core gives experts an optimizer of their own unless EP and TP are 1. Here always,
-        # so that checkpoints of any size have the same parts.
-        for parameter in self.parameters():
-            parameter.allreduce = False  # type: ignore[attr-defined]
+        _own_optimizer(self)
 
 
-def moe_layer() -> Callable[..., MoELayer]:
+class SeededGroupedExperts(TEGroupedMLP):
+    """The same experts with the same weights, as one grouped matrix product per projection."""
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: HySparseConfig,
+        submodules: GroupedMLPSubmodules,
+        pg_collection: ProcessGroupCollection,
+        name: str | None = None,
+    ) -> None:
+        stream = _stream_of_the_experts()
+        first = pg_collection.ep.rank() * num_local_experts
+        super().__init__(num_local_experts, config, submodules, pg_collection, name=name)
+        # Transformer Engine drew all first projections before any second one: draw again.
+        for expert in range(num_local_experts):
+            seed_initialization(stream, "expert", first + expert)
+            for linear, method in (
+                (self.linear_fc1, config.init_method),
+                (self.linear_fc2, config.output_layer_init_method),
+            ):
+                _draw(getattr(linear, f"weight{expert}"), method)
+        seed_initialization(stream, "after the experts")
+        _own_optimizer(self)
+
+
+def _stream_of_the_experts() -> int:
+    """Where the layer's own stream stands, equal on all ranks, names this layer's experts."""
+    return int(torch.randint(2**31, (), device="cpu"))
+
+
+def _draw(weight: Tensor, method: Callable[[Tensor], object]) -> None:
+    """Initial values of a whole weight, drawn in fp32 as megatron-core's own layers draw them."""
+    if weight.is_meta:
+        return
+    drawn = torch.empty(weight.shape, dtype=torch.float32)
+    method(drawn)
+    with torch.no_grad():
+        weight.copy_(drawn)
+
+
+def _own_optimizer(experts: torch.nn.Module) -> None:
+    """megatron-core gives experts an optimizer of their own unless EP and TP are 1. Here always, so
+    that checkpoints of any size have the same parts."""
+    for parameter in experts.parameters():
+        parameter.allreduce = False  # type: ignore[attr-defined]
+
+
+def moe_layer(modules: LayerModules) -> Callable[..., MoELayer]:
     """What builds the feed-forward part of a layer with experts, for a layer's `mlp` submodule."""
-    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    experts: Callable[..., torch.nn.Module]
+    if modules.grouped_experts is not None:
+        experts = functools.partial(SeededGroupedExperts, submodules=modules.grouped_experts)
+    else:
+        experts = functools.partial(SeededExperts, submodules=modules.expert_linears)
     return functools.partial(
         MoELayer,
         submodules=MoESubmodules(
-            experts=functools.partial(SeededExperts, submodules=linears),
-            shared_experts=functools.partial(SharedExpertMLP, submodules=linears),
+            experts=experts,
+            shared_experts=functools.partial(SharedExpertMLP, submodules=modules.expert_linears),
         ),
     )
 

@@ -17,6 +17,7 @@ from hysparse_megatron.config.schema import (
     Recompute,
     SinkKind,
 )
+from hysparse_megatron.model.layers import LOCAL, LayerChoice, fusions
 from hysparse_megatron.model.sharing import SharedWidths
 from hysparse_megatron.plan.topology import PipelinePlan
 
@@ -136,7 +137,9 @@ def _normal(std: float):
     return lambda tensor: torch.nn.init.normal_(tensor, mean=0.0, std=std)
 
 
-def make_megatron_config(config: Config, pipeline: PipelinePlan) -> HySparseConfig:
+def make_megatron_config(
+    config: Config, pipeline: PipelinePlan, layers: LayerChoice = LOCAL
+) -> HySparseConfig:
     """The configuration that all layers of all stages are built from."""
     model: ModelConfig = config.model
     parallel = config.parallel
@@ -175,11 +178,8 @@ def make_megatron_config(config: Config, pipeline: PipelinePlan) -> HySparseConf
         deallocate_pipeline_outputs=True,
         # Weights drawn on the CPU from one stream per layer are equal in every parallel layout.
         use_cpu_initialization=True,
-        gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
-        bias_dropout_fusion=False,
-        bias_activation_fusion=False,
-        apply_rope_fusion=False,
+        **fusions(layers, model),
         **_point_to_point(parallel.pp, parallel.vpp),
         **_recompute(config.train.recompute),
         pipeline=pipeline,

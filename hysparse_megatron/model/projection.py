@@ -55,6 +55,8 @@ class GroupedProjection(MegatronModule):
             bias=False,
             skip_bias_add=False,
             gather_output=False,
+            is_expert=False,
+            tp_comm_buffer_name="qkv",
             tp_group=pg_collection.tp,
         )
 

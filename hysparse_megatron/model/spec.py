@@ -1,15 +1,16 @@
 """Megatron-core layer specs: which modules make up each kind of layer.
 
-A spec names classes only; swap one to swap an implementation. Here all of them are megatron-core's
-local layers, our attention and our norm.
+A spec names classes only; swap one to swap an implementation. Attention and the layer around it are
+ours, the rest is what `layers.LayerModules` names.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
@@ -23,7 +24,7 @@ from hysparse_megatron.model.attention import (
 )
 from hysparse_megatron.model.experts import moe_layer
 from hysparse_megatron.model.layer import HySparseLayer
-from hysparse_megatron.model.norm import RMSNorm
+from hysparse_megatron.model.layers import LayerModules
 from hysparse_megatron.model.stack import HySparseStack, HySparseStackSubmodules
 
 _ATTENTION = {
@@ -33,40 +34,59 @@ _ATTENTION = {
 }
 
 
-def layer_spec(kind: LayerKind, has_experts: bool) -> ModuleSpec:
+_FUSED_NORMS = {
+    "self_attention.linear_qkv.linear.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
+"""Where a norm lives that is part of a linear layer, and its name in checkpoints."""
+
+
+def layer_spec(kind: LayerKind, has_experts: bool, modules: LayerModules) -> ModuleSpec:
     """The spec of one transformer layer, with a dense SwiGLU feed-forward or a mixture of them."""
+    fused = modules.norm_and_column_linear
+    norm: Any = IdentityOp if fused else modules.norm
+    after_norm = fused or modules.column_linear
     dense = functools.partial(
         MLP.as_mlp_submodule,
-        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+        submodules=MLPSubmodules(linear_fc1=after_norm, linear_fc2=modules.row_linear),
     )
     return ModuleSpec(
         module=HySparseLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=norm,
             self_attention=ModuleSpec(
                 module=_ATTENTION[kind],
                 submodules=AttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear, linear_proj=RowParallelLinear
+                    linear_qkv=after_norm, linear_proj=modules.row_linear
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
-            mlp=moe_layer() if has_experts else dense,
+            # The router reads the normalised tokens too.
+            pre_mlp_layernorm=modules.norm if has_experts else norm,
+            mlp=moe_layer(modules) if has_experts else dense,
             mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=_checkpoint_names(has_experts) if fused else {},
         ),
     )
 
 
-def stack_spec() -> ModuleSpec:
-    """The spec of the decoder: `HybridModel(hybrid_stack_spec=stack_spec(), ...)`."""
+def _checkpoint_names(has_experts: bool) -> dict[str, str]:
+    found = dict(_FUSED_NORMS)
+    if has_experts:
+        del found["mlp.linear_fc1.layer_norm_"]
+    return found
+
+
+def stack_spec(modules: LayerModules) -> ModuleSpec:
+    """The spec of the decoder: `HybridModel(hybrid_stack_spec=stack_spec(modules), ...)`."""
     return ModuleSpec(
         module=HySparseStack,
         submodules=HySparseStackSubmodules(
             layers={
-                (kind, has_experts): layer_spec(kind, has_experts)
+                (kind, has_experts): layer_spec(kind, has_experts, modules)
                 for kind in LayerKind
                 for has_experts in (False, True)
             },
-            final_norm=RMSNorm,
+            final_norm=modules.norm,
         ),
     )

@@ -15,9 +15,11 @@ import torch
 from hysparse_kernels import prepare_selection
 from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
+from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.transformer.utils import sharded_state_dict_default
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
@@ -26,6 +28,9 @@ from hysparse_megatron.layout import LayerKind, live_oracle
 from hysparse_megatron.model.megatron_config import HySparseConfig
 from hysparse_megatron.model.sharing import SharedAttention, pack, unpack
 from hysparse_megatron.runtime.random import seed_initialization
+
+EXTRA_STATE = "_extra_state"
+"""In the names of what Transformer Engine's layers would store beside their weights."""
 
 
 @dataclass
@@ -157,7 +162,8 @@ class HySparseStack(MegatronModule):
         or the oracle's key and value would silently lose the gradient of their readers.
         """
         if not (self.training and self.config.recompute_granularity == "full"):
-            return layer(hidden_states, shared, rotary_pos_emb)
+            with get_fp8_context(self.config, cast(TransformerLayer, layer).layer_number - 1):
+                return layer(hidden_states, shared, rotary_pos_emb)
 
         lists = shared.lists if shared else None
 
@@ -202,4 +208,5 @@ class HySparseStack(MegatronModule):
                     tp_group=self.tp_group,
                 )
             )
-        return result
+        # Transformer Engine's layers keep scales there, of which ours have none from step to step.
+        return {key: value for key, value in result.items() if EXTRA_STATE not in key}

@@ -26,6 +26,7 @@ from hysparse_megatron.data import (
     prepare_corpus,
 )
 from hysparse_megatron.errors import CheckpointError, ConfigError, DataError, HySparseError
+from hysparse_megatron.model.layers import describe_layers
 from hysparse_megatron.model.pipeline import describe_traffic
 from hysparse_megatron.rundir import RunDirectory, versions
 from hysparse_megatron.runtime import device as runtime_device
@@ -289,6 +290,7 @@ def _describe(state: TrainingState, corpus: PreparedCorpus, say: Say) -> None:
         f"data parallel {state.groups.dp.size()}, device {state.device.type}"
     )
     say(f"attention backend {backend.name}: {backend.reason}")
+    say(describe_layers(state.layers, config.model))
     say(
         f"data: {corpus.train_tokens:,} training and {corpus.validation_tokens:,} validation "
         f"tokens, vocabulary {corpus.vocab_size}, fingerprint {corpus.fingerprint[:12]}"

@@ -17,6 +17,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.model.builder import build_chunks
 from hysparse_megatron.model.experts import ExpertLoads
+from hysparse_megatron.model.layers import LayerChoice, resolve_layers
 from hysparse_megatron.model.megatron_config import HySparseConfig, make_megatron_config
 from hysparse_megatron.model.pipeline import PayloadCommunicator
 from hysparse_megatron.plan.topology import plan_pipeline
@@ -38,6 +39,8 @@ class TrainingState:
     schedule: OptimizerParamScheduler
     communicator: PayloadCommunicator | None
     """How pipeline neighbours talk; None without pipeline parallelism."""
+    layers: LayerChoice
+    """Whose linear layers, norms and experts the model is made of."""
     loads: ExpertLoads | None
     """How busy the experts are; None in a dense model."""
 
@@ -64,7 +67,8 @@ def build_state(config: Config, vocab_size: int, device: torch.device) -> Traini
     """
     vocab_size = config.model.vocab_size or vocab_size
     groups = build_process_groups(config.parallel, config.model.num_query_groups)
-    megatron = make_megatron_config(config, plan_pipeline(config.model, config.parallel))
+    layers = resolve_layers(config.model, device)
+    megatron = make_megatron_config(config, plan_pipeline(config.model, config.parallel), layers)
     megatron.finalize_model_grads_func = finalize_model_grads
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=True
@@ -76,7 +80,7 @@ def build_state(config: Config, vocab_size: int, device: torch.device) -> Traini
             module=model.to(device),
             disable_bucketing=index > 0,
         )
-        for index, model in enumerate(build_chunks(config, megatron, vocab_size, groups))
+        for index, model in enumerate(build_chunks(config, megatron, vocab_size, groups, layers))
     ]
     optimizer = build_optimizer(config.optim, config.train.precision, chunks)
     # Megatron-core's random streams must exist before the first forward pass, evaluation included.
@@ -95,5 +99,6 @@ def build_state(config: Config, vocab_size: int, device: torch.device) -> Traini
         optimizer=optimizer,
         schedule=build_schedule(config.optim, config.train, optimizer),
         communicator=communicator,
+        layers=layers,
         loads=ExpertLoads(megatron, chunks) if config.model.moe.num_experts else None,
     )

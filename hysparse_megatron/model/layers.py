@@ -1,0 +1,144 @@
+"""Which implementation of linear layers, norms and experts a model is built from.
+
+`te` is Transformer Engine through megatron-core's wrappers: norm and linear layer in one, RMSNorm,
+grouped GEMM for experts, fused rotation and loss, FP8. `local` is megatron-core's own layers and
+our norm; it runs anywhere. Weights, their names in checkpoints and what they are drawn from are the
+same, so that a run may change from one to the other.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import GroupedMLPSubmodules
+
+from hysparse_megatron.config.schema import Fp8, Layers, ModelConfig
+from hysparse_megatron.errors import ConfigError
+from hysparse_megatron.model.norm import RMSNorm
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """What `resolve_layers` chose."""
+
+    transformer_engine: bool
+    reason: str
+    apex_weight_gradients: bool = False
+    """Whether apex adds weight gradients to the fp32 sum inside the matrix product."""
+    on_cuda: bool = False
+
+    @property
+    def name(self) -> str:
+        """As `model.layers` calls it."""
+        return "te" if self.transformer_engine else "local"
+
+
+LOCAL = LayerChoice(False, "megatron-core's own layers run anywhere")
+
+
+def resolve_layers(model: ModelConfig, device: torch.device) -> LayerChoice:
+    """The layers of this run. Raises ConfigError if those asked for cannot run here."""
+    missing = _why_no_transformer_engine(device)
+    if missing is not None and model.layers is Layers.te:
+        raise ConfigError(f"model.layers: te cannot run: {missing}; use auto or local")
+    if model.layers is Layers.local:
+        missing = "model.layers is local"
+    if missing is not None and model.fp8 is not Fp8.none:
+        raise ConfigError(
+            f"model.fp8: {model.fp8.value} needs Transformer Engine, but {missing}; use none"
+        )
+    facts = {"apex_weight_gradients": _has_apex(device), "on_cuda": device.type == "cuda"}
+    if missing is None:
+        version = importlib.metadata.version("transformer-engine")
+        return LayerChoice(True, f"Transformer Engine {version}", **facts)
+    return LayerChoice(False, missing, **facts)
+
+
+def _why_no_transformer_engine(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"Transformer Engine needs a CUDA device, this is {device.type}"
+    if importlib.util.find_spec("transformer_engine") is None:
+        return "the package transformer-engine is not installed"
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    return None if HAVE_TE else "transformer_engine.pytorch cannot be imported"
+
+
+def _has_apex(device: torch.device) -> bool:
+    return (
+        device.type == "cuda"
+        and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+    )
+
+
+def describe_layers(choice: LayerChoice, model: ModelConfig) -> str:
+    """For the start-up log."""
+    extras = [f"FP8 linears ({model.fp8.value})"] if model.fp8 is not Fp8.none else []
+    if choice.apex_weight_gradients:
+        extras.append("apex's fused accumulation of weight gradients")
+    return ", ".join([f"layers {choice.name}: {choice.reason}", *extras])
+
+
+def fusions(choice: LayerChoice, model: ModelConfig) -> dict[str, Any]:
+    """megatron-core's settings of fused operations for these layers.
+
+    Those that compile with torch (activation, residual) are for CUDA: on a CPU compiling takes
+    longer than a test.
+    """
+    engine = choice.transformer_engine
+    settings: dict[str, Any] = {
+        "gradient_accumulation_fusion": choice.apex_weight_gradients,
+        "bias_dropout_fusion": choice.on_cuda,
+        "bias_activation_fusion": choice.on_cuda,
+        "apply_rope_fusion": engine,
+        "cross_entropy_loss_fusion": choice.on_cuda,
+        "cross_entropy_fusion_impl": "te" if engine else "native",
+        "moe_grouped_gemm": engine and model.moe.num_experts > 0,
+        "moe_permute_fusion": engine and model.moe.num_experts > 0,
+    }
+    if model.fp8 is not Fp8.none:
+        # Scales from the tensor at hand: no history that a checkpoint would have to keep.
+        settings |= {"fp8": "hybrid", "fp8_recipe": model.fp8.value}
+    return settings
+
+
+@dataclass(frozen=True)
+class LayerModules:
+    """The classes that a spec names."""
+
+    norm: type
+    column_linear: type
+    row_linear: type
+    norm_and_column_linear: type | None
+    """Both in one, where the implementation has that."""
+    grouped_experts: GroupedMLPSubmodules | None
+    """The linear layers of all experts of a rank at once, likewise."""
+
+    @property
+    def expert_linears(self) -> MLPSubmodules:
+        """Of shared experts and of experts that run one after another."""
+        return MLPSubmodules(linear_fc1=self.column_linear, linear_fc2=self.row_linear)
+
+    @classmethod
+    def of(cls, choice: LayerChoice) -> LayerModules:
+        """Those of an implementation; imports Transformer Engine only if it is the one."""
+        if not choice.transformer_engine:
+            return cls(RMSNorm, ColumnParallelLinear, RowParallelLinear, None, None)
+        from megatron.core.extensions import transformer_engine as te
+
+        return cls(
+            te.TENorm,
+            te.TEColumnParallelLinear,
+            te.TERowParallelLinear,
+            te.TELayerNormColumnParallelLinear,
+            GroupedMLPSubmodules(
+                linear_fc1=te.TEColumnParallelGroupedLinear,
+                linear_fc2=te.TERowParallelGroupedLinear,
+            ),
+        )
