@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hysparse_kernels.block_lists import Readers, Unions, reader_capacity, union_capacity
+from hysparse_kernels.block_lists import Chunks, Readers, Unions, reader_capacity, union_capacity
 from hysparse_kernels.documents import BlockTable
 
 
@@ -77,8 +77,35 @@ def readers(
     return Readers(
         part.expand(rows, tiles, capacity, 2).flatten()[order].to(torch.int32),
         bits.flatten()[order],
-        counts[:-1].to(torch.int32),
+        counts[:-1].to(torch.int32).view(-1, segments),
+        counts[:-1].view(-1, segments).sum(1).cumsum(0),
     )
+
+
+def chunks(readers: Readers, table: BlockTable, segments: int, most: int, least: int) -> Chunks:
+    """The readers in pieces, `most` at most, of at least `least` except the last of a block."""
+    rows = len(readers.ends) // len(table)
+    place = readers.ends - readers.counts.sum(1)
+    taken, latest = place.clone(), torch.full_like(place, -1)
+    has_keys = (table.first < table.stop).repeat(rows)
+    found = []
+    for segment in range(segments):
+        place = place + readers.counts[:, segment]
+        enough = place - taken >= least
+        if segment == segments - 1:
+            enough = enough | (place > taken) | ((latest < 0) & has_keys)
+        for entry in enough.nonzero().flatten().tolist():
+            key = (entry // len(table), segment, entry)
+            found.append((key, entry, int(taken[entry]), int(place[entry]), int(latest[entry])))
+            latest[entry] = len(found) - 1
+        taken = torch.where(enough, place, taken)
+    # Found by segment, wanted by row first.
+    order = sorted(range(len(found)), key=lambda number: found[number][0])
+    new = {old: number for number, old in enumerate(order)} | {-1: -1}
+    sorted_by_row = [(*found[old][1:4], new[found[old][4]]) for old in order]
+    unused = [(0, 0, 0, -2)] * (most - len(found))
+    columns = torch.tensor(sorted_by_row + unused, device=place.device).T.contiguous()
+    return Chunks(columns[0].int(), columns[1], columns[2], columns[3].int())
 
 
 def _differs_from_previous(values: Tensor) -> Tensor:

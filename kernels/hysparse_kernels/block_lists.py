@@ -20,9 +20,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from hysparse_kernels.documents import BlockTable, block_table
 
@@ -76,21 +74,23 @@ class Unions:
 
 @dataclass(frozen=True)
 class Readers:
-    """Which parts read every block; see `BlockLists`. `counts` int32 [R * NT * C]: how many
-    of every segment."""
+    """The parts that read every block; see `BlockLists`."""
 
     part: Tensor
     bits: Tensor
     counts: Tensor
+    """int32 [R * NT, C]: how many readers a block has in every segment."""
+    ends: Tensor
+    """int64 [R * NT]: where the readers of a block end."""
 
 
 @dataclass(frozen=True)
 class Chunks:
     """The readers of all blocks in pieces, in the order in which kernels start on them.
 
-    A piece is what one program works on: readers of one block, from one segment or, where these are
-    few, from several. Every block has at least one, be it empty, as somebody must write its sum.
-    The order is by row, then by segment (of the last reader), then by block. M pieces at most.
+    A piece is what one program works on: readers of one block, from one segment or, until there are
+    CHUNK_PARTS, from several. Every block has at least one, be it empty, as somebody must write its
+    sum. They are in the order of rows, then segments (of the last reader), then blocks; M at most.
     """
 
     entry: Tensor
@@ -199,47 +199,20 @@ def build_block_lists(
     segment_tokens = segment_of(heads, tile.tokens)
     readers = builder.readers(unions, tile.tokens, block_size, table, selected, segment_tokens)
     segments = -(-rows.shape[1] // segment_tokens)
+    most = most_chunks(rows.shape[0], table, block_size, segments, segment_tokens)
     return BlockLists(
         tile, part, block_size, table, unions.starts, unions.bits, unions.counts,
         readers.part, readers.bits, segments, segment_tokens,
-        _chunks(readers.counts, table, block_size, segments, segment_tokens),
+        builder.chunks(readers, table, segments, most, CHUNK_PARTS),
     )  # fmt: skip
 
 
-def _chunks(
-    counts: Tensor, table: BlockTable, block_size: int, segments: int, segment_tokens: int
-) -> Chunks:
-    """Cut the readers; counts int32 [R * NT * C] says how many of a block are in each segment."""
-    ends = counts.cumsum(0, dtype=torch.int64).view(-1, len(table), segments)
-    begins = ends[..., :1] - counts.view_as(ends)[..., :1]
-    parts = ends - begins
-    # A piece ends with the segment in which another CHUNK_PARTS readers are there.
-    enough = pad(parts // CHUNK_PARTS, (1, 0)).diff() > 0
-    taken = torch.where(enough, parts, 0).cummax(2).values
-    before = pad(taken[..., :-1], (1, 0))
-    has_keys = (table.first < table.stop) & (before[..., -1] == 0)
-    enough[..., -1] |= (parts[..., -1] > before[..., -1]) | has_keys
-
-    rows, most = len(ends), enough.numel()
-    if not table.packed:
-        # No token before a block reads it.
-        stops = (-(-(segment + 1) * segment_tokens // block_size) for segment in range(segments))
-        most = rows * sum(min(stop, len(table)) for stop in stops)
-    number = enough.transpose(1, 2).flatten().cumsum(0, dtype=torch.int32) - 1
-    number = number.view(-1, segments, len(table)).transpose(1, 2)
-    latest = torch.where(enough, number, -1).cummax(2).values
-    after = pad(latest[..., :-1], (1, 0), value=-1)
-    entry = torch.arange(enough[..., 0].numel(), dtype=torch.int32, device=counts.device)
-    place = torch.where(enough, number, most).flatten().long()
-
-    def sorted_by_number(values: Tensor, unused: int) -> Tensor:
-        # One more, for what is no piece.
-        target = values.new_full((most + 1,), unused)
-        return target.scatter_(0, place, values.expand_as(enough).flatten())[:most]
-
-    return Chunks(
-        sorted_by_number(entry.view(-1, len(table), 1), 0),
-        sorted_by_number(begins + before, 0),
-        sorted_by_number(ends, 0),
-        sorted_by_number(after.to(torch.int32), -2),
-    )
+def most_chunks(
+    rows: int, table: BlockTable, block_size: int, segments: int, segment_tokens: int
+) -> int:
+    """M: how many pieces there can be, known without asking the device."""
+    if table.packed:
+        return rows * len(table) * segments
+    # No token before a block reads it.
+    stops = (-(-(segment + 1) * segment_tokens // block_size) for segment in range(segments))
+    return rows * sum(min(stop, len(table)) for stop in stops)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hysparse_kernels.block_lists import Readers, Unions, reader_capacity, union_capacity
+from hysparse_kernels.block_lists import Chunks, Readers, Unions, reader_capacity, union_capacity
 from hysparse_kernels.documents import BlockTable
 
 _MAP_BYTES = 256 * 2**20
@@ -84,7 +84,26 @@ def readers(
             marks, table.first, ends, part, bits, first, blocks, tiles,
             PART=part_tokens, STEP=step, num_warps=4,
         )  # fmt: skip
-    return Readers(part, bits, counts.flatten())
+    return Readers(part, bits, counts, ends)
+
+
+def chunks(readers: Readers, table: BlockTable, segments: int, most: int, least: int) -> Chunks:
+    """The readers in pieces, `most` at most, of at least `least` except the last of a block."""
+    counts = readers.counts
+    rows = counts.shape[0] // len(table)
+    at_work = counts.new_empty(rows, segments, len(table))
+    entry, after = counts.new_zeros(most), counts.new_full((most,), -2)
+    first, stop = (readers.ends.new_zeros(most) for _ in range(2))
+    number = at_work
+    for write in (False, True):
+        chunk_kernel[(triton.cdiv(counts.shape[0], 64),)](
+            counts, readers.ends, table.first, table.stop, at_work, number,
+            entry, first, stop, after, counts.shape[0], len(table), segments, least,
+            WRITE=write, ENTRIES=64, num_warps=2,
+        )  # fmt: skip
+        if not write:
+            number = at_work.flatten().cumsum(0, dtype=torch.int32)
+    return Chunks(entry, first, stop, after)
 
 
 def _table_arguments(table: BlockTable, unused: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,3 +228,42 @@ def compact_kernel(
         tl.store(part + found, 2 * tile + tl.arange(0, 2 * STEP), mask=members != 0)
         tl.store(bits + found, members, mask=members != 0)
         place += tl.sum(ones, 0)
+
+
+@triton.jit
+def chunk_kernel(
+    counts, ends, block_first, block_stop, at_work, number, chunk_entry, chunk_first, chunk_stop,
+    chunk_after, entries, blocks, segments, least,
+    WRITE: tl.constexpr, ENTRIES: tl.constexpr,
+):  # fmt: skip
+    """Walk over the segments of ENTRIES blocks and cut their readers into pieces.
+
+    The first time at_work [R, C, NT] says in which segments a piece ends, the second time `number`
+    is its running sum and the pieces are written to their places.
+    """
+    entry = tl.program_id(0) * ENTRIES + tl.arange(0, ENTRIES)
+    inside = entry < entries
+    block = entry % blocks
+    cell = entry // blocks * segments * blocks + block
+    has_keys = tl.load(block_first + block) < tl.load(block_stop + block)
+    place = tl.load(ends + entry - 1, mask=inside & (entry > 0), other=0)
+    taken = place
+    latest = tl.full([ENTRIES], -1, tl.int32)
+    for segment in range(segments):
+        place += tl.load(counts + entry * segments + segment, mask=inside, other=0)
+        enough = place - taken >= least
+        last = segment == segments - 1
+        enough = enough | (last & ((place > taken) | ((latest < 0) & has_keys)))
+        enough = enough & inside
+        here = cell + segment * blocks
+        if WRITE:
+            own = tl.load(number + here, mask=enough, other=0) - 1
+            tl.store(chunk_entry + own, entry, mask=enough)
+            tl.store(chunk_first + own, taken, mask=enough)
+            tl.store(chunk_stop + own, place, mask=enough)
+            tl.store(chunk_after + own, latest, mask=enough)
+        else:
+            own = tl.zeros([ENTRIES], tl.int32)
+            tl.store(at_work + here, enough.to(tl.int32), mask=inside)
+        latest = tl.where(enough, own, latest)
+        taken = tl.where(enough, place, taken)

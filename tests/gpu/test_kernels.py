@@ -211,8 +211,9 @@ def test_offsets_beyond_2_to_the_31(
     compare(inputs, tokens, oracle.output, exact, "oracle")
     del oracle
 
-    chosen = torch.zeros(4, 4, -(-sequence // BLOCK), dtype=torch.bool, device="cuda")
-    chosen.scatter_(2, picked.clamp(min=0).long(), picked >= 0)
+    blocks = -(-sequence // BLOCK)
+    chosen = torch.zeros(4, 4, blocks + 1, dtype=torch.bool, device="cuda")
+    chosen.scatter_(2, torch.where(picked < 0, blocks, picked).long(), True)
     seen = causal & chosen.repeat_interleave(BLOCK, 2)[..., :sequence]
     exact = exact_rows(inputs, tokens, seen, with_sink=True)
     compare(inputs, tokens, sparse(inputs, indices), exact, "block-sparse")

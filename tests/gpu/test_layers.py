@@ -113,7 +113,8 @@ def test_both_kinds_are_one_model(
     (losses, gradients), (te_losses, te_gradients) = (
         losses_and_gradients(model) for model in models.values()
     )
-    limit = 2e-2 if precision == "bf16" else 1e-4
+    # Transformer Engine multiplies fp32 matrices in TF32.
+    limit = 2e-2 if precision == "bf16" else 1e-2
     assert (losses - te_losses).norm() / losses.norm() < limit
     total = torch.stack([g.double().norm() for g in gradients.values()]).norm()
     te_total = torch.stack([g.double().norm() for g in te_gradients.values()]).norm()

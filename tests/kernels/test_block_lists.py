@@ -72,7 +72,8 @@ def check_chunks(lists: BlockLists) -> None:
         latest[entry] = number
         assert stops[number] - firsts[number] < block_lists.CHUNK_PARTS + longest_segment(lists)
     for number, entry in enumerate(entries[:used]):
-        if number != latest[entry]:  # the last one waits for the last segment
+        if number != latest[entry]:  # the last one waits for the last segment, and may be short
+            assert stops[number] - firsts[number] >= block_lists.CHUNK_PARTS
             token = int(lists.reader_part[stops[number] - 1]) * lists.part_tokens
             places.append((entry // len(lists.table), token // lists.segment_tokens))
     assert places == sorted(places)

@@ -184,7 +184,7 @@ def compare(case: Case, dtype: torch.dtype, device: str, seed: int) -> None:
             specification,
             inputs,
             # The errors of three operations, whose results nearly cancel.
-            tolerance=TOLERANCE[dtype] * (2 if name == "accumulated" else 1),
+            tolerance=TOLERANCE[dtype] * (3 if name == "accumulated" else 1),
             # The dense backward is cuDNN's where that is there.
             repeats=device == "cpu" or name in ("block-sparse", "window"),
         )
@@ -376,9 +376,9 @@ def draw_for_hopper(generator: random.Random, packed: bool) -> Case:
 def on_gpu(generator: random.Random) -> None:
     compare_topk("cuda", generator.randrange(2**31), [(7, 64), (512, 16), (2048, 16), (4096, 64)])
     compare_leak(torch.bfloat16, "cuda", generator.randrange(2**31))
-    for trial in range(12):  # most of the time goes into compiling each
+    for trial in range(6):  # most of the time goes into compiling each
         dtype = generator.choice([torch.bfloat16, torch.float16])
-        case = (draw_for_hopper if trial < 6 else functools.partial(draw, interpreted=False))(
+        case = (draw_for_hopper if trial < 3 else functools.partial(draw, interpreted=False))(
             generator, packed=trial % 2 == 1
         )
         with several_passes(generator.choice([64, 1024]), 2**22, 2**24):
