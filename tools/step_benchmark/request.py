@@ -51,10 +51,14 @@ def run(request: Request) -> dict[str, Any]:
             check=False,
         )
         try:
-            return json.loads(answered.read_text())
+            answer = json.loads(answered.read_text())
         except (OSError, ValueError):
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            return {"note": f"ended with exit code {done.returncode}: {last}"}
+            answer = {"note": f"ended with exit code {done.returncode}: {last}"}
+    if "note" in answer or "profile_note" in answer:
+        # The note is one line; whoever has to repair something needs the traceback too.
+        print(done.stderr, end="", file=sys.stderr)
+    return answer
 
 
 def _environment(device: str) -> dict[str, str]:

@@ -342,6 +342,17 @@ def test_a_process_that_dies_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     assert request.run(Request("", "cpu")) == {"note": "ended with exit code 1: no message"}
 
 
+def test_what_a_failing_process_said_is_passed_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    script = tmp_path / "python"
+    script.write_text("#!/bin/sh\necho first >&2\necho last >&2\nkill -9 $$\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    assert request.run(Request("", "cpu")) == {"note": "ended with exit code -9: last"}
+    assert capsys.readouterr().err == "first\nlast\n"
+
+
 def test_refusals_and_failures_are_notes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert child.answer(Request("name: 3\nmodell: {}\n", "cpu"))["note"].startswith("refused: ")
     monkeypatch.setattr(child, "measure", lambda one: 1 / 0)
