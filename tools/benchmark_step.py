@@ -1,0 +1,94 @@
+"""Time whole training steps of a slice of a model: `python -m tools.benchmark_step [options]`.
+
+    python -m tools.benchmark_step --layers 12 --experts 64 --vocab 8192 --lengths 32768
+
+See `step_benchmark.options` for what it takes and returns.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shlex
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+
+from hysparse_megatron.config.frozen import to_yaml
+from hysparse_megatron.errors import HySparseError
+from tools.step_benchmark import curve, request
+from tools.step_benchmark.bars import bars
+from tools.step_benchmark.cases import Case, make_cases
+from tools.step_benchmark.options import parse
+from tools.step_benchmark.report import Report, environment, family_lines, memory_lines, time_line
+from tools.step_benchmark.request import Request
+from tools.step_benchmark.rows import Row
+from tools.step_benchmark.slices import MEGATRON
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure what `argv` asks for, the command line without the program's name."""
+    try:
+        options = parse(argv)
+        # All configurations before anything runs: a mistake in the last must not cost the others.
+        if options.compare_cpu is not None:
+            for one in curve.curve_runs(options.device):
+                curve.curve_config(options, one)
+            return curve.compare(options, _report(options, argv), request.run)
+        return _measure(options, make_cases(options), _report(options, argv))
+    except HySparseError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _report(options: Namespace, argv: Sequence[str]) -> Report:
+    command = f"python -m tools.benchmark_step {shlex.join(argv)}".strip()
+    report = Report(options.output, environment(options.device, command))
+    report.write({})  # a path that cannot be written must not be found out after the measuring
+    report.heading()
+    return report
+
+
+def _measure(options: Namespace, cases: Sequence[Case], report: Report) -> int:
+    """Case after case, a table for every length, the ratios at the end."""
+    began = time.monotonic()
+    rows: list[Row] = []
+    for _, of_length in itertools.groupby(cases, key=lambda case: case.length):
+        table: list[Row] = []
+        for case in of_length:
+            late = time.monotonic() - began > options.limit_seconds
+            answer = {"note": "left out after --limit-seconds"} if late else _run(options, case)
+            row = Row(case, answer, options.peak_tflops)
+            if not table:
+                report.start(row)
+            report.say(time_line(row))
+            table.append(row)
+            rows.append(row)
+            report.write_rows(rows, bars(rows))
+        for line in (*memory_lines(table), *family_lines(table)):
+            report.say(line)
+    report.say()
+    report.say("how many times faster, and goals:")
+    for bar in bars(rows):
+        report.say(bar.line())
+    report.say(f"{time.monotonic() - began:.0f} seconds in all")
+    report.write_rows(rows, bars(rows))
+    return 0 if any(row.timing for row in rows) else 1
+
+
+def _run(options: Namespace, case: Case) -> dict:
+    return request.run(
+        Request(
+            config=to_yaml(case.config),
+            device=options.device,
+            reference=case.name == MEGATRON,
+            warmup=options.warmup,
+            steps=options.steps,
+            budget_seconds=options.case_seconds,
+            profile=options.profile and not case.again,
+        )
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

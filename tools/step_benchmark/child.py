@@ -1,0 +1,190 @@
+"""One case in a process of its own: `python -m tools.step_benchmark.child REQUEST RESULT`.
+
+Clean memory and clean state of megatron-core, whatever ran before. The result is a JSON file; a
+case that runs out of memory or is refused has a note in it instead of numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from hysparse_kernels import BackendUnavailable
+
+from hysparse_megatron.__main__ import _quiet_libraries
+from hysparse_megatron.config.frozen import from_yaml
+from hysparse_megatron.config.schema import Config
+from hysparse_megatron.errors import HySparseError
+from tools.step_benchmark.request import Request
+
+_MOST_BATCHES = 8
+"""Different batches made in advance; more steps take them in turns."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure the request in the first file and write the second."""
+    asked, answered = map(Path, argv)
+    result = answer(Request(**json.loads(asked.read_text())))
+    answered.write_text(json.dumps(result))
+    return 0
+
+
+def answer(request: Request) -> dict[str, Any]:
+    """What was measured, or {"note": why nothing was}."""
+    _quiet_libraries()
+    try:
+        return measure(request)
+    except torch.OutOfMemoryError as error:
+        return {"note": f"out of memory: {_first_line(error)}"}
+    except (HySparseError, BackendUnavailable) as error:
+        return {"note": f"refused: {_first_line(error)}"}
+    except Exception as error:
+        traceback.print_exc()
+        return {"note": f"failed: {type(error).__name__}: {_first_line(error)}"}
+
+
+def measure(request: Request) -> dict[str, Any]:
+    """Build, warm up, time, and look at one more step with the profiler."""
+    from hysparse_megatron.runtime import device as runtime_device
+    from hysparse_megatron.runtime.launcher import Rank
+    from hysparse_megatron.training.run import _attention_backend
+    from hysparse_megatron.training.state import build_state
+    from hysparse_megatron.training.step import train_step
+    from tools.step_benchmark import annotations, reference
+
+    config = from_yaml(request.config)
+    device = runtime_device.start(Rank(0, 1, 0, 1), config.parallel.timeout_seconds)
+    backend = _attention_backend(config, device)
+    facts = {"attention": reference.describe() if request.reference else f"{backend.name} backend"}
+    began = time.perf_counter()
+    assert config.model.vocab_size is not None
+    with _building(request, device):
+        state = build_state(config, config.model.vocab_size, device)
+    build_seconds = time.perf_counter() - began
+    number = 1 if request.same_batch else min(request.warmup + request.steps, _MOST_BATCHES)
+    batches = itertools.cycle([random_batch(config, seed) for seed in range(number)])
+    steps = itertools.count()
+    losses: list[float] = []
+
+    def step() -> None:
+        losses.append(train_step(state, next(steps), next(batches)).loss)
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(request.warmup):
+        step()
+    seconds = time_steps(step, request.steps, request.budget_seconds)
+    result: dict[str, Any] = {
+        **facts,
+        "build_seconds": build_seconds,
+        "step_seconds": seconds,
+        "losses": list(losses),  # without the profiled step's
+        "memory": _memory(device),
+        "num_parameters": state.num_parameters(),
+    }
+    if request.profile:
+        try:
+            result["profile"] = asdict(annotations.profile_step(state, step))
+        except Exception as error:  # the profiler's memory or its trace; the times are good
+            traceback.print_exc()
+            result["profile_note"] = f"{type(error).__name__}: {_first_line(error)}"
+    runtime_device.stop()
+    return result
+
+
+def time_steps(step: Callable[[], None], most: int, budget_seconds: float) -> list[float]:
+    """Seconds of up to `most` steps, by the clock of the host around finished work."""
+    seconds: list[float] = []
+    while len(seconds) < most and (len(seconds) < 2 or sum(seconds) < budget_seconds):
+        _synchronize()
+        began = time.perf_counter()
+        step()
+        _synchronize()
+        seconds.append(time.perf_counter() - began)
+    return seconds
+
+
+def random_batch(config: Config, seed: int) -> list[dict[str, torch.Tensor]]:
+    """The micro-batches of one step, as `BatchSource` yields them, of random tokens."""
+    train, vocab_size = config.train, config.model.vocab_size
+    assert vocab_size is not None
+    generator = torch.Generator().manual_seed(seed)
+    shape = (train.micro_batch_size, train.seq_length + 1)
+    microbatches = []
+    for _ in range(train.global_batch_size // train.micro_batch_size):
+        rows = torch.randint(vocab_size, shape, generator=generator)
+        inputs, labels = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        microbatches.append(
+            {
+                "tokens": inputs,
+                "labels": labels,
+                "loss_mask": torch.ones(inputs.shape, dtype=torch.float32),
+                "position_ids": torch.arange(inputs.shape[1]).expand_as(inputs).contiguous(),
+            }
+        )
+    return microbatches
+
+
+@contextlib.contextmanager
+def _building(request: Request, device: torch.device) -> Iterator[None]:
+    """How the model of this request is built."""
+    from hysparse_megatron.training import state
+
+    with contextlib.ExitStack() as patches:
+        if request.reference:
+            from tools.step_benchmark.reference import build_reference_chunks
+
+            # Everything else of a training state stays: optimizer, gradient buffers, precision.
+            patches.enter_context(mock.patch.object(state, "build_chunks", build_reference_chunks))
+        if device.type == "cuda" and not request.exact_weights:
+            patches.enter_context(mock.patch.object(torch.nn.init, "normal_", _normal_on_device))
+        yield
+
+
+def _normal_on_device(
+    tensor: torch.Tensor, mean: float = 0.0, std: float = 1.0, generator: None = None
+) -> torch.Tensor:
+    """`torch.nn.init.normal_`, drawn on the GPU: billions of numbers take a CPU minutes."""
+    with torch.no_grad():
+        drawn = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda").normal_(mean, std)
+        return tensor.copy_(drawn)
+
+
+def _memory(device: torch.device) -> dict[str, int] | None:
+    """Bytes: at the peak of a step, as PyTorch and as the device see it, and between steps."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return {
+        "state": torch.cuda.memory_allocated(device),
+        "peak_allocated": torch.cuda.max_memory_allocated(device),
+        "peak_reserved": torch.cuda.max_memory_reserved(device),
+        "device_used": total - free,
+    }
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    sys.stderr.flush()
+    # Not sys.exit: after a failure a library's exit handler could wait for a device that is gone.
+    os._exit(code)

@@ -1,0 +1,169 @@
+"""Prints rows as tables while they are measured, and writes the text and a JSON beside it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hysparse_megatron.errors import ConfigError
+from hysparse_megatron.plan.memory import GIB
+from tools.step_benchmark.bars import Bar
+from tools.step_benchmark.rows import Row
+from tools.step_benchmark.trace import FAMILIES
+
+_TIMES = (
+    f"  {'layout':15s}{'layers':14s}{'step':>11s}  {'quartiles':>19s}{'tokens/s':>11s}{'TF/s':>7s}"
+    f"{'of peak':>9s}{'peak GiB':>10s}{'planned':>9s}{'ratio':>7s}"
+)
+_MEMORY = (
+    f"  {'memory, GiB':15s}{'weights':>9s}{'gradients':>11s}{'optimizer':>11s}{'= state':>9s}"
+    f"{'measured':>10s}{'activations':>13s}{'working set':>13s}{'= rest':>8s}{'measured':>10s}"
+    f"{'reserved':>10s}{'on device':>11s}"
+)
+
+
+def environment(device: str, command: str) -> dict[str, Any]:
+    """What ran where, with which versions."""
+    import torch
+
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("triton", "megatron-core", "transformer-engine"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    on_gpu, threads = device == "cuda", torch.get_num_threads()
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+        "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {threads} threads",
+        "versions": versions,
+        "command": command,
+    }
+
+
+@dataclass
+class Report:
+    """Collects what is printed. `path` is the text file, the JSON lies beside it; or None."""
+
+    path: Path | None
+    facts: dict[str, Any]
+    lines: list[str] = field(default_factory=list)
+
+    def say(self, line: str = "") -> None:
+        """Print a line and keep it."""
+        print(line, flush=True)
+        self.lines.append(line)
+
+    def heading(self) -> None:
+        """What ran where."""
+        versions = "  ".join(f"{name} {number}" for name, number in self.facts["versions"].items())
+        self.say(f"{self.facts['date']}  {self.facts['device']}  {versions}")
+        self.say(f"command: {self.facts['command']}")
+
+    def start(self, row: Row) -> None:
+        """The heading of a length's table."""
+        config = row.case.config
+        model, train = config.model, config.train
+        experts = f", {model.moe.num_experts} experts" if model.moe.num_experts else ""
+        number = train.global_batch_size // train.micro_batch_size
+        self.say()
+        self.say(
+            f"{row.case.length} tokens: hidden {model.hidden_size}{experts}, vocabulary "
+            f"{model.vocab_size}, {train.precision.value}, recompute {train.recompute.value}, "
+            f"{number} micro-batches of {train.micro_batch_size} a step"
+        )
+        self.say(_TIMES)
+
+    def write(self, content: dict[str, Any]) -> None:
+        """Both files, whole; called after every case, so that an interrupted run leaves some."""
+        if self.path is None:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text("\n".join(self.lines) + "\n")
+            text = json.dumps({**self.facts, **content}, indent=1)
+            self.path.with_suffix(".json").write_text(text + "\n")
+        except OSError as error:
+            raise ConfigError(f"--output: cannot write {self.path} ({error.strerror})") from error
+
+    def write_rows(self, rows: Sequence[Row], bars: Sequence[Bar]) -> None:
+        """Both files of a comparison."""
+        self.write(
+            {
+                "peak_tflops": rows[0].peak_tflops,
+                "rows": [row.as_json() for row in rows],
+                "bars": [{**asdict(bar), "met": bar.met} for bar in bars],
+            }
+        )
+
+
+def time_line(row: Row) -> str:
+    """One line of the first table."""
+    start = f"  {row.case.label:15s}{row.case.config.model.layout:14s}"
+    if row.timing is None:
+        return f"{start}  {row.note}"
+    timing = row.timing
+    quartiles = f"{timing.low * 1e3:.1f} .. {timing.high * 1e3:.1f}"
+    line = (
+        f"{start}{timing.median * 1e3:8.1f} ms  {quartiles:>19s}{row.tokens_per_second:11.0f}"
+        f"{row.tflops:7.1f}{row.share_of_peak:9.1%}"
+    )
+    if row.memory is None or row.memory_ratio is None:
+        return f"{line}{'-':>10s}{row.planned_tensor_bytes / GIB:9.1f}"
+    peak = row.memory["peak_allocated"] / GIB
+    return f"{line}{peak:10.1f}{row.planned_tensor_bytes / GIB:9.1f}{row.memory_ratio:7.2f}"
+
+
+def memory_lines(rows: Sequence[Row]) -> list[str]:
+    """Planned by part, measured as far as parts can be told apart."""
+    lines = [_MEMORY]
+    for row in rows:
+        plan, found = row.case.memory, row.memory
+        if found is None:
+            continue
+        state = plan.weights + plan.gradients + plan.optimizer
+        rest = plan.activation_bytes + plan.working_set
+        beyond = found["peak_allocated"] - found["state"]
+        wanted = (found["state"], beyond, found["peak_reserved"], found["device_used"])
+        measured = [f"{size / GIB:.1f}" for size in wanted]
+        parts = [f"{size / GIB:.1f}" for size in (plan.weights, plan.gradients, plan.optimizer)]
+        later = [f"{size / GIB:.1f}" for size in (plan.activation_bytes, plan.working_set, rest)]
+        lines.append(
+            f"  {row.case.label:15s}{parts[0]:>9s}{parts[1]:>11s}{parts[2]:>11s}"
+            f"{state / GIB:9.1f}{measured[0]:>10s}{later[0]:>13s}{later[1]:>13s}{later[2]:>8s}"
+            f"{measured[1]:>10s}{measured[2]:>10s}{measured[3]:>11s}"
+        )
+    return lines if len(lines) > 1 else []
+
+
+def family_lines(rows: Sequence[Row]) -> list[str]:
+    """Milliseconds of one step by kernel family, and how long the device waits."""
+    profiled = [row for row in rows if row.families is not None]
+    lost = [row for row in rows if "profile_note" in row.answer]
+    lines = [
+        f"  {row.case.label}: no kernel families: {row.answer['profile_note']}" for row in lost
+    ]
+    if not profiled:
+        return lines
+    lines += [f"  {'ms of one step':30s}" + "".join(f"{row.case.label:>16s}" for row in profiled)]
+    for family in FAMILIES:
+        seconds = [(row.families or {}).get(family, 0.0) for row in profiled]
+        if any(seconds):
+            cells = [
+                f"{second * 1e3:.1f} ({_share(second, row)})"
+                for second, row in zip(seconds, profiled, strict=True)
+            ]
+            lines.append(f"  {family:30s}" + "".join(f"{cell:>16s}" for cell in cells))
+    idle = [f"{row.idle_share:.0%}" for row in profiled]
+    lines.append(f"  {'idle share of a step':30s}" + "".join(f"{cell:>16s}" for cell in idle))
+    return lines
+
+
+def _share(seconds: float, row: Row) -> str:
+    return f"{seconds / max(sum((row.families or {}).values()), 1e-12):.0%}"
