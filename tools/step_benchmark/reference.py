@@ -13,6 +13,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from hysparse_megatron.config.schema import Config
+from hysparse_megatron.model.layers import LayerChoice
 from hysparse_megatron.model.megatron_config import HySparseConfig
 from hysparse_megatron.plan.parameters import padded_vocab_size
 from hysparse_megatron.runtime import megatron_on_cpu
@@ -37,7 +38,11 @@ def describe() -> str:
 
 
 def build_reference_chunks(
-    config: Config, megatron: HySparseConfig, vocab_size: int, groups: ProcessGroupCollection
+    config: Config,
+    megatron: HySparseConfig,
+    vocab_size: int,
+    groups: ProcessGroupCollection,
+    _layers: LayerChoice,
 ) -> list[GPTModel]:
     """What stands in for `model.builder.build_chunks`; all else is built as in training."""
     model = config.model

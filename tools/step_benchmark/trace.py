@@ -38,7 +38,7 @@ _BY_NAME = (
         FULL_ATTENTION,
         re.compile(r"\boracle_kernel|group_scores_kernel|topk_kernel|sdpa|fmha|flash"),
     ),
-    (SPARSE_ATTENTION, re.compile(r"^(forward|dq|dkv|union|map|count|compact)_kernel")),
+    (SPARSE_ATTENTION, re.compile(r"^(forward|dq|dkv|union|map|count|compact|chunk)_kernel")),
     (
         EXPERTS,
         re.compile(r"permute|row_id_map|sort_chunks|radix|bitonic|masked_select|histc", re.I),
