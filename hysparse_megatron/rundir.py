@@ -26,7 +26,15 @@ from hysparse_megatron.config.frozen import CONFIG_FILE, freeze, load_frozen, to
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.errors import ConfigError
 
-_PACKAGES = ("torch", "megatron-core", "hydra-core", "wandb", "tokenizers", "numpy")
+_PACKAGES = (
+    "torch",
+    "megatron-core",
+    "emerging-optimizers",
+    "hydra-core",
+    "wandb",
+    "tokenizers",
+    "numpy",
+)
 
 
 class RunDirectory:

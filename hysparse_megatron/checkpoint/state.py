@@ -75,7 +75,8 @@ def load_state(state: TrainingState, directory: Path, weights_only: bool = False
     except _LOAD_ERRORS as error:
         raise CheckpointError(
             f"{directory} cannot be loaded into this model: {error}\n"
-            "model.* must be what the checkpoint was made with; parallel.* may differ"
+            "model.* and optim.name must be what the checkpoint was made with; parallel.* may "
+            "differ"
         ) from error
     for index, chunk in enumerate(state.chunks):
         _load_weights(chunk.module, loaded[f"model{index}"])
@@ -87,12 +88,15 @@ def load_state(state: TrainingState, directory: Path, weights_only: bool = False
     optim = state.config.optim
     for part in _optimizer_parts(loaded["optimizer"]):
         for group in part["optimizer"]["param_groups"]:
-            group.update(
-                max_lr=optim.learning_rate,
-                min_lr=optim.min_learning_rate,
-                betas=(optim.beta1, optim.beta2),
-                eps=optim.epsilon,
-            )
+            today = {
+                "max_lr": optim.learning_rate,
+                "min_lr": optim.min_learning_rate,
+                "betas": (optim.beta1, optim.beta2),
+                "eps": optim.epsilon,
+                "momentum": optim.muon.momentum,
+            }
+            # AdamW's groups have no momentum, Muon's no betas.
+            group.update({name: value for name, value in today.items() if name in group})
     state.optimizer.load_state_dict(loaded["optimizer"])
     return int(loaded["step"])
 

@@ -73,6 +73,48 @@ class Fp8(Enum):
     blockwise = "blockwise"
 
 
+class OptimizerName(Enum):
+    """What turns gradients into updates."""
+
+    adamw = "adamw"
+    muon = "muon"
+
+
+class MuonCoefficients(Enum):
+    """Polynomials of Muon's Newton-Schulz iteration, as emerging-optimizers names them."""
+
+    simple = "simple"
+    quintic = "quintic"
+    polar_express = "polar_express"
+    cans = "cans"
+    aol = "aol"
+    deepseekv4 = "deepseekv4"
+
+
+class MuonScale(Enum):
+    """Factor on the orthogonal matrix that becomes an update, by the size of the matrix."""
+
+    spectral = "spectral"
+    unit_rms_norm = "unit_rms_norm"
+    shape_scaling = "shape_scaling"
+
+
+class MuonTensorParallel(Enum):
+    """Which matrix Muon orthogonalises where tensor-parallel ranks hold slices of one."""
+
+    blockwise = "blockwise"
+    duplicated = "duplicated"
+    distributed = "distributed"
+
+
+class MatmulPrecision(Enum):
+    """Precision of products of fp32 matrices; medium computes in bf16."""
+
+    medium = "medium"
+    high = "high"
+    highest = "highest"
+
+
 class Schedule(Enum):
     """Shape of the learning rate over the run, after the warm-up."""
 
@@ -236,9 +278,39 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    """AdamW and its learning-rate schedule. The defaults follow the paper where it says."""
+class MuonConfig:
+    """Muon, for the hidden matrices. The defaults are megatron-core's; AdamW ignores them."""
 
+    momentum: float = 0.95
+    """Decay per step of the running mean of gradients, the only state of a matrix."""
+    nesterov: bool = False
+    """Orthogonalise the running mean as it will be one step on, with the gradient in it twice."""
+    num_ns_steps: int = 5
+    """Newton-Schulz steps of an update; more bring its singular values closer to 1."""
+    coefficients: MuonCoefficients = MuonCoefficients.quintic
+    """Polynomials of these steps; quintic has five, and begins again after them."""
+    scale_mode: MuonScale = MuonScale.spectral
+    """spectral: square root of the longer side, so that entries are of order 1 like AdamW's;
+    unit_rms_norm: square root of rows by columns; shape_scaling: the same, but at least 1."""
+    extra_scale_factor: float = 1.0
+    """Factor on that; 0.2 with spectral makes updates about as large as AdamW's."""
+    matmul_precision: MatmulPrecision = MatmulPrecision.medium
+    """Of the Newton-Schulz steps; medium (bf16) is fast on accelerators and accurate enough."""
+    tp_mode: MuonTensorParallel = MuonTensorParallel.blockwise
+    """blockwise: each rank its own slice, cheapest, but another update at every parallel.tp;
+    duplicated: every rank gathers the whole; distributed: no rank does, more communication."""
+    split_qkv: bool = True
+    """Orthogonalise query, key, value and gates of a fused projection each by itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """The optimizer and its learning-rate schedule. The defaults follow the paper where it says."""
+
+    name: OptimizerName = OptimizerName.adamw
+    """adamw for everything; muon for hidden matrices, with AdamW for embeddings, the output
+    projection, norms and sinks."""
+    muon: MuonConfig = field(default_factory=MuonConfig)
     learning_rate: float = 3e-4
     """Highest learning rate, reached at the end of the warm-up."""
     min_learning_rate: float = 3e-5

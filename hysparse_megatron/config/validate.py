@@ -4,6 +4,7 @@ Every rule is one small generator of problems. A rule that needs a sane number l
 complaint about it to `_numbers`, so that one mistake is reported once.
 """
 
+import importlib.metadata
 import math
 import netrc
 import os
@@ -19,6 +20,7 @@ from hysparse_megatron.config.schema import (
     Config,
     Fp8,
     Layers,
+    OptimizerName,
     Precision,
     Recompute,
     RouterScore,
@@ -71,6 +73,7 @@ AT_LEAST: dict[str, int] = {
     "optim.clip_grad": 0,
     "optim.warmup_steps": 0,
     "optim.decay_steps": 0,
+    "optim.muon.num_ns_steps": 1,
     "train.steps": 1,
     "train.global_batch_size": 1,
     "train.micro_batch_size": 1,
@@ -95,15 +98,20 @@ ABOVE_ZERO = (
     "cluster.network_bandwidth_gb",
     "optim.learning_rate",
     "optim.epsilon",
+    "optim.muon.extra_scale_factor",
 )
 
-FRACTIONS = ("model.hidden_dropout", "optim.beta1", "optim.beta2")
+FRACTIONS = ("model.hidden_dropout", "optim.beta1", "optim.beta2", "optim.muon.momentum")
 """Numbers from 0 up to, but not including, 1."""
 
 
 TRITON_BLOCK_SIZES = (16, 32, 64, 128)
 TRITON_MAX_HEAD_DIM = 256
 """What `hysparse_kernels.triton_attention` takes; repeated here because that imports torch."""
+
+MUON_PACKAGE = "emerging-optimizers"
+MUON_VERSIONS = "0.3"
+"""The package that megatron-core takes Muon from, and its versions that are tested here."""
 
 
 def check(config: Config, world_size: int) -> None:
@@ -117,6 +125,7 @@ def validate(config: Config, *, world_size: int) -> list[Problem]:
     """Everything that keeps `config` from running on `world_size` ranks."""
     problems = [problem for rule in RULES for problem in rule(config)]
     problems += _ranks(config, world_size)
+    problems += _expert_shares(config, world_size)
     problems += _batches(config, world_size)
     return problems
 
@@ -125,6 +134,7 @@ def plan_problems(config: Config, *, world_size: int) -> list[Problem]:
     """What of `validate` is about how the model is split over ranks."""
     problems = [problem for rule in PLAN_RULES for problem in rule(config)]
     problems += _ranks(config, world_size)
+    problems += _expert_shares(config, world_size)
     problems += _batches(config, world_size)
     return problems
 
@@ -305,6 +315,32 @@ def _schedule(config: Config) -> Iterator[Problem]:
         yield Problem("optim.warmup_steps", got, allowed)
 
 
+def _muon(config: Config) -> Iterator[Problem]:
+    """Muon's package, which is optional; asked for without importing it."""
+    if config.optim.name is not OptimizerName.muon:
+        return
+    try:
+        installed = importlib.metadata.version(MUON_PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        installed = "not installed"
+    if not installed.startswith(f"{MUON_VERSIONS}."):
+        got = f"muon ({MUON_PACKAGE} {installed})"
+        allowed = (
+            f"adamw, or muon after: pip install '{MUON_PACKAGE}~={MUON_VERSIONS}.0'\n"
+            "(the extra `muon` of this package)"
+        )
+        yield Problem("optim.name", got, allowed)
+
+
+def _whole_groups(config: Config) -> Iterator[Problem]:
+    """A slice of the fused projection must hold whole KV groups, or it has no parts to split."""
+    groups, tp = config.model.num_query_groups, config.parallel.tp
+    splits = config.optim.name is OptimizerName.muon and config.optim.muon.split_qkv
+    if splits and 0 < groups < tp:
+        allowed = f"false while parallel.tp = {tp} exceeds model.num_query_groups = {groups}"
+        yield Problem("optim.muon.split_qkv", "true", allowed)
+
+
 def _backend(config: Config) -> Iterator[Problem]:
     """What the Triton kernels take; whether there is a GPU is found out when the run starts."""
     if config.model.backend is not Backend.triton:
@@ -374,6 +410,21 @@ def _ranks(config: Config, world_size: int) -> Iterator[Problem]:
         yield Problem("parallel.ep", got, allowed)
 
 
+def _expert_shares(config: Config, world_size: int) -> Iterator[Problem]:
+    """Experts that several ranks hold although all of them are one data-parallel rank.
+
+    megatron-core's layer-wise optimizer deals no matrices out where the data-parallel size is 1:
+    each such rank would update every expert with the gradient of its own tokens alone.
+    """
+    parallel, moe = config.parallel, config.model.moe
+    if config.optim.name is not OptimizerName.muon or moe.num_experts < 1:
+        return
+    dp = world_size // max(parallel.tp * parallel.pp * parallel.cp, 1)
+    if dp == 1 and 0 < parallel.ep < parallel.tp:
+        allowed = f"parallel.tp = {parallel.tp} with optim.name = muon and data-parallel size 1"
+        yield Problem("parallel.ep", str(parallel.ep), allowed)
+
+
 def _batches(config: Config, world_size: int) -> Iterator[Problem]:
     parallel, train = config.parallel, config.train
     ranks = parallel.tp * parallel.pp * parallel.cp
@@ -420,6 +471,8 @@ RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _experts,
     _dense_ranks,
     _schedule,
+    _muon,
+    _whole_groups,
     paths.run_directory,
     paths.inputs,
 )
@@ -432,5 +485,6 @@ PLAN_RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _parallel,
     _experts,
     _dense_ranks,
+    _whole_groups,
 )
 """Those that another parallel plan may satisfy."""

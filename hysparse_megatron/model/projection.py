@@ -49,7 +49,7 @@ class GroupedProjection(MegatronModule):
         self.heads_per_group = config.num_attention_heads // self.num_groups
         self.linear = linear(
             config.hidden_size,
-            self.num_groups * sum(self._group_widths()),
+            self.num_groups * sum(self.group_widths()),
             config=config,
             init_method=config.init_method,
             bias=False,
@@ -60,7 +60,8 @@ class GroupedProjection(MegatronModule):
             tp_group=pg_collection.tp,
         )
 
-    def _group_widths(self) -> list[int]:
+    def group_widths(self) -> list[int]:
+        """Rows of each part in one KV group of the weight, in order."""
         return [part.width * (self.heads_per_group if part.per_head else 1) for part in self.parts]
 
     def forward(self, hidden_states: Tensor) -> dict[str, Tensor]:
@@ -78,7 +79,7 @@ class GroupedProjection(MegatronModule):
 
         heads = self.heads_per_group // ranks_per_group
         result = {}
-        for part, piece in zip(self.parts, fused.split(self._group_widths(), dim=-1), strict=True):
+        for part, piece in zip(self.parts, fused.split(self.group_widths(), dim=-1), strict=True):
             if part.per_head:
                 piece = piece.unflatten(-1, (self.heads_per_group, part.width))
                 piece = piece[:, :, :, member * heads : (member + 1) * heads].flatten(2, 3)

@@ -10,7 +10,13 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from hysparse_megatron.config.schema import Config, GateKind, Precision, Recompute
+from hysparse_megatron.config.schema import (
+    Config,
+    GateKind,
+    OptimizerName,
+    Precision,
+    Recompute,
+)
 from hysparse_megatron.layout import LayerKind
 from hysparse_megatron.plan.parameters import RankParameters, gate_width, padded_vocab_size
 from hysparse_megatron.plan.topology import PipelinePlan
@@ -38,7 +44,7 @@ class RankMemory:
     gradients: int
     """fp32, accumulated over micro-batches."""
     optimizer: int
-    """fp32 main weights (with bf16 training) and both moments, split over data-parallel ranks."""
+    """fp32 main weights (with bf16 training) and moments, split over data-parallel ranks."""
     activations: dict[str, int]
     """Kept for the backward pass by all micro-batches in flight, by what they are."""
     micro_batches_in_flight: float
@@ -60,15 +66,33 @@ class RankMemory:
 
 
 def state_bytes(
-    held: RankParameters, precision: Precision, dp: int, edp: int
+    held: RankParameters, precision: Precision, dp: int, edp: int, optimizer: OptimizerName
 ) -> tuple[int, int, int]:
     """(weights, gradients, optimizer) of a rank that holds `held` parameters."""
     bf16 = precision is Precision.bf16
-    weights = held.total * (2 if bf16 else 4)
-    # Both moments, and in bf16 the fp32 main weights: in fp32 those are the weights themselves.
-    per_parameter = 12 if bf16 else 8
-    optimizer = per_parameter * (-(-held.dense // dp) + -(-held.experts // edp))
-    return weights, 4 * held.total, optimizer
+    per_weight = 2 if bf16 else 4
+    # In bf16 the fp32 main weights too: in fp32 those are the weights themselves.
+    main = 4 if bf16 else 0
+    if optimizer is OptimizerName.adamw:
+        shares = -(-held.dense // dp) + -(-held.experts // edp)
+        return held.total * per_weight, held.total * 4, shares * (main + 8)
+    # Muon keeps one mean of a matrix where AdamW keeps two, and deals out whole matrices.
+    matrices = _share(held.matrices, held.largest_matrix, dp)
+    experts = _share(held.experts, held.largest_expert_matrix, edp)
+    rest = held.dense - held.matrices
+    # The buffers of weights and gradients have room for as many of the largest share.
+    room = rest + dp * matrices + edp * experts
+    state = (matrices + experts) * (main + 4) + -(-rest // dp) * (main + 8)
+    return room * per_weight, room * 4, state
+
+
+def _share(matrices: int, largest: int, ranks: int) -> int:
+    """Elements of the rank with most, of matrices dealt out whole: at least those of the largest.
+
+    Shares are about even where each has several matrices. Where there are about as many ranks as
+    matrices, no deal is even and the largest share is somewhat larger than this.
+    """
+    return max(-(-matrices // ranks), largest)
 
 
 def layer_activations(config: Config, plan: PipelinePlan, layer: int) -> Counter[str]:
@@ -212,7 +236,9 @@ def rank_memory(
         )
     if len(plan.stages) - 1 in stages:
         working = max(working, head_bytes(config))
-    weights, gradients, optimizer = state_bytes(held, config.train.precision, dp, edp)
+    weights, gradients, optimizer = state_bytes(
+        held, config.train.precision, dp, edp, config.optim.name
+    )
     return RankMemory(
         weights=weights,
         gradients=gradients,

@@ -46,6 +46,12 @@ class LayerParameters:
     """Replicated on every rank of the stage."""
     active_experts: int
     """Those of `experts` that compute for one token."""
+    sinks: int
+    """Those of `attention` that are no matrix."""
+    largest_matrix: int
+    """The largest weight that is split over tensor-parallel ranks."""
+    largest_expert_matrix: int
+    """The largest weight of one expert; 0 in a dense layer."""
 
     @property
     def total(self) -> int:
@@ -56,6 +62,14 @@ class LayerParameters:
     def matrices(self) -> int:
         """Weights that one token is multiplied with: 2 FLOPs each in the forward pass."""
         return self.attention + self.feed_forward + self.active_experts + self.router
+
+    def matrices_on_rank(self, tp: int) -> int:
+        """Those of `dense_on_rank` that are weights of linear layers, the router's among them."""
+        return (self.attention - self.sinks + self.feed_forward) // tp + self.router
+
+    def largest_on_rank(self, tp: int) -> int:
+        """The largest of these weights on one rank."""
+        return max(self.largest_matrix // tp, self.router)
 
     def dense_on_rank(self, tp: int) -> int:
         """Parameters of one rank that data-parallel ranks replicate."""
@@ -72,6 +86,12 @@ class RankParameters:
 
     dense: int
     experts: int
+    matrices: int
+    """Those of `dense` that are weights of linear layers inside the model; experts all are."""
+    largest_matrix: int
+    """The largest of these weights, summed over model chunks."""
+    largest_expert_matrix: int
+    """The largest weight of one expert, summed over model chunks."""
 
     @property
     def total(self) -> int:
@@ -132,22 +152,36 @@ def _layer(model: ModelConfig, kind: LayerKind, index: int) -> LayerParameters:
         experts, active = moe.num_experts * one, moe.num_active_experts * one
         router = moe.num_experts * hidden
         feed_forward = 3 * hidden * moe.shared_expert_ffn_hidden_size
+    sinks, fused = _num_sinks(model, kind), _fused_outputs(model, kind)
+    widest = max(
+        fused,
+        model.num_attention_heads * model.value_dim,
+        2 * (moe.shared_expert_ffn_hidden_size if experts else model.ffn_hidden_size),
+    )
     return LayerParameters(
-        attention=attention_matrices(model, kind) + _num_sinks(model, kind),
+        attention=attention_matrices(model, kind) + sinks,
         feed_forward=feed_forward,
         experts=experts,
         router=router,
         norms=2 * hidden + qk_norms,
         active_experts=active,
+        sinks=sinks,
+        largest_matrix=hidden * widest,
+        largest_expert_matrix=2 * hidden * model.expert_width if experts else 0,
     )
 
 
 def attention_matrices(model: ModelConfig, kind: LayerKind) -> int:
     """Weights of the fused input projection and the output projection of one layer."""
+    outputs = _fused_outputs(model, kind) + model.num_attention_heads * model.value_dim
+    return model.hidden_size * outputs
+
+
+def _fused_outputs(model: ModelConfig, kind: LayerKind) -> int:
+    """Rows of the fused input projection."""
     heads, groups = model.num_attention_heads, model.num_query_groups
     outputs = heads * model.head_dim + groups * (model.head_dim + model.value_dim)
-    outputs += heads * gate_width(model, kind)
-    return model.hidden_size * (outputs + heads * model.value_dim)
+    return outputs + heads * gate_width(model, kind)
 
 
 def gate_width(model: ModelConfig, kind: LayerKind) -> int:
@@ -172,17 +206,20 @@ def parameters_on_rank(
     counted: ModelParameters, plan: PipelinePlan, parallel: ParallelConfig, pp_rank: int
 ) -> RankParameters:
     """What one rank of pipeline rank `pp_rank` holds, all its model chunks together."""
-    dense = experts = 0
+    dense = experts = matrices = largest = largest_expert = 0
     last = len(plan.stages) - 1
     for chunk in range(plan.num_chunks):
         stage = plan.stage_index(pp_rank, chunk)
-        for layer in plan.stages[stage]:
-            dense += counted.layers[layer].dense_on_rank(parallel.tp)
-            experts += counted.layers[layer].experts_on_rank(parallel.ep)
+        layers = [counted.layers[layer] for layer in plan.stages[stage]]
+        dense += sum(layer.dense_on_rank(parallel.tp) for layer in layers)
+        experts += sum(layer.experts_on_rank(parallel.ep) for layer in layers)
+        matrices += sum(layer.matrices_on_rank(parallel.tp) for layer in layers)
+        largest += max(layer.largest_on_rank(parallel.tp) for layer in layers)
+        largest_expert += max(layer.largest_expert_matrix for layer in layers)
         if stage == 0:
             dense += counted.embedding // parallel.tp
         if stage == last:
             # A tied output projection is a second copy unless it stands beside the embedding.
             copied = counted.embedding if stage > 0 else 0
             dense += (counted.output or copied) // parallel.tp + counted.final_norm
-    return RankParameters(dense, experts)
+    return RankParameters(dense, experts, matrices, largest, largest_expert)

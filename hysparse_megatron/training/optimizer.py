@@ -16,7 +16,14 @@ from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, Distribut
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 
-from hysparse_megatron.config.schema import OptimConfig, Precision, Schedule, TrainConfig
+from hysparse_megatron.config.schema import (
+    OptimConfig,
+    OptimizerName,
+    Precision,
+    Schedule,
+    TrainConfig,
+)
+from hysparse_megatron.training import muon
 
 _MEGATRON_STYLE = {Schedule.wsd: "WSD", Schedule.cosine: "cosine", Schedule.constant: "constant"}
 
@@ -26,10 +33,11 @@ def build_optimizer(
     precision: Precision,
     chunks: list[DistributedDataParallel],
 ) -> MegatronOptimizer:
-    """AdamW with fp32 main parameters, its state split over the data-parallel ranks."""
+    """AdamW, or Muon with AdamW, on fp32 main parameters; state split over data-parallel ranks."""
     dtype = torch.bfloat16 if precision is Precision.bf16 else torch.float32
+    with_muon = optim.name is OptimizerName.muon
     megatron = OptimizerConfig(
-        optimizer="adam",
+        optimizer="muon" if with_muon else "adam",
         lr=optim.learning_rate,
         min_lr=optim.min_learning_rate,
         weight_decay=optim.weight_decay,
@@ -37,10 +45,15 @@ def build_optimizer(
         adam_beta2=optim.beta2,
         adam_eps=optim.epsilon,
         clip_grad=optim.clip_grad,
-        bf16=dtype is torch.bfloat16,
+        # The layer-wise optimizer cannot be stepped without; it takes fp32 weights as well.
+        bf16=dtype is torch.bfloat16 or with_muon,
         params_dtype=dtype,
-        use_distributed_optimizer=True,
+        use_distributed_optimizer=not with_muon,
+        use_layer_wise_distributed_optimizer=with_muon,
+        **muon.megatron_settings(optim.muon),  # type: ignore[arg-type]
     )
+    if with_muon:
+        muon.mark_projections(chunks)
     # The fp32 sinks of a bf16 model need a group of their own: the distributed optimizer loses
     # count of its parameters, and cannot save them, where one group holds two precisions.
     overrides = get_standard_config_overrides(megatron)
@@ -50,6 +63,8 @@ def build_optimizer(
         chunks,  # type: ignore[arg-type]
         config_overrides=overrides,
     )
+    if with_muon:
+        muon.allow_checkpoints_in_fp32(optimizer)
     for part in distributed_parts(optimizer):
         if not HAVE_APEX_OR_TE:
             _allow_checkpoints_of_torch_adam(part)
@@ -60,6 +75,20 @@ def distributed_parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer
     """The distributed optimizers inside `optimizer`."""
     parts = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
     return [part for part in parts if isinstance(part, DistributedOptimizer)]
+
+
+_ADAM = {
+    "transformer_engine": "AdamW of Transformer Engine (FusedAdam)",
+    "apex": "AdamW of apex (FusedAdam)",
+    "torch": "AdamW of torch",
+}
+"""By package; megatron-core takes the first that it can import."""
+
+
+def adam_name(optimizer: MegatronOptimizer) -> str:
+    """Which implementation of AdamW runs inside `optimizer`."""
+    kind = type(distributed_parts(optimizer)[0].optimizer)
+    return _ADAM.get(kind.__module__.split(".")[0], f"AdamW of {kind.__module__}")
 
 
 def _allow_checkpoints_of_torch_adam(part: DistributedOptimizer) -> None:

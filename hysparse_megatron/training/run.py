@@ -37,7 +37,12 @@ from hysparse_megatron.tracking.summary import write_summary
 from hysparse_megatron.tracking.wandb import Tracker
 from hysparse_megatron.training.control import StopRequest
 from hysparse_megatron.training.loop import Hooks, train
-from hysparse_megatron.training.state import TrainingState, build_state, rows_per_rank
+from hysparse_megatron.training.state import (
+    TrainingState,
+    build_state,
+    describe_optimizer,
+    rows_per_rank,
+)
 
 Say = Callable[[str], None]
 
@@ -291,6 +296,7 @@ def _describe(state: TrainingState, corpus: PreparedCorpus, say: Say) -> None:
     )
     say(f"attention backend {backend.name}: {backend.reason}")
     say(describe_layers(state.layers, config.model))
+    say(f"optimizer: {describe_optimizer(state)}")
     say(
         f"data: {corpus.train_tokens:,} training and {corpus.validation_tokens:,} validation "
         f"tokens, vocabulary {corpus.vocab_size}, fingerprint {corpus.fingerprint[:12]}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,10 +13,12 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer.param_layout import FullParamLayout
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from hysparse_megatron.config.schema import Config
+from hysparse_megatron.config.schema import Config, OptimizerName
+from hysparse_megatron.config.validate import MUON_PACKAGE
 from hysparse_megatron.model.builder import build_chunks
 from hysparse_megatron.model.experts import ExpertLoads
 from hysparse_megatron.model.layers import LayerChoice, resolve_layers
@@ -23,7 +27,8 @@ from hysparse_megatron.model.pipeline import PayloadCommunicator
 from hysparse_megatron.plan.topology import plan_pipeline
 from hysparse_megatron.runtime.process_groups import build_process_groups
 from hysparse_megatron.runtime.random import seed_step
-from hysparse_megatron.training.optimizer import build_optimizer, build_schedule
+from hysparse_megatron.training.muon import is_matrix, matrix_layouts
+from hysparse_megatron.training.optimizer import adam_name, build_optimizer, build_schedule
 
 
 @dataclass
@@ -60,6 +65,16 @@ def rows_per_rank(config: Config) -> int:
     return config.train.seq_length // (parallel.tp if parallel.sequence_parallel else 1)
 
 
+def describe_optimizer(state: TrainingState) -> str:
+    """Which implementations update what."""
+    adam = adam_name(state.optimizer)
+    if state.config.optim.name is not OptimizerName.muon:
+        return adam
+    count = sum(is_matrix(p) for chunk in state.chunks for p in chunk.parameters())
+    version = importlib.metadata.version(MUON_PACKAGE)
+    return f"Muon ({MUON_PACKAGE} {version}) for {count} matrices of rank 0, {adam} for the rest"
+
+
 def build_state(config: Config, vocab_size: int, device: torch.device) -> TrainingState:
     """Build groups, model, optimizer and schedule. Collective over the default process group.
 
@@ -73,14 +88,21 @@ def build_state(config: Config, vocab_size: int, device: torch.device) -> Traini
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=True
     )
+    models = [
+        model.to(device) for model in build_chunks(config, megatron, vocab_size, groups, layers)
+    ]
+    layouts: Sequence[FullParamLayout | None] = [None] * len(models)
+    if config.optim.name is OptimizerName.muon:
+        layouts = matrix_layouts(models, ddp_config, groups)
     chunks = [
         DistributedDataParallel(
             config=megatron,
             ddp_config=ddp_config,
-            module=model.to(device),
+            module=model,
             disable_bucketing=index > 0,
+            full_param_layout=layout,
         )
-        for index, model in enumerate(build_chunks(config, megatron, vocab_size, groups, layers))
+        for index, (model, layout) in enumerate(zip(models, layouts, strict=True))
     ]
     optimizer = build_optimizer(config.optim, config.train.precision, chunks)
     # Megatron-core's random streams must exist before the first forward pass, evaluation included.

@@ -15,8 +15,12 @@ from torch import Tensor
 
 from hysparse_megatron.config.schema import (
     Config,
+    MatmulPrecision,
     ModelConfig,
+    MuonConfig,
+    MuonTensorParallel,
     OptimConfig,
+    OptimizerName,
     ParallelConfig,
     Recompute,
     TrainConfig,
@@ -54,9 +58,23 @@ SMALL: dict[str, Any] = {
 }
 
 
+MUON: dict[str, Any] = {
+    "name": OptimizerName.muon,
+    "muon": MuonConfig(
+        nesterov=True,
+        extra_scale_factor=0.2,
+        # In bf16 every layout would round its own way.
+        matmul_precision=MatmulPrecision.highest,
+        # Another update at every size by design.
+        tp_mode=MuonTensorParallel.duplicated,
+    ),
+}
+"""Muon with the update of one process on every layout."""
+
+
 @dataclass(frozen=True)
 class Case:
-    """A model on a parallel layout. `model` and `train` override the small defaults."""
+    """A model on a parallel layout. `model`, `train` and `optim` override the small defaults."""
 
     name: str
     layout: str = LAYOUT
@@ -68,6 +86,7 @@ class Case:
     sp: bool = False
     model: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
+    optim: dict[str, Any] = field(default_factory=dict)
 
     @property
     def world_size(self) -> int:
@@ -96,7 +115,14 @@ class Case:
             ),
             # Adam divides by |g| + epsilon at first: where a gradient is next to zero, its rounding
             # would decide the sign of a whole step. This is far above rounding and far below |g|.
-            optim=OptimConfig(learning_rate=1e-3, min_learning_rate=1e-4, epsilon=1e-4),
+            optim=OptimConfig(
+                **{
+                    "learning_rate": 1e-3,
+                    "min_learning_rate": 1e-4,
+                    "epsilon": 1e-4,
+                    **self.optim,
+                }
+            ),
         )
         check(config, self.world_size)
         return config

@@ -25,6 +25,7 @@ from hysparse_megatron.errors import CheckpointError
 from hysparse_megatron.model import attention
 from hysparse_megatron.model.layer import HySparseLayer
 from hysparse_megatron.runtime import megatron_on_cpu
+from hysparse_megatron.training.muon import is_matrix, matrix_parts
 from hysparse_megatron.training.optimizer import distributed_parts
 from hysparse_megatron.training.state import TrainingState
 from hysparse_megatron.training.step import evaluate, train_step
@@ -119,7 +120,7 @@ class Continuation:
     parameters: dict[str, Piece]
     """After the last step."""
     optimizer: list[np.ndarray]
-    """This rank's main parameters, both moments and step counts, after the last step."""
+    """This rank's main parameters, moments and step counts, after the last step."""
 
 
 def train_and_save(
@@ -173,11 +174,14 @@ def _continue(state: TrainingState, tokens: Sequence[np.ndarray], first_step: in
 
 def _optimizer_tensors(state: TrainingState) -> list[np.ndarray]:
     found = []
-    for part in distributed_parts(state.optimizer):
+    adam = ("exp_avg", "exp_avg_sq", "step")
+    parts = [(part, adam) for part in distributed_parts(state.optimizer)]
+    parts += [(part, ("momentum_buffer",)) for part in matrix_parts(state.optimizer)]
+    for part, names in parts:
         for group in part.optimizer.param_groups:
             for main in group["params"]:
-                moments = part.optimizer.state[main]
-                tensors = (main, moments["exp_avg"], moments["exp_avg_sq"], moments["step"])
+                kept = part.optimizer.state[main]
+                tensors = (main, *(kept[name] for name in names))
                 found += [tensor.detach().float().numpy().copy() for tensor in tensors]
     return found
 
@@ -190,6 +194,13 @@ def load_error(rank: int, config: Config, run_dir: Path) -> str:
     except CheckpointError as error:
         return str(error)
     return "loaded"
+
+
+def load_weights(rank: int, config: Config, run_dir: Path) -> dict[str, Piece]:
+    """This rank's weights after a load without optimizer state; of matrices, Muon's fp32 copies."""
+    state = prepare(config)
+    load_state(state, resolve_checkpoint(run_dir), weights_only=True)
+    return pieces(state, lambda p: getattr(p, "main_param", p) if is_matrix(p) else p)
 
 
 def write_files(rank: int, checkpoints: Path, steps: Sequence[int]) -> None:

@@ -18,6 +18,7 @@ from tests.distributed.cases import (
     HALF_BATCH,
     INSIDE,
     INTERLEAVED,
+    MUON,
     TWO_INSIDE,
     Case,
     random_tokens,
@@ -27,6 +28,7 @@ from tests.distributed.jobs import (
     Continuation,
     load_and_train,
     load_error,
+    load_weights,
     save_beyond_limit,
     train_and_save,
     write_and_fail,
@@ -114,11 +116,15 @@ def test_chain_of_layouts_returns_to_the_first(
 
 
 DROPOUT = {"hidden_dropout": 0.1}
+BF16 = {**HALF_BATCH, "precision": Precision.bf16}
 SAME_LAYOUT = [
     Case("one-process", model=DROPOUT, train=HALF_BATCH),
     Case("tp2-pp2-sp", INSIDE, tp=2, pp=2, sp=True, model=DROPOUT, train=HALF_BATCH),
     Case("tp2-dp2", tp=2, dp=2, model=DROPOUT, train=HALF_BATCH),
-    Case("bf16", model=DROPOUT, train={**HALF_BATCH, "precision": Precision.bf16}),
+    Case("bf16", model=DROPOUT, train=BF16),
+    Case("muon-one-process", model=DROPOUT, train=HALF_BATCH, optim=MUON),
+    Case("muon-dp2", dp=2, model=DROPOUT, train=HALF_BATCH, optim=MUON),
+    Case("muon-bf16-tp2-dp2", tp=2, dp=2, model=DROPOUT, train=BF16, optim=MUON),
 ]
 
 
@@ -272,3 +278,67 @@ def test_experts_continue_at_any_size(
         if case is SAVED_EXPERTS:
             assert run.losses == original.losses
             assert run.grad_norms == original.grad_norms
+
+
+SAVED_MUON = Case("muon-tp2-dp2", tp=2, sp=True, dp=2, ep=2, model=EXPERTS, optim=MUON)
+LOADED_MUON = [
+    Case("one-process", model=EXPERTS, optim=MUON),
+    Case("pp2-dp2-ep2", INSIDE, pp=2, dp=2, ep=2, model=EXPERTS, optim=MUON),
+    Case("tp2-ep2", tp=2, sp=True, ep=2, model=EXPERTS, optim=MUON),
+    SAVED_MUON,
+]
+
+
+@pytest.fixture(scope="module")
+def saved_muon(
+    pool: WorkerPool, reference_for: ReferenceFor, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[np.ndarray], Continuation]:
+    """A run with Muon saved at TP 2 x DP 2, its data, and how it went on."""
+    run_dir = tmp_path_factory.mktemp("muon")
+    config = SAVED_MUON.config()
+    tokens = reference_for(config).tokens[:STEPS]
+    runs = pool.run(
+        SAVED_MUON.world_size,
+        train_and_save,
+        config=config,
+        tokens=tokens,
+        run_dir=run_dir,
+        save_after=SAVE_AFTER,
+    )
+    return run_dir, tokens, runs[0]
+
+
+@pytest.mark.parametrize("case", LOADED_MUON, ids=lambda case: case.name)
+def test_muon_continues_at_any_size(
+    case: Case, pool: WorkerPool, saved_muon: tuple[Path, list[np.ndarray], Continuation]
+) -> None:
+    """Momentum too: its slices, its matrices dealt to other ranks, and those of experts."""
+    run_dir, tokens, original = saved_muon
+    runs = pool.run(
+        case.world_size, load_and_train, config=case.config(), tokens=tokens, run_dir=run_dir
+    )
+    for run in runs:
+        assert run.first_step == SAVE_AFTER
+        assert abs(run.eval_loss - original.eval_loss) <= EVAL_TOLERANCE
+        np.testing.assert_allclose(run.losses, original.losses, rtol=0, atol=LOSS_TOLERANCE)
+        if case is SAVED_MUON:
+            assert run.losses == original.losses
+
+
+@pytest.mark.parametrize("into_muon", [True, False])
+def test_another_optimizer_takes_the_weights_alone(
+    into_muon: bool, pool: WorkerPool, session_seed: int, tmp_path: Path
+) -> None:
+    sequences = HALF_BATCH["global_batch_size"]
+    tokens = [random_tokens(session_seed, sequences=sequences).numpy()]
+    adamw, muon = (Case("bf16", train=BF16, optim=optim).config() for optim in ({}, MUON))
+    first, second = (adamw, muon) if into_muon else (muon, adamw)
+    [saved] = pool.run(
+        1, train_and_save, config=first, tokens=tokens, run_dir=tmp_path, save_after=1
+    )
+    [message] = pool.run(1, load_error, config=second, run_dir=tmp_path)
+    assert "cannot be loaded into this model" in message
+    assert "optim.name must be what the checkpoint was made with" in message
+    [loaded] = pool.run(1, load_weights, config=second, run_dir=tmp_path)
+    for name, piece in saved.parameters.items():
+        assert np.array_equal(piece.value, loaded[name].value), name

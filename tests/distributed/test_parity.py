@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,20 @@ from hysparse_megatron.config.schema import (
     FullGate,
     GateKind,
     MoeConfig,
+    MuonTensorParallel,
     Recompute,
     RouterScore,
     SinkKind,
 )
-from tests.distributed.cases import HALF_BATCH, INSIDE, INTERLEAVED, STEPS, TWO_INSIDE, Case
+from tests.distributed.cases import (
+    HALF_BATCH,
+    INSIDE,
+    INTERLEAVED,
+    MUON,
+    STEPS,
+    TWO_INSIDE,
+    Case,
+)
 from tests.distributed.comparison import (
     GRAD_NORM_TOLERANCE,
     GRADIENT_STEPS,
@@ -44,6 +54,13 @@ WIDE = {"gate": GateKind.channel, "value_head_dim": 12}
 FORCED = {"num_selected_blocks": 3, "forced_first_blocks": 1, "forced_recent_blocks": 1}
 
 GATED = {"full_gate": FullGate.head}
+TIED = {"tie_embeddings": True}
+DISTRIBUTED = MuonTensorParallel.distributed
+
+
+def muon(**settings: Any) -> dict[str, Any]:
+    """The usual Muon but for `settings`."""
+    return {**MUON, "muon": replace(MUON["muon"], **settings)}
 
 
 def experts(**settings: Any) -> dict[str, Any]:
@@ -84,7 +101,7 @@ CASES = [
     Case("recompute-selective", train=SELECTIVE),
     Case("recompute-full-tp2-pp2-sp-inside", INSIDE, tp=2, pp=2, sp=True, train=FULL),
     Case("recompute-selective-tp2-pp2-sp", INSIDE, tp=2, pp=2, sp=True, train=SELECTIVE),
-    Case("tied-pp2", INSIDE, pp=2, model={"tie_embeddings": True}, train=HALF_BATCH),
+    Case("tied-pp2", INSIDE, pp=2, model=TIED, train=HALF_BATCH),
     Case("qk-norm-tp2-sp", tp=2, sp=True, model={"qk_norm": True}, train=HALF_BATCH),
     Case("channel-gate-wide-value-tp2-pp2", INSIDE, tp=2, pp=2, model=WIDE, train=HALF_BATCH),
     Case("shared-sink-tp2", tp=2, model={"sink": SinkKind.shared}, train=HALF_BATCH),
@@ -98,6 +115,13 @@ CASES = [
     Case("moe-bias-tp2-dp2-ep4", tp=2, sp=True, dp=2, ep=4, model=BIASED, train=HALF_BATCH),
     Case("moe-dense-first-pp2-vpp2-ep2", INTERLEAVED, pp=2, vpp=2, dp=2, ep=2, model=DENSE_FIRST),
     Case("moe-recompute-full-tp2-ep2", tp=2, sp=True, ep=2, model=SOFTMAX, train=FULL),
+    Case("muon-dp2", dp=2, train=HALF_BATCH, optim=MUON),
+    Case("muon-tp2-sp", tp=2, sp=True, train=HALF_BATCH, optim=MUON),
+    Case("muon-tp2-distributed", tp=2, train=HALF_BATCH, optim=muon(tp_mode=DISTRIBUTED)),
+    Case("muon-tied-pp2-dp2", INSIDE, pp=2, dp=2, model=TIED, train=HALF_BATCH, optim=MUON),
+    Case("muon-whole-projections-tp4", tp=4, train=HALF_BATCH, optim=muon(split_qkv=False)),
+    Case("muon-moe-tp2-sp-ep2", tp=2, sp=True, ep=2, model=SHARED, train=HALF_BATCH, optim=MUON),
+    Case("muon-moe-dp2-ep2", dp=2, ep=2, model=SHARED, train=HALF_BATCH, optim=MUON),
 ]
 
 
@@ -117,6 +141,19 @@ def test_layout_trains_like_one_process(
     differences = compare(reference, runs, config.model.num_query_groups, case.sp)
     parity_rows.append(differences.row(case.name, case.world_size))
     assert differences.too_large() == []
+
+
+def test_slices_of_matrices_are_other_matrices(
+    pool: WorkerPool, reference_for: ReferenceFor
+) -> None:
+    """Muon's blockwise mode trains another way at every size, and the comparison says so."""
+    blockwise = muon(tp_mode=MuonTensorParallel.blockwise)
+    config = Case("blockwise", tp=2, train=HALF_BATCH, optim=blockwise).config()
+    reference = reference_for(config)
+    runs = pool.run(2, train, config=config, tokens=reference.tokens, gradient_steps=GRADIENT_STEPS)
+    assert runs[0].losses[0] == pytest.approx(reference.losses[0], abs=LOSS_TOLERANCE)
+    differences = compare(reference, runs, config.model.num_query_groups)
+    assert differences.loss > 100 * LOSS_TOLERANCE
 
 
 def test_reference_is_worth_comparing_with(reference_for: ReferenceFor) -> None:

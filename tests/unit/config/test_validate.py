@@ -1,5 +1,6 @@
 """Every rule refuses what it should, names the key, and none hides another."""
 
+import importlib.metadata
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,8 @@ from hysparse_megatron.config.schema import (
     Balancing,
     Config,
     MoeConfig,
+    MuonConfig,
+    OptimizerName,
     Schedule,
     TrackingMode,
 )
@@ -151,6 +154,26 @@ BAD: list[tuple[dict[str, Any], str, str, str]] = [
         "train.steps = 160",
     ),
     ({"model.backend": Backend.triton}, "model.backend", "triton", "with train.precision=fp32"),
+    ({"optim.muon": MuonConfig(num_ns_steps=0)}, "optim.muon.num_ns_steps", "0", "at least 1"),
+    ({"optim.muon": MuonConfig(momentum=1.0)}, "optim.muon.momentum", "1.0", "below 1"),
+    (
+        {"optim.muon": MuonConfig(extra_scale_factor=0.0)},
+        "optim.muon.extra_scale_factor",
+        "0.0",
+        "above 0",
+    ),
+    (
+        {"optim.name": OptimizerName.muon, "model.num_query_groups": 1},
+        "optim.muon.split_qkv",
+        "true",
+        "false while parallel.tp = 2 exceeds model.num_query_groups = 1",
+    ),
+    (
+        {"optim.name": OptimizerName.muon, "model.moe": experts(8)},
+        "parallel.ep",
+        "1",
+        "parallel.tp = 2 with optim.name = muon and data-parallel size 1",
+    ),
     ({"data.path": "/nowhere/text"}, "data.path", "/nowhere/text", "exists"),
     ({"data.tokenizer": "/nowhere/t"}, "data.tokenizer", "/nowhere/t", "exists"),
     ({"checkpoint.load": "/nowhere/c"}, "checkpoint.load", "/nowhere/c", "exists"),
@@ -179,6 +202,37 @@ def test_every_rule(
 def test_more_groups_than_fit_are_fine_when_they_are_replicated(base: Config) -> None:
     one_group = changed(base, {"model.num_query_groups": 1})
     assert validate(one_group, world_size=4) == []
+
+
+def test_muon_is_valid_where_its_matrices_are_whole(base: Config) -> None:
+    muon = changed(base, {"optim.name": OptimizerName.muon})
+    assert validate(muon, world_size=4) == []
+    together = {"model.num_query_groups": 1, "optim.muon": MuonConfig(split_qkv=False)}
+    assert validate(changed(muon, together), world_size=4) == []
+    with_experts = changed(muon, {"model.moe": experts(8)})
+    assert validate(with_experts, world_size=8) == []
+    assert validate(changed(with_experts, {"parallel.ep": 2}), world_size=4) == []
+
+
+@pytest.mark.parametrize("installed", [None, "0.1.0", "0.31.0"])
+def test_muon_without_its_package(
+    base: Config, monkeypatch: pytest.MonkeyPatch, installed: str | None
+) -> None:
+    def version(package: str) -> str:
+        assert package == "emerging-optimizers"
+        if installed is None:
+            raise importlib.metadata.PackageNotFoundError(package)
+        return installed
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert validate(base, world_size=4) == []
+    with pytest.raises(ConfigError) as caught:
+        check(changed(base, {"optim.name": OptimizerName.muon}), 4)
+    (problem,) = caught.value.problems
+    assert problem.key == "optim.name"
+    assert (installed or "not installed") in problem.got
+    assert "pip install 'emerging-optimizers~=0.3.0'" in problem.allowed
+    assert caught.value.exit_code == 2
 
 
 def test_all_problems_at_once_and_quickly(base: Config) -> None:

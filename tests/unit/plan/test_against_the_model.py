@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.optimizer.layer_wise_optimizer import is_managed_by_layer_wise_optimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -103,6 +104,16 @@ def test_ranks_hold_what_the_planner_says(name: str, world_size: int, overrides:
         held = overview.ranks[stage].parameters
         assert sum(p.numel() for p in experts) == held.experts
         assert sum(p.numel() for p in parameters) == held.total
+        # What megatron-core gives to Muon.
+        matrices = [
+            list(filter(is_managed_by_layer_wise_optimizer, c.parameters())) for c in chunks
+        ]
+        dense = [[p.numel() for p in found if getattr(p, "allreduce", True)] for found in matrices]
+        assert sum(map(sum, dense)) == held.matrices
+        assert sum(map(max, dense)) == held.largest_matrix
+        if experts:
+            largest = max(p.numel() for p in experts)
+            assert largest * len(chunks) == held.largest_expert_matrix
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -4,13 +4,16 @@ import itertools
 
 import pytest
 import torch
+from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 from torch import Tensor
 
 from hysparse_megatron.config.compose import compose
+from hysparse_megatron.config.schema import OptimizerName, Precision
 from hysparse_megatron.plan.memory import in_flight, state_bytes
 from hysparse_megatron.plan.overview import make_overview
 from hysparse_megatron.plan.topology import plan_pipeline
 from hysparse_megatron.runtime.process_groups import destroy_process_groups
+from hysparse_megatron.training.muon import matrix_parts
 from hysparse_megatron.training.optimizer import distributed_parts
 from hysparse_megatron.training.state import TrainingState, build_state
 from tests.unit.single_process import default_group
@@ -79,12 +82,15 @@ def test_activations_are_those_that_autograd_keeps(
 
 @pytest.mark.parametrize("experts", [[], EXPERTS], ids=["dense", "experts"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
 def test_weights_gradients_and_moments_are_those_of_the_optimizer(
-    experts: list[str], precision: str
+    optim: str, experts: list[str], precision: str
 ) -> None:
-    config = compose(["model.layout=F S W F", *SMALL, *experts, f"train.precision={precision}"])
+    settings = [f"optim={optim}", f"train.precision={precision}"]
+    config = compose(["model.layout=F S W F", *SMALL, *experts, *settings])
     held = make_overview(config, 1).ranks[0].parameters
-    weights, gradients, optimizer = state_bytes(held, config.train.precision, 1, 1)
+    name = config.optim.name
+    weights, gradients, optimizer = state_bytes(held, config.train.precision, 1, 1, name)
     with default_group():
         try:
             state = build_state(config, VOCAB, torch.device("cpu"))
@@ -97,16 +103,48 @@ def test_weights_gradients_and_moments_are_those_of_the_optimizer(
     assert sum(p.numel() * p.element_size() for p in parameters) == weights + saved
     main_gradients = [p.main_grad for p in parameters]
     assert sum(g.numel() * g.element_size() for g in main_gradients) == gradients
+    parts = [(part, ("exp_avg", "exp_avg_sq")) for part in distributed_parts(state.optimizer)]
+    if optim == "muon":
+        (part,) = matrix_parts(state.optimizer)
+        part.init_state_fn(part.optimizer)
+        parts.append((part, ("momentum_buffer",)))
+        matrices = sum(matrix.numel() for matrix in part.get_parameters())
+        assert matrices == held.matrices + held.experts
     found = 0
-    for part in distributed_parts(state.optimizer):
+    for part, names in parts:
         for group in part.optimizer.param_groups:
             for main in group["params"]:
-                moments = part.optimizer.state[main]
-                tensors = [moments["exp_avg"], moments["exp_avg_sq"]]
+                tensors = [part.optimizer.state[main][name] for name in names]
                 tensors += [main] if precision == "bf16" else []
                 found += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     # Main weights of fp32 sinks are the sinks themselves.
     assert found <= optimizer <= found + 4 * sinks
+
+
+# 64 ranks share 96 weights of experts: some get two of them, some one.
+@pytest.mark.parametrize(("dp", "least"), [(2, 0.97), (16, 0.97), (64, 0.85)])
+def test_buffers_of_dealt_out_matrices_are_as_large_as_planned(dp: int, least: float) -> None:
+    """The layout that megatron-core makes for Muon on `dp` data-parallel ranks."""
+    sizes = ["train.precision=bf16", f"train.global_batch_size={dp}", "optim=muon"]
+    config = compose(["model.layout=F S W F S W", *SMALL, *EXPERTS, *sizes])
+    held = make_overview(config, dp).ranks[0].parameters
+    with default_group():
+        try:
+            state = build_state(config, VOCAB, torch.device("cpu"))
+        finally:
+            destroy_process_groups()
+    (chunk,) = state.chunks
+    parameters = list(chunk.parameters())
+    layouts = LayerWiseDistributedOptimizer.compute_full_param_layout(
+        parameters, None, dp, chunk.ddp_config, expert_data_parallel_world_size=dp
+    ).layouts
+    room = sum(layout.bucket_indices[-1][1] for layout in layouts.values())
+    weights, gradients, _ = state_bytes(held, Precision.bf16, dp, dp, OptimizerName.muon)
+    assert gradients == 2 * weights
+    # Starts are padded to multiples of 64 elements, which shows in a model this small.
+    assert least * room <= gradients / 4 <= room
+    if dp == 64:
+        assert room > 1.5 * held.total
 
 
 def test_in_flight_follows_the_schedule() -> None:
