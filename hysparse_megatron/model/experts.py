@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -110,6 +111,19 @@ def _own_optimizer(experts: torch.nn.Module) -> None:
         parameter.allreduce = False  # type: ignore[attr-defined]
 
 
+class _MoELayer(MoELayer):
+    """megatron-core's layer, that lets go of what it routed by.
+
+    The dispatcher would keep the probabilities until the next forward pass and with them the graph
+    behind them: with recompute the input of every layer, and its gradient, from step to step.
+    """
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        result = super().forward(*arguments, **options)
+        self.token_dispatcher.probs = None
+        return result
+
+
 def moe_layer(modules: LayerModules) -> Callable[..., MoELayer]:
     """What builds the feed-forward part of a layer with experts, for a layer's `mlp` submodule."""
     experts: Callable[..., torch.nn.Module]
@@ -118,7 +132,7 @@ def moe_layer(modules: LayerModules) -> Callable[..., MoELayer]:
     else:
         experts = functools.partial(SeededExperts, submodules=modules.expert_linears)
     return functools.partial(
-        MoELayer,
+        _MoELayer,
         submodules=MoESubmodules(
             experts=experts,
             shared_experts=functools.partial(SharedExpertMLP, submodules=modules.expert_linears),

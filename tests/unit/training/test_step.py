@@ -1,5 +1,6 @@
 """One real optimizer step of a tiny model, by hand."""
 
+import gc
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -170,3 +171,23 @@ def test_steps_are_functions_of_their_number(state: TrainingState, seed: int) ->
     train_step(state, 5, batches)
     assert torch.equal(torch.rand(3), first)
     torch.set_rng_state(before)
+
+
+EXPERTS = ["model.moe.num_experts=4", "model.moe.num_active_experts=2"]
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_no_activation_outlives_its_step(group: None, recompute: str) -> None:
+    state = build_state(
+        compose([*SETTINGS, *EXPERTS, f"train.recompute={recompute}"]), VOCABULARY, DEVICE
+    )
+    train_step(state, 0, random_batches())
+    gc.collect()
+    width = state.config.model.hidden_size
+    left = [
+        tuple(thing.shape)
+        for thing in gc.get_objects()
+        if torch.is_tensor(thing) and thing.shape[:1] == (SEQUENCE,) and thing.shape[-1] == width
+    ]
+    destroy_process_groups()
+    assert left == []
