@@ -85,6 +85,7 @@ def _run(options: Namespace, case: Case) -> dict:
             warmup=options.warmup,
             steps=options.steps,
             budget_seconds=options.case_seconds,
+            picks=options.picks,
             profile=options.profile and not case.again,
         )
     )

@@ -61,7 +61,7 @@ def measure(request: Request) -> dict[str, Any]:
     from hysparse_megatron.training.run import _attention_backend
     from hysparse_megatron.training.state import build_state
     from hysparse_megatron.training.step import train_step
-    from tools.step_benchmark import annotations, reference
+    from tools.step_benchmark import annotations, picks, reference
 
     config = from_yaml(request.config)
     device = runtime_device.start(Rank(0, 1, 0, 1), config.parallel.timeout_seconds)
@@ -80,6 +80,8 @@ def measure(request: Request) -> dict[str, Any]:
     def step() -> None:
         losses.append(train_step(state, next(steps), next(batches)).loss)
 
+    selections = contextlib.ExitStack()
+    selections.enter_context(picks.replaced(config, request.picks, device))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     for _ in range(request.warmup):
@@ -99,6 +101,7 @@ def measure(request: Request) -> dict[str, Any]:
         except Exception as error:  # the profiler's memory or its trace; the times are good
             traceback.print_exc()
             result["profile_note"] = f"{type(error).__name__}: {_first_line(error)}"
+    selections.close()
     runtime_device.stop()
     return result
 

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from hysparse_megatron.config.compose import group_options
 from hysparse_megatron.errors import ConfigError
+from tools.step_benchmark.picks import MODEL, PICKS
 from tools.step_benchmark.slices import LAYOUTS
 
 _DESCRIPTION = """\
@@ -20,6 +21,9 @@ but `model.layout`.
   python -m tools.benchmark_step --model hysparse_80b_a3b --layers 12 --experts 64 --vocab 8192 \\
       --lengths 32768 --set train.recompute=full
   python -m tools.benchmark_step --compare-cpu --output curve.txt
+
+Random weights select at random, the worst case of a sparse layer; with --picks clustered the sparse
+layers read selections in which neighbouring tokens agree as the kernels' benchmark has them.
 
 With --compare-cpu the loss of a small model (tiny_hysparse, or the one given) is followed on the
 device and on the CPU instead, from equal weights and tokens.
@@ -62,6 +66,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--case-seconds", type=seconds, default=60.0, help="no third timed step after so long")
     add("--micro-batches", type=count, default=1, metavar="N", help="per step")
     add("--set", action="append", default=[], nargs="+", metavar="KEY=VALUE", help="overrides")
+    add("--picks", choices=PICKS, default=MODEL, help="selections that sparse layers read")
     add("--profile", action=argparse.BooleanOptionalAction, default=True, help="kernel families")
     add("--repeat", action=argparse.BooleanOptionalAction, default=True, help="measure the drift")
     add("--peak-tflops", type=_number(float, 1e-9), default=989.0, help="default: H100, H200 bf16")

@@ -29,6 +29,8 @@ class Request:
     budget_seconds: float = float("inf")
     """No further timed step after so long, but for the second."""
     profile: bool = False
+    picks: str = "model"
+    """Whose selections sparse layers read; see `picks`."""
     same_batch: bool = False
     """Train on one batch over and over, so that even random tokens are learnt."""
     exact_weights: bool = False
@@ -65,4 +67,6 @@ def _environment(device: str) -> dict[str, str]:
     """This process's, but alone: a launcher's variables would make the child wait for others."""
     launcher = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID")
     kept = {name: value for name, value in os.environ.items() if name not in launcher}
+    paths = [str(_ROOT), str(_ROOT / "kernels"), *filter(None, [kept.get("PYTHONPATH")])]
+    kept["PYTHONPATH"] = os.pathsep.join(paths)
     return {**kept, "CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else kept

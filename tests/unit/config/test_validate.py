@@ -14,9 +14,13 @@ from hysparse_megatron.config.schema import (
     Backend,
     Balancing,
     Config,
+    Fp8,
+    Layers,
     MoeConfig,
     MuonConfig,
     OptimizerName,
+    Precision,
+    Recompute,
     Schedule,
     TrackingMode,
 )
@@ -52,6 +56,8 @@ def experts(num_experts: int, **settings: Any) -> MoeConfig:
     return MoeConfig(num_experts=num_experts, **settings)
 
 
+FP8 = {"model.fp8": Fp8.tensorwise, "train.precision": Precision.bf16}
+
 BAD: list[tuple[dict[str, Any], str, str, str]] = [
     # settings, key, part of got, part of allowed
     ({"model.hidden_size": 0}, "model.hidden_size", "0", "at least 1"),
@@ -69,6 +75,11 @@ BAD: list[tuple[dict[str, Any], str, str, str]] = [
     ({"model.hidden_dropout": -0.1}, "model.hidden_dropout", "-0.1", "at least 0"),
     ({"data.validation_fraction": 1.0}, "data.validation_fraction", "1.0", "below 1"),
     ({"name": "a/b"}, "name", "a/b", "letters"),
+    ({**FP8, "train.precision": Precision.fp32}, "train.precision", "fp32", "bf16 with model.fp8"),
+    ({**FP8, "train.recompute": Recompute.full}, "train.recompute", "full", "none or selective"),
+    ({**FP8, "model.layers": Layers.local}, "model.layers", "local", "te or auto"),
+    ({**FP8, "train.seq_length": 250}, "train.seq_length", "250", "a multiple of 16 tokens"),
+    ({**FP8, "model.hidden_size": 136}, "model.hidden_size", "136", "a multiple of 16"),
     ({"model.layout": "F 3*x"}, "model.layout", "F 3*x", "unknown layer 'x'"),
     ({"model.layout": "F|S|S"}, "model.layout", "F|S|S", "parallel.pp = 2"),
     ({"model.layout": "F"}, "model.layout", "F", "1 layers cannot fill 2"),

@@ -453,3 +453,18 @@ def test_real_curves_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert difference == max(abs(a - b) for a, b in zip(exact, rounded, strict=True))
     assert 0 < difference < 0.05
     assert f"{difference:.2e}" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_other_selections_reach_the_sparse_layers_alone(tmp_path: Path) -> None:
+    losses = {}
+    for picks in ("model", "clustered"):
+        path = tmp_path / f"{picks}.txt"
+        arguments = f"{MINI} --layers 3 --layouts full,hysparse --no-repeat --no-profile"
+        more = ["--steps", "1", "--warmup", "1", "--picks", picks, "--output", str(path)]
+        assert main([*arguments.split(), *more]) == 0
+        rows = json.loads(path.with_suffix(".json").read_text())["rows"]
+        losses[picks] = {row["layout"]: row["measured"]["losses"] for row in rows}
+    assert losses["model"]["full"] == losses["clustered"]["full"]
+    assert losses["model"]["hysparse"] != losses["clustered"]["hysparse"]

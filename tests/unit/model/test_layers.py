@@ -1,0 +1,128 @@
+"""Which layers are chosen and why, and what a checkpoint may hold; see also tests/gpu."""
+
+import importlib.util
+from types import SimpleNamespace
+
+import pytest
+import torch
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLPSubmodules
+
+from hysparse_megatron.checkpoint.state import _load_weights
+from hysparse_megatron.config.compose import compose
+from hysparse_megatron.config.schema import ModelConfig
+from hysparse_megatron.errors import CheckpointError, ConfigError
+from hysparse_megatron.layout import LayerKind
+from hysparse_megatron.model.layers import (
+    LOCAL,
+    LayerChoice,
+    LayerModules,
+    describe_layers,
+    fusions,
+    resolve_layers,
+)
+from hysparse_megatron.model.norm import RMSNorm
+from hysparse_megatron.model.spec import layer_spec
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def model(*overrides: str) -> ModelConfig:
+    return compose(["model=tiny_hysparse", *overrides]).model
+
+
+@pytest.fixture
+def no_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+
+
+def test_a_cpu_has_local_layers() -> None:
+    choice = resolve_layers(model(), CPU)
+    assert (choice.name, choice.on_cuda) == ("local", False)
+    assert "needs a CUDA device, this is cpu" in describe_layers(choice, model())
+
+
+def test_a_gpu_without_the_package_too(no_packages: None) -> None:
+    choice = resolve_layers(model(), CUDA)
+    assert (choice.name, choice.on_cuda) == ("local", True)
+    assert "transformer-engine is not installed" in choice.reason
+    assert resolve_layers(model("model.layers=local"), CUDA).reason == "model.layers is local"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.layers=te"], "model.layers: te cannot run: the package transformer-engine"),
+        (["model.fp8=tensorwise"], "model.fp8: tensorwise needs Transformer Engine"),
+        (["model.fp8=blockwise", "model.layers=local"], "but model.layers is local"),
+    ],
+)
+def test_what_cannot_run_is_refused(overrides: list[str], message: str, no_packages: None) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve_layers(model(*overrides), CUDA)
+
+
+def test_apex_is_taken_on_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    present = {"fused_weight_gradient_mlp_cuda"}
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: SimpleNamespace() if name in present else None
+    )
+    choice = resolve_layers(model(), CUDA)
+    assert fusions(choice, model())["gradient_accumulation_fusion"]
+    assert "apex's fused accumulation" in describe_layers(choice, model())
+    assert not resolve_layers(model(), CPU).apex_weight_gradients
+
+
+def test_fusions() -> None:
+    assert not any(
+        value for name, value in fusions(LOCAL, model()).items() if name.endswith("fusion")
+    )
+    engine = LayerChoice(True, "", on_cuda=True)
+    dense, experts = model(), model("model.moe.num_experts=4")
+    assert fusions(engine, dense)["apply_rope_fusion"]
+    assert not fusions(engine, dense)["moe_grouped_gemm"]
+    assert fusions(engine, experts)["moe_grouped_gemm"]
+    assert "fp8" not in fusions(engine, dense)
+    assert fusions(engine, model("model.fp8=blockwise"))["fp8_recipe"] == "blockwise"
+
+
+class Fused:
+    """Stands in for a norm and a linear layer in one."""
+
+
+@pytest.mark.parametrize("has_experts", [False, True])
+def test_a_fused_norm_keeps_its_name_in_checkpoints(has_experts: bool) -> None:
+    modules = LayerModules(RMSNorm, torch.nn.Linear, torch.nn.Linear, Fused, None)
+    layer = layer_spec(LayerKind.SPARSE, has_experts, modules).submodules
+    assert layer.input_layernorm is IdentityOp
+    assert layer.self_attention.submodules.linear_qkv is Fused
+    names = layer.sharded_state_dict_keys_map
+    assert names["self_attention.linear_qkv.linear.layer_norm_"] == "input_layernorm."
+    # A router reads what the norm makes, so that one stays a layer of its own.
+    assert (layer.pre_mlp_layernorm is RMSNorm) == has_experts
+    assert ("mlp.linear_fc1.layer_norm_" in names) == (not has_experts)
+
+
+def test_local_layers_have_their_norms_beside_them() -> None:
+    layer = layer_spec(LayerKind.FULL, False, LayerModules.of(LOCAL)).submodules
+    assert layer.input_layernorm is layer.pre_mlp_layernorm is RMSNorm
+    assert layer.sharded_state_dict_keys_map == {}
+    assert isinstance(LayerModules.of(LOCAL).expert_linears, MLPSubmodules)
+
+
+class WithScales(torch.nn.Linear):
+    def get_extra_state(self) -> torch.Tensor:
+        return torch.zeros(1)
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        raise AssertionError("nothing was stored")
+
+
+def test_checkpoints_hold_weights_alone() -> None:
+    module = WithScales(2, 3, bias=False)
+    _load_weights(module, {"weight": torch.ones(3, 2)})
+    assert bool((module.weight == 1).all())
+    with pytest.raises(CheckpointError, match=r"lacks \['weight'\]"):
+        _load_weights(module, {})
+    with pytest.raises(CheckpointError, match=r"too many is \['other'\]"):
+        _load_weights(module, {"weight": torch.ones(3, 2), "other": torch.ones(1)})
