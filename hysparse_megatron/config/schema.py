@@ -381,6 +381,8 @@ class DataConfig:
     """Share of the documents held out for evaluation."""
     text_key: str = "text"
     """Field of a JSON line that holds the document."""
+    document_mask: bool = False
+    """Tokens see their own document alone: blocks and windows count from where it starts."""
     cache_dir: str = ".cache/data"
     """Where prepared datasets and tokenizers are kept between runs."""
 

@@ -50,10 +50,13 @@ class _RankShare:
         self.places = places[:, data_parallel_rank]  # [num_microbatches, B]
 
     def microbatches(
-        self, samples: TokenSamples, batch_ids: np.ndarray
+        self, samples: TokenSamples, batch_ids: np.ndarray, document_mask: bool
     ) -> Iterator[dict[str, torch.Tensor]]:
         for places in self.places:
-            yield _to_tensors(samples.read(batch_ids[places]))
+            batch = _to_tensors(samples.read(batch_ids[places]))
+            if document_mask:
+                separate_documents(batch, [samples.document_starts(i) for i in batch_ids[places]])
+            yield batch
 
 
 class BatchSource:
@@ -64,6 +67,7 @@ class BatchSource:
         seed, fingerprint: fix the order, see order.py.
         global_batch_size, micro_batch_size: in samples.
         data_parallel_size, data_parallel_rank: of this process; only choose its share.
+        document_mask: whether batches say where documents start.
 
     Attributes:
         num_microbatches: per step on this rank.
@@ -79,8 +83,10 @@ class BatchSource:
         micro_batch_size: int,
         data_parallel_size: int,
         data_parallel_rank: int,
+        document_mask: bool = False,
     ) -> None:
         self._samples = samples
+        self._document_mask = document_mask
         self._seed = seed
         self._fingerprint = fingerprint
         self._global_batch_size = global_batch_size
@@ -109,11 +115,13 @@ class BatchSource:
         """This rank's micro-batches of one step, on the CPU.
 
         Each holds `tokens`, `labels`, `position_ids` (int64) and `loss_mask` (float32), [B, S].
+        With `document_mask` also `cu_seqlens`, int32 [documents + 1]: where each begins in B x S
+        tokens, and their end; no loss where a label is the first token of another document.
 
         Raises:
             DataError: a token id outside the vocabulary.
         """
-        return self._share.microbatches(self._samples, self.sample_ids(step))
+        return self._share.microbatches(self._samples, self.sample_ids(step), self._document_mask)
 
 
 class EvaluationBatches:
@@ -124,9 +132,16 @@ class EvaluationBatches:
     """
 
     def __init__(
-        self, samples: TokenSamples, *, num_batches: int, global_batch_size: int, share: _RankShare
+        self,
+        samples: TokenSamples,
+        *,
+        num_batches: int,
+        global_batch_size: int,
+        share: _RankShare,
+        document_mask: bool,
     ) -> None:
         self._samples = samples
+        self._document_mask = document_mask
         self._global_batch_size = global_batch_size
         self._share = share
         self.num_batches = num_batches
@@ -141,7 +156,7 @@ class EvaluationBatches:
 
     def microbatches(self, batch: int) -> Iterator[dict[str, torch.Tensor]]:
         """This rank's micro-batches of one batch, as `BatchSource.microbatches`."""
-        return self._share.microbatches(self._samples, self.sample_ids(batch))
+        return self._share.microbatches(self._samples, self.sample_ids(batch), self._document_mask)
 
 
 def evaluation_batches(
@@ -152,6 +167,7 @@ def evaluation_batches(
     micro_batch_size: int,
     data_parallel_size: int,
     data_parallel_rank: int,
+    document_mask: bool = False,
 ) -> EvaluationBatches:
     """Batches for one evaluation: at most `num_batches`, limited to the whole ones in the split.
 
@@ -180,6 +196,7 @@ def evaluation_batches(
         num_batches=min(num_batches, available),
         global_batch_size=global_batch_size,
         share=share,
+        document_mask=document_mask,
     )
 
 
@@ -193,3 +210,19 @@ def _to_tensors(tokens: np.ndarray) -> dict[str, torch.Tensor]:
         "loss_mask": torch.ones(inputs.shape, dtype=torch.float32),
         "position_ids": torch.arange(inputs.shape[1]).expand_as(inputs).contiguous(),
     }
+
+
+def separate_documents(batch: dict[str, torch.Tensor], starts: list[np.ndarray]) -> None:
+    """Add `cu_seqlens` to a batch of B rows, and take labels of other documents out of the loss.
+
+    `starts` has, for each row, the places 0 .. S at which a document starts.
+    """
+    rows, length = batch["tokens"].shape
+    begins = []
+    for row, places in enumerate(starts):
+        # What is predicted at the place before is the first token of a document not yet seen.
+        batch["loss_mask"][row, torch.from_numpy(places[places > 0]) - 1] = 0.0
+        inside = places[(places > 0) & (places < length)]
+        begins.append(row * length + np.concatenate(([0], inside)))
+    offsets = np.concatenate((*begins, [rows * length])).astype(np.int32)
+    batch["cu_seqlens"] = torch.from_numpy(offsets)

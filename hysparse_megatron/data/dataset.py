@@ -67,6 +67,25 @@ class TokenSamples:
             refuse_bad_ids(tokens, self._path, first, self._vocab_size)
         return tokens.astype(np.int64)
 
+    def document_starts(self, sample_id: int) -> np.ndarray:
+        """Places in a sample at which a document starts, int64 in 0 .. S, ascending.
+
+        The last place, S, is that of the last label. Empty documents start nowhere.
+        """
+        first = int(sample_id) * self.seq_length
+        index = self._indexed.index
+        itemsize = self._dtype().itemsize
+        # Sequences that start here; a document is one or several of them.
+        low, high = np.searchsorted(
+            index.sequence_pointers,
+            [first * itemsize, (first + self.seq_length + 1) * itemsize],
+            side="left",
+        )
+        borders = index.document_indices
+        starts = borders[slice(*np.searchsorted(borders, [low, high], side="left"))]
+        places = index.sequence_pointers[starts] // itemsize - first
+        return np.unique(places)
+
     def read(self, sample_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Tokens of several samples, int64 [len(sample_ids), S + 1]."""
         return np.stack([self[int(sample_id)] for sample_id in sample_ids])

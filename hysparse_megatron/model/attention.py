@@ -205,6 +205,7 @@ class FullAttention(_Attention):
         hidden_states: Tensor,
         shared: SharedAttention | None,
         rotary_pos_emb: Tensor | None,
+        documents: Tensor | None = None,
         select: bool = True,
     ) -> tuple[tuple[Tensor, Tensor | None], SharedAttention | None]:
         """[S / T or S, B, C] -> ((output of the same shape, no bias), what is shared or None).
@@ -218,14 +219,14 @@ class FullAttention(_Attention):
         if self.is_read:
             # Copies, because views would keep the whole fused projection alive with them.
             key, value = key.contiguous(), value.contiguous()
-        attend = self._attend_and_select(select and self.is_read)
+        attend = self._attend_and_select(documents, select and self.is_read)
         attention, indices = self._run(attend, query, key, value)
         if "gate" in parts:
             attention = (_gate(parts["gate"]) * attention).to(query.dtype)
         output = self._project(attention)
         return output, SharedAttention(key, value, indices) if self.is_read else None
 
-    def _attend_and_select(self, select: bool):
+    def _attend_and_select(self, documents: Tensor | None, select: bool):
         recomputed = self.training and self.config.recompute_granularity == "selective"
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -242,6 +243,7 @@ class FullAttention(_Attention):
                 forced_first_blocks=self.config.forced_first_blocks,
                 forced_recent_blocks=self.config.forced_recent_blocks,
                 select=select and not second_time,
+                cu_seqlens=documents,
                 backend=self.config.attention_backend_name,
             )
             return result.output, result.block_indices
@@ -267,22 +269,32 @@ class WindowAttention(_Attention):
         hidden_states: Tensor,
         shared: SharedAttention | None,
         rotary_pos_emb: Tensor | None,
+        documents: Tensor | None = None,
         select: bool = True,
     ) -> tuple[tuple[Tensor, Tensor | None], SharedAttention | None]:
         """[S / T or S, B, C] -> ((output of the same shape, no bias), `shared` untouched)."""
         parts = self.linear_qkv(hidden_states)
         query, key = self._query_and_key(parts, rotary_pos_emb)
         sink = self.window_sink if self.sink_names else None
-        attention = self._run(self._attend, query, key, parts["value"], sink)
+        attend = functools.partial(self._attend, documents)
+        attention = self._run(attend, query, key, parts["value"], sink)
         return self._project(attention), shared
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, sink: Tensor | None) -> Tensor:
+    def _attend(
+        self,
+        documents: Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sink: Tensor | None,
+    ) -> Tensor:
         return sliding_window_attention(
             _kernel_layout(query),
             _kernel_layout(key),
             _kernel_layout(value),
             window=self.config.window,
             sink=sink,
+            cu_seqlens=documents,
             backend=self.config.attention_backend_name,
         )
 
@@ -315,6 +327,7 @@ class SparseAttention(_Attention):
         hidden_states: Tensor,
         shared: SharedAttention | None,
         rotary_pos_emb: Tensor | None,
+        documents: Tensor | None = None,
         select: bool = True,
     ) -> tuple[tuple[Tensor, Tensor | None], SharedAttention | None]:
         """[S / T or S, B, C] -> ((output of the same shape, no bias), `shared` untouched).
@@ -329,7 +342,7 @@ class SparseAttention(_Attention):
         query, key = self._query_and_key(parts, rotary_pos_emb)
         sinks = [getattr(self, name) for name in self.sink_names] or [None]
         attention = self._run(
-            functools.partial(self._attend, shared.lists),
+            functools.partial(self._attend, documents, shared.lists),
             query,
             key,
             parts["value"],
@@ -343,6 +356,7 @@ class SparseAttention(_Attention):
 
     def _attend(
         self,
+        documents: Tensor | None,
         lists: BlockLists | None,
         query: Tensor,
         window_key: Tensor,
@@ -365,6 +379,7 @@ class SparseAttention(_Attention):
             block_size=self.config.block_size,
             sink=sparse_sink,
             lists=lists,
+            cu_seqlens=documents,
             backend=backend,
         )
         window = sliding_window_attention(
@@ -373,6 +388,7 @@ class SparseAttention(_Attention):
             _kernel_layout(window_value),
             window=self.config.window,
             sink=window_sink,
+            cu_seqlens=documents,
             backend=backend,
         )
         gates = (_kernel_layout(sparse_gate), _kernel_layout(window_gate))

@@ -19,11 +19,15 @@ class HySparseLayer(TransformerLayer):
         hidden_states: Tensor,
         shared: SharedAttention | None,
         rotary_pos_emb: Tensor | None,
+        documents: Tensor | None = None,
         select: bool = True,
     ) -> tuple[Tensor, SharedAttention | None]:
-        """[S / T or S, B, C] and what the last oracle shared -> the same pair after this layer."""
+        """[S / T or S, B, C] and what the last oracle shared -> the same pair after this layer.
+
+        `documents` int32 [documents + 1]: where they start in all B * S tokens; None is one a row.
+        """
         normed = self.input_layernorm(hidden_states)
-        attention, shared = self.self_attention(normed, shared, rotary_pos_emb, select)
+        attention, shared = self.self_attention(normed, shared, rotary_pos_emb, documents, select)
         with self.bias_dropout_add_exec_handler():
             add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
             hidden_states = add(attention, hidden_states, self.hidden_dropout)

@@ -16,6 +16,7 @@ from hysparse_kernels import prepare_selection
 from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.fp8_utils import get_fp8_context
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
@@ -96,26 +97,29 @@ class HySparseStack(MegatronModule):
         hidden_states: Tensor | None,
         attention_mask: Tensor | None,
         rotary_pos_emb: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
         **unused: object,
     ) -> Tensor:
         """[S / T or S, B, C] -> the same after this stage's layers, or the payload of a cut.
 
         A stage that is cut off inside a hybrid block takes and returns the hidden state packed
         with key, value and indices: see `sharing.pack`. `attention_mask` must be None: attention
-        is causal by construction.
+        is causal by construction. `packed_seq_params` says where documents start: its
+        `cu_seqlens_q`, int32 [documents + 1], counts in the B * S tokens row by row.
         """
         if attention_mask is not None or any(value is not None for value in unused.values()):
             given = [name for name, value in unused.items() if value is not None]
             raise ValueError(
                 f"HySparse layers are causal and take no masks; got {given or 'a mask'}"
             )
+        documents = None if packed_seq_params is None else packed_seq_params.cu_seqlens_q
         plan = self.config.plan
         hidden = cast(Tensor, hidden_states if self.pre_process else self.input_tensor)
         self.input_tensor = None
         shared: SharedAttention | None = None
         if plan.oracle_into(self.stage) is not None:
             hidden, shared = unpack(hidden, self.config.shared_widths())
-            shared = self._prepared(shared)
+            shared = self._prepared(shared, documents)
 
         # With sequence parallelism every tensor-parallel rank drops out other tokens.
         with (
@@ -124,11 +128,11 @@ class HySparseStack(MegatronModule):
             else contextlib.nullcontext()
         ):
             for index, layer in zip(self.layer_indices, self.layers, strict=True):
-                hidden, shared = self._run(layer, hidden, shared, rotary_pos_emb)
+                hidden, shared = self._run(layer, hidden, shared, rotary_pos_emb, documents)
                 if live_oracle(plan.layout, index + 1) is None:
                     shared = None  # free key and value with their last reader
                 elif plan.layout.layers[index].kind is LayerKind.FULL:
-                    shared = self._prepared(cast(SharedAttention, shared))
+                    shared = self._prepared(cast(SharedAttention, shared), documents)
 
         if self.post_process:
             return cast(torch.nn.Module, self.final_norm)(hidden)
@@ -138,13 +142,14 @@ class HySparseStack(MegatronModule):
         # The schedules free what they have sent, which a view of another tensor would survive.
         return make_viewless_tensor(inp=hidden, requires_grad=hidden.requires_grad, keep_graph=True)
 
-    def _prepared(self, shared: SharedAttention) -> SharedAttention:
+    def _prepared(self, shared: SharedAttention, documents: Tensor | None) -> SharedAttention:
         """With the lists that all sparse layers of this stage read, if their kernels need any."""
         assert shared.block_indices is not None
         lists = prepare_selection(
             shared.block_indices,
             self.config.num_attention_heads // self.tp_group.size(),
             block_size=self.config.block_size,
+            cu_seqlens=documents,
             backend=self.config.attention_backend_name,
         )
         return shared._replace(lists=lists)
@@ -155,6 +160,7 @@ class HySparseStack(MegatronModule):
         hidden_states: Tensor,
         shared: SharedAttention | None,
         rotary_pos_emb: Tensor | None,
+        documents: Tensor | None,
     ) -> tuple[Tensor, SharedAttention | None]:
         """One layer, recomputed in the backward pass with full recompute.
 
@@ -163,7 +169,7 @@ class HySparseStack(MegatronModule):
         """
         if not (self.training and self.config.recompute_granularity == "full"):
             with get_fp8_context(self.config, cast(TransformerLayer, layer).layer_number - 1):
-                return layer(hidden_states, shared, rotary_pos_emb)
+                return layer(hidden_states, shared, rotary_pos_emb, documents)
 
         lists = shared.lists if shared else None
 
@@ -172,7 +178,8 @@ class HySparseStack(MegatronModule):
             if parts[0] is not None:
                 given = SharedAttention(*cast(tuple[Tensor, Tensor, Tensor], parts), lists)
             # The second run, with gradient, must not make the selection again.
-            hidden, made = layer(hidden, given, rotary, select=not torch.is_grad_enabled())
+            select = not torch.is_grad_enabled()
+            hidden, made = layer(hidden, given, rotary, documents, select=select)
             if made is None or made is given:
                 # What the layer only passes on stays outside of the recomputed function.
                 return hidden

@@ -207,6 +207,7 @@ def _batches(state: TrainingState, corpus: PreparedCorpus) -> tuple[BatchSource,
             "micro_batch_size": train_config.micro_batch_size,
             "data_parallel_size": state.groups.dp.size(),
             "data_parallel_rank": state.groups.dp.rank(),
+            "document_mask": state.config.data.document_mask,
         }
         samples = TokenSamples(corpus.train_prefix, train_config.seq_length, corpus.vocab_size)
         held_out = TokenSamples(

@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -17,7 +18,8 @@ from hysparse_megatron.training.optimizer import set_step
 from hysparse_megatron.training.state import TrainingState
 
 Batch = dict[str, Tensor]
-"""`tokens`, `labels`, `position_ids` int64 and `loss_mask` fp32: [micro batch, S], on the CPU."""
+"""`tokens`, `labels`, `position_ids` int64 and `loss_mask` fp32: [micro batch, S], on the CPU; with
+document masks `cu_seqlens` int32 [documents + 1]."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,30 @@ def _forward_step(device: torch.device, data_iterator: Iterator[Batch], model: t
     batch = {
         name: tensor.to(device, non_blocking=True) for name, tensor in next(data_iterator).items()
     }
-    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    output = model(
+        batch["tokens"],
+        batch["position_ids"],
+        None,
+        labels=batch["labels"],
+        packed_seq_params=_documents(batch),
+    )
     return output, partial(_loss, batch["loss_mask"])
+
+
+def _documents(batch: Batch) -> PackedSeqParams | None:
+    """Where documents start, in the form in which megatron-core hands it to our stack."""
+    offsets = batch.get("cu_seqlens")
+    if offsets is None:
+        return None
+    length = batch["tokens"].shape[1]
+    # Rotation only knows distances, so that every row is rotated as a whole.
+    return PackedSeqParams(
+        qkv_format="sbhd",
+        cu_seqlens_q=offsets,
+        cu_seqlens_kv=offsets,
+        max_seqlen_q=length,
+        max_seqlen_kv=length,
+    )
 
 
 def _loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -10,11 +10,13 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hysparse_megatron.config.schema import (
     Config,
+    DataConfig,
     MatmulPrecision,
     ModelConfig,
     MuonConfig,
@@ -26,6 +28,7 @@ from hysparse_megatron.config.schema import (
     TrainConfig,
 )
 from hysparse_megatron.config.validate import check
+from hysparse_megatron.data.batches import separate_documents
 from hysparse_megatron.layout import parse_layout
 
 VOCAB = 128
@@ -87,6 +90,8 @@ class Case:
     model: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
     optim: dict[str, Any] = field(default_factory=dict)
+    documents: bool = False
+    """Whether sequences hold several documents, `documents_of`, that do not see one another."""
 
     @property
     def world_size(self) -> int:
@@ -113,6 +118,7 @@ class Case:
                 ep=self.ep,
                 sequence_parallel=self.sp,
             ),
+            data=DataConfig(document_mask=self.documents),
             # Adam divides by |g| + epsilon at first: where a gradient is next to zero, its rounding
             # would decide the sign of a whole step. This is far above rounding and far below |g|.
             optim=OptimConfig(
@@ -165,12 +171,23 @@ def text_tokens(
     return torch.tensor(rows)
 
 
+def documents_of(sequence: int, length: int = SEQ_LENGTH) -> np.ndarray:
+    """Where documents start in a sequence of a global batch: at no block's edge but by chance."""
+    random = np.random.default_rng(sequence)
+    return np.unique([0, *random.integers(1, length + 1, size=3)])
+
+
 def microbatches(
-    tokens: Tensor, dp_size: int, dp_rank: int, labels: Tensor | None = None
+    tokens: Tensor,
+    dp_size: int,
+    dp_rank: int,
+    labels: Tensor | None = None,
+    documents: bool = False,
 ) -> list[dict[str, Tensor]]:
     """A data-parallel rank's share of tokens [sequences, S + 1], dealt as in `data/batches.py`.
 
-    Without `labels` [sequences, S] they are the next tokens.
+    Without `labels` [sequences, S] they are the next tokens. With `documents` each sequence has
+    those of `documents_of`.
     """
     inputs = tokens[:, :-1]
     targets = tokens[:, 1:] if labels is None else labels
@@ -186,4 +203,7 @@ def microbatches(
                 "position_ids": torch.arange(length).expand(MICRO_BATCH, length),
             }
         )
+        if documents:
+            starts = [documents_of(row, length) for row in range(len(tokens))[rows]]
+            separate_documents(shares[-1], starts)
     return shares

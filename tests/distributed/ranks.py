@@ -89,7 +89,8 @@ def place_of(state: TrainingState) -> Place:
 
 def share_of(state: TrainingState, tokens: Tensor, labels: Tensor | None = None) -> list[dict]:
     """This rank's micro-batches of a global batch."""
-    return microbatches(tokens, state.groups.dp.size(), state.groups.dp.rank(), labels)
+    documents = state.config.data.document_mask
+    return microbatches(tokens, state.groups.dp.size(), state.groups.dp.rank(), labels, documents)
 
 
 def pieces(state: TrainingState, read: Callable[[torch.nn.Parameter], Tensor]) -> dict[str, Piece]:

@@ -1,14 +1,18 @@
-"""No layout lets a token know the future.
+"""No layout lets a token know the future, or with document masks another document.
 
 The loss at position i depends on tokens <= i and on label i. Labels are held fixed here, so after
-a change of token t every loss before position t must be what it was.
+a change of token t every loss before position t must be what it was; with document masks also
+every loss after the end of its document.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 
+from hysparse_megatron.config.schema import MoeConfig
 from tests.distributed.cases import (
     HALF_BATCH,
     INSIDE,
@@ -16,6 +20,7 @@ from tests.distributed.cases import (
     SEQ_LENGTH,
     VOCAB,
     Case,
+    documents_of,
     random_tokens,
 )
 from tests.distributed.jobs import TokenLosses, token_losses
@@ -32,6 +37,18 @@ CASES = [
     Case("tp2-pp2-sp-inside", INSIDE, tp=2, pp=2, sp=True, train=HALF_BATCH),
 ]
 TOLERANCE = 1e-6
+
+MIXED = "F S W F S | S W F"
+EXPERTS = {"moe": MoeConfig(num_experts=8, num_active_experts=2, expert_ffn_hidden_size=32)}
+APART = [
+    Case("one-process", MIXED.replace("|", ""), train=HALF_BATCH, documents=True),
+    Case("tp2-sp", MIXED.replace("|", ""), tp=2, sp=True, train=HALF_BATCH, documents=True),
+    Case("tp2-mqa", tp=2, model={"num_query_groups": 1}, train=HALF_BATCH, documents=True),
+    Case("pp2-inside", MIXED, pp=2, train=HALF_BATCH, documents=True),
+    Case("pp2-vpp2", INTERLEAVED, pp=2, vpp=2, train=HALF_BATCH, documents=True),
+    Case("tp2-pp2-sp-inside", MIXED, tp=2, pp=2, sp=True, train=HALF_BATCH, documents=True),
+    Case("moe-tp2-sp-ep2", tp=2, sp=True, ep=2, model=EXPERTS, train=HALF_BATCH, documents=True),
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -50,6 +67,43 @@ def test_the_past_does_not_change(case: Case, pool: WorkerPool, session_seed: in
                 assert np.array_equal(indices[..., :position, :], other[..., :position, :])
                 selection_changed |= not np.array_equal(indices, other)
     assert selection_changed, "no selection ever depended on the changed tokens"
+
+
+@pytest.mark.parametrize("case", APART, ids=lambda case: case.name)
+def test_documents_do_not_see_one_another(case: Case, pool: WorkerPool, session_seed: int) -> None:
+    later = 0
+    for change, start, stop, position in changes_by_document(case, pool, session_seed):
+        assert change[:position].max(initial=0.0) <= TOLERANCE
+        assert change[stop:].max(initial=0.0) <= TOLERANCE
+        assert change[position] > 100 * TOLERANCE
+        assert start <= position < stop
+        later += len(change[stop:]) > 0
+    assert later, "every changed document was the last one"
+
+
+@pytest.mark.parametrize("letters", ["8*F", "8*W", "F 7*S"])
+def test_without_masks_they_do(letters: str, pool: WorkerPool, session_seed: int) -> None:
+    case = Case(f"seeing-{letters[:1]}", letters, train=HALF_BATCH)
+    seen = [
+        change[stop:].max(initial=0.0)
+        for change, _, stop, _ in changes_by_document(case, pool, session_seed)
+    ]
+    assert max(seen) > 100 * TOLERANCE
+
+
+def changes_by_document(
+    case: Case, pool: WorkerPool, seed: int
+) -> Iterator[tuple[np.ndarray, int, int, int]]:
+    """For every sequence and changed position: how much each loss [S] changed, where the document
+    of that position starts and ends, and the position."""
+    positions, runs = change_tokens(case, pool, seed)
+    for number, position in enumerate(positions, start=1):
+        change = np.abs(losses_of(runs, number) - losses_of(runs, 0))
+        for sequence, losses in enumerate(change.reshape(-1, SEQ_LENGTH)):
+            borders = [*documents_of(sequence), SEQ_LENGTH]
+            start = max(border for border in borders if border <= position)
+            stop = min(border for border in borders if border > position)
+            yield losses, start, stop, position
 
 
 def test_a_leak_is_found(pool: WorkerPool, session_seed: int) -> None:

@@ -194,3 +194,44 @@ def test_prepared_corpus_feeds_batches(shared_corpus: PreparedCorpus) -> None:
 def test_impossible_shapes_are_refused(tmp_path: Path, changes: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=r"divisible|outside|at least"):
         source(counting_samples(tmp_path), **changes)
+
+
+def test_documents_of_a_batch(tmp_path: Path) -> None:
+    samples = counting_samples(tmp_path)  # documents of 7 tokens, samples of 8
+    assert samples.document_starts(0).tolist() == [0, 7]
+    assert samples.document_starts(2).tolist() == [5]  # tokens 16 .. 24, and 21 starts one
+    assert samples.document_starts(6).tolist() == [1, 8]  # 48 .. 56: the last label starts one
+    batches = source(samples, micro_batch_size=4, document_mask=True)
+    plain = source(samples, micro_batch_size=4)
+    for batch, same in zip(batches.microbatches(3), plain.microbatches(3), strict=True):
+        assert torch.equal(batch["tokens"], same["tokens"])
+        tokens = batch["tokens"].flatten()
+        row_starts = torch.arange(4 * S) % S == 0
+        expected = [*torch.nonzero((tokens % 7 == 0) | row_starts).flatten().tolist(), 4 * S]
+        assert batch["cu_seqlens"].dtype == torch.int32
+        assert batch["cu_seqlens"].tolist() == expected
+        assert torch.equal(batch["loss_mask"], (batch["labels"] % 7 != 0).float())
+
+
+def test_documents_of_several_sequences_and_none(tmp_path: Path) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    prefix = str(tmp_path / "parts")
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    builder.add_document(np.arange(6), [2, 4])
+    builder.add_document(np.arange(0), [0])
+    builder.add_document(np.arange(12), [5, 0, 7])
+    builder.finalize(f"{prefix}.idx")
+    samples = TokenSamples(prefix, S)
+    assert samples.document_starts(0).tolist() == [0, 6]
+    assert samples.document_starts(1).tolist() == []
+
+
+def test_evaluation_has_documents_too(tmp_path: Path) -> None:
+    arguments = {"micro_batch_size": 1, "data_parallel_size": 1, "data_parallel_rank": 0}
+    found = evaluation_batches(
+        counting_samples(tmp_path), num_batches=1, global_batch_size=1, **arguments,
+        document_mask=True,
+    )  # fmt: skip
+    [batch] = found.microbatches(0)
+    assert batch["cu_seqlens"].tolist() == [0, 7, 8]
