@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from hysparse_kernels import (
     BlockLists,
+    KeyValueGradients,
     block_sparse_attention,
     gated_sum,
     oracle_attention,
@@ -342,7 +343,7 @@ class SparseAttention(_Attention):
         query, key = self._query_and_key(parts, rotary_pos_emb)
         sinks = [getattr(self, name) for name in self.sink_names] or [None]
         attention = self._run(
-            functools.partial(self._attend, documents, shared.lists),
+            functools.partial(self._attend, documents, shared.lists, shared.gradients),
             query,
             key,
             parts["value"],
@@ -358,6 +359,7 @@ class SparseAttention(_Attention):
         self,
         documents: Tensor | None,
         lists: BlockLists | None,
+        gradients: KeyValueGradients | None,
         query: Tensor,
         window_key: Tensor,
         window_value: Tensor,
@@ -379,6 +381,7 @@ class SparseAttention(_Attention):
             block_size=self.config.block_size,
             sink=sparse_sink,
             lists=lists,
+            accumulate=gradients,
             cu_seqlens=documents,
             backend=backend,
         )

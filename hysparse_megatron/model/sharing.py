@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from hysparse_kernels import BlockLists
+from hysparse_kernels import BlockLists, KeyValueGradients
 from torch import Tensor
 
 
@@ -27,6 +27,9 @@ class SharedAttention(NamedTuple):
     block_indices: Tensor | None
     lists: BlockLists | None = None
     """The same selection in the form that kernels walk, built once per stage; None: not needed."""
+    gradients: KeyValueGradients | None = None
+    """Where the sparse layers of this stage add up the gradients of key and value, in fp32; None with
+    recompute, which detaches both from their producer, so that autograd has to add them up."""
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:

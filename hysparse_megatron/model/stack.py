@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from hysparse_kernels import prepare_selection
+from hysparse_kernels import KeyValueGradients, prepare_selection
 from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.fp8_utils import get_fp8_context
@@ -143,7 +143,8 @@ class HySparseStack(MegatronModule):
         return make_viewless_tensor(inp=hidden, requires_grad=hidden.requires_grad, keep_graph=True)
 
     def _prepared(self, shared: SharedAttention, documents: Tensor | None) -> SharedAttention:
-        """With the lists that all sparse layers of this stage read, if their kernels need any."""
+        """With what all sparse layers of this stage read and add to: lists, if their kernels need
+        any, and the sum of their gradients."""
         assert shared.block_indices is not None
         lists = prepare_selection(
             shared.block_indices,
@@ -152,7 +153,16 @@ class HySparseStack(MegatronModule):
             cu_seqlens=documents,
             backend=self.config.attention_backend_name,
         )
-        return shared._replace(lists=lists)
+        shared = shared._replace(lists=lists)
+        recomputes = self.config.recompute_granularity is not None
+        if not (self.training and torch.is_grad_enabled()) or recomputes:
+            return shared
+        gradients = KeyValueGradients()
+        # In the kernels' layout, in which the layers will add.
+        key, value = gradients.attach(shared.key.transpose(0, 1), shared.value.transpose(0, 1))
+        return shared._replace(
+            key=key.transpose(0, 1), value=value.transpose(0, 1), gradients=gradients
+        )
 
     def _run(
         self,

@@ -1,7 +1,10 @@
 """The three attention layers, inside a whole tiny model, against a plain one written anew."""
 
+from typing import Any
+
 import pytest
 import torch
+from hysparse_kernels import block_sparse_attention
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from plain_model import PlainSettings, token_losses
@@ -10,6 +13,7 @@ from torch import Tensor
 
 from hysparse_megatron.config.schema import Config, GateKind
 from hysparse_megatron.layout import parse_layout
+from hysparse_megatron.model import attention
 from hysparse_megatron.model.attention import FullAttention
 from hysparse_megatron.model.sharing import SharedAttention
 from tests.unit.single_process import DEVICE
@@ -235,3 +239,29 @@ def test_recompute_changes_no_bit(
     assert torch.equal(*losses)
     for name in gradients[0]:
         assert torch.equal(gradients[0][name], gradients[1][name]), name
+
+
+@pytest.mark.parametrize("recompute", ["none", "full", "selective"])
+def test_readers_add_their_gradients_in_one_sum(
+    groups: ProcessGroupCollection, seed: int, recompute: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layouts = ["model.layout=F S S F S", f"train.recompute={recompute}"]
+    model = tiny_model(tiny_config(*layouts), groups)
+    sums = []
+
+    def recorded(*arguments: Any, **options: Any) -> Tensor:
+        sums.append(options["accumulate"])
+        return block_sparse_attention(*arguments, **options)
+
+    monkeypatch.setattr(attention, "block_sparse_attention", recorded)
+    losses_and_picks(model, random_tokens())[0].sum().backward()
+    if recompute == "none":
+        first, second, other = sums
+        assert first is second is not None
+        assert other not in (None, first)
+    else:
+        assert set(sums) == {None}
+    sums.clear()
+    model.eval()
+    losses_and_picks(model, random_tokens())
+    assert set(sums) == {None}
