@@ -28,8 +28,8 @@ class SharedAttention(NamedTuple):
     lists: BlockLists | None = None
     """The same selection in the form that kernels walk, built once per stage; None: not needed."""
     gradients: KeyValueGradients | None = None
-    """Where the sparse layers of this stage add up the gradients of key and value, in fp32; None with
-    recompute, which detaches both from their producer, so that autograd has to add them up."""
+    """Where the sparse layers of this stage add up the gradients of key and value, in fp32. None
+    with recompute, which detaches both from their producer: autograd has to add them up."""
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
