@@ -88,7 +88,7 @@ def start(corpus: Path, output: Path, program: str = PROGRAM) -> subprocess.Pope
 
 def finish(corpus: Path, output: Path) -> None:
     process = start(corpus, output)
-    errors = process.communicate(timeout=120)[1]
+    errors = process.communicate(timeout=180)[1]
     assert process.returncode == 0, errors.decode()
 
 
@@ -143,7 +143,7 @@ def number_of_lines(path: Path) -> int:
 
 def wait_for_end(processes: list[psutil.Process]) -> None:
     """Fail if one of them works on."""
-    end = time.monotonic() + 10
+    end = time.monotonic() + 30
     while any(is_working(process) for process in processes):
         assert time.monotonic() < end, "a worker outlives its parent"
         time.sleep(0.01)
@@ -273,7 +273,7 @@ def test_a_full_disk_is_named_and_leaves_nothing_that_looks_finished(
     for limit in (2_000, 100_000):
         program = f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({limit},) * 2)\n"
         process = start(corpus, tmp_path / "out", program + MAIN_PROGRAM)
-        errors = process.communicate(timeout=60)[1].decode()
+        errors = process.communicate(timeout=180)[1].decode()
         assert process.returncode == 5, errors
         assert "cannot write prepared data: File too large" in errors
         assert "Traceback" not in errors
@@ -291,7 +291,7 @@ def test_a_killed_worker_ends_the_preparation_with_advice(corpus: Path, tmp_path
         if "spawn_main" in " ".join(child.cmdline()):
             child.kill()
             break
-    errors = process.communicate(timeout=60)[1].decode()
+    errors = process.communicate(timeout=180)[1].decode()
     assert process.returncode == 1
     assert "a worker process was killed" in errors
     assert "Traceback" not in errors

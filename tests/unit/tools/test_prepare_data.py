@@ -117,9 +117,9 @@ def test_a_signal_stops_it_soon_and_the_same_command_goes_on(
         time.sleep(0.005)
     process.send_signal(number)
     start = time.monotonic()
-    errors = process.communicate(timeout=60)[1].decode()
+    errors = process.communicate(timeout=180)[1].decode()
     assert process.returncode == 3, errors
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 30
     assert f"Preempted: stopped by {number.name}; the same command goes on" in errors
     assert "Traceback" not in errors
     done = subprocess.run([*command, "--verify"], cwd=ROOT, capture_output=True, text=True)
