@@ -2,18 +2,22 @@
 
 B is the micro-batch size, S the sequence length. Neither source keeps any state: a batch is asked
 for by its number, so resuming at a step is asking for that step.
+torch is imported where tensors are made: preparing data imports this package and needs none of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from hysparse_megatron.data.dataset import TokenSamples
 from hysparse_megatron.data.order import sample_ids as ordered_sample_ids
 from hysparse_megatron.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
 
 
 class _RankShare:
@@ -202,6 +206,8 @@ def evaluation_batches(
 
 def _to_tensors(tokens: np.ndarray) -> dict[str, torch.Tensor]:
     """Inputs and next-token labels of samples [B, S + 1]."""
+    import torch
+
     rows = torch.from_numpy(tokens)
     inputs, labels = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
     return {

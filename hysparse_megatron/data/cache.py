@@ -54,7 +54,7 @@ def build_once[Loaded](
             pass  # looked at again below, when nobody else can be replacing it
     try:
         os.makedirs(os.path.dirname(directory), exist_ok=True)
-        with _locked(f"{directory}.lock", lock_timeout_seconds, note) as is_locked:
+        with locked(f"{directory}.lock", lock_timeout_seconds, note) as is_locked:
             if os.path.isdir(directory):
                 try:
                     return load(directory)
@@ -74,7 +74,7 @@ def _build_and_publish(directory: str, build: Callable[[str], None]) -> None:
     os.mkdir(temporary)
     try:
         build(temporary)
-        _sync(temporary)
+        sync_folder(temporary)
         if os.path.isdir(directory):
             damaged = f"{directory}.old-{uuid.uuid4().hex[:12]}"
             os.rename(directory, damaged)
@@ -85,7 +85,7 @@ def _build_and_publish(directory: str, build: Callable[[str], None]) -> None:
             # Without a lock another process may have been first; `load` judges what it built.
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-        _sync(os.path.dirname(directory))
+        sync_folder(os.path.dirname(directory))
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -99,10 +99,13 @@ def _remove_leftovers(directory: str) -> None:
 
 
 @contextmanager
-def _locked(path: str, timeout_seconds: float, note: Callable[[str], None]) -> Iterator[bool]:
-    """Hold an exclusive lock; yields False on a file system that has none.
+def locked(path: str, timeout_seconds: float, note: Callable[[str], None]) -> Iterator[bool]:
+    """Hold an exclusive lock on a file; yields False on a file system that has none.
 
     The lock file stays: removing it would let two processes lock two files of one name.
+
+    Raises:
+        DataError: another process holds it for longer than the timeout (names the holder).
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -141,7 +144,8 @@ def _acquire(
         time.sleep(_POLL_SECONDS)
 
 
-def _sync(directory: str) -> None:
+def sync_folder(directory: str) -> None:
+    """Make the names in a folder survive a loss of power."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -18,6 +18,7 @@ from hysparse_megatron.errors import DataError
 FORMAT = 1
 CARD_NAME = "dataset.json"
 TOKENIZER_NAME = "tokenizer.json"
+SENTENCEPIECE_NAME = "tokenizer.model"
 SPLITS = ("train", "validation")
 DATA_NAMES = tuple(f"{split}.{kind}" for split in SPLITS for kind in ("bin", "idx"))
 
@@ -63,17 +64,25 @@ class PreparedCorpus:
         return {name: values[name] for name in names}
 
 
-def write_card(directory: str, fields: Mapping[str, Any]) -> None:
+def write_card(
+    directory: str,
+    fields: Mapping[str, Any],
+    *,
+    tokenizer_name: str = TOKENIZER_NAME,
+    known_hashes: Mapping[str, str] | None = None,
+) -> None:
     """Hash the folder's files and write its card.
 
     `fields` are those of `PreparedCorpus` without paths, hashes, and `fingerprint`; more are kept.
+    `known_hashes` are the SHA-256 of files that were hashed while they were written.
     """
     files: dict[str, dict[str, int | str]] = {}
-    hashes: dict[str, str] = {}
-    for name in (*DATA_NAMES, TOKENIZER_NAME):
+    hashes = dict(known_hashes or {})
+    for name in (*DATA_NAMES, tokenizer_name):
         path = os.path.join(directory, name)
         _sync_file(path)
-        hashes[name] = _hash_file(path)
+        if name not in hashes:
+            hashes[name] = _hash_file(path)
         files[name] = {"bytes": os.path.getsize(path), "sha256": hashes[name]}
     card = {
         "format": FORMAT,
@@ -112,9 +121,8 @@ def load_prepared(
     """
     directory = os.path.abspath(directory)
     card = _read_card(os.path.join(directory, CARD_NAME))
-    for name in (*DATA_NAMES, TOKENIZER_NAME):
-        is_hashed = check_hashes or name == TOKENIZER_NAME
-        _check_file(directory, name, card.files[name], is_hashed)
+    for name, entry in card.files.items():
+        _check_file(directory, name, entry, check_hashes or name == card.tokenizer_name)
     prefixes = {split: os.path.join(directory, split) for split in SPLITS}
     for split, prefix in prefixes.items():
         summary = check_indexed(prefix)
@@ -133,7 +141,7 @@ def load_prepared(
         directory=directory,
         train_prefix=prefixes["train"],
         validation_prefix=prefixes["validation"],
-        tokenizer_path=os.path.join(directory, TOKENIZER_NAME),
+        tokenizer_path=os.path.join(directory, card.tokenizer_name),
         vocab_size=card.integer("vocab_size"),
         end_of_document=card.integer("end_of_document"),
         train_documents=card.integer("train_documents"),
@@ -143,7 +151,7 @@ def load_prepared(
         empty_documents=card.integer("empty_documents"),
         bad_documents=card.integer("bad_documents"),
         fingerprint=card.string("fingerprint"),
-        tokenizer_sha256=card.files[TOKENIZER_NAME].sha256,
+        tokenizer_sha256=card.files[card.tokenizer_name].sha256,
         source=card.string("source"),
     )
 
@@ -159,6 +167,7 @@ class _Card:
     path: str
     values: dict[str, Any]
     files: dict[str, _FileEntry]
+    tokenizer_name: str
 
     def integer(self, key: str) -> int:
         value = self.values.get(key)
@@ -186,15 +195,17 @@ def _read_card(path: str) -> _Card:
     if values.get("format") != FORMAT:
         raise DataError(f"{path}: format {values.get('format')!r}, expected {FORMAT}")
     entries = values.get("files")
+    has_model = isinstance(entries, dict) and SENTENCEPIECE_NAME in entries
+    tokenizer_name = SENTENCEPIECE_NAME if has_model else TOKENIZER_NAME
     files = {}
-    for name in (*DATA_NAMES, TOKENIZER_NAME):
+    for name in (*DATA_NAMES, tokenizer_name):
         entry = entries.get(name) if isinstance(entries, dict) else None
         size = entry.get("bytes") if isinstance(entry, dict) else None
         sha256 = entry.get("sha256") if isinstance(entry, dict) else None
         if not isinstance(size, int) or not isinstance(sha256, str):
             raise DataError(f"{path}: no size and hash for {name}")
         files[name] = _FileEntry(size, sha256)
-    card = _Card(path, values, files)
+    card = _Card(path, values, files, tokenizer_name)
     if card.string("fingerprint") != fingerprint_of({n: files[n].sha256 for n in DATA_NAMES}):
         raise DataError(f"{path}: the fingerprint does not belong to the files' hashes")
     return card

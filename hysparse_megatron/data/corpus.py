@@ -142,7 +142,7 @@ def open_corpus(
         description = f"{version} standard library"
     else:
         root = os.path.abspath(path)
-        files = _list_path(root)
+        files = list_files(root)
         listing = [
             "path",
             *(f"{file.name}\0{file.size_bytes}\0{file.modified_nanoseconds}" for file in files),
@@ -177,7 +177,12 @@ def _list_standard_library(root: str) -> tuple[SourceFile, ...]:
     return tuple(sorted(files, key=lambda file: file.name))
 
 
-def _list_path(root: str) -> tuple[SourceFile, ...]:
+def list_files(root: str) -> tuple[SourceFile, ...]:
+    """A file, or all files below a folder, by sorted name; names that start with a dot left out.
+
+    Raises:
+        DataError: the path is missing, or a folder cannot be read.
+    """
     try:
         if not os.path.isdir(root):
             return (_source_file(root, os.path.dirname(root)),)
@@ -204,8 +209,11 @@ def _source_file(path: str, root: str) -> SourceFile:
     return SourceFile(path, name, status.st_size, status.st_mtime_ns)
 
 
-def _decode(data: bytes, where: str, offset: int) -> str | DataError:
-    """`offset` is where `data` starts in its file, in bytes, for the error message."""
+def decode_utf8(data: bytes, where: str, offset: int) -> str | DataError:
+    """Text of bytes, without a byte order mark; an error is returned, not raised.
+
+    `offset` is where `data` starts in its file, in bytes: for the mark and for the error's message.
+    """
     if offset == 0 and data.startswith(codecs.BOM_UTF8):
         data, offset = data[len(codecs.BOM_UTF8) :], len(codecs.BOM_UTF8)
     try:
@@ -221,7 +229,7 @@ def _read_text(file: SourceFile) -> Document | DataError:
             data = stream.read()
     except OSError as error:
         return DataError(f"{file.path}: cannot be read: {error.strerror}")
-    text = _decode(data, file.path, 0)
+    text = decode_utf8(data, file.path, 0)
     return text if isinstance(text, DataError) else Document(file.name, text, len(data))
 
 
@@ -230,7 +238,7 @@ def _read_json_lines(file: SourceFile, text_key: str) -> Iterator[Document | Dat
     try:
         with open(file.path, "rb") as stream:
             for number, line in enumerate(stream, start=1):
-                text = _json_line_text(line, f"{file.path}:{number}", offset, text_key)
+                text = json_line_text(line, f"{file.path}:{number}", offset, text_key)
                 offset += len(line)
                 if isinstance(text, DataError):
                     yield text
@@ -240,9 +248,12 @@ def _read_json_lines(file: SourceFile, text_key: str) -> Iterator[Document | Dat
         yield DataError(f"{file.path}: cannot be read at offset {offset}: {error.strerror}")
 
 
-def _json_line_text(line: bytes, where: str, offset: int, text_key: str) -> str | DataError:
-    """The text of one JSON line; empty for a blank line."""
-    decoded = _decode(line, where, offset)
+def json_line_text(line: bytes, where: str, offset: int, text_key: str) -> str | DataError:
+    """The text of one JSON line, empty for a blank line; an error is returned, not raised.
+
+    `where` and `offset` (of the line in its file, in bytes) are for the error's message.
+    """
+    decoded = decode_utf8(line, where, offset)
     if isinstance(decoded, DataError):
         return decoded
     if not decoded.strip():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,10 +20,11 @@ from hysparse_megatron.errors import DataError
 if TYPE_CHECKING:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-_MAGIC = b"MMIDIDX\x00\x00"
-_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document borders
-_TOKEN_DTYPES: dict[int, type[np.integer]] = {4: np.int32, 5: np.int64, 8: np.uint16}
-_SCAN_TOKENS = 1 << 24
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document borders
+TOKEN_DTYPES: dict[int, type[np.integer]] = {4: np.int32, 5: np.int64, 8: np.uint16}
+_SCAN_TOKENS = 1 << 22
+_SCAN_DOCUMENTS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -76,51 +78,73 @@ def check_indexed(prefix: str) -> IndexSummary:
     index_path, token_path = f"{prefix}.idx", f"{prefix}.bin"
     index_bytes, token_bytes = _size(index_path), _size(token_path)
     with open(index_path, "rb") as stream:
-        header = stream.read(_HEADER.size)
-    if len(header) < _HEADER.size:
+        header = stream.read(HEADER.size)
+    if len(header) < HEADER.size:
         raise DataError(f"{index_path}: header cut off at offset {len(header)}")
-    magic, version, code, num_sequences, num_borders = _HEADER.unpack(header)
-    if magic != _MAGIC:
+    magic, version, code, num_sequences, num_borders = HEADER.unpack(header)
+    if magic != MAGIC:
         raise DataError(f"{index_path}: not a Megatron index (bad header at offset 0)")
     if version != 1:
         raise DataError(f"{index_path}: index version {version} at offset 9, expected 1")
-    if code not in _TOKEN_DTYPES:
+    if code not in TOKEN_DTYPES:
         raise DataError(f"{index_path}: token type code {code} at offset 17 is no token type")
-    expected_bytes = _HEADER.size + num_sequences * (4 + 8) + num_borders * 8
+    expected_bytes = HEADER.size + num_sequences * (4 + 8) + num_borders * 8
     if index_bytes < expected_bytes:
         raise DataError(
             f"{index_path}: ends at offset {index_bytes}, its header announces {expected_bytes}"
         )
-    dtype = _TOKEN_DTYPES[code]
+    dtype = TOKEN_DTYPES[code]
     if num_sequences == 0:
         raise DataError(f"{index_path}: holds no document (offset 18)")
 
-    pointers_offset = _HEADER.size + 4 * num_sequences
+    pointers_offset = HEADER.size + 4 * num_sequences
     borders_offset = pointers_offset + 8 * num_sequences
-    lengths = np.fromfile(index_path, np.int32, num_sequences, offset=_HEADER.size)
-    pointers = np.fromfile(index_path, np.int64, num_sequences, offset=pointers_offset)
-    ends = np.cumsum(lengths, dtype=np.int64) * dtype().itemsize
-    wrong = np.flatnonzero((lengths < 0) | (pointers != ends - lengths * dtype().itemsize))
-    if len(wrong):
-        raise DataError(
-            f"{index_path}: document {wrong[0]} does not start where the one before it ends "
-            f"(offset {pointers_offset + 8 * wrong[0]})"
+    end, first_lost = 0, None
+    for first, lengths, ends in document_ends(index_path, num_sequences, dtype().itemsize):
+        pointers = np.fromfile(
+            index_path, np.int64, len(lengths), offset=pointers_offset + 8 * first
         )
-    borders = np.fromfile(index_path, np.int64, num_borders, offset=borders_offset)
-    if num_borders == 0 or borders[-1] != num_sequences:
+        wrong = np.flatnonzero((lengths < 0) | (pointers != ends - lengths * dtype().itemsize))
+        if len(wrong):
+            raise DataError(
+                f"{index_path}: document {first + wrong[0]} does not start where the one before "
+                f"it ends (offset {pointers_offset + 8 * (first + wrong[0])})"
+            )
+        end = int(ends[-1])
+        if first_lost is None and token_bytes < end:
+            first_lost = first + int(np.searchsorted(ends, token_bytes, side="right"))
+    last_border = np.fromfile(
+        index_path, np.int64, 1, offset=borders_offset + 8 * max(0, num_borders - 1)
+    )
+    if num_borders == 0 or last_border[0] != num_sequences:
         raise DataError(f"{index_path}: bad document borders (offset {borders_offset})")
-    if token_bytes < ends[-1]:
-        first_lost = int(np.searchsorted(ends, token_bytes, side="right"))
+    if first_lost is not None:
         raise DataError(
-            f"{token_path}: ends at offset {token_bytes}, its index announces {ends[-1]} bytes; "
+            f"{token_path}: ends at offset {token_bytes}, its index announces {end} bytes; "
             f"document {first_lost} and all after it are cut off"
         )
-    if token_bytes > ends[-1]:
+    if token_bytes > end:
         raise DataError(
-            f"{token_path}: holds {token_bytes} bytes, its index announces {ends[-1]}; "
-            f"the bytes from offset {ends[-1]} belong to no document"
+            f"{token_path}: holds {token_bytes} bytes, its index announces {end}; "
+            f"the bytes from offset {end} belong to no document"
         )
-    return IndexSummary(dtype, num_borders - 1, int(ends[-1]) // dtype().itemsize)
+    return IndexSummary(dtype, num_borders - 1, end // dtype().itemsize)
+
+
+def document_ends(
+    index_path: str, num_sequences: int, token_bytes: int
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """First number, lengths [tokens] and ends [bytes] of the documents, a bounded many at a time.
+
+    An index of a large corpus takes gigabytes, which every rank of a machine would hold at once.
+    """
+    end = 0
+    for first in range(0, num_sequences, _SCAN_DOCUMENTS):
+        count = min(_SCAN_DOCUMENTS, num_sequences - first)
+        lengths = np.fromfile(index_path, np.int32, count, offset=HEADER.size + 4 * first)
+        ends = end + np.cumsum(lengths, dtype=np.int64) * token_bytes
+        end = int(ends[-1])
+        yield first, lengths, ends
 
 
 def check_token_ids(prefix: str, vocab_size: int) -> None:
@@ -133,9 +157,10 @@ def check_token_ids(prefix: str, vocab_size: int) -> None:
     if summary.num_tokens == 0:
         return
     path = f"{prefix}.bin"
-    tokens = np.memmap(path, dtype=summary.dtype, mode="r")
-    for start in range(0, len(tokens), _SCAN_TOKENS):
-        refuse_bad_ids(tokens[start : start + _SCAN_TOKENS], path, start, vocab_size)
+    token_bytes = summary.dtype().itemsize
+    for start in range(0, summary.num_tokens, _SCAN_TOKENS):
+        tokens = np.fromfile(path, summary.dtype, _SCAN_TOKENS, offset=start * token_bytes)
+        refuse_bad_ids(tokens, path, start, vocab_size)
 
 
 def refuse_bad_ids(tokens: np.ndarray, path: str, first: int, vocab_size: int) -> None:

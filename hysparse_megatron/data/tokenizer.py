@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,6 +15,8 @@ from hysparse_megatron.errors import DataError
 END_OF_DOCUMENT = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257
 """The 256 bytes and the end-of-document token."""
+ENCODE_CHARACTERS = 1024 * 1024
+"""Longest text that is encoded at once; `cut_text` cuts longer ones."""
 
 # Names under which published tokenizers keep the same token, in the order they are looked for.
 _END_OF_DOCUMENT_NAMES = (
@@ -24,7 +27,6 @@ _END_OF_DOCUMENT_NAMES = (
     "<eos>",
 )
 _SAMPLE_CHARACTERS = 64 * 1024
-_ENCODE_CHARACTERS = 1024 * 1024
 _LONG_RUN = re.compile(r"\S{256}")
 
 
@@ -61,24 +63,25 @@ class TextTokenizer:
         Text above 2**20 characters is encoded in pieces, cut after a line end where there is one:
         it bounds the memory and spreads one huge document over the cores.
         """
-        pieces: list[str] = []
-        counts: list[int] = []
-        for text in texts:
-            before = len(pieces)
-            pieces.extend(_cut(text, _ENCODE_CHARACTERS))
-            counts.append(len(pieces) - before)
-        encodings = iter(self._tokenizer.encode_batch_fast(pieces, add_special_tokens=False))
-        return [
-            np.concatenate(
-                [np.empty(0, np.int64)]
-                + [np.asarray(next(encodings).ids, dtype=np.int64) for _ in range(count)]
+        pieces = [list(cut_text(text)) for text in texts]
+        encodings = iter(
+            self._tokenizer.encode_batch_fast(
+                [piece for of_text in pieces for piece in of_text], add_special_tokens=False
             )
-            for count in counts
+        )
+        return [
+            _join([np.asarray(next(encodings).ids, dtype=np.int64) for _ in of_text])
+            for of_text in pieces
         ]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of the ids. Bytes that are no valid UTF-8 (a cut character) become U+FFFD."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+
+def _join(parts: list[np.ndarray]) -> np.ndarray:
+    """One array of several; a text of one piece, nearly every one, is not copied."""
+    return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.int64), *parts])
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -118,8 +121,13 @@ def tokenizer_file(path: str) -> str:
     return os.path.join(path, "tokenizer.json") if os.path.isdir(path) else path
 
 
-def load_tokenizer(path: str) -> TextTokenizer:
+def load_tokenizer(path: str, end_of_document: str | None = None) -> TextTokenizer:
     """Load a `tokenizer.json` of the tokenizers library, given the file or its folder.
+
+    Args:
+        path: the file or its folder.
+        end_of_document: the token that closes a document; None looks for the names that published
+            tokenizers use, then for the `eos_token` of a `tokenizer_config.json` beside it.
 
     Raises:
         DataError: the file is missing or no tokenizer, or it has no end-of-document token.
@@ -138,12 +146,22 @@ def load_tokenizer(path: str) -> TextTokenizer:
         tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # the library raises plain Exception
         raise DataError(f"{path}: not a tokenizer.json: {error}") from error
-    for name in _END_OF_DOCUMENT_NAMES:
+    names = (end_of_document,) if end_of_document else _end_of_document_names(path)
+    for name in names:
         if tokenizer.token_to_id(name) is not None:
             return TextTokenizer(tokenizer, name)
-    raise DataError(
-        f"{path}: no end-of-document token; looked for {', '.join(_END_OF_DOCUMENT_NAMES)}"
-    )
+    raise DataError(f"{path}: no end-of-document token; looked for {', '.join(names)}")
+
+
+def _end_of_document_names(path: str) -> tuple[str, ...]:
+    """Names to look for, those of the folder's configuration last."""
+    try:
+        with open(os.path.join(os.path.dirname(path), "tokenizer_config.json"), "rb") as stream:
+            token = json.load(stream)["eos_token"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return _END_OF_DOCUMENT_NAMES
+    content = token.get("content") if isinstance(token, dict) else token
+    return (*_END_OF_DOCUMENT_NAMES, content) if content else _END_OF_DOCUMENT_NAMES
 
 
 def sample_evenly(texts: Iterable[str], *, total_bytes: int, max_bytes: int) -> Iterator[str]:
@@ -155,14 +173,14 @@ def sample_evenly(texts: Iterable[str], *, total_bytes: int, max_bytes: int) -> 
     share = min(1.0, max_bytes / max(1, total_bytes))
     earned = 0.0
     for text in texts:
-        for piece in _cut(text, _SAMPLE_CHARACTERS):
+        for piece in cut_text(text, _SAMPLE_CHARACTERS):
             earned += share * len(piece)
             if share == 1.0 or earned >= len(piece):
                 earned -= len(piece)
                 yield piece
 
 
-def _cut(text: str, max_characters: int) -> Iterator[str]:
+def cut_text(text: str, max_characters: int = ENCODE_CHARACTERS) -> Iterator[str]:
     """Cut text into pieces, each ending with the last line end that fits, if there is one."""
     start = 0
     while len(text) - start > max_characters:

@@ -1,0 +1,72 @@
+"""How a preparation tells what it does: a bar with rate and time left, and lines above it."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+from typing import Any, Self
+
+from hysparse_megatron.data.bulk.packages import require_package
+
+
+class Progress:
+    """One bar at a time on standard error.
+
+    Without a terminal there is a line every 30 seconds instead of a moving bar.
+
+    Args:
+        is_quiet: show no bar, and no lines but warnings.
+    """
+
+    def __init__(self, is_quiet: bool = False) -> None:
+        self._is_quiet = is_quiet
+        self._bar: Any = None
+        self._tqdm = None if is_quiet else require_package("tqdm", "the progress bar").tqdm
+
+    def start(self, label: str, unit: str, total: int, done: int = 0) -> None:
+        """Begin a bar of `total` units (B or tokens) of which `done` were done before."""
+        self.end()
+        if self._tqdm is not None:
+            self._bar = self._tqdm(
+                desc=label,
+                total=total,
+                initial=done,
+                unit=unit,
+                unit_scale=True,
+                dynamic_ncols=True,
+                mininterval=0.5 if sys.stderr.isatty() else 30.0,
+            )
+
+    def advance(self, amount: int) -> None:
+        """More units are done."""
+        if self._bar is not None:
+            self._bar.update(amount)
+
+    def note(self, line: str) -> None:
+        """Print a line, unless quiet."""
+        if not self._is_quiet:
+            self.warn(line)
+
+    def warn(self, line: str) -> None:
+        """Print a line."""
+        if self._bar is not None:
+            self._bar.write(line, file=sys.stderr)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        """Leave the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.end()

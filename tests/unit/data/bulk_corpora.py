@@ -1,0 +1,84 @@
+"""Corpora and requests for the tests of bulk preparation."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tiny_corpora import WORDS
+
+from hysparse_megatron.data import PreparedCorpus, train_tokenizer
+from hysparse_megatron.data.bulk import BulkRequest, prepare_bulk
+from hysparse_megatron.data.bulk.tokenizers import choose_tokenizer
+from hysparse_megatron.data.indexed import open_indexed
+
+UNIT_BYTES = 4096
+
+
+def make_texts(count: int, seed: int = 0, longest_words: int = 120) -> list[str]:
+    """Texts of several lines; number n starts with `n:`."""
+    generator = random.Random(seed)
+    return [
+        f"{number}: "
+        + " ".join(
+            generator.choice(WORDS) + ("\n" if generator.random() < 0.1 else "")
+            for _ in range(generator.randint(1, longest_words))
+        )
+        for number in range(count)
+    ]
+
+
+def write_lines(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
+    return path
+
+
+def save_tokenizer(path: Path, vocab_size: int = 400) -> Path:
+    train_tokenizer(make_texts(50), vocab_size).save(str(path))
+    return path
+
+
+def request(
+    output: Path, *inputs: Path, tokenizer: str | Path = "bytes", **changes: Any
+) -> BulkRequest:
+    """A request with units small enough that small corpora have many."""
+    return BulkRequest(
+        **{
+            "inputs": tuple(map(str, inputs)),
+            "output": str(output),
+            "tokenizer": choose_tokenizer(str(tokenizer)),
+            "validation_fraction": 0.2,
+            "unit_bytes": UNIT_BYTES,
+            **changes,
+        }
+    )
+
+
+def prepare(output: Path, *inputs: Path, max_bad: int | None = 0, **changes: Any) -> PreparedCorpus:
+    """Prepare in this process."""
+    return prepare_bulk(request(output, *inputs, **changes), workers=0, max_bad=max_bad)
+
+
+def documents(prefix: str) -> list[list[int]]:
+    """Tokens of every document, read by Megatron."""
+    indexed = open_indexed(prefix)
+    return [np.array(indexed[number]).tolist() for number in range(len(indexed))]
+
+
+def byte_texts(prefix: str) -> list[str]:
+    """Texts of a corpus prepared with the tokenizer `bytes`."""
+    found = documents(prefix)
+    assert all(document[-1] == 256 for document in found)
+    return [bytes(document[:-1]).decode() for document in found]
+
+
+def all_texts(prepared: PreparedCorpus) -> list[str]:
+    """Texts of both splits, sorted."""
+    return sorted(byte_texts(prepared.train_prefix) + byte_texts(prepared.validation_prefix))
+
+
+def contents(folder: Path | str) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}

@@ -1,0 +1,123 @@
+"""Tokenizers a corpus can be prepared with."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+from bulk_corpora import documents, make_texts, prepare, save_tokenizer, write_lines
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from hysparse_megatron.data import load_tokenizer, prepare_corpus
+from hysparse_megatron.data.bulk.tokenizers import ByteTokenizer, bytes_tokenizer, choose_tokenizer
+from hysparse_megatron.data.tokenizer import END_OF_DOCUMENT
+from hysparse_megatron.errors import DataError
+
+TEXTS = make_texts(60)
+
+
+def save_sentencepiece(path: Path) -> Path:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([line for text in TEXTS for line in text.splitlines()]),
+        model_writer=model,
+        vocab_size=120,
+        model_type="bpe",
+        byte_fallback=False,
+        character_coverage=1.0,
+        minloglevel=2,
+    )
+    path.write_bytes(model.getvalue())
+    return path
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.text(alphabet=st.characters(exclude_categories=["Cs"])))
+def test_bytes_are_what_their_tokenizer_json_gives(text: str) -> None:
+    kept = Tokenizer.from_str(bytes_tokenizer().to_str())
+    kept.encode_special_tokens = True
+    ids = ByteTokenizer().encode_batch([text])[0].tolist()
+    assert ids == list(text.encode())
+    assert kept.encode(text).ids == ids
+    assert kept.decode(ids) == text
+
+
+def test_training_reads_what_bytes_prepared(tmp_path: Path) -> None:
+    made = prepare(tmp_path / "out", write_lines(tmp_path / "a.jsonl", TEXTS))
+    assert (made.vocab_size, made.end_of_document) == (257, 256)
+    tokenizer = load_tokenizer(made.tokenizer_path)
+    assert (tokenizer.vocab_size, tokenizer.end_of_document) == (257, 256)
+    found = prepare_corpus(
+        path=str(tmp_path / "out"),
+        cache_dir=str(tmp_path / "unused"),
+        tokenizer_path=None,
+        vocab_size=300,
+        validation_fraction=0.1,
+        seed=1,
+    )
+    assert found == made
+
+
+def test_sentencepiece(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    path = save_sentencepiece(folder / "tokenizer.model")
+    source = write_lines(tmp_path / "a.jsonl", TEXTS)
+    made = prepare(tmp_path / "out", source, tokenizer=folder)
+    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    assert (made.vocab_size, made.end_of_document) == (120, model.eos_id())
+    found = documents(made.train_prefix) + documents(made.validation_prefix)
+    expected = [[*model.encode(text), model.eos_id()] for text in TEXTS]
+    assert sorted(found) == sorted(expected)
+    assert Path(made.tokenizer_path).read_bytes() == path.read_bytes()
+    assert made.tokenizer_path.endswith("out/tokenizer.model")
+
+
+def test_sentencepiece_refusals(tmp_path: Path) -> None:
+    path = tmp_path / "bad.model"
+    for content in (None, b"no model"):
+        if content:
+            path.write_bytes(content)
+        with pytest.raises(DataError, match=r"bad\.model: not a SentencePiece model"):
+            choose_tokenizer(str(path)).load()
+    good = str(save_sentencepiece(tmp_path / "good.model"))
+    assert choose_tokenizer(good, "<s>").load().end_of_document == 1
+    with pytest.raises(DataError, match="looked for <none>"):
+        choose_tokenizer(good, "<none>").load()
+
+
+def test_a_folder_of_hugging_face_names_its_end_of_document(tmp_path: Path) -> None:
+    plain = Tokenizer.from_file(str(save_tokenizer(tmp_path / "tokenizer.json")))
+    plain.add_special_tokens(["<|end|>"])
+    renamed = plain.to_str().replace(END_OF_DOCUMENT, "<pad>")
+    (tmp_path / "tokenizer.json").write_text(renamed)
+    with pytest.raises(DataError, match="no end-of-document token"):
+        choose_tokenizer(str(tmp_path)).load()
+    for token in ("<|end|>", {"content": "<|end|>"}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": token}))
+        loaded = choose_tokenizer(str(tmp_path)).load()
+        assert loaded.end_of_document == plain.token_to_id("<|end|>")
+    assert choose_tokenizer(str(tmp_path), "<pad>").load().end_of_document == 0
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(DataError, match=r"holds neither .*save_pretrained"):
+        choose_tokenizer(str(tmp_path))
+
+
+def test_large_vocabularies_take_four_bytes_a_token(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(save_tokenizer(tmp_path / "tokenizer.json")))
+    tokenizer.add_tokens([f"<extra {number}>" for number in range(65_500)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    made = prepare(
+        tmp_path / "out",
+        write_lines(tmp_path / "a.jsonl", [*TEXTS, "<extra 65499>"]),
+        tokenizer=tmp_path,
+    )
+    tokens = np.fromfile(f"{made.train_prefix}.bin", np.int32)
+    assert tokens.max() > 65_500 or np.fromfile(f"{made.validation_prefix}.bin", np.int32).max()
+    assert len(tokens) == made.train_tokens

@@ -1,0 +1,144 @@
+"""`python -m tools.prepare_data`: its options, exit codes, signals and memory."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hysparse_megatron.data import load_prepared
+from tools.measure_prepare import peak_tree_bytes, write_corpus
+from tools.prepare_data import main
+
+ROOT = Path(__file__).resolve().parents[3]
+COMMAND = [sys.executable, "-m", "tools.prepare_data", "--tokenizer", "bytes"]
+
+
+def corpus(folder: Path, count: int = 300) -> Path:
+    path = folder / "a.jsonl"
+    lines = [json.dumps({"body": f"document {number % 250}"}) for number in range(count)]
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_the_whole_command_without_torch(tmp_path: Path) -> None:
+    """In processes of its own, with a bar, a summary and a check of the result."""
+    program = (
+        "import sys; from tools.prepare_data import main; code = main(sys.argv[1:]); "
+        "sys.exit(code or 99 * ('torch' in sys.modules))"
+    )
+    arguments = ["--tokenizer", "bytes", "--text-key", "body", "--deduplicate", "--workers", "2"]
+    arguments += ["--verify", "--output", str(tmp_path / "out"), str(corpus(tmp_path))]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    prepared = load_prepared(str(tmp_path / "out"))
+    assert prepared.train_documents + prepared.validation_documents == 250
+    for expected in ("tokenizing: 100%", "B/s]", "250 documents", "all as its card says"):
+        assert expected in done.stderr, done.stderr
+    card = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    (source,) = card["sources"]
+    assert source["bytes"] == (tmp_path / "a.jsonl").stat().st_size
+    assert len(source["sha256"]) == 64
+    assert card["options"]["deduplicate"] is True
+    assert "tokenizers" in card["versions"]
+
+
+def test_twice_is_once_and_verify_finds_damage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--tokenizer", "bytes", "--text-key", "body", "--workers", "1"]
+    command += ["--output", str(tmp_path / "out"), str(corpus(tmp_path))]
+    assert main([*command, "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
+    assert main(command) == 0
+    assert "is prepared already" in capsys.readouterr().err
+    path = tmp_path / "out" / "train.bin"
+    content = bytearray(path.read_bytes())
+    content[1] ^= 128
+    path.write_bytes(content)
+    assert main(["--output", str(tmp_path / "out"), "--verify"]) == 5
+    assert "train.bin" in capsys.readouterr().err
+
+
+def test_max_bad(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = corpus(tmp_path)
+    path.write_text(path.read_text() + '\n{"body": 1}\nno json\n')
+    command = ["--tokenizer", "bytes", "--text-key", "body", "--workers", "1", "--quiet"]
+    command += ["--output", str(tmp_path / "out"), str(path), "--max-bad"]
+    assert main([*command, "1"]) == 5
+    assert "2 bad document(s) so far, 1 allowed" in capsys.readouterr().err
+    assert main([*command, "-1"]) == 0
+    assert load_prepared(str(tmp_path / "out")).bad_documents == 2
+
+
+BAD = [
+    ([], 2, "no INPUT"),
+    (["INPUT"], 2, "--tokenizer: missing"),
+    (["INPUT", "--tokenizer", "bytes", "--workers", "0"], 2, "--workers: got 0"),
+    (["INPUT", "--tokenizer", "bytes", "--validation-fraction", "1"], 2, "validation fraction 1.0"),
+    (["INPUT", "--tokenizer", "nowhere.json"], 5, "cannot read the tokenizer"),
+    (["nowhere.jsonl", "--tokenizer", "bytes"], 5, "nowhere.jsonl: cannot be read"),
+    (["INPUT", "--tokenizer", "bytes", "--workers", "1"], 5, "missing field 'text'"),
+    (["--verify"], 5, "dataset.json: cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "code", "text"), BAD)
+def test_mistakes(
+    tmp_path: Path,
+    arguments: list[str],
+    code: int,
+    text: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source = str(corpus(tmp_path))
+    given = [source if argument == "INPUT" else argument for argument in arguments]
+    assert main(["--output", str(tmp_path / "out"), *given]) == code
+    assert text in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_it_soon_and_the_same_command_goes_on(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    source = write_corpus(tmp_path / "a.jsonl", 60_000_000)
+    command = [*COMMAND, "--workers", "2", "--output", str(tmp_path / "out"), str(source)]
+    journal = tmp_path / "out.work" / "journal.jsonl"
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
+    while process.poll() is None and not (journal.exists() and journal.stat().st_size):
+        time.sleep(0.005)
+    process.send_signal(number)
+    start = time.monotonic()
+    errors = process.communicate(timeout=180)[1].decode()
+    assert process.returncode == 3, errors
+    assert time.monotonic() - start < 30
+    assert f"Preempted: stopped by {number.name}; the same command goes on" in errors
+    assert "Traceback" not in errors
+    done = subprocess.run([*command, "--verify"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "going on after" in done.stderr
+
+
+def test_memory_does_not_grow_with_the_input(tmp_path: Path) -> None:
+    """Peak of all processes together, with duplicates looked for and the result checked.
+
+    Bytes are tokenized ten times faster than words, and make four times the tokens. For larger
+    inputs see `tools/measure_prepare.py`.
+    """
+    peaks = []
+    for size in (20_000_000, 100_000_000):
+        source = write_corpus(tmp_path / "a.jsonl", size)
+        command = [*COMMAND, "--workers", "2", "--deduplicate", "--verify", "--quiet"]
+        command += ["--output", str(tmp_path / f"out{size}"), str(source)]
+        process = subprocess.Popen(command, cwd=ROOT)
+        peaks.append(peak_tree_bytes(process))
+        assert process.returncode == 0
+    assert peaks[1] < peaks[0] + 32e6, peaks

@@ -1,0 +1,145 @@
+"""How fast and how large preparing data is: `python -m tools.measure_prepare --megabytes 100 1000`.
+
+For each size: makes a corpus of JSON lines in a temporary folder, prepares it with
+`tools.prepare_data`, and prints the rate in MB of text a second and the peak memory of all its
+processes together; beside them the rate of the tokenizers library alone, texts in memory, on the
+same cores. Rates by CPU seconds too: they hold on a machine that does other work as well. Needs
+about 4 times the largest size on disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import psutil
+from tokenizers import Tokenizer
+
+from hysparse_megatron.data.tokenizer import train_tokenizer
+
+_SAMPLE_BYTES = 20_000_000
+_BATCH_TEXTS = 2000
+_POLL_SECONDS = 0.05
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure as `argv` says, the command line without the program's name."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.measure_prepare",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__,
+    )
+    parser.add_argument("--megabytes", type=int, nargs="+", default=[20, 100], metavar="MB")
+    parser.add_argument("--vocab-size", type=int, default=32000, metavar="N")
+    parser.add_argument("--repeat", type=int, default=1, metavar="N", help="times, in turns")
+    parser.add_argument("--options", default="", help="more options of prepare_data, one string")
+    given = parser.parse_args(list(argv))
+    with tempfile.TemporaryDirectory(prefix="measure-prepare-") as name:
+        folder = Path(name)
+        for megabytes in given.megabytes:
+            corpus = write_corpus(folder / "corpus.jsonl", megabytes * 1_000_000)
+            tokenizer = folder / "tokenizer.json"
+            if not tokenizer.exists():
+                sample = islice(_texts(corpus), 20_000)
+                train_tokenizer(sample, given.vocab_size).save(str(tokenizer))
+            for _ in range(given.repeat):
+                _report(corpus, tokenizer, given.options.split())
+    return 0
+
+
+def write_corpus(path: Path, size_bytes: int, seed: int = 0) -> Path:
+    """Write JSON lines of paragraphs drawn from Python's standard library."""
+    generator = random.Random(seed)
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    paragraphs = [
+        paragraph
+        for file in files
+        for paragraph in file.read_text(encoding="utf-8", errors="ignore").split("\n\n")
+        if len(paragraph) > 40
+    ]
+    written = 0
+    with path.open("w", encoding="utf-8") as stream:
+        while written < size_bytes:
+            count = min(40, int(generator.expovariate(1 / 4)) + 1)
+            text = "\n\n".join(generator.choices(paragraphs, k=count))
+            written += stream.write(json.dumps({"text": text, "id": written}) + "\n")
+    return path
+
+
+def peak_tree_bytes(process: subprocess.Popen[bytes]) -> int:
+    """Wait for a process; returns the largest sum of resident memory of it and its children."""
+    peak = 0
+    root = psutil.Process(process.pid)
+    while process.poll() is None:
+        total = 0
+        try:
+            for member in (root, *root.children(recursive=True)):
+                total += member.memory_info().rss
+        except psutil.NoSuchProcess:  # it ended in between
+            pass
+        peak = max(peak, total)
+        time.sleep(_POLL_SECONDS)
+    return peak
+
+
+def _report(corpus: Path, tokenizer: Path, options: list[str]) -> None:
+    text_bytes = sum(len(text.encode()) for text in _texts(corpus))
+    output = corpus.parent / "output"
+    command = [sys.executable, "-m", "tools.prepare_data", "--quiet", *options]
+    command += ["--tokenizer", str(tokenizer), "--output", str(output), str(corpus)]
+    start, cpu_start = time.perf_counter(), _children_seconds()
+    process = subprocess.Popen(command)
+    peak = peak_tree_bytes(process)
+    seconds, cpu = time.perf_counter() - start, _children_seconds() - cpu_start
+    if process.returncode:
+        raise SystemExit(process.returncode)
+    shutil.rmtree(output)
+    raw, raw_cpu = _library_seconds(corpus, tokenizer)
+    print(
+        f"{text_bytes / 1e6:.0f} MB of text: {text_bytes / seconds / 1e6:.2f} MB/s prepared, "
+        f"{text_bytes / raw / 1e6:.2f} MB/s by the library alone, ratio {raw / seconds:.2f}; "
+        f"{text_bytes / cpu / 1e6:.2f} and {text_bytes / raw_cpu / 1e6:.2f} MB per CPU second, "
+        f"ratio {raw_cpu / cpu:.2f}; peak {peak / 1e6:.0f} MB",
+        flush=True,
+    )
+
+
+def _children_seconds() -> float:
+    """CPU time of all processes that ended."""
+    times = os.times()
+    return times.children_user + times.children_system
+
+
+def _library_seconds(corpus: Path, tokenizer: Path) -> tuple[float, float]:
+    """Wall and CPU time of the library's own batch encoding of all texts, on all cores."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    library = Tokenizer.from_file(str(tokenizer))
+    texts = _texts(corpus)
+    seconds = cpu = 0.0
+    while batch := list(islice(texts, _BATCH_TEXTS)):
+        start, cpu_start = time.perf_counter(), time.process_time()
+        library.encode_batch_fast(batch, add_special_tokens=False)
+        seconds += time.perf_counter() - start
+        cpu += time.process_time() - cpu_start
+    return seconds, cpu
+
+
+def _texts(corpus: Path) -> Iterator[str]:
+    with corpus.open(encoding="utf-8") as stream:
+        for line in stream:
+            yield json.loads(line)["text"]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
