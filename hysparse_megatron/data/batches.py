@@ -223,6 +223,8 @@ def separate_documents(batch: dict[str, torch.Tensor], starts: list[np.ndarray])
 
     `starts` has, for each row, the places 0 .. S at which a document starts.
     """
+    import torch
+
     rows, length = batch["tokens"].shape
     begins = []
     for row, places in enumerate(starts):
