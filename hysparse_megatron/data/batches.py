@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hysparse_megatron.data.dataset import TokenSamples
-from hysparse_megatron.data.order import sample_ids as ordered_sample_ids
+from hysparse_megatron.data.dataset import Samples
+from hysparse_megatron.data.order import Skips
 from hysparse_megatron.errors import DataError
 
 if TYPE_CHECKING:
     import torch
+
+
+NO_SKIPS = Skips()
 
 
 class _RankShare:
@@ -54,7 +57,7 @@ class _RankShare:
         self.places = places[:, data_parallel_rank]  # [num_microbatches, B]
 
     def microbatches(
-        self, samples: TokenSamples, batch_ids: np.ndarray, document_mask: bool
+        self, samples: Samples, batch_ids: np.ndarray, document_mask: bool
     ) -> Iterator[dict[str, torch.Tensor]]:
         for places in self.places:
             batch = _to_tensors(samples.read(batch_ids[places]))
@@ -72,6 +75,7 @@ class BatchSource:
         global_batch_size, micro_batch_size: in samples.
         data_parallel_size, data_parallel_rank: of this process; only choose its share.
         document_mask: whether batches say where documents start.
+        skips: steps whose samples are left out.
 
     Attributes:
         num_microbatches: per step on this rank.
@@ -79,7 +83,7 @@ class BatchSource:
 
     def __init__(
         self,
-        samples: TokenSamples,
+        samples: Samples,
         *,
         seed: int,
         fingerprint: str,
@@ -88,8 +92,10 @@ class BatchSource:
         data_parallel_size: int,
         data_parallel_rank: int,
         document_mask: bool = False,
+        skips: Skips = NO_SKIPS,
     ) -> None:
         self._samples = samples
+        self._skips = skips
         self._document_mask = document_mask
         self._seed = seed
         self._fingerprint = fingerprint
@@ -107,12 +113,11 @@ class BatchSource:
 
         `step` counts optimizer steps from 0.
         """
-        first = step * self._global_batch_size
-        return ordered_sample_ids(
+        first = self._skips.data_step(step) * self._global_batch_size
+        return self._samples.sample_ids(
             np.arange(first, first + self._global_batch_size),
             seed=self._seed,
             fingerprint=self._fingerprint,
-            num_samples=self._samples.num_samples,
         )
 
     def microbatches(self, step: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -137,7 +142,7 @@ class EvaluationBatches:
 
     def __init__(
         self,
-        samples: TokenSamples,
+        samples: Samples,
         *,
         num_batches: int,
         global_batch_size: int,
@@ -164,7 +169,7 @@ class EvaluationBatches:
 
 
 def evaluation_batches(
-    samples: TokenSamples,
+    samples: Samples,
     *,
     num_batches: int,
     global_batch_size: int,

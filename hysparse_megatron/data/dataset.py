@@ -11,7 +11,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from hysparse_megatron.data.blend import Blend
 from hysparse_megatron.data.indexed import check_indexed, open_indexed, refuse_bad_ids
+from hysparse_megatron.data.order import sample_ids as ordered_sample_ids
 from hysparse_megatron.errors import DataError
 
 
@@ -47,6 +49,12 @@ class TokenSamples:
 
     def __len__(self) -> int:
         return self.num_samples
+
+    def sample_ids(self, positions: np.ndarray, *, seed: int, fingerprint: str) -> np.ndarray:
+        """Which samples come at positions int64 [n] of the training order; see order.py."""
+        return ordered_sample_ids(
+            positions, seed=seed, fingerprint=fingerprint, num_samples=self.num_samples
+        )
 
     def __getitem__(self, sample_id: int) -> np.ndarray:
         """Tokens of one sample, int64 [S + 1].
@@ -89,3 +97,65 @@ class TokenSamples:
     def read(self, sample_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Tokens of several samples, int64 [len(sample_ids), S + 1]."""
         return np.stack([self[int(sample_id)] for sample_id in sample_ids])
+
+
+class BlendedSamples:
+    """Samples of several datasets by weights; ids of one dataset follow those of the one before.
+
+    Every dataset has epochs of its own: a small one with a large weight is repeated, each time in
+    another order, while the others are still in their first epoch.
+
+    Args:
+        parts: the datasets, with one sequence length and tokenizer.
+        fingerprints: of each, which fix its order.
+        weights: of each, in samples; see blend.py.
+    """
+
+    def __init__(
+        self, parts: Sequence[TokenSamples], fingerprints: Sequence[str], weights: Sequence[float]
+    ) -> None:
+        if not len(parts) == len(fingerprints) == len(weights):
+            raise ValueError("expected as many fingerprints and weights as datasets")
+        self.blend = Blend(weights)
+        self._parts, self._fingerprints = list(parts), list(fingerprints)
+        self._first_ids = np.cumsum([0, *(part.num_samples for part in parts)])
+        self.seq_length = parts[0].seq_length
+        self.num_samples = int(self._first_ids[-1])
+        self.num_tokens = sum(part.num_tokens for part in parts)
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def sample_ids(self, positions: np.ndarray, *, seed: int, fingerprint: str) -> np.ndarray:
+        """As `TokenSamples.sample_ids`; `fingerprint`, of the whole, fixes nothing here."""
+        del fingerprint
+        which, own = self.blend.locate(positions)
+        ids = np.empty(len(which), dtype=np.int64)
+        for number, (part, known) in enumerate(zip(self._parts, self._fingerprints, strict=True)):
+            chosen = which == number
+            found = part.sample_ids(own[chosen], seed=seed, fingerprint=known)
+            ids[chosen] = self._first_ids[number] + found
+        return ids
+
+    def _locate(self, sample_id: int) -> tuple[TokenSamples, int]:
+        if not 0 <= sample_id < self.num_samples:
+            raise IndexError(f"sample {sample_id} is outside 0 .. {self.num_samples - 1}")
+        number = int(np.searchsorted(self._first_ids, sample_id, side="right")) - 1
+        return self._parts[number], int(sample_id) - int(self._first_ids[number])
+
+    def __getitem__(self, sample_id: int) -> np.ndarray:
+        """As `TokenSamples`."""
+        part, own = self._locate(sample_id)
+        return part[own]
+
+    def document_starts(self, sample_id: int) -> np.ndarray:
+        """As `TokenSamples.document_starts`."""
+        part, own = self._locate(sample_id)
+        return part.document_starts(own)
+
+    def read(self, sample_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """As `TokenSamples.read`."""
+        return np.stack([self[int(sample_id)] for sample_id in sample_ids])
+
+
+Samples = TokenSamples | BlendedSamples

@@ -20,11 +20,48 @@ from __future__ import annotations
 
 import hashlib
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
 _NUM_ROUNDS = 12
 _ORDER_VERSION = "hysparse-order-1"  # changes only together with the order itself
+
+
+@dataclass(frozen=True)
+class Skips:
+    """Ranges of steps whose samples are left out, as after a rewind from a spike.
+
+    A run that has left out steps trains on the samples of later ones: step numbers go on without a
+    gap, and every step before the first range has the samples it had.
+    """
+
+    ranges: tuple[tuple[int, int], ...] = ()
+    """(first, last) steps of the order without skips, both included, ascending and apart."""
+
+    @classmethod
+    def parse(cls, text: str) -> Skips:
+        """`"100-110, 205"` -> its ranges. Raises ValueError that says what is wrong."""
+        ranges: list[tuple[int, int]] = []
+        for part in filter(None, (part.strip() for part in text.split(","))):
+            ends = [end.strip() for end in part.split("-")]
+            if len(ends) > 2 or not all(end.isdecimal() for end in ends):
+                raise ValueError(f"{part!r}: expected a step, or two like 100-110")
+            found = (int(ends[0]), int(ends[-1]))
+            if found[0] > found[1]:
+                raise ValueError(f"{part!r}: the first step comes after the last")
+            if ranges and found[0] <= ranges[-1][1]:
+                raise ValueError(f"{part!r}: steps must ascend, and {ranges[-1][1]} came before")
+            ranges.append(found)
+        return cls(tuple(ranges))
+
+    def data_step(self, step: int) -> int:
+        """The step of the order without skips whose samples the run's step `step` trains on."""
+        for first, last in self.ranges:
+            if step < first:
+                break
+            step += last - first + 1
+        return step
 
 
 def sample_ids(

@@ -1,0 +1,140 @@
+"""Blending by weights and skipping of steps, on random sizes."""
+
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hysparse_megatron.data.batches import BatchSource
+from hysparse_megatron.data.blend import MOST_PLACES, Blend
+from hysparse_megatron.data.dataset import BlendedSamples, TokenSamples
+from hysparse_megatron.data.indexed import IndexedWriter
+from hysparse_megatron.data.order import Skips
+
+WEIGHTS = st.lists(st.integers(1, 400).map(lambda n: n / 100), min_size=1, max_size=8)
+
+
+@settings(deadline=None, max_examples=60)
+@given(WEIGHTS, st.integers(1, 5000))
+def test_counts_stay_within_one_sample_of_the_weights(weights: list[float], length: int) -> None:
+    which, own = Blend(weights).locate(np.arange(length))
+    total = sum(Fraction(str(weight)) for weight in weights)
+    for dataset, weight in enumerate(weights):
+        chosen = which == dataset
+        # Each dataset's own stream is read from its start without a gap.
+        assert own[chosen].tolist() == list(range(chosen.sum()))
+        share = float(Fraction(str(weight)) / total)
+        expected = share * np.arange(1, length + 1)
+        assert np.abs(np.cumsum(chosen) - expected).max() < 1 + 1e-6
+
+
+@settings(deadline=None, max_examples=40)
+@given(WEIGHTS, st.lists(st.integers(0, 10**9), min_size=1, max_size=20))
+def test_a_place_is_the_same_whatever_else_is_asked(
+    weights: list[float], positions: list[int]
+) -> None:
+    blend = Blend(weights)
+    together = blend.locate(np.array(positions))
+    alone = [blend.locate(np.array([position])) for position in positions]
+    assert together[0].tolist() == [int(which[0]) for which, _ in alone]
+    assert together[1].tolist() == [int(own[0]) for _, own in alone]
+
+
+def test_far_positions_need_no_table() -> None:
+    blend = Blend([0.7, 0.2, 0.1])
+    which, own = blend.locate(np.array([10**12 - 1, 10**12]))
+    before = 10**11
+    assert which[1] == Blend([0.7, 0.2, 0.1]).locate(np.array([0]))[0][0]
+    assert own[1] == [7 * before, 2 * before, before][which[1]]
+    assert len(blend._pattern) == 10
+
+
+def test_weights_of_many_digits_are_rounded() -> None:
+    blend = Blend([1.0, 3.14159265358979, 1e-9])
+    assert len(blend._pattern) <= MOST_PLACES + 1
+    assert sum(blend.shares) == 1
+    assert blend.shares[2] > 0  # a dataset that was asked for is never left out
+    assert abs(float(blend.shares[1]) - 3.14159265 / 4.14159265) < 2e-5
+
+
+@pytest.mark.parametrize("weights", [[], [0.0], [1.0, -1.0], [float("nan")], [float("inf")]])
+def test_bad_weights(weights: list[float]) -> None:
+    with pytest.raises(ValueError, match="positive numbers"):
+        Blend(weights)
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 10)), max_size=4))
+def test_skipped_steps_are_never_trained_on(gaps: list[tuple[int, int]]) -> None:
+    ranges: list[tuple[int, int]] = []
+    for gap, length in gaps:
+        first = (ranges[-1][1] if ranges else -1) + 1 + gap
+        ranges.append((first, first + length))
+    text = ", ".join(f"{first}-{last}" for first, last in ranges)
+    skips = Skips.parse(text)
+    assert list(skips.ranges) == ranges
+    skipped = {step for first, last in ranges for step in range(first, last + 1)}
+    wanted = [step for step in range(400) if step not in skipped]
+    assert [skips.data_step(step) for step in range(len(wanted))] == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a", "expected a step"),
+        ("5-", "expected a step"),
+        ("7-3", "first step comes after the last"),
+        ("3-5, 5", "must ascend"),
+    ],
+)
+def test_bad_skips(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Skips.parse(text)
+
+
+def blended(folder: Path) -> BlendedSamples:
+    """Token t of dataset d is 1000 d + t, in samples of 5 tokens: 20, 8 and 3 samples."""
+    parts = []
+    for dataset, tokens in enumerate((101, 42, 16)):
+        prefix = str(folder / f"part{dataset}")
+        writer = IndexedWriter(prefix, 60_000)
+        writer.add_document(1000 * dataset + np.arange(tokens))
+        writer.finish()
+        parts.append(TokenSamples(prefix, 5))
+    return BlendedSamples(parts, ["a", "b", "c"], [2, 1, 1])
+
+
+def test_every_dataset_has_epochs_of_its_own(tmp_path: Path) -> None:
+    samples = blended(tmp_path)
+    assert (samples.num_samples, samples.num_tokens) == (31, 159)
+    source = BatchSource(
+        samples, seed=3, fingerprint="all", global_batch_size=4, micro_batch_size=2,
+        data_parallel_size=1, data_parallel_rank=0,
+    )  # fmt: skip
+    seen: dict[int, list[int]] = {0: [], 1: [], 2: []}
+    for step in range(24):
+        for batch in source.microbatches(step):
+            for token in batch["tokens"][:, 0].tolist():
+                seen[token // 1000].append(token % 1000 // 5)
+    assert [len(ids) for ids in seen.values()] == [48, 24, 24]
+    for dataset, size in enumerate((20, 8, 3)):
+        for epoch in range(len(seen[dataset]) // size):
+            once = seen[dataset][epoch * size : (epoch + 1) * size]
+            assert sorted(once) == list(range(size))
+    with pytest.raises(IndexError):
+        samples[31]
+
+
+def test_skipped_steps_change_no_earlier_one(tmp_path: Path) -> None:
+    shape = {
+        "global_batch_size": 4, "micro_batch_size": 2, "data_parallel_size": 1,
+        "data_parallel_rank": 0,
+    }  # fmt: skip
+    samples = blended(tmp_path)
+    plain = BatchSource(samples, seed=3, fingerprint="all", **shape)
+    skips = Skips.parse("2-3, 6")
+    skipping = BatchSource(samples, seed=3, fingerprint="all", **shape, skips=skips)
+    found = [skipping.sample_ids(step).tolist() for step in range(5)]
+    assert found == [plain.sample_ids(step).tolist() for step in (0, 1, 4, 5, 7)]
