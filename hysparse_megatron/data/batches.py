@@ -161,7 +161,8 @@ class EvaluationBatches:
         if not 0 <= batch < self.num_batches:
             raise IndexError(f"evaluation batch {batch} is outside 0 .. {self.num_batches - 1}")
         first = batch * self._global_batch_size
-        return np.arange(first, first + self._global_batch_size, dtype=np.int64)
+        places = np.arange(first, first + self._global_batch_size, dtype=np.int64)
+        return self._samples.held_out_ids(places)
 
     def microbatches(self, batch: int) -> Iterator[dict[str, torch.Tensor]]:
         """This rank's micro-batches of one batch, as `BatchSource.microbatches`."""
@@ -193,10 +194,10 @@ def evaluation_batches(
         data_parallel_size=data_parallel_size,
         data_parallel_rank=data_parallel_rank,
     )
-    available = samples.num_samples // global_batch_size
+    available = samples.num_held_out // global_batch_size
     if available < 1:
         raise DataError(
-            f"the validation split has {samples.num_samples} samples of {samples.seq_length} "
+            f"the validation split has {samples.num_held_out} samples of {samples.seq_length} "
             f"tokens, fewer than one global batch of {global_batch_size}; raise "
             "data.validation_fraction, or lower the global batch size or the sequence length"
         )

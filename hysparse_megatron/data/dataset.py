@@ -7,6 +7,7 @@ loss but the last few of the split.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -55,6 +56,15 @@ class TokenSamples:
         return ordered_sample_ids(
             positions, seed=seed, fingerprint=fingerprint, num_samples=self.num_samples
         )
+
+    @property
+    def num_held_out(self) -> int:
+        """How many samples an evaluation may read without seeing one twice."""
+        return self.num_samples
+
+    def held_out_ids(self, positions: np.ndarray) -> np.ndarray:
+        """Which samples an evaluation reads at positions int64 [n]: the first ones, in order."""
+        return positions
 
     def __getitem__(self, sample_id: int) -> np.ndarray:
         """Tokens of one sample, int64 [S + 1].
@@ -136,6 +146,19 @@ class BlendedSamples:
             found = part.sample_ids(own[chosen], seed=seed, fingerprint=known)
             ids[chosen] = self._first_ids[number] + found
         return ids
+
+    @property
+    def num_held_out(self) -> int:
+        """As `TokenSamples.num_held_out`: until the first dataset is used up."""
+        return min(
+            math.floor(part.num_samples / share)
+            for part, share in zip(self._parts, self.blend.shares, strict=True)
+        )
+
+    def held_out_ids(self, positions: np.ndarray) -> np.ndarray:
+        """As `TokenSamples.held_out_ids`: the first ones of each, by weights."""
+        which, own = self.blend.locate(positions)
+        return self._first_ids[which] + own
 
     def _locate(self, sample_id: int) -> tuple[TokenSamples, int]:
         if not 0 <= sample_id < self.num_samples:

@@ -1,5 +1,6 @@
 """Blending by weights and skipping of steps, on random sizes."""
 
+import json
 from fractions import Fraction
 from pathlib import Path
 
@@ -8,11 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hysparse_megatron.data.batches import BatchSource
+from hysparse_megatron.data.batches import BatchSource, evaluation_batches
 from hysparse_megatron.data.blend import MOST_PLACES, Blend
 from hysparse_megatron.data.dataset import BlendedSamples, TokenSamples
 from hysparse_megatron.data.indexed import IndexedWriter
 from hysparse_megatron.data.order import Skips
+from hysparse_megatron.data.prepare import PreparedCorpus, prepare_corpus
+from hysparse_megatron.data.sources import load_blend, open_samples, parse_blend
+from hysparse_megatron.errors import DataError
 
 WEIGHTS = st.lists(st.integers(1, 400).map(lambda n: n / 100), min_size=1, max_size=8)
 
@@ -138,3 +142,61 @@ def test_skipped_steps_change_no_earlier_one(tmp_path: Path) -> None:
     skipping = BatchSource(samples, seed=3, fingerprint="all", **shape, skips=skips)
     found = [skipping.sample_ids(step).tolist() for step in range(5)]
     assert found == [plain.sample_ids(step).tolist() for step in (0, 1, 4, 5, 7)]
+
+
+def test_an_evaluation_reads_every_dataset_and_nothing_twice(tmp_path: Path) -> None:
+    samples = blended(tmp_path)  # 20, 8 and 3 samples at weights 2, 1, 1
+    assert samples.num_held_out == 12  # a quarter of them are the third dataset's 3
+    ids = samples.held_out_ids(np.arange(12))
+    assert len(set(ids.tolist())) == 12
+    owners = np.searchsorted([20, 28], ids, side="right")
+    assert np.bincount(owners).tolist() == [6, 3, 3]
+    batches = evaluation_batches(
+        samples, num_batches=9, global_batch_size=4, micro_batch_size=4, data_parallel_size=1,
+        data_parallel_rank=0,
+    )  # fmt: skip
+    assert batches.num_batches == 3
+    assert batches.sample_ids(0).tolist() == ids[:4].tolist()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no dataset"),
+        ("data/web", "expected a positive weight and a path"),
+        ("0 data/web", "expected a positive weight"),
+        ("0.5 a; 0.5", "expected a positive weight and a path"),
+    ],
+)
+def test_bad_blends(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_blend(text)
+
+
+def prepared(folder: Path, name: str, texts: int, tokenizer: Path | None = None) -> PreparedCorpus:
+    source = folder / f"{name}.jsonl"
+    lines = (json.dumps({"text": f"{name} {number} " * 40}) for number in range(texts))
+    source.write_text("\n".join(lines))
+    return prepare_corpus(
+        path=str(source), cache_dir=str(folder / "cache"), vocab_size=300, seed=0,
+        tokenizer_path=None if tokenizer is None else str(tokenizer), validation_fraction=0.3,
+    )  # fmt: skip
+
+
+def test_blends_of_prepared_corpora(tmp_path: Path) -> None:
+    one = prepared(tmp_path, "one", 60)
+    two = prepared(tmp_path, "two", 30, Path(one.tokenizer_path))
+    text = f"3 {one.directory}; 1 {two.directory}"
+    blend = load_blend(text)
+    assert blend.vocab_size == one.vocab_size
+    assert blend.train_tokens == one.train_tokens + two.train_tokens
+    assert blend.fingerprint != load_blend(text.replace("3 ", "2 ", 1)).fingerprint
+    assert blend.identity()["source"].startswith("3.0 ")
+    samples = open_samples(blend, "train", 16)
+    ids = samples.sample_ids(np.arange(40), seed=1, fingerprint=blend.fingerprint)
+    own = TokenSamples(one.train_prefix, 16).num_samples
+    assert int((ids < own).sum()) == 30
+    assert open_samples(blend, "validation", 16).num_samples < samples.num_samples
+    other = prepared(tmp_path, "other", 30)
+    with pytest.raises(DataError, match="another tokenizer than"):
+        load_blend(f"1 {one.directory}; 1 {other.directory}")

@@ -1,0 +1,107 @@
+"""What a run reads: one prepared corpus, or several that are blended by weights."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from hysparse_megatron.data.card import PreparedCorpus, load_prepared
+from hysparse_megatron.data.dataset import BlendedSamples, Samples, TokenSamples
+from hysparse_megatron.errors import DataError
+
+
+def parse_blend(text: str) -> list[tuple[float, str]]:
+    """`"0.7 data/web; 0.3 data/code"` -> weights and paths. ValueError says what is wrong."""
+    parts = []
+    for part in filter(None, (part.strip() for part in text.split(";"))):
+        weight, _, path = part.partition(" ")
+        try:
+            value = float(weight)
+        except ValueError:
+            value = float("nan")
+        if not 0 < value < float("inf") or not path.strip():
+            raise ValueError(f"{part!r}: expected a positive weight and a path, like 0.7 data/web")
+        parts.append((value, path.strip()))
+    if not parts:
+        raise ValueError("no dataset in it; expected like 0.7 data/web; 0.3 data/code")
+    return parts
+
+
+@dataclass(frozen=True)
+class BlendedCorpus:
+    """Prepared corpora of one tokenizer, read by weights. Made by `load_blend`."""
+
+    parts: tuple[PreparedCorpus, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def tokenizer_path(self) -> str:
+        """Of all parts."""
+        return self.parts[0].tokenizer_path
+
+    @property
+    def vocab_size(self) -> int:
+        """Of all parts."""
+        return self.parts[0].vocab_size
+
+    @property
+    def train_tokens(self) -> int:
+        """Of all parts together, every token counted once."""
+        return sum(part.train_tokens for part in self.parts)
+
+    @property
+    def validation_tokens(self) -> int:
+        """Of all parts together."""
+        return sum(part.validation_tokens for part in self.parts)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all tokens and weights."""
+        told = (f"{part.fingerprint} {weight!r}" for part, weight in self._pairs)
+        return hashlib.sha256("\n".join(told).encode()).hexdigest()
+
+    @property
+    def _pairs(self) -> list[tuple[PreparedCorpus, float]]:
+        return list(zip(self.parts, self.weights, strict=True))
+
+    def identity(self) -> dict[str, str | int]:
+        """As `PreparedCorpus.identity`, the parts in one line."""
+        return {
+            "fingerprint": self.fingerprint,
+            "source": "; ".join(f"{weight} {part.source}" for part, weight in self._pairs),
+            "tokenizer_sha256": self.parts[0].tokenizer_sha256,
+            "vocab_size": self.vocab_size,
+            "train_tokens": self.train_tokens,
+            "validation_tokens": self.validation_tokens,
+        }
+
+
+TrainingData = PreparedCorpus | BlendedCorpus
+
+
+def load_blend(text: str) -> BlendedCorpus:
+    """The blend that `data.blend` describes.
+
+    Raises:
+        DataError: a folder that is not prepared or damaged, or another tokenizer in one of them.
+    """
+    weights, paths = zip(*parse_blend(text), strict=True)
+    parts = tuple(load_prepared(path) for path in paths)
+    for path, part in zip(paths, parts, strict=True):
+        if part.tokenizer_sha256 != parts[0].tokenizer_sha256:
+            raise DataError(
+                f"{path}: prepared with another tokenizer than {paths[0]} "
+                f"({part.tokenizer_sha256[:12]}, not {parts[0].tokenizer_sha256[:12]}): prepare one"
+                " of them anew"
+            )
+    return BlendedCorpus(parts, weights)
+
+
+def open_samples(data: TrainingData, split: str, seq_length: int) -> Samples:
+    """Samples of S + 1 tokens of a split, "train" or "validation"; see `TokenSamples`."""
+    if isinstance(data, BlendedCorpus):
+        samples = [open_samples(part, split, seq_length) for part in data.parts]
+        prints = [part.fingerprint for part in data.parts]
+        return BlendedSamples(samples, prints, data.weights)  # type: ignore[arg-type]
+    prefix = data.train_prefix if split == "train" else data.validation_prefix
+    return TokenSamples(prefix, seq_length, data.vocab_size)
