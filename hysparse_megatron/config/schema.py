@@ -373,6 +373,10 @@ class DataConfig:
 
     path: str | None = None
     """Text, JSON-lines or prepared dataset to train on; null uses the built-in sample text."""
+    blend: str | None = None
+    """Prepared datasets with weights, `0.7 data/web; 0.3 data/code`, in place of `path`."""
+    skip_steps: str = ""
+    """Steps whose samples are left out, like `1200-1210, 1300`: after a rewind from a spike."""
     tokenizer: str | None = None
     """Tokenizer file or directory; null trains one on the data and caches it."""
     tokenizer_vocab_size: int = 4096

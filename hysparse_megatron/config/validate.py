@@ -26,6 +26,8 @@ from hysparse_megatron.config.schema import (
     RouterScore,
     TrackingMode,
 )
+from hysparse_megatron.data.blend import parse_blend
+from hysparse_megatron.data.order import Skips
 from hysparse_megatron.errors import Problem
 from hysparse_megatron.layout import (
     LayerKind,
@@ -360,6 +362,22 @@ def _backend(config: Config) -> Iterator[Problem]:
             yield Problem(f"model.{key}", str(width), allowed)
 
 
+def _data(config: Config) -> Iterator[Problem]:
+    """Blends and skips that can be read; whether the datasets are there is found out later."""
+    data = config.data
+    if data.blend is not None:
+        try:
+            parse_blend(data.blend)
+        except ValueError as error:
+            yield Problem("data.blend", data.blend, f"weights and paths: {error}")
+        if data.path is not None:
+            yield Problem("data.path", data.path, "null with data.blend, which names all datasets")
+    try:
+        Skips.parse(data.skip_steps)
+    except ValueError as error:
+        yield Problem("data.skip_steps", data.skip_steps, f"ascending steps: {error}")
+
+
 def _fp8(config: Config) -> Iterator[Problem]:
     """What FP8 matrix products take; whether the GPU can do them is found out there."""
     model, train, parallel = config.model, config.train, config.parallel
@@ -467,6 +485,7 @@ RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _selection,
     _backend,
     _fp8,
+    _data,
     _parallel,
     _experts,
     _dense_ranks,

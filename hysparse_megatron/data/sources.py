@@ -5,26 +5,10 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
+from hysparse_megatron.data.blend import parse_blend
 from hysparse_megatron.data.card import PreparedCorpus, load_prepared
 from hysparse_megatron.data.dataset import BlendedSamples, Samples, TokenSamples
 from hysparse_megatron.errors import DataError
-
-
-def parse_blend(text: str) -> list[tuple[float, str]]:
-    """`"0.7 data/web; 0.3 data/code"` -> weights and paths. ValueError says what is wrong."""
-    parts = []
-    for part in filter(None, (part.strip() for part in text.split(";"))):
-        weight, _, path = part.partition(" ")
-        try:
-            value = float(weight)
-        except ValueError:
-            value = float("nan")
-        if not 0 < value < float("inf") or not path.strip():
-            raise ValueError(f"{part!r}: expected a positive weight and a path, like 0.7 data/web")
-        parts.append((value, path.strip()))
-    if not parts:
-        raise ValueError("no dataset in it; expected like 0.7 data/web; 0.3 data/code")
-    return parts
 
 
 @dataclass(frozen=True)

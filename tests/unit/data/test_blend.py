@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hysparse_megatron.data.batches import BatchSource, evaluation_batches
-from hysparse_megatron.data.blend import MOST_PLACES, Blend
+from hysparse_megatron.data.blend import MOST_PLACES, Blend, parse_blend
 from hysparse_megatron.data.dataset import BlendedSamples, TokenSamples
 from hysparse_megatron.data.indexed import IndexedWriter
 from hysparse_megatron.data.order import Skips
 from hysparse_megatron.data.prepare import PreparedCorpus, prepare_corpus
-from hysparse_megatron.data.sources import load_blend, open_samples, parse_blend
+from hysparse_megatron.data.sources import load_blend, open_samples
 from hysparse_megatron.errors import DataError
 
 WEIGHTS = st.lists(st.integers(1, 400).map(lambda n: n / 100), min_size=1, max_size=8)
