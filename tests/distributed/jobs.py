@@ -19,7 +19,8 @@ from megatron.core.tensor_parallel import random as megatron_random
 from torch import Tensor
 
 from hysparse_megatron.checkpoint.state import load_state, save_state
-from hysparse_megatron.checkpoint.store import resolve_checkpoint, write_checkpoint
+from hysparse_megatron.checkpoint.store import resolve_checkpoint
+from hysparse_megatron.checkpoint.writer import write_checkpoint
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.errors import CheckpointError
 from hysparse_megatron.model import attention

@@ -192,11 +192,15 @@ def test_manifest_names_the_files_of_all_ranks(checkpoints: Path) -> None:
 
 def test_one_rank_that_fails_fails_all(pool: WorkerPool, checkpoints: Path) -> None:
     before = sorted(checkpoints.iterdir())
-    for step in (300, 200):
+    expected = {
+        300: "rank 1: OSError: [Errno 28] No space left on device",
+        200: "step-00000200 exists already and is not written over",
+    }
+    for step, text in expected.items():
         messages = pool.run(2, write_and_fail, checkpoints=checkpoints, step=step)
         # Every rank must know, or one goes on training while the others stop.
         assert len(set(messages)) == 1
-        assert "rank 1: OSError: [Errno 28] No space left on device" in messages[0]
+        assert text in messages[0]
         assert sorted(checkpoints.iterdir()) == before
         assert latest_checkpoint(checkpoints) == (step_directory(checkpoints, 200), [])
 
@@ -206,7 +210,11 @@ def test_one_rank_that_cannot_write_its_share_fails_all(pool: WorkerPool, tmp_pa
     case = Case("tp2", tp=2)
     messages = pool.run(2, save_beyond_limit, config=case.config(), run_dir=tmp_path)
     for message in messages:
-        assert "step-00000002 was not written" in message
+        assert (
+            "step-00000002 was not written; rank 1: OSError: [Errno 27] File too large" in message
+        )
+        assert "__1_0.distcp has 0 of at least" in message
+        assert "bytes free" in message
     checkpoints = tmp_path / "checkpoints"
     assert [path.name for path in checkpoints.iterdir()] == ["step-00000001"]
     assert latest_checkpoint(checkpoints) == (step_directory(checkpoints, 1), [])
