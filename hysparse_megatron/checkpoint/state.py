@@ -82,13 +82,6 @@ def start_save(state: TrainingState, step: int, directory: Path) -> Job:
     return Job(write=request.async_fn, finish=finish)
 
 
-def save_state(state: TrainingState, step: int, directory: Path) -> None:
-    """Write model and optimizer into an existing empty directory. Collective."""
-    job = start_save(state, step, directory)
-    job.write()
-    job.finish()
-
-
 def load_state(state: TrainingState, directory: Path, weights_only: bool = False) -> int:
     """Load model (and optimizer) from `directory` and return the step it was saved after.
 

@@ -143,18 +143,6 @@ class CheckpointWrite:
             shutil.rmtree(self._temporary, ignore_errors=True)
 
 
-def write_checkpoint(
-    checkpoints: Path, step: int, write: Callable[[Path], None], facts: dict[str, Any]
-) -> Path:
-    """Write one checkpoint with `write(directory)`, collective over all ranks, and wait for it."""
-
-    def start(directory: Path) -> Job:
-        write(directory)
-        return Job(write=lambda: None, finish=lambda: None)
-
-    return CheckpointWrite(checkpoints, step, start, facts).finish()
-
-
 def describe_error(error: BaseException) -> str:
     """Its type and message; an error of ours is its message."""
     text = str(error)

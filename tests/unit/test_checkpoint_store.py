@@ -19,8 +19,8 @@ from hysparse_megatron.checkpoint.store import (
     step_directory,
     superfluous,
 )
-from hysparse_megatron.checkpoint.writer import write_checkpoint
 from hysparse_megatron.errors import CheckpointError
+from tests.checkpoints import write_checkpoint
 from tests.unit.single_process import default_group
 
 
