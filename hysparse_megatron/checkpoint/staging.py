@@ -100,7 +100,7 @@ def _copy(index: MetadataIndex, tensor: Tensor) -> Tensor:
     """A contiguous host copy with a storage of its own, as the file would hold all of a storage."""
     copy = _memory.get(index)
     if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
-        with torch.device("cpu"):
-            copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        shape, pinned = tensor.shape, tensor.is_cuda
+        copy = torch.empty(shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
         _memory[index] = copy
     return copy.copy_(tensor.detach(), non_blocking=True)
