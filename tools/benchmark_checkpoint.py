@@ -143,14 +143,14 @@ def as_text(values: dict[str, Any]) -> str:
     size, step_seconds = values["bytes"], values["step_seconds"]
     lines = [
         f"{values['device']}: checkpoints of {size / 1e9:.2f} GB, steps of {step_seconds:.3f} s",
-        f"{'':14}{'training waited':>32}{'took longer in all':>32}",
+        f"{'':14}{'training waited':>40}{'took longer in all':>40}",
     ]
     for kind in ("synchronous", "asynchronous"):
         cells = [
             f"{min(values[kind][cost]):.3f} s ({' '.join(f'{x:.2f}' for x in values[kind][cost])})"
             for cost in ("waited", "extra")
         ]
-        lines.append(f"{kind:14}{cells[0]:>32}{cells[1]:>32}")
+        lines.append(f"{kind:14}{cells[0]:>40}{cells[1]:>40}")
     share = min(values["asynchronous"]["waited"]) / min(values["synchronous"]["waited"])
     return "\n".join([*lines, f"asynchronous saves make training wait {share:.0%} as long"])
 

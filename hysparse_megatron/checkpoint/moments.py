@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
@@ -26,9 +29,12 @@ def taken_in_place(parts: Sequence[DistributedOptimizer]) -> Iterator[None]:
     """Within this, the sharded state for a save holds the optimizer's own tensors where it can."""
     for part in parts:
         part.get_parameter_state_dp_zero = functools.partial(_parameter_state, part)
+    # megatron-core collects garbage after its copies; without them that is most of the waiting.
+    distrib_optimizer.gc = SimpleNamespace(collect=lambda: 0)
     try:
         yield
     finally:
+        distrib_optimizer.gc = gc
         for part in parts:
             del part.get_parameter_state_dp_zero
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import functools
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from hysparse_megatron.checkpoint import store
 from hysparse_megatron.checkpoint.state import start_save
 from hysparse_megatron.checkpoint.writer import CheckpointWrite
-from hysparse_megatron.errors import CheckpointError
-from hysparse_megatron.runtime.agreement import on_rank_zero
 from hysparse_megatron.training.state import TrainingState
 
 
@@ -32,14 +33,15 @@ class Saver:
         self._state, self._checkpoints = state, checkpoints
         self._facts, self._say = facts, say
         self._pending: CheckpointWrite | None = None
+        self._deleting: threading.Thread | None = None
         self._waited_seconds = 0.0
 
     def save(self, step: int) -> None:
         """Save what training has reached; a save that is still under way is waited for."""
-        if self._pending is not None and self._pending.step == step:
-            self.finish()
-            return
+        repeated = self._pending is not None and self._pending.step == step
         self.finish()
+        if repeated:
+            return
         started = time.monotonic()
         asynchronous = self._state.config.checkpoint.asynchronous
         self._pending = CheckpointWrite(
@@ -62,24 +64,31 @@ class Saver:
         """Complete a save whose files are written; returns at once otherwise."""
         started = time.monotonic()
         if self._pending is not None and self._pending.is_written(self._state.device):
-            self.finish()
+            self._complete()
         else:
             self._waited_seconds += time.monotonic() - started
 
     def finish(self) -> None:
-        """Wait for a save that is under way, and delete what need not be kept."""
-        if self._pending is None:
-            return
+        """Wait for a save that is under way, and for the deletions after one."""
+        if self._pending is not None:
+            self._complete()
+        if self._deleting is not None:
+            self._deleting.join()
+
+    def _complete(self) -> None:
         started = time.monotonic()
+        assert self._pending is not None
         pending, self._pending = self._pending, None
         directory = pending.finish()
-        checkpoint = self._state.config.checkpoint
-
-        def clean_up() -> list[str]:
-            keep, every = checkpoint.keep, checkpoint.keep_every
-            return store.prune(self._checkpoints, keep, every, directory)[1]
-
-        for failure in on_rank_zero(clean_up, CheckpointError):
-            self._say(f"WARNING: {failure}")
         self._waited_seconds += time.monotonic() - started
         self._say(f"saved {directory} (training waited {self._waited_seconds:.2f} s)")
+        if dist.get_rank() == 0:
+            # To delete a large file takes time as well.
+            self._deleting = threading.Thread(target=self._prune, args=(directory,), daemon=True)
+            self._deleting.start()
+
+    def _prune(self, newest: Path) -> None:
+        checkpoint = self._state.config.checkpoint
+        keep, every = checkpoint.keep, checkpoint.keep_every
+        for failure in store.prune(self._checkpoints, keep, every, newest)[1]:
+            self._say(f"WARNING: {failure}")

@@ -89,6 +89,7 @@ def test_training_goes_on_while_files_are_written(
     assert said == []
     disk.may_write.set()
     poll_until_done(saver)
+    saver.finish()
     assert names(tmp_path) == ["step-00000004"]
     directory = step_directory(tmp_path, 4)
     assert problems_of(directory) == []
@@ -104,6 +105,7 @@ def test_without_it_a_save_is_over_at_once(
     disk.may_write.set()
     saver.save(4)
     assert not saver.is_busy
+    saver.finish()
     assert names(tmp_path) == ["step-00000004"]
     assert len(said) == 1
 
