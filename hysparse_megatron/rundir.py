@@ -22,6 +22,7 @@ from typing import IO, Any
 import yaml
 
 from hysparse_megatron import __version__
+from hysparse_megatron.checkpoint.store import published
 from hysparse_megatron.config.frozen import CONFIG_FILE, freeze, load_frozen, to_yaml
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.errors import ConfigError
@@ -136,12 +137,11 @@ def _lock(path: Path) -> IO[str]:
 def _refuse_overwriting(config: Config, checkpoints: Path) -> None:
     if config.checkpoint.resume:
         return
-    for path in sorted(checkpoints.glob("step-*"), reverse=True):
-        if path.suffix != ".tmp":
-            raise ConfigError(
-                f"checkpoint.resume=false would write over {path}: choose another run_dir, or "
-                "delete its checkpoints"
-            )
+    for path in published(checkpoints):
+        raise ConfigError(
+            f"checkpoint.resume=false would write over {path}: choose another run_dir, or "
+            "delete its checkpoints"
+        )
 
 
 def _changed_keys(path: Path, config: Config) -> list[str]:

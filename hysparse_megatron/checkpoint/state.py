@@ -7,18 +7,26 @@ state of their own.
 
 from __future__ import annotations
 
-import queue
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.core import (
+    CheckpointingConfig,
+    CheckpointingException,
+    save_config,
+)
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
+from hysparse_megatron.checkpoint.moments import taken_in_place
+from hysparse_megatron.checkpoint.staging import StagingWriter
+from hysparse_megatron.checkpoint.writer import Job
 from hysparse_megatron.errors import CheckpointError
 from hysparse_megatron.model.stack import EXTRA_STATE
+from hysparse_megatron.training.optimizer import distributed_parts
 from hysparse_megatron.training.state import TrainingState
 
 # torch's CheckpointException is no Exception.
@@ -46,17 +54,32 @@ def _model_state(state: TrainingState, metadata: dict[str, Any]) -> dict[str, An
     }
 
 
-def save_state(state: TrainingState, step: int, directory: Path) -> None:
-    """Write model and optimizer into an existing empty directory. Collective."""
-    # megatron-core starts a helper process only to pass on the results of its writers. They write
-    # in this process here, where a plain queue does.
-    filesystem_async._results_queue = queue.Queue()
+def start_save(state: TrainingState, step: int, directory: Path) -> Job:
+    """Copy model and optimizer, to be written into an existing empty directory. Collective."""
+    # megatron-core would copy, write and pass on results in ways that need helper processes.
+    filesystem_async.FileSystemWriterAsync = StagingWriter
     metadata = _metadata(state)
     model = _model_state(state, metadata)
-    optimizer = state.optimizer.sharded_state_dict(model, is_loading=False, metadata=metadata)
-    dist_checkpointing.save(
-        {**model, "optimizer": optimizer, "step": step}, str(directory), async_strategy="mcore"
+    with taken_in_place(distributed_parts(state.optimizer)):
+        optimizer = state.optimizer.sharded_state_dict(model, is_loading=False, metadata=metadata)
+    request = dist_checkpointing.save(
+        {**model, "optimizer": optimizer, "step": step},
+        str(directory),
+        async_sharded_save=True,
+        async_strategy="mcore",
     )
+    writer: StagingWriter = request.async_fn.__self__
+    # The second of them writes a file on rank 0 and leaves the others waiting should that fail.
+    describe, _ = request.finalize_fns
+
+    def finish() -> None:
+        describe()
+        if writer.failure is not None:
+            raise writer.failure
+        if dist.get_rank() == 0:
+            save_config(CheckpointingConfig("torch_dist", 1), str(directory))
+
+    return Job(write=request.async_fn, finish=finish)
 
 
 def load_state(state: TrainingState, directory: Path, weights_only: bool = False) -> int:

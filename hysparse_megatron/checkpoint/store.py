@@ -1,12 +1,13 @@
-"""Checkpoint directories: how one is written, which one is the latest, which ones are kept.
+"""Checkpoint directories: which one is the latest, whether it is whole, which ones are kept.
 
-    checkpoints/step-00000100/           complete and valid
-    checkpoints/step-00000100/manifest.json    written last: files, sizes, hashes, step, ...
-    checkpoints/step-00000200.tmp/       being written, or left behind by a killed run
+    checkpoints/step-00000100/                  a checkpoint
+    checkpoints/step-00000100/manifest.json     written last: files, sizes, hashes, step, ...
+    checkpoints/step-00000200.tmp-1f09ab/       being written, or left behind by a killed run
+    checkpoints/step-00000150.aside-77d2c0/     was newer than the one a run went on from
 
-A checkpoint is written into a `.tmp` directory, which is renamed after its manifest is on disk.
-"Latest" is computed by looking: the newest directory whose manifest is there and whose files have
-the sizes it names. Decisions about the file system are made on rank 0 and broadcast.
+"Latest" is computed by looking: the newest directory with a manifest whose files are there, as
+large as it says and with the content it says. Nothing here knows torch or other ranks; `writer`
+writes checkpoints and `choice` lets all ranks agree on one.
 """
 
 from __future__ import annotations
@@ -14,18 +15,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
-
 from hysparse_megatron.errors import CheckpointError
-from hysparse_megatron.runtime.agreement import on_rank_zero
 
 MANIFEST = "manifest.json"
+
+_PUBLISHED = re.compile(r"step-(\d+)")
+_UNFINISHED = re.compile(r"step-\d+\.tmp(-\w+)?")
 
 
 def step_directory(checkpoints: Path, step: int) -> Path:
@@ -33,79 +35,56 @@ def step_directory(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step-{step:08d}"
 
 
-def write_checkpoint(
-    checkpoints: Path, step: int, write: Callable[[Path], None], facts: dict[str, Any]
-) -> Path:
-    """Write one checkpoint with `write(directory)`, collective over all ranks.
-
-    Returns its directory. `facts` are added to the manifest. Raises CheckpointError; an older
-    checkpoint is never touched.
-    """
-    final = step_directory(checkpoints, step)
-    temporary = final.with_suffix(".tmp")
-
-    def prepare() -> None:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-
-    on_rank_zero(prepare, CheckpointError)
-    failure = None
-    try:
-        write(temporary)
-    except (Exception, CheckpointException) as error:  # torch's is no Exception
-        failure = f"{type(error).__name__}: {error}"
-    rank = dist.get_rank()
-    mine = {} if failure else _describe(temporary, lambda name: name.startswith(f"__{rank}_"))
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, (failure, mine))
-
-    def publish() -> None:
-        failures = [f"rank {rank}: {text}" for rank, (text, _) in enumerate(gathered) if text]
-        if failures:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise CheckpointError(f"{final} was not written; {'; '.join(failures)}")
-        files = {name: entry for _, part in gathered for name, entry in part.items()}
-        files |= _describe(temporary, lambda name: name not in files)
-        _write_json(temporary / MANIFEST, {"step": step, **facts, "files": files})
-        if final.exists():  # an invalid one, or it would have been resumed from
-            shutil.rmtree(final)
-        os.replace(temporary, final)
-        _sync_directory(checkpoints)
-
-    on_rank_zero(publish, CheckpointError)
-    return final
+def step_of(directory: Path) -> int:
+    """The step that a checkpoint's name says."""
+    return int(directory.name.removeprefix("step-"))
 
 
-def latest_checkpoint(checkpoints: Path) -> tuple[Path | None, list[str]]:
-    """The newest valid checkpoint, and what is wrong with the ones that are newer.
-
-    (None, []) where there is none at all. Local; call it on rank 0. Raises CheckpointError when
-    there are checkpoints and not one is valid: a fresh start would hide that.
-    """
-    rejected: list[str] = []
-    for directory in _step_directories(checkpoints):
-        problems = problems_of(directory)
-        if not problems:
-            return directory, rejected
-        rejected += problems
-    if rejected:
-        raise CheckpointError(
-            f"no checkpoint in {checkpoints} is valid: {'; '.join(rejected)}. Restore one, or "
-            "delete them to start anew"
-        )
-    return None, []
+def published(checkpoints: Path) -> list[Path]:
+    """Checkpoints, whole or not, newest first."""
+    found = (path for path in checkpoints.glob("step-*") if _PUBLISHED.fullmatch(path.name))
+    return sorted(found, key=step_of, reverse=True)
 
 
-def _step_directories(checkpoints: Path) -> list[Path]:
-    """Published checkpoints, valid or not, newest first."""
-    found = (path for path in checkpoints.glob("step-*") if path.suffix != ".tmp")
-    return sorted(found, reverse=True)
+def unfinished_name(final: Path) -> Path:
+    """A fresh directory name beside `final` for what is not a checkpoint yet, or not any more."""
+    return final.with_name(f"{final.name}.tmp-{secrets.token_hex(3)}")
 
 
 def remove_leftovers(checkpoints: Path) -> None:
-    """Delete what killed runs were writing. Only for the owner of the run directory."""
-    for path in checkpoints.glob("step-*.tmp"):
-        shutil.rmtree(path, ignore_errors=True)
+    """Delete what killed runs were writing or deleting. Only for the owner of the run directory."""
+    for path in checkpoints.glob("step-*"):
+        if _UNFINISHED.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def latest_checkpoint(
+    checkpoints: Path, problems: Callable[[Path], list[str]] | None = None
+) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint, and what is wrong with the ones that are newer.
+
+    (None, []) where there is none at all. Raises CheckpointError when there are checkpoints and not
+    one is whole: a fresh start would hide that. `problems` judges; the default is `problems_of`.
+    """
+    return newest_whole(published(checkpoints), problems or problems_of)
+
+
+def newest_whole(
+    candidates: Iterable[Path], problems: Callable[[Path], list[str]]
+) -> tuple[Path | None, list[str]]:
+    """`latest_checkpoint` among `candidates`, newest first."""
+    rejected: list[str] = []
+    for directory in candidates:
+        found = problems(directory)
+        if not found:
+            return directory, rejected
+        rejected += found
+    if rejected:
+        raise CheckpointError(
+            f"no checkpoint is valid: {'; '.join(rejected)}. Restore one, or delete them to start "
+            "anew"
+        )
+    return None, []
 
 
 def problems_of(directory: Path, content: bool = True) -> list[str]:
@@ -124,19 +103,33 @@ def problems_of(directory: Path, content: bool = True) -> list[str]:
     except (CheckpointError, KeyError, TypeError, AttributeError, ValueError) as error:
         return [f"{directory / MANIFEST}: {type(error).__name__}: {error}"]
     problems = []
-    for name, (size, digest) in files.items():
+    for name, (size, _) in files.items():
         path = directory / name
         if not path.is_file():
             problems.append(f"{path} is missing")
         elif path.stat().st_size != size:
             found = path.stat().st_size
             problems.append(f"{path} has {found} bytes; the manifest says {size} bytes")
-        elif content and _digest(path) != digest:
-            problems.append(f"{path} has another content than the manifest says")
+    if content and not problems:
+        problems = changed_files(directory, {name: digest for name, (_, digest) in files.items()})
     return problems
 
 
-def _digest(path: Path) -> str:
+def changed_files(directory: Path, digests: dict[str, str]) -> list[str]:
+    """Which of the files, named with the SHA-256 they should have, hold something else."""
+    problems = []
+    for name, digest in digests.items():
+        path = directory / name
+        try:
+            if digest_of(path) != digest:
+                problems.append(f"{path} has another content than the manifest says")
+        except OSError as error:
+            problems.append(f"{path} cannot be read: {error}")
+    return problems
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -149,58 +142,77 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"cannot read the manifest: {error}") from error
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a user who names `path` means one checkpoint, and not a run."""
+    return (path / MANIFEST).exists() or bool(_PUBLISHED.fullmatch(path.name))
+
+
 def resolve_checkpoint(path: Path) -> Path:
     """The checkpoint a user means by a step directory or a run directory.
 
     Raises CheckpointError when there is no valid one.
     """
-    if (path / MANIFEST).exists():
+    if is_checkpoint(path):
         problems = problems_of(path)
         if problems:
             raise CheckpointError(f"{path} is damaged: {'; '.join(problems)}")
         return path
     found, _ = latest_checkpoint(path / "checkpoints")
     if found is None:
-        raise CheckpointError(
-            f"no valid checkpoint at {path}; name a step directory or a run directory"
-        )
+        raise nothing_at(path)
     return found
 
 
-def prune(checkpoints: Path, keep: int) -> list[Path]:
-    """Delete all but the newest `keep` valid checkpoints (0 keeps all). Call it on rank 0.
+def nothing_at(path: Path) -> CheckpointError:
+    """The error for a path with no checkpoint at all."""
+    return CheckpointError(
+        f"no valid checkpoint at {path}; name a step directory or a run directory"
+    )
 
-    Returns what was deleted. Failure to delete is not an error: training goes on.
+
+def set_aside(checkpoints: Path, after: int) -> list[Path]:
+    """Rename checkpoints newer than step `after`, which a run is about to go on from.
+
+    Damaged or given up, they must neither be taken for the latest of this run later on nor stand
+    where it will write. Returns their new names; nothing is deleted.
     """
-    found = _step_directories(checkpoints)
-    valid = [path for path in found if not problems_of(path, content=False)]
-    doomed = valid[keep:] if keep else []
-    for directory in doomed:
-        shutil.rmtree(directory, ignore_errors=True)
-    return doomed
+    renamed = []
+    for directory in published(checkpoints):
+        if step_of(directory) > after:
+            place = directory.with_name(f"{directory.name}.aside-{secrets.token_hex(3)}")
+            os.rename(directory, place)
+            renamed.append(place)
+    return renamed
 
 
-def _describe(directory: Path, wanted: Callable[[str], bool]) -> dict[str, dict[str, Any]]:
-    entries = {}
-    for path in sorted(directory.rglob("*")):
-        name = str(path.relative_to(directory))
-        if path.is_file() and wanted(name):
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-            entries[name] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
-    return entries
+def superfluous(checkpoints: Path, keep: int, keep_every: int, newest: Path) -> list[Path]:
+    """Checkpoints before `newest` that the rules do not keep, newest first.
+
+    The newest `keep` valid ones stay, `newest` among them and always (0 keeps all), and those whose
+    step is a multiple of `keep_every` (0: no step is). Damaged ones are not ours to judge and stay.
+    """
+    if not keep:
+        return []
+    older = [path for path in published(checkpoints) if step_of(path) < step_of(newest)]
+    valid = [path for path in older if not problems_of(path, content=False)]
+    return [path for path in valid[keep - 1 :] if not keep_every or step_of(path) % keep_every]
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with path.open("w") as file:
-        json.dump(content, file, indent=1, sort_keys=True)
-        file.flush()
-        os.fsync(file.fileno())
+def prune(
+    checkpoints: Path, keep: int, keep_every: int, newest: Path
+) -> tuple[list[Path], list[str]]:
+    """Delete what is `superfluous`. Call it on rank 0.
 
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    Returns what was deleted, and what could not be, with the reason: no error, as training goes on.
+    """
+    deleted, failures = [], []
+    for directory in superfluous(checkpoints, keep, keep_every, newest):
+        try:
+            # What is deleted in part must not pass for a checkpoint.
+            doomed = unfinished_name(directory)
+            os.rename(directory, doomed)
+            shutil.rmtree(doomed)
+            deleted.append(directory)
+        except OSError as error:
+            failures.append(f"{directory} could not be deleted: {error}")
+    return deleted, failures

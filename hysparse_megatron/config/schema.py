@@ -399,10 +399,18 @@ class CheckpointConfig:
     """Steps between two checkpoints: what a killed run can lose."""
     keep: int = 3
     """Newest checkpoints that are kept; 0 keeps all."""
+    keep_every: int = 0
+    """Checkpoints after a multiple of so many steps are kept besides; 0 keeps none besides."""
+    asynchronous: bool = True
+    """Write files while training goes on. Takes host memory of the size of a rank's files."""
     load: str | None = None
     """Step or run directory whose weights a fresh run starts from, whatever its parallel sizes."""
     resume: bool = True
     """Continue from the newest valid checkpoint of the run directory, if there is one."""
+    step: int | None = None
+    """Continue from (or load) the checkpoint after exactly this step; null takes the newest."""
+    verify: bool = True
+    """Compare the content of every file with its hash before loading; sizes always are."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -86,6 +86,8 @@ AT_LEAST: dict[str, int] = {
     "data.tokenizer_vocab_size": 1,
     "checkpoint.interval": 1,
     "checkpoint.keep": 0,
+    "checkpoint.keep_every": 0,
+    "checkpoint.step": 1,
 }
 """Smallest value of a number; null passes where the type allows it."""
 

@@ -25,6 +25,8 @@ class Hooks:
     """After every step and every evaluation, with a row for `metrics.jsonl`."""
     save: Callable[[int], None] = lambda step: None
     """Write a checkpoint after `step` steps. Collective."""
+    poll: Callable[[], None] = lambda: None
+    """After every step: complete a checkpoint that was being written meanwhile. Collective."""
 
 
 def train(
@@ -49,6 +51,7 @@ def train(
         result = train_step(state, step, list(batches.microbatches(step)))
         done = step + 1
         _report(state, done, result, time.monotonic() - started, hooks)
+        hooks.poll()
 
         bad_steps = bad_steps + 1 if result.skipped else 0
         if bad_steps >= MAX_BAD_STEPS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -13,8 +14,9 @@ import torch.distributed as dist
 import yaml
 from hysparse_kernels import BackendChoice, BackendUnavailable, resolve_backend
 
-from hysparse_megatron.checkpoint import store
-from hysparse_megatron.checkpoint.state import load_state, save_state
+from hysparse_megatron.checkpoint import choice, store
+from hysparse_megatron.checkpoint.saver import Saver
+from hysparse_megatron.checkpoint.state import load_state
 from hysparse_megatron.config.frozen import config_hash, to_yaml
 from hysparse_megatron.config.schema import Config, Precision
 from hysparse_megatron.data import (
@@ -25,7 +27,14 @@ from hysparse_megatron.data import (
     evaluation_batches,
     prepare_corpus,
 )
-from hysparse_megatron.errors import CheckpointError, ConfigError, DataError, HySparseError
+from hysparse_megatron.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    HySparseError,
+    NumericalStop,
+    Preempted,
+)
 from hysparse_megatron.model.layers import describe_layers
 from hysparse_megatron.model.pipeline import describe_traffic
 from hysparse_megatron.rundir import RunDirectory, versions
@@ -102,9 +111,7 @@ def _run_in(
     checkpoints = config.run_path / "checkpoints"
     if directory is not None:
         store.remove_leftovers(checkpoints)
-    latest, rejected = on_rank_zero(lambda: store.latest_checkpoint(checkpoints), CheckpointError)
-    for problem in rejected:
-        say(f"WARNING: a newer checkpoint is damaged and left out: {problem}")
+    latest = _choose(config, checkpoints, say)
     if latest is not None:
         done = store.read_manifest(latest)["step"]
         if done >= config.train.steps:
@@ -123,7 +130,8 @@ def _run_in(
     batches, evaluation = _batches(state, corpus)
 
     tracker: Tracker | None = None
-    hooks = Hooks(save=functools.partial(_save, state, checkpoints, corpus, say))
+    saver = Saver(state, checkpoints, functools.partial(_facts, config, corpus), say)
+    hooks = Hooks(save=saver.save, poll=saver.poll)
     metrics: MetricsFile | None = None
     if directory is not None:
         metrics = MetricsFile(directory.metrics)
@@ -143,7 +151,13 @@ def _run_in(
         ]
     exit_code = 1
     try:
-        train(state, batches, evaluation, first_step, StopRequest(device), hooks)
+        try:
+            train(state, batches, evaluation, first_step, StopRequest(device), hooks)
+        except (Preempted, NumericalStop):
+            # Raised by all ranks together, so that they can wait for each other's files.
+            saver.finish()
+            raise
+        saver.finish()
         exit_code = 0
     except HySparseError as error:
         exit_code = error.exit_code
@@ -221,6 +235,33 @@ def _batches(state: TrainingState, corpus: PreparedCorpus) -> tuple[BatchSource,
     return on_every_rank(build, DataError)
 
 
+def _choose(config: Config, checkpoints: Path, say: Say) -> Path | None:
+    """The checkpoint of this run directory to go on from, if any. Collective."""
+    step, content = config.checkpoint.step, config.checkpoint.verify
+    if step is not None and not on_rank_zero(
+        lambda: _went_back(checkpoints, step), CheckpointError
+    ):
+        if on_rank_zero(lambda: store.published(checkpoints), CheckpointError):
+            return choice.exactly(checkpoints, step, content)
+        if config.checkpoint.load is None:
+            raise CheckpointError(f"checkpoint.step={step}, but there is none in {checkpoints}")
+    latest, rejected = choice.newest(checkpoints, content)
+    for problem in rejected:
+        say(f"WARNING: a newer checkpoint is damaged and left out: {problem}")
+    return latest
+
+
+def _went_back(checkpoints: Path, step: int) -> bool:
+    """Whether the newest checkpoint comes from an earlier start that went back to `step`.
+
+    The same command goes on then: it does not go back once more.
+    """
+    for directory in store.published(checkpoints):
+        with contextlib.suppress(CheckpointError):
+            return store.read_manifest(directory).get("went_back_to") == step
+    return False
+
+
 def _resume(state: TrainingState, latest: Path | None, corpus: PreparedCorpus, say: Say) -> int:
     """Load the newest checkpoint of the run, or foreign weights; returns the steps already done."""
     if latest is not None:
@@ -232,33 +273,30 @@ def _resume(state: TrainingState, latest: Path | None, corpus: PreparedCorpus, s
                 f"checkpoint.load={latest}"
             )
         step = load_state(state, latest)
+        checkpoints = latest.parent
+        for path in on_rank_zero(lambda: store.set_aside(checkpoints, step), CheckpointError):
+            say(f"WARNING: newer than step {step} and set aside: {path}. Delete it if of no use")
         say(f"resuming after step {step} from {latest}")
         return step
-    if state.config.checkpoint.load is not None:
-        source = Path(state.config.checkpoint.load)
-        directory = on_rank_zero(lambda: store.resolve_checkpoint(source), CheckpointError)
+    checkpoint = state.config.checkpoint
+    if checkpoint.load is not None:
+        directory = choice.named(Path(checkpoint.load), checkpoint.step, checkpoint.verify)
         load_state(state, directory, weights_only=True)
         say(f"starting from the weights of {directory}")
     return 0
 
 
-def _save(
-    state: TrainingState, checkpoints: Path, corpus: PreparedCorpus, say: Say, step: int
-) -> None:
-    config = state.config
-    facts = {
+def _facts(config: Config, corpus: PreparedCorpus, step: int) -> dict[str, Any]:
+    """What a manifest says beside the step and the files."""
+    return {
         "tokens": step * config.train.global_batch_size * config.train.seq_length,
         "config_hash": config_hash(config),
         "data": corpus.identity(),
         "parallel": dataclasses.asdict(config.parallel),
+        "world_size": dist.get_world_size(),
         "versions": versions(),
+        "went_back_to": config.checkpoint.step,
     }
-    directory = store.write_checkpoint(
-        checkpoints, step, lambda target: save_state(state, step, target), facts
-    )
-    if dist.get_rank() == 0:
-        store.prune(checkpoints, config.checkpoint.keep)
-    say(f"saved {directory}")
 
 
 def _attention_backend(config: Config, device: torch.device) -> BackendChoice:

@@ -6,7 +6,10 @@ Shapes: S sequence, B micro-batch, M micro-batches.
 from __future__ import annotations
 
 import contextlib
+import pickle
 import resource
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +21,11 @@ import torch
 from megatron.core.tensor_parallel import random as megatron_random
 from torch import Tensor
 
-from hysparse_megatron.checkpoint.state import load_state, save_state
-from hysparse_megatron.checkpoint.store import resolve_checkpoint, write_checkpoint
+from hysparse_megatron.checkpoint.saver import Saver
+from hysparse_megatron.checkpoint.state import load_state, start_save
+from hysparse_megatron.checkpoint.store import resolve_checkpoint
+from hysparse_megatron.checkpoint.tensors import read_weights
+from hysparse_megatron.checkpoint.writer import CheckpointWrite, Job
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.errors import CheckpointError
 from hysparse_megatron.model import attention
@@ -29,6 +35,7 @@ from hysparse_megatron.training.muon import is_matrix, matrix_parts
 from hysparse_megatron.training.optimizer import distributed_parts
 from hysparse_megatron.training.state import TrainingState
 from hysparse_megatron.training.step import evaluate, train_step
+from tests.checkpoints import save, write_checkpoint
 from tests.distributed.ranks import (
     Piece,
     Place,
@@ -130,10 +137,31 @@ def train_and_save(
     state = prepare(config)
     for step in range(save_after):
         train_step(state, step, share_of(state, torch.from_numpy(tokens[step])))
-    write_checkpoint(
-        run_dir / "checkpoints", save_after, lambda path: save_state(state, save_after, path), {}
-    )
+    save(state, run_dir, save_after)
     return _continue(state, tokens, save_after)
+
+
+def train_while_saving(
+    rank: int, config: Config, tokens: Sequence[np.ndarray], run_dir: Path, save_after: int
+) -> Continuation:
+    """`train_and_save`, whose files are written only after the last step."""
+    state = prepare(config)
+    for step in range(save_after):
+        train_step(state, step, share_of(state, torch.from_numpy(tokens[step])))
+    trained = threading.Event()
+
+    def start(path: Path) -> Job:
+        job = start_save(state, save_after, path)
+        return Job(lambda: trained.wait() and job.write(), job.finish)
+
+    # The second save reuses the memory of the first.
+    save(state, run_dir / "other", 1)
+    write = CheckpointWrite(run_dir / "checkpoints", save_after, start, {}, in_background=True)
+    went_on = _continue(state, tokens, save_after)
+    assert not write.is_written(state.device)
+    trained.set()
+    write.finish()
+    return went_on
 
 
 def load_and_train(
@@ -147,9 +175,7 @@ def load_and_train(
     state = prepare(config)
     step = load_state(state, resolve_checkpoint(run_dir))
     if save_to is not None:
-        write_checkpoint(
-            save_to / "checkpoints", step, lambda path: save_state(state, step, path), {}
-        )
+        save(state, save_to, step)
     return _continue(state, tokens, step)
 
 
@@ -230,23 +256,70 @@ def save_beyond_limit(rank: int, config: Config, run_dir: Path) -> str:
     Returns the error that this rank gets.
     """
     state = prepare(config)
-    checkpoints = run_dir / "checkpoints"
-    write_checkpoint(checkpoints, 1, lambda path: save_state(state, 1, path), {})
+    save(state, run_dir, 1)
 
-    def write(path: Path) -> None:
-        before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        if rank == 1:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
-        try:
-            save_state(state, 2, path)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    def start(path: Path) -> Job:
+        job = start_save(state, 2, path)
+
+        def write() -> None:
+            with small_files() if rank == 1 else contextlib.nullcontext():
+                job.write()
+
+        return Job(write, job.finish)
 
     try:
-        write_checkpoint(checkpoints, 2, write, {})
+        CheckpointWrite(run_dir / "checkpoints", 2, start, {}).finish()
     except CheckpointError as error:
         return str(error)
     return "written"
+
+
+@contextlib.contextmanager
+def small_files() -> Iterator[None]:
+    """As on a full disk: this process may write no more than 100 bytes into a file."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def fail_in_background(rank: int, config: Config, run_dir: Path) -> tuple[str, bool]:
+    """Save, then save beside training on a second rank that may write no more than a few bytes.
+
+    Returns the error that this rank gets from a poll, and whether the save returned before.
+    """
+    state = prepare(config)
+    saver = Saver(state, run_dir / "checkpoints", lambda step: {}, lambda text: None)
+    saver.save(1)
+    saver.finish()
+    with small_files() if rank == 1 else contextlib.nullcontext():
+        try:
+            saver.save(2)
+            returned = saver.is_busy
+            while saver.is_busy:
+                saver.poll()
+                time.sleep(0.05)
+        except CheckpointError as error:
+            return str(error), returned
+    return "written", returned
+
+
+def weights_without_pickle(rank: int, run_dir: Path) -> dict[str, np.ndarray]:
+    """The newest checkpoint's weights, read while unpickling is out of order."""
+    directory = resolve_checkpoint(run_dir)
+
+    def refuse(*arguments: Any, **options: Any) -> Any:
+        raise AssertionError("unpickled")
+
+    with (
+        mock.patch.object(pickle, "load", refuse),
+        mock.patch.object(pickle, "loads", refuse),
+        mock.patch.object(pickle, "Unpickler", refuse),
+        mock.patch.object(torch, "load", refuse),
+    ):
+        return {name: tensor.float().numpy() for name, tensor in read_weights(directory).items()}
 
 
 def _write_file(path: Path, rank: int) -> None:

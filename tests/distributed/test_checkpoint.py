@@ -26,11 +26,14 @@ from tests.distributed.cases import (
 from tests.distributed.comparison import ReferenceFor
 from tests.distributed.jobs import (
     Continuation,
+    fail_in_background,
     load_and_train,
     load_error,
     load_weights,
     save_beyond_limit,
     train_and_save,
+    train_while_saving,
+    weights_without_pickle,
     write_and_fail,
     write_files,
 )
@@ -158,6 +161,40 @@ def test_same_layout_continues_bit_by_bit(
     assert "embedding.word_embeddings.weight" in changed
 
 
+BESIDE_TRAINING = [SAME_LAYOUT[index] for index in (1, 2, 3, 6)]
+
+
+@pytest.mark.parametrize("case", BESIDE_TRAINING, ids=lambda case: case.name)
+def test_a_save_beside_training_holds_what_was_when_it_began(
+    case: Case, pool: WorkerPool, session_seed: int, tmp_path: Path
+) -> None:
+    """Bit by bit, though every weight and moment changes before the first is written."""
+    sequences = HALF_BATCH["global_batch_size"]
+    tokens = [
+        random_tokens(session_seed, step, sequences=sequences).numpy() for step in range(STEPS)
+    ]
+    job = {"config": case.config(), "tokens": tokens, "run_dir": tmp_path}
+    through = pool.run(case.world_size, train_while_saving, save_after=SAVE_AFTER, **job)
+    resumed = pool.run(case.world_size, load_and_train, **job)
+    for expected, actual in zip(through, resumed, strict=True):
+        assert actual.losses == expected.losses
+        assert actual.grad_norms == expected.grad_norms
+        for one, other in zip(expected.optimizer, actual.optimizer, strict=True):
+            assert np.array_equal(one, other)
+
+
+def test_weights_need_no_pickle(
+    pool: WorkerPool, saved: tuple[Path, list[np.ndarray], Continuation]
+) -> None:
+    """From the shares of four ranks; the same numbers as megatron-core loads into one process."""
+    run_dir, _, _ = saved
+    [read] = pool.run(1, weights_without_pickle, run_dir=run_dir)
+    [loaded] = pool.run(1, load_weights, config=Case("one-process").config(), run_dir=run_dir)
+    for name, piece in loaded.items():
+        assert np.array_equal(read[name], piece.value), name
+    assert loaded.keys() == read.keys()
+
+
 def test_checkpoint_of_another_model_is_refused(
     pool: WorkerPool, saved: tuple[Path, list[np.ndarray], Continuation]
 ) -> None:
@@ -192,11 +229,15 @@ def test_manifest_names_the_files_of_all_ranks(checkpoints: Path) -> None:
 
 def test_one_rank_that_fails_fails_all(pool: WorkerPool, checkpoints: Path) -> None:
     before = sorted(checkpoints.iterdir())
-    for step in (300, 200):
+    expected = {
+        300: "rank 1: OSError: [Errno 28] No space left on device",
+        200: "step-00000200 exists already and is not written over",
+    }
+    for step, text in expected.items():
         messages = pool.run(2, write_and_fail, checkpoints=checkpoints, step=step)
         # Every rank must know, or one goes on training while the others stop.
         assert len(set(messages)) == 1
-        assert "rank 1: OSError: [Errno 28] No space left on device" in messages[0]
+        assert text in messages[0]
         assert sorted(checkpoints.iterdir()) == before
         assert latest_checkpoint(checkpoints) == (step_directory(checkpoints, 200), [])
 
@@ -206,7 +247,24 @@ def test_one_rank_that_cannot_write_its_share_fails_all(pool: WorkerPool, tmp_pa
     case = Case("tp2", tp=2)
     messages = pool.run(2, save_beyond_limit, config=case.config(), run_dir=tmp_path)
     for message in messages:
-        assert "step-00000002 was not written" in message
+        assert (
+            "step-00000002 was not written; rank 1: OSError: [Errno 27] File too large" in message
+        )
+        assert "__1_0.distcp has 100 of at least" in message
+        assert "bytes free" in message
+    checkpoints = tmp_path / "checkpoints"
+    assert [path.name for path in checkpoints.iterdir()] == ["step-00000001"]
+    assert latest_checkpoint(checkpoints) == (step_directory(checkpoints, 1), [])
+
+
+def test_a_failure_beside_training_reaches_all_ranks(pool: WorkerPool, tmp_path: Path) -> None:
+    case = Case("tp2", tp=2)
+    outcomes = pool.run(2, fail_in_background, config=case.config(), run_dir=tmp_path)
+    for message, returned in outcomes:
+        assert returned, "training went on"
+        assert (
+            "step-00000002 was not written; rank 1: OSError: [Errno 27] File too large" in message
+        )
     checkpoints = tmp_path / "checkpoints"
     assert [path.name for path in checkpoints.iterdir()] == ["step-00000001"]
     assert latest_checkpoint(checkpoints) == (step_directory(checkpoints, 1), [])

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
 
+from hysparse_megatron.checkpoint import choice, store, writer
 from hysparse_megatron.checkpoint.store import (
     latest_checkpoint,
     problems_of,
@@ -14,10 +15,12 @@ from hysparse_megatron.checkpoint.store import (
     read_manifest,
     remove_leftovers,
     resolve_checkpoint,
+    set_aside,
     step_directory,
-    write_checkpoint,
+    superfluous,
 )
 from hysparse_megatron.errors import CheckpointError
+from tests.checkpoints import write_checkpoint
 from tests.unit.single_process import default_group
 
 
@@ -59,7 +62,7 @@ def test_the_newest_counts_by_step(tmp_path: Path) -> None:
 def test_what_a_killed_run_leaves_is_ignored_and_removed(tmp_path: Path) -> None:
     write(tmp_path, 4)
     for step in (8, 12):
-        killed = tmp_path / f"step-{step:08d}.tmp"
+        killed = tmp_path / f"step-{step:08d}.tmp-0a1b2c"
         killed.mkdir()
         (killed / "junk").write_text("x")
     assert latest_checkpoint(tmp_path) == (step_directory(tmp_path, 4), [])
@@ -159,14 +162,124 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
         write(tmp_path / "checkpoints", 1)
 
 
+def test_an_existing_checkpoint_is_never_written_into(tmp_path: Path) -> None:
+    before = (write(tmp_path, 4) / "manifest.json").read_bytes()
+    with pytest.raises(CheckpointError, match="step-00000004 exists already"):
+        write(tmp_path, 4, "others")
+    assert (step_directory(tmp_path, 4) / "manifest.json").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
+
+
+@pytest.mark.parametrize("junk", ["file", "folder"])
+def test_junk_where_a_checkpoint_belongs(tmp_path: Path, junk: str) -> None:
+    place = step_directory(tmp_path, 8)
+    place.write_text("x") if junk == "file" else (place / "of" / "others").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="step-00000008 exists already"):
+        write(tmp_path, 8)
+    # A run that starts over junk alone must not pass for one without checkpoints.
+    with pytest.raises(CheckpointError, match="no checkpoint is valid"):
+        latest_checkpoint(tmp_path)
+    older = write(tmp_path, 4)
+    assert latest_checkpoint(tmp_path)[0] == older
+    [aside] = set_aside(tmp_path, 4)
+    assert aside.name.startswith("step-00000008.aside-")
+    assert latest_checkpoint(tmp_path) == (older, [])
+    write(tmp_path, 8)
+    assert aside.exists()
+
+
+def test_a_disk_that_is_full_at_the_manifest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, 4)
+
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writer, "_write_manifest", full)
+    with pytest.raises(CheckpointError, match=r"step-00000008 was not written; rank 0: .*No space"):
+        write(tmp_path, 8)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
+
+
+def test_an_unread_hash_lets_a_flipped_byte_pass(tmp_path: Path) -> None:
+    """What checkpoint.verify=false means; a size is always looked at."""
+    older, newer = write(tmp_path, 4), write(tmp_path, 8)
+    flip_a_byte(newer)
+    assert choice.newest(tmp_path, content=True)[0] == older
+    assert choice.newest(tmp_path, content=False) == (newer, [])
+    (newer / "__0_0.distcp").write_text("weight")
+    assert choice.newest(tmp_path, content=False)[0] == older
+
+
+def test_a_step_that_was_asked_for_has_no_substitute(tmp_path: Path) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    older, newer = write(checkpoints, 4), write(checkpoints, 8)
+    assert choice.exactly(checkpoints, 4, content=True) == older
+    assert choice.named(tmp_path, 4, content=True) == older
+    assert choice.named(tmp_path, None, content=True) == newer
+    assert choice.named(older, None, content=True) == older
+    flip_a_byte(newer)
+    assert choice.named(tmp_path, None, content=True) == older
+    for ask in (
+        lambda: choice.exactly(checkpoints, 8, content=True),
+        lambda: choice.named(tmp_path, 8, content=True),
+        lambda: choice.named(newer, None, content=True),
+        lambda: choice.exactly(checkpoints, 5, content=True),
+    ):
+        with pytest.raises(CheckpointError, match=r"step-0000000[58]") as caught:
+            ask()
+        assert caught.value.exit_code == 6
+
+
 def test_pruning_keeps_the_newest_valid_ones(tmp_path: Path) -> None:
     for step in range(1, 6):
         write(tmp_path, step)
     flip = step_directory(tmp_path, 5) / "manifest.json"
     flip.write_text("garbage")
-    assert prune(tmp_path, 0) == []
+    newest = step_directory(tmp_path, 4)
+    assert prune(tmp_path, 0, 0, newest) == ([], [])
     assert len(list(tmp_path.iterdir())) == 5
-    assert prune(tmp_path, 2) == [step_directory(tmp_path, 2), step_directory(tmp_path, 1)]
+    doomed = [step_directory(tmp_path, 2), step_directory(tmp_path, 1)]
+    assert superfluous(tmp_path, 2, 0, newest) == doomed
+    assert len(list(tmp_path.iterdir())) == 5
+    assert prune(tmp_path, 2, 0, newest) == (doomed, [])
     # The damaged one is neither counted nor deleted.
     assert sorted(path.name[-1] for path in tmp_path.iterdir()) == ["3", "4", "5"]
-    assert read_manifest(step_directory(tmp_path, 4))["step"] == 4
+    assert read_manifest(newest)["step"] == 4
+
+
+def test_pruning_keeps_multiples(tmp_path: Path) -> None:
+    for step in range(1, 11):
+        write(tmp_path, step)
+    prune(tmp_path, 1, 4, step_directory(tmp_path, 10))
+    assert [int(path.name[5:]) for path in sorted(tmp_path.iterdir())] == [4, 8, 10]
+
+
+def test_a_newer_one_does_not_count_as_the_newest_valid(tmp_path: Path) -> None:
+    """With a flipped byte it is as large as it should be; what was just written must stay."""
+    for step in (4, 8, 12):
+        write(tmp_path, step)
+    flip_a_byte(step_directory(tmp_path, 12))
+    assert prune(tmp_path, 1, 0, step_directory(tmp_path, 8))[0] == [step_directory(tmp_path, 4)]
+    assert latest_checkpoint(tmp_path)[0] == step_directory(tmp_path, 8)
+
+
+def test_a_deletion_that_fails_leaves_no_half_of_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (4, 8):
+        write(tmp_path, step)
+
+    def fail(path: Path) -> None:
+        (path / "__0_0.distcp").unlink()
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.shutil, "rmtree", fail)
+        deleted, [failure] = prune(tmp_path, 1, 0, step_directory(tmp_path, 8))
+    assert deleted == []
+    assert "step-00000004 could not be deleted: [Errno 5] Input/output error" in failure
+    assert store.published(tmp_path) == [step_directory(tmp_path, 8)]
+    remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000008"]

@@ -1,0 +1,198 @@
+"""Saves beside training: when they start, complete, wait for each other, and fail."""
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from hysparse_megatron.checkpoint import saver as saver_module
+from hysparse_megatron.checkpoint.saver import Saver
+from hysparse_megatron.checkpoint.store import problems_of, read_manifest, step_directory
+from hysparse_megatron.checkpoint.writer import Job
+from hysparse_megatron.config.compose import compose
+from hysparse_megatron.errors import CheckpointError
+from tests.unit.single_process import DEVICE, default_group
+
+
+@pytest.fixture(autouse=True, scope="module")
+def group() -> Iterator[None]:
+    with default_group():
+        yield
+
+
+class Disk:
+    """Stands for model and optimizer: writes one small file when it may."""
+
+    def __init__(self) -> None:
+        self.may_write = threading.Event()
+        self.copied: list[int] = []
+        self.error: Exception | None = None
+
+    def start(self, state: Any, step: int, directory: Path) -> Job:
+        self.copied.append(step)
+
+        def write() -> None:
+            assert self.may_write.wait(30)
+            if self.error is not None:
+                raise self.error
+            (directory / "__0_0.distcp").write_text(f"weights {step}")
+
+        return Job(write, lambda: (directory / "index.json").write_text("{}") and None)
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
+    disk = Disk()
+    monkeypatch.setattr(saver_module, "start_save", disk.start)
+    return disk
+
+
+@pytest.fixture
+def make_saver(tmp_path: Path, disk: Disk) -> Callable[..., tuple[Saver, list[str]]]:
+    def make(**settings: Any) -> tuple[Saver, list[str]]:
+        config = compose([])
+        config = replace(config, checkpoint=replace(config.checkpoint, **settings))
+        said: list[str] = []
+        state: Any = SimpleNamespace(config=config, device=DEVICE)
+        return Saver(state, tmp_path, lambda step: {"tokens": 2 * step}, said.append), said
+
+    return make
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def poll_until_done(saver: Saver) -> None:
+    for _ in range(3000):
+        if not saver.is_busy:
+            return
+        saver.poll()
+        threading.Event().wait(0.01)
+    raise AssertionError("not done")
+
+
+def test_training_goes_on_while_files_are_written(
+    make_saver: Callable[..., tuple[Saver, list[str]]], disk: Disk, tmp_path: Path
+) -> None:
+    saver, said = make_saver()
+    saver.save(4)
+    for _ in range(3):
+        saver.poll()
+    assert saver.is_busy
+    [unfinished] = names(tmp_path)
+    assert unfinished.startswith("step-00000004.tmp-")
+    assert said == []
+    disk.may_write.set()
+    poll_until_done(saver)
+    saver.finish()
+    assert names(tmp_path) == ["step-00000004"]
+    directory = step_directory(tmp_path, 4)
+    assert problems_of(directory) == []
+    assert read_manifest(directory)["tokens"] == 8
+    assert read_manifest(directory)["files"].keys() == {"__0_0.distcp", "index.json"}
+    assert said[0].startswith(f"saved {directory}")
+
+
+def test_without_it_a_save_is_over_at_once(
+    make_saver: Callable[..., tuple[Saver, list[str]]], disk: Disk, tmp_path: Path
+) -> None:
+    saver, said = make_saver(asynchronous=False)
+    disk.may_write.set()
+    saver.save(4)
+    assert not saver.is_busy
+    saver.finish()
+    assert names(tmp_path) == ["step-00000004"]
+    assert len(said) == 1
+
+
+def test_one_save_a_step(
+    make_saver: Callable[..., tuple[Saver, list[str]]], disk: Disk, tmp_path: Path
+) -> None:
+    saver, said = make_saver()
+    saver.save(4)
+    disk.may_write.set()
+    saver.save(4)  # as a stop signal asks for
+    assert not saver.is_busy
+    assert disk.copied == [4]
+    saver.finish()
+    assert names(tmp_path) == ["step-00000004"]
+    assert len(said) == 1
+
+
+def test_a_new_save_waits_for_the_one_before(
+    make_saver: Callable[..., tuple[Saver, list[str]]], disk: Disk, tmp_path: Path
+) -> None:
+    saver, _ = make_saver()
+    saver.save(4)
+    threading.Timer(0.3, disk.may_write.set).start()
+    saver.save(5)
+    assert (tmp_path / "step-00000004" / "manifest.json").exists()
+    saver.finish()
+    assert names(tmp_path) == ["step-00000004", "step-00000005"]
+
+
+def test_a_failure_comes_out_at_the_next_poll(
+    make_saver: Callable[..., tuple[Saver, list[str]]], disk: Disk, tmp_path: Path
+) -> None:
+    saver, _ = make_saver()
+    disk.may_write.set()
+    saver.save(4)
+    saver.finish()
+    disk.error = OSError(28, "No space left on device")
+    saver.save(5)
+    with pytest.raises(CheckpointError, match=r"step-00000005 was not written; rank 0: .*No space"):
+        poll_until_done(saver)
+    assert not saver.is_busy, "told once"
+    saver.finish()
+    assert names(tmp_path) == ["step-00000004"]
+
+
+def test_a_failure_at_the_end_is_not_lost(
+    make_saver: Callable[..., tuple[Saver, list[str]]], disk: Disk, tmp_path: Path
+) -> None:
+    saver, _ = make_saver()
+    disk.error = OSError(28, "No space left on device")
+    disk.may_write.set()
+    saver.save(5)
+    with pytest.raises(CheckpointError, match="No space"):
+        saver.finish()
+    assert names(tmp_path) == []
+
+
+def test_rules_are_applied_after_a_save(
+    make_saver: Callable[..., tuple[Saver, list[str]]], disk: Disk, tmp_path: Path
+) -> None:
+    saver, _ = make_saver(keep=2, keep_every=4)
+    disk.may_write.set()
+    for step in range(1, 8):
+        saver.save(step)
+    saver.finish()
+    assert names(tmp_path) == [f"step-0000000{step}" for step in (4, 6, 7)]
+
+
+def test_a_deletion_that_fails_is_told_and_training_goes_on(
+    make_saver: Callable[..., tuple[Saver, list[str]]],
+    disk: Disk,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    saver, said = make_saver(keep=1)
+    disk.may_write.set()
+    saver.save(1)
+    saver.finish()
+
+    def refuse(*arguments: Any) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    # Of the deletion alone: publishing renames too.
+    monkeypatch.setattr(saver_module.store, "unfinished_name", refuse)
+    saver.save(2)
+    saver.finish()
+    [warning] = [line for line in said if line.startswith("WARNING")]
+    assert "step-00000001 could not be deleted: [Errno 1] Operation not permitted" in warning
+    assert names(tmp_path) == ["step-00000001", "step-00000002"]

@@ -1,0 +1,34 @@
+"""`python -m tools.benchmark_checkpoint`: what an asynchronous save costs, beside a synchronous."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools.benchmark_checkpoint import as_text
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.mark.slow
+def test_an_asynchronous_save_stalls_training_for_less_than_a_quarter(tmp_path: Path) -> None:
+    arguments = ["--json", "--repeats", "3", "--directory", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tools.benchmark_checkpoint", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    values = json.loads(done.stdout.splitlines()[-1])
+    print(as_text(values))
+    assert values["bytes"] > 9e8
+    # The best of each: what else the machine does only adds.
+    synchronous, asynchronous = (
+        min(values[kind]["waited"]) for kind in ("synchronous", "asynchronous")
+    )
+    assert asynchronous < synchronous / 4
+    assert list(tmp_path.iterdir()) == []
