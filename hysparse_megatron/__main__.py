@@ -57,6 +57,7 @@ def _quiet_libraries() -> None:
     if os.environ.get("HYSPARSE_VERBOSE") == "1":
         return
     warnings.filterwarnings("ignore")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost store, told in our own words
     for name in ("megatron", "torch.utils.cpp_extension", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

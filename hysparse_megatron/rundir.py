@@ -7,6 +7,7 @@ checkpoints/    see checkpoint/store.py        summary.md     written at the end
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import importlib.metadata
 import json
@@ -24,8 +25,8 @@ import yaml
 from hysparse_megatron import __version__
 from hysparse_megatron.config.frozen import CONFIG_FILE, freeze, load_frozen, to_yaml
 from hysparse_megatron.config.schema import Config
-from hysparse_megatron.errors import ConfigError
-from hysparse_megatron.status import Status, read_status, stamp, write_json
+from hysparse_megatron.errors import ConfigError, HySparseError
+from hysparse_megatron.status import Status, change_status, read_status, stamp, write_json
 
 _PACKAGES = (
     "torch",
@@ -127,6 +128,24 @@ def lock(run_path: Path) -> tuple[IO[str], str | None]:
     file.write(f"process {os.getpid()} on {socket.gethostname()} since {stamp(time.time())}")
     file.flush()
     return file, former
+
+
+def amend_status(run_path: Path, pid: int, cause: str | None, **facts: Any) -> None:
+    """Write how a run ended whose rank 0, process `pid`, does not hold the directory (any more).
+
+    `cause` is put before the one that rank 0 told, if it did; without a `cause` that one stands. A
+    directory that another run holds, or that cannot be written, stays as it is.
+    """
+    with contextlib.suppress(HySparseError, OSError):
+        run_path.mkdir(parents=True, exist_ok=True)
+        held, _ = lock(run_path)
+        with held:
+            status = read_status(run_path)
+            told = status.get("cause") if status.get("pid") == pid else None
+            if told is None or cause is not None:
+                cause = ". ".join(part for part in (cause, told) if part)
+                change_status(run_path, pid=pid, cause=cause, **facts)
+            held.truncate(0)
 
 
 def _refuse_overwriting(config: Config, checkpoints: Path) -> None:

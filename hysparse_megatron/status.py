@@ -88,10 +88,10 @@ def read_status(run_path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def amend_status(run_path: Path, **facts: Any) -> None:
-    """Change fields of the file after its writer is gone, or write it in its place."""
-    now = stamp(time.time())
-    _write(run_path / STATUS_FILE, {**read_status(run_path), **facts, "time": now})
+def change_status(run_path: Path, **facts: Any) -> None:
+    """Change fields of the file, or make one, where its writer cannot."""
+    facts = {"host": socket.gethostname(), **facts, "time": stamp(time.time())}
+    _write(run_path / STATUS_FILE, {**read_status(run_path), **facts})
 
 
 def _write(path: Path, facts: dict[str, Any]) -> None:

@@ -18,14 +18,13 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 
 from hysparse_megatron.config.cli import load, parse_arguments
 from hysparse_megatron.errors import ConfigError, HySparseError
 from hysparse_megatron.plan.suggest import check
-from hysparse_megatron.rundir import lock
-from hysparse_megatron.status import STATES, amend_status, read_status
+from hysparse_megatron.rundir import amend_status
+from hysparse_megatron.status import STATES
 
 _USAGE = "usage: python -m launch.local [--nproc RANKS] [--config FILE] [overrides]"
 
@@ -56,7 +55,14 @@ def main(argv: Sequence[str]) -> int:
     if ending.cause is not None:
         print(ending.cause, file=sys.stderr, flush=True)
     if ending.code not in (0, 2):  # a bad configuration was no start
-        _complete_status(config.run_path, ranks.processes[0].pid, ending)
+        amend_status(
+            config.run_path,
+            ranks.processes[0].pid,
+            ending.cause,
+            state=STATES.get(ending.code, "failed"),
+            exit_code=ending.code,
+            rank=ending.rank,
+        )
     return ending.code
 
 
@@ -169,28 +175,6 @@ def free_port(wanted: int = 0) -> int:
             print(f"note: port {wanted} cannot be used ({error.strerror}); taking another one")
             return free_port()
         return probe.getsockname()[1]
-
-
-def _complete_status(run_path: Path, pid: int, ending: Ending) -> None:
-    """Write what rank 0, process `pid`, did not know or could not write into `status.json`."""
-    try:
-        held, _ = lock(run_path)
-    except (HySparseError, OSError):
-        return  # another run's, or nowhere to write
-    with held:
-        status = read_status(run_path)
-        told = status.get("cause") if status.get("pid") == pid else None
-        if told is None or ending.cause is not None:
-            cause = ending.cause or f"rank {ending.rank} ended with exit code {ending.code}"
-            amend_status(
-                run_path,
-                state=STATES.get(ending.code, "failed"),
-                exit_code=ending.code,
-                cause=f"{cause}. {told}" if told else cause,
-                rank=ending.rank,
-                host=socket.gethostname(),
-            )
-        held.truncate(0)
 
 
 def _take_nproc(arguments: list[str]) -> tuple[int, list[str]]:

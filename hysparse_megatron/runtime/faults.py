@@ -14,7 +14,7 @@ evaluation before the first. Without the variable nothing here does anything.
 | kill_before_manifest     | it is killed before the manifest    |
 
 Kinds that do not touch the loss happen at a place, by default in the middle of the forward pass;
-`arg` may name another: `sigusr1@1:4:evaluation`, `sigterm@0:4:save`.
+`arg` may name another: `sigusr1@1:4:evaluation`, `sigterm@0:4:save`, `slow@0:0:prepare/30`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,13 @@ class Fault:
         """Where it happens."""
         if self.kind == "kill_before_manifest":
             return "manifest"
-        return self.arg if self.arg in PLACES else "forward"
+        place = self.arg.partition("/")[0]
+        return place if place in PLACES else "forward"
+
+    def number(self, default: float) -> float:
+        """The number in `arg`: seconds, or a factor."""
+        text = self.arg.rpartition("/")[2]
+        return default if text in ("", *PLACES) else float(text)
 
 
 _armed: list[Fault] = []
@@ -90,7 +96,7 @@ def reach(place: str, step: int) -> None:
         if fault.kind == "raise":
             raise RuntimeError(f"a fault was asked for at step {step}")
         if fault.kind == "slow":
-            time.sleep(float(fault.arg or 1))
+            time.sleep(fault.number(1))
         else:
             os.kill(os.getpid(), _SIGNALS.get(fault.kind, signal.SIGKILL))
 
@@ -99,7 +105,7 @@ def spoil[Loss](loss: Loss, step: int) -> Loss:
     """The loss of a micro-batch of `step`, or what a fault makes of it."""
     spoiled: Any = loss
     for fault in _due(lambda fault: fault.kind in _LOSS_KINDS, step):
-        spoiled = spoiled * (float("nan") if fault.kind == "nan" else float(fault.arg or 100))
+        spoiled = spoiled * (float("nan") if fault.kind == "nan" else fault.number(100))
     return spoiled
 
 

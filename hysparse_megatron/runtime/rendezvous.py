@@ -46,8 +46,13 @@ def join(rank: Rank, timeout_seconds: float) -> dist.Store:
         ) from error
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"hysparse/{attempt}", store)
-    store.set(f"joined/{rank.rank}", "")
-    _wait_for_all(store, rank, timeout_seconds)
+    try:
+        store.set(f"joined/{rank.rank}", "")
+        _wait_for_all(store, rank, timeout_seconds)
+    except dist.DistError as error:
+        raise RankFailure(
+            f"rank 0 left {host}:{port} before all had joined ({_first_line(error)})", 0
+        ) from error
     return store
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from hysparse_megatron.errors import (
 )
 from hysparse_megatron.model.layers import describe_layers
 from hysparse_megatron.model.pipeline import describe_traffic
-from hysparse_megatron.rundir import RunDirectory, versions
+from hysparse_megatron.rundir import RunDirectory, amend_status, versions
 from hysparse_megatron.runtime import device as runtime_device
 from hysparse_megatron.runtime import faults, last_words, rendezvous
 from hysparse_megatron.runtime.agreement import (
@@ -68,7 +69,19 @@ def run(config: Config, rank: Rank, overrides: Sequence[str] = ()) -> None:
     `overrides` made `config`; they appear in the commands that the summary suggests.
     """
     planned = faults.arm(rank.rank)
-    device = runtime_device.start(rank, config.parallel)
+    try:
+        device = runtime_device.start(rank, config.parallel)
+    except RankFailure as error:
+        if rank.rank == 0:
+            amend_status(
+                config.run_path,
+                os.getpid(),
+                str(error),
+                state="failed",
+                exit_code=1,
+                rank=error.rank,
+            )
+        raise
     say: Say = functools.partial(print, flush=True) if rank.rank == 0 else _say_nothing
     for fault in planned:
         say(f"WARNING: {faults.VARIABLE} asks for {fault}")
@@ -141,6 +154,7 @@ def _run_in(
     latest, rejected = on_rank_zero(lambda: store.latest_checkpoint(checkpoints), CheckpointError)
     for problem in rejected:
         say(f"WARNING: a newer checkpoint is damaged and left out: {problem}")
+    done = 0
     if latest is not None:
         if directory is not None:
             _note_checkpoint(directory, latest)
@@ -152,7 +166,7 @@ def _run_in(
             say("train on with a larger train.steps, or start anew with another run_dir")
             return
     if directory is not None:
-        directory.status.write("running")
+        directory.status.write("running", step=done)
     torch.autograd.set_detect_anomaly(config.debug.detect_anomaly)
     corpus = _prepare_data(config, rank, watch, say)
     state = build_state(config, corpus.vocab_size, device)
