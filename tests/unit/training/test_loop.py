@@ -185,7 +185,9 @@ def test_a_good_step_in_between_starts_the_count_anew(script: Callable[..., Scri
 
 def test_a_signal_saves_first_and_then_stops(script: Callable[..., Script]) -> None:
     found = script(steps=9, interval=4, stop_at=6)
-    with pytest.raises(Preempted, match=r"SIGTERM on rank 0 after step 6; saved at step 6") as caught:
+    with pytest.raises(
+        Preempted, match=r"SIGTERM on rank 0 after step 6; saved at step 6"
+    ) as caught:
         found.run()
     assert caught.value.exit_code == 3
     assert found.events[-2:] == ["step 6", "save 6"]
