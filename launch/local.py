@@ -34,6 +34,8 @@ SECONDS_TO_END = 60.0
 """The same where it ended as it should."""
 _LOOK_SECONDS = 0.05
 _PR_SET_PDEATHSIG = 1
+_FORCED = 128
+"""Above this, a rank's code is that of a signal it was sent for the third time."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -131,6 +133,9 @@ class Ranks:
         code = self.processes[first].returncode
         if code < 0:
             return Ending(1, first, f"rank {first} was killed by {_signal_name(-code)}")
+        if code > _FORCED:
+            name = _signal_name(code - _FORCED)
+            return Ending(code, first, f"rank {first} was forced to end by {name}")
         return Ending(code, first)
 
     def _first_failed(self) -> int | None:

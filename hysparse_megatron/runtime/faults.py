@@ -5,7 +5,7 @@ evaluation before the first. Without the variable nothing here does anything.
 
 | kind                     | what happens on that rank at that step  |
 |--------------------------|-----------------------------------------|
-| nan                      | the loss becomes NaN                    |
+| nan                      | its loss, if it has one, becomes NaN    |
 | spike                    | loss and gradient grow by `arg`, or 100 |
 | sigterm, sigusr1, sigint | the rank gets that signal               |
 | sigkill, sigstop         | it is killed, or stopped                |

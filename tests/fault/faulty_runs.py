@@ -32,6 +32,12 @@ SETTINGS = [
     f"parallel.timeout_seconds={TIMEOUT}",
 ]
 
+
+def short(steps: int) -> list[str]:
+    """Settings of a run that is over soon: no warm-up and decay, which would not fit."""
+    return [f"train.steps={steps}", "optim.warmup_steps=0", "optim.decay_steps=0"]
+
+
 FOUR_RANKS = ["parallel=tp2_pp2", "model.layout=F S | S F"]
 
 SECONDS_TO_DETECT = TIMEOUT + 2
@@ -99,9 +105,9 @@ class FaultyRun:
         return next(r for r in reversed(rows(self.run_dir)) if r["step"] == step and "loss" in r)
 
     def checkpoints(self) -> list[int]:
-        """Steps of the checkpoints that are there."""
-        found = (self.run_dir / "checkpoints").glob("step-*")
-        return sorted(int(path.name.removeprefix("step-")) for path in found if path.is_dir())
+        """Steps of the checkpoints that are complete."""
+        found = (self.run_dir / "checkpoints").glob("step-*[0-9]/manifest.json")
+        return sorted(int(path.parent.name.removeprefix("step-")) for path in found)
 
     def tensors(self, step: int) -> dict[str, torch.Tensor]:
         """Everything in a checkpoint that is a tensor: parameters, moments, step counts."""

@@ -18,6 +18,7 @@ from tests.fault.faulty_runs import (
     FaultyRun,
     rank_pids,
     seconds_of_the_end,
+    short,
 )
 from tests.run.run_commands import LOCAL, run
 
@@ -68,14 +69,14 @@ def test_a_rank_that_fails_by_itself(new_run: NewRun) -> None:
 
 
 def test_a_slow_rank_is_waited_for(new_run: NewRun) -> None:
-    new_run().run("train.steps=3", code=0, fault="slow@1:2:3")
+    new_run().run(*short(3), code=0, fault="slow@1:2:3")
 
 
 def test_nothing_outlives_a_killed_launcher_and_its_lock_is_stale(new_run: NewRun) -> None:
     run = new_run()
     command = run.start("train.steps=100000")
     command.wait_for("step      3/100000")
-    second = run.start("train.steps=5")
+    second = run.start(*short(5))
     assert second.finish() == 2, second.output
     owner = f"process {rank_pids(run)[0]} on {socket.gethostname()} since 20"
     assert f"locked by {owner}" in second.output
@@ -83,7 +84,7 @@ def test_nothing_outlives_a_killed_launcher_and_its_lock_is_stale(new_run: NewRu
     command.send(signal.SIGKILL)
     command.finish()
     run.assert_nothing_left()
-    third = run.run("train.steps=5", code=0)
+    third = run.run(*short(5), code=0)
     assert f"note: {owner}" in third
     assert "ended without giving up" in third
 
@@ -115,7 +116,7 @@ def test_a_port_in_use(new_run: NewRun) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        output = new_run().run("train.steps=1", code=0, MASTER_PORT=str(port))
+        output = new_run().run(*short(1), code=0, MASTER_PORT=str(port))
     assert f"note: port {port} cannot be used" in output
 
 
@@ -165,10 +166,10 @@ def test_a_tracker_that_fails(new_run: NewRun, tmp_path: Path) -> None:
         "WANDB_API_KEY": "none",
     }
     run = new_run(ranks=1)
-    output = run.run("tracking.mode=online", "train.steps=4", code=0, **variables)
+    output = run.run("tracking.mode=online", *short(4), code=0, **variables)
     assert "W&B did not start online: no network" in output
     assert "W&B stopped: the tracker is gone" in output
     assert [run.row(step)["step"] for step in (1, 2, 3, 4)] == [1, 2, 3, 4]
-    run.run("tracking.mode=online", "train.steps=5", code=0, **variables)
+    run.run("tracking.mode=online", *short(5), code=0, **variables)
     first, second = (tmp_path / "ids").read_text().split()
     assert first == second

@@ -1,7 +1,9 @@
 """Faults 1, 2, 4, 6 and 7: runs that are told to stop, and how they go on."""
 
+import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 
 import torch
@@ -72,20 +74,20 @@ def test_a_third_signal_forces_the_end(new_run: NewRun) -> None:
     output = run.run(code=128 + signal.SIGINT, fault=fault)
     assert "rank 1: SIGINT is the third signal: leaving without saving" in output
     assert run.checkpoints() == [4]
-    run.assert_ended("failed", 128 + signal.SIGINT, 1, "rank 1")
+    run.assert_ended("failed", 128 + signal.SIGINT, 1, "rank 1 was forced to end by SIGINT")
 
 
 def test_the_launcher_passes_a_signal_on(new_run: NewRun) -> None:
     """Fault 6 as a scheduler does it, in four ranks; a bad step before it."""
     run = new_run(ranks=4)
-    command = run.start(*FOUR_RANKS, "train.steps=1000", fault="nan@1:2")
+    command = run.start(*FOUR_RANKS, "train.steps=1000", fault="nan@3:2")
     command.wait_for("step    3/1000")
     command.send(signal.SIGUSR1)
     assert command.finish() == 3, command.output
     run.assert_nothing_left()
     run.assert_ended("preempted", 3, run.status()["rank"], "SIGUSR1 on rank")
     stopped = run.status()["step"]
-    assert run.row(2)["bad"] == "loss not finite on rank 1"
+    assert run.row(2)["bad"] == "loss not finite on rank 3"
     output = run.run(*FOUR_RANKS, "train.steps=1000", code=3, fault=f"sigterm@2:{stopped + 2}")
     assert f"resuming after step {stopped}" in output
     assert run.checkpoints()[-1] == stopped + 2
@@ -113,8 +115,11 @@ def test_the_stop_file(new_run: NewRun) -> None:
 def test_a_signal_while_data_is_prepared(new_run: NewRun) -> None:
     """On a rank that only waits for the one that prepares."""
     run = new_run()
-    command = run.start(fault="slow@0:0:prepare/100,sigusr1@1:0:prepare")
-    assert command.finish(90) == 3, command.output
+    command = run.start(fault="slow@0:0:prepare/100")
+    while not (run.run_dir / "status.json").exists():  # written just before
+        assert command.process.poll() is None, command.output
+        time.sleep(0.1)
+    os.kill(rank_pids(run)[1], signal.SIGUSR1)
+    assert command.finish(30) == 3, command.output
     run.assert_nothing_left()
     run.assert_ended("preempted", 3, 1, "SIGUSR1 on rank 1 before any step")
-    assert rank_pids(run) == []
