@@ -12,12 +12,12 @@ ARGS ?=
 NPROC ?= 4
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check lint format clean
+.PHONY: help setup train test test-fault check lint format clean
 
 help: ## Show this text
 	@echo "hysparse_megatron: train HySparse models with Megatron-core"
 	@echo
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 	@echo
 	@echo "Settings: EXPERIMENT=$(EXPERIMENT) NPROC=$(NPROC) ARGS=\"hydra overrides\" PYTHON=python3.12"
 
@@ -34,12 +34,15 @@ $(STAMP): pyproject.toml constraints.txt
 train: $(STAMP) ## Train EXPERIMENT on NPROC local ranks, or resume it; add overrides with ARGS
 	@$(PY) -m launch.local --nproc $(NPROC) $(if $(EXPERIMENT),experiment=$(EXPERIMENT)) $(ARGS)
 
-test: $(STAMP) ## Run all tests (under 25 minutes on two cores)
-	@$(PY) -m pytest $(PYTEST_ARGS)
+test: $(STAMP) ## Run all tests but those of faults (under 25 minutes on two cores)
+	@$(PY) -m pytest -m "not fault" $(PYTEST_ARGS)
+
+test-fault: $(STAMP) ## Break runs in every way and look how they end (under 10 minutes)
+	@$(PY) -m pytest -m fault tests/fault $(PYTEST_ARGS)
 
 check: $(STAMP) ## Lint, types and the fast tests (under 3 minutes)
 	@$(MAKE) --no-print-directory lint
-	@$(PY) -m pytest -q -m "not slow and not distributed" $(PYTEST_ARGS)
+	@$(PY) -m pytest -q -m "not slow and not distributed and not fault" $(PYTEST_ARGS)
 
 lint: $(STAMP) ## Ruff (lint and format) and mypy
 	@$(VENV)/bin/ruff check .

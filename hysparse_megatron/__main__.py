@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from hysparse_megatron.config.cli import load, parse_arguments
 from hysparse_megatron.config.frozen import to_yaml
 from hysparse_megatron.config.validate import warnings as config_warnings
-from hysparse_megatron.errors import HySparseError
+from hysparse_megatron.errors import HySparseError, RankFailure
 from hysparse_megatron.plan.suggest import check
 from hysparse_megatron.runtime.launcher import rank_from_environment
 
@@ -41,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         run(config, rank, arguments.overrides)
     except HySparseError as error:
-        # An error all ranks share is told once.
-        if rank_number == "0":
+        # An error all ranks share is told once; who lost another rank cannot know who else tells.
+        if rank_number == "0" or isinstance(error, RankFailure):
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except Exception:
@@ -57,6 +57,7 @@ def _quiet_libraries() -> None:
     if os.environ.get("HYSPARSE_VERBOSE") == "1":
         return
     warnings.filterwarnings("ignore")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost store, told in our own words
     for name in ("megatron", "torch.utils.cpp_extension", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

@@ -9,6 +9,8 @@
 | 5    | `DataError`       | bad, missing or changed data                              |
 | 6    | `CheckpointError` | no valid checkpoint to load, or one that cannot be saved  |
 | else |                   | a crash: a bug of ours or a fault of the machine          |
+
+A rank that another one took along ends with that one's code, or as `RankFailure` with 1.
 """
 
 from collections.abc import Iterable
@@ -65,3 +67,11 @@ class CheckpointError(HySparseError):
     """A checkpoint was asked for and no valid one could be used."""
 
     exit_code = 6
+
+
+class RankFailure(HySparseError):
+    """Another rank is missing, failed, or does not answer. `rank` is the one that began it."""
+
+    def __init__(self, message: str, rank: int | None) -> None:
+        super().__init__(message)
+        self.rank = rank

@@ -7,6 +7,7 @@ checkpoints/    see checkpoint/store.py        summary.md     written at the end
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import importlib.metadata
 import json
@@ -25,7 +26,8 @@ from hysparse_megatron import __version__
 from hysparse_megatron.checkpoint.store import published
 from hysparse_megatron.config.frozen import CONFIG_FILE, freeze, load_frozen, to_yaml
 from hysparse_megatron.config.schema import Config
-from hysparse_megatron.errors import ConfigError
+from hysparse_megatron.errors import ConfigError, HySparseError
+from hysparse_megatron.status import Status, change_status, read_status, stamp, write_json
 
 _PACKAGES = (
     "torch",
@@ -49,11 +51,12 @@ class RunDirectory:
         """
         self.path = config.run_path
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.path / ".lock")
+        self._lock, self.former_owner = lock(self.path)
         _refuse_overwriting(config, self.checkpoints)
         self.changed_keys = _changed_keys(self.path / CONFIG_FILE, config)
         self.config_hash = freeze(config, self.path)
         self.facts = self._open_record(config)
+        self.status = Status(self.path, restarts=len(self.facts["starts"]) - 1)
 
     @property
     def checkpoints(self) -> Path:
@@ -65,20 +68,13 @@ class RunDirectory:
         """The table of steps and evaluations."""
         return self.path / "metrics.jsonl"
 
-    def write_status(self, state: str, **facts: Any) -> None:
-        """Replace `status.json`: running, finished, pre-empted or failed, and what is known."""
-        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        write_json(self.path / "status.json", {"state": state, "time": now, **facts})
-
     def state(self) -> str | None:
         """What `status.json` says now, if anything."""
-        try:
-            return json.loads((self.path / "status.json").read_text())["state"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+        return read_status(self.path).get("state")
 
     def close(self) -> None:
         """Give the directory up for the next run."""
+        self._lock.truncate(0)
         self._lock.close()
 
     def _open_record(self, config: Config) -> dict[str, Any]:
@@ -97,7 +93,7 @@ class RunDirectory:
         record.setdefault("starts", [])
         record["starts"].append(
             {
-                "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                "time": stamp(time.time()),
                 "config_hash": self.config_hash,
                 "host": socket.gethostname(),
                 "cluster": config.cluster.name,
@@ -110,15 +106,14 @@ class RunDirectory:
         return record
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file so that a reader sees the old or the new content, never a part."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)
+def lock(run_path: Path) -> tuple[IO[str], str | None]:
+    """Own the directory as long as the returned file is open in this process.
 
-
-def _lock(path: Path) -> IO[str]:
-    file = path.open("a+")
+    The system gives the lock back when its process ends or the machine restarts, so one that is
+    held is never stale; the second result is the owner that ended without giving it up, if one did.
+    Raises ConfigError when another run holds it.
+    """
+    file = (run_path / ".lock").open("a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -126,12 +121,32 @@ def _lock(path: Path) -> IO[str]:
         owner = file.read().strip() or "another run"
         file.close()
         raise ConfigError(
-            f"run_dir: {path.parent} is locked by {owner}; stop it or choose another run_dir"
+            f"run_dir: {run_path} is locked by {owner}; stop it or choose another run_dir"
         ) from None
+    file.seek(0)
+    former = file.read().strip() or None
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.write(f"process {os.getpid()} on {socket.gethostname()} since {stamp(time.time())}")
     file.flush()
-    return file
+    return file, former
+
+
+def amend_status(run_path: Path, pid: int, cause: str | None, **facts: Any) -> None:
+    """Write how a run ended whose rank 0, process `pid`, does not hold the directory (any more).
+
+    `cause` is put before the one that rank 0 told, if it did; without a `cause` that one stands. A
+    directory that another run holds, or that cannot be written, stays as it is.
+    """
+    with contextlib.suppress(HySparseError, OSError):
+        run_path.mkdir(parents=True, exist_ok=True)
+        held, _ = lock(run_path)
+        with held:
+            status = read_status(run_path)
+            told = status.get("cause") if status.get("pid") == pid else None
+            if told is None or cause is not None:
+                cause = ". ".join(part for part in (cause, told) if part)
+                change_status(run_path, pid=pid, cause=cause, **facts)
+            held.truncate(0)
 
 
 def _refuse_overwriting(config: Config, checkpoints: Path) -> None:

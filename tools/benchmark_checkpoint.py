@@ -98,7 +98,7 @@ def measure(state: TrainingState, directory: Path, repeats: int) -> dict[str, An
     for kind in ("synchronous", "asynchronous"):
         how = dataclasses.replace(config.checkpoint, asynchronous=kind == "asynchronous")
         of_kind = dataclasses.replace(state, config=dataclasses.replace(config, checkpoint=how))
-        savers[kind] = Saver(of_kind, directory, lambda step: {}, lambda text: None)
+        savers[kind] = Saver(of_kind, directory, lambda step, progress: {}, lambda text: None)
     found: dict[str, Any] = {kind: {"waited": [], "extra": []} for kind in savers}
     number = 0
     for repeat in range(repeats + 1):
@@ -126,7 +126,7 @@ def _one_save(
 ) -> tuple[float, float]:
     """Save once and train until it is done: seconds waited, and seconds more than without it."""
     began = time.perf_counter()
-    saver.save(number)
+    saver.save(number, {})
     waited = time.perf_counter() - began
     steps = 0
     while saver.is_busy or not steps:

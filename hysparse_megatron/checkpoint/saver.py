@@ -20,35 +20,38 @@ from hysparse_megatron.training.state import TrainingState
 class Saver:
     """Saves `state` under `checkpoints`. Every method is collective and may raise CheckpointError.
 
-    `facts(step)` goes into the manifest.
+    `facts(step, progress)` goes into the manifest. `published(directory, seconds)` is called on all
+    ranks with every checkpoint that is complete, and how long that took from the start of its save.
     """
 
     def __init__(
         self,
         state: TrainingState,
         checkpoints: Path,
-        facts: Callable[[int], dict[str, Any]],
+        facts: Callable[[int, dict[str, Any]], dict[str, Any]],
         say: Callable[[str], None],
+        published: Callable[[Path, float], None] = lambda directory, seconds: None,
     ) -> None:
         self._state, self._checkpoints = state, checkpoints
-        self._facts, self._say = facts, say
+        self._facts, self._say, self._published = facts, say, published
         self._pending: CheckpointWrite | None = None
         self._deleting: threading.Thread | None = None
         self._waited_seconds = 0.0
+        self._began = 0.0
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, progress: dict[str, Any]) -> None:
         """Save what training has reached; a save that is still under way is waited for."""
         repeated = self._pending is not None and self._pending.step == step
         self.finish()
         if repeated:
             return
-        started = time.monotonic()
+        started = self._began = time.monotonic()
         asynchronous = self._state.config.checkpoint.asynchronous
         self._pending = CheckpointWrite(
             self._checkpoints,
             step,
             functools.partial(start_save, self._state, step),
-            self._facts(step),
+            self._facts(step, progress),
             in_background=asynchronous,
         )
         self._waited_seconds = time.monotonic() - started
@@ -81,6 +84,7 @@ class Saver:
         pending, self._pending = self._pending, None
         directory = pending.finish()
         self._waited_seconds += time.monotonic() - started
+        self._published(directory, time.monotonic() - self._began)
         self._say(f"saved {directory} (training waited {self._waited_seconds:.2f} s)")
         if dist.get_rank() == 0:
             # To delete a large file takes time as well.

@@ -274,7 +274,11 @@ class ParallelConfig:
     sequence_parallel: bool = False
     """Also split the residual stream over the tensor-parallel ranks, along the sequence."""
     timeout_seconds: int = 600
-    """How long a collective may wait for a missing rank before all ranks end with an error."""
+    """How long ranks wait for each other, at the start and in every collective, before all of them
+    end with an error."""
+    setup_timeout_seconds: int = 3600
+    """The same from the start until the first step is done: data may be prepared on one rank, and
+    kernels compiled, while the others wait."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -344,6 +348,22 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """Which steps are left out of training, and how many of them stop the run."""
+
+    max_bad_steps: int = 5
+    """Bad steps in a row (a loss or gradient that is not finite, or a spike) that stop the run with
+    exit code 4: it will not recover by itself."""
+    spike_window: int = 64
+    """Good steps whose median a step is compared with, once there are so many; 0 finds no spikes,
+    only what is not finite."""
+    loss_spike: float = 3.0
+    """Loss, in medians, above which a step is left out; a loss seldom doubles without cause."""
+    grad_norm_spike: float = 30.0
+    """Gradient norm, in medians, above which a step is left out; clipping takes care of less."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Length and batches of the run."""
 
@@ -365,6 +385,11 @@ class TrainConfig:
     """Steps between two evaluations; 0 evaluates only at the start and the end."""
     eval_batches: int = 8
     """Global batches per evaluation, the same ones every time."""
+    deadline_minutes: float | None = None
+    """Minutes after which this start must have saved and ended, with exit code 3; null takes the
+    end of the Slurm job, where there is one."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """Bad steps."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
@@ -17,6 +18,7 @@ from megatron.core.pipeline_parallel.schedules import get_schedule_table
 
 from hysparse_megatron.model.megatron_config import HySparseConfig
 from hysparse_megatron.plan.topology import PipelinePlan
+from hysparse_megatron.runtime.rendezvous import current_timeout
 
 _NOTHING = [0, 0, 0]
 
@@ -30,6 +32,9 @@ class PayloadCommunicator(P2PCommunicator):
         """`rows` x `batch` tokens of the residual stream on this rank per micro-batch."""
         table_config = copy.copy(config)
         table_config.variable_seq_lengths = True  # makes the base class ask _communicate_shapes
+        self._bounded = dist.get_backend(pp_group) == "gloo"
+        if self._bounded:
+            table_config.batch_p2p_comm = False  # a batch cannot be waited for with a timeout
         super().__init__(pp_group, table_config)
         self._widths = [config.payload_width(stage) for stage in range(len(config.plan.stages))]
         self._plan = config.plan
@@ -54,6 +59,28 @@ class PayloadCommunicator(P2PCommunicator):
             [*self._shape, next(self._forward)] if recv_prev else _NOTHING,
             [*self._shape, next(self._backward)] if recv_next else _NOTHING,
         )
+
+    def _communicate(self, *, wait_on_reqs: bool = True, **tensors: Any) -> Any:
+        """Sends and receives; whoever waits, waits no longer than the timeout of now."""
+        if not self._bounded:  # NCCL keeps to the timeout by itself
+            return super()._communicate(wait_on_reqs=wait_on_reqs, **tensors)
+        previous, following, requests = super()._communicate(wait_on_reqs=False, **tensors)
+        bounded = {name: _Bounded(request) for name, request in requests.items()}
+        if wait_on_reqs:
+            for request in bounded.values():
+                request.wait()
+        return previous, following, None if wait_on_reqs else bounded
+
+
+class _Bounded:
+    """A request of gloo's, which by itself waits as long as its group was made to."""
+
+    def __init__(self, request: dist.Work) -> None:
+        self._request = request
+
+    def wait(self) -> None:
+        """Raise RuntimeError if the neighbour does not come within the timeout."""
+        self._request.wait(current_timeout())
 
 
 def receive_order(

@@ -17,7 +17,7 @@ def on_rank_zero[Result](action: Callable[[], Result], os_error: type[HySparseEr
     """
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
-        outcome = list(_attempt(action, os_error))
+        outcome = list(attempt_alone(action, os_error))
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
         raise outcome[1]
@@ -26,7 +26,12 @@ def on_rank_zero[Result](action: Callable[[], Result], os_error: type[HySparseEr
 
 def on_every_rank[Result](action: Callable[[], Result], os_error: type[HySparseError]) -> Result:
     """Run `action` on every rank; if it fails anywhere, raise the first failure everywhere."""
-    result, error = _attempt(action, os_error)
+    return agree_on(attempt_alone(action, os_error))
+
+
+def agree_on[Result](attempt: tuple[Result | None, HySparseError | None]) -> Result:
+    """The result of this rank's attempt, if it failed on no rank; else the first failure."""
+    result, error = attempt
     errors: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)
     for rank, found in enumerate(errors):
@@ -37,9 +42,10 @@ def on_every_rank[Result](action: Callable[[], Result], os_error: type[HySparseE
     return result  # type: ignore[return-value]
 
 
-def _attempt[Result](
+def attempt_alone[Result](
     action: Callable[[], Result], os_error: type[HySparseError]
 ) -> tuple[Result | None, HySparseError | None]:
+    """Run `action` on this rank; what it returns, or an error of ours."""
     try:
         return action(), None
     except HySparseError as error:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from datetime import timedelta
+
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -20,9 +23,11 @@ def build_process_groups(parallel: ParallelConfig, num_query_groups: int) -> Pro
         context_parallel_size=parallel.cp,
         expert_model_parallel_size=parallel.ep,
         expert_tensor_parallel_size=1,
-        distributed_timeout_minutes=max(1, round(parallel.timeout_seconds / 60)),
+        # Replaced by the short one after the first step, as in all other groups.
+        distributed_timeout_minutes=max(1, math.ceil(parallel.setup_timeout_seconds / 60)),
     )
-    _build_sharing_groups(parallel.tp, num_query_groups)
+    timeout = timedelta(seconds=parallel.setup_timeout_seconds)
+    _build_sharing_groups(parallel.tp, num_query_groups, timeout)
     return ProcessGroupCollection.use_mpu_process_groups()
 
 
@@ -32,7 +37,9 @@ def destroy_process_groups() -> None:
     parallel_state.destroy_model_parallel()
 
 
-def _build_sharing_groups(tensor_parallel_size: int, num_query_groups: int) -> None:
+def _build_sharing_groups(
+    tensor_parallel_size: int, num_query_groups: int, timeout: timedelta
+) -> None:
     """Groups of the tensor-parallel ranks that hold query heads of one KV group."""
     size = tensor_parallel_size // num_query_groups
     if size <= 1:
@@ -41,7 +48,7 @@ def _build_sharing_groups(tensor_parallel_size: int, num_query_groups: int) -> N
     # part in the creation of every group, in the same order.
     for first in range(0, dist.get_world_size(), size):
         ranks = tuple(range(first, first + size))
-        group = dist.new_group(list(ranks))
+        group = dist.new_group(list(ranks), timeout=timeout)
         if dist.get_rank() in ranks:
             _sharing[ranks] = group
 

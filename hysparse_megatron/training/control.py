@@ -1,33 +1,203 @@
-"""Being told to stop: a signal on any rank becomes a decision of all ranks."""
+"""Stop flags: what one rank has noticed becomes a decision of all ranks.
+
+Every flag is an entry of one small vector, all-reduced once a step between backward pass and
+update, in evaluation, and while data is prepared. So nobody stops, skips or goes on alone.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
-from types import FrameType
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from enum import IntEnum
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from hysparse_megatron.errors import Preempted
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """A scheduler's pre-emption, Slurm's early warning, and Ctrl-C."""
 
+SIGNALS_TO_FORCE = 3
+"""The first asks, the second is one too many in a hurry; this one ends the rank where it stands."""
 
-class StopRequest:
-    """Remembers a stop signal until the ranks ask for it together, between two steps."""
+STOP_FILE = "stop"
+"""A file of this name in the run directory stops the run; it is deleted when it has."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._received = 0
+_LOOK_SECONDS = 0.5
+
+
+class Flag(IntEnum):
+    """What a rank may have to say, by its place in the vector."""
+
+    SIGTERM = 0
+    SIGUSR1 = 1
+    SIGINT = 2
+    DEADLINE = 3
+    STOP_FILE = 4
+    LOSS_NOT_FINITE = 5
+    GRADIENT_NOT_FINITE = 6
+    LOSS_SPIKE = 7
+    GRADIENT_SPIKE = 8
+    BUSY = 9
+    """Not done preparing; the others wait."""
+
+
+STOPS = (Flag.SIGTERM, Flag.SIGUSR1, Flag.SIGINT, Flag.DEADLINE, Flag.STOP_FILE)
+
+
+class Signals:
+    """Remembers stop signals, also while the main thread waits in a collective.
+
+    Python runs signal handlers between two bytecodes, which a rank that waits for another one does
+    not reach. The interpreter's wake-up descriptor is written at once; a thread reads it.
+    """
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
         for number in STOP_SIGNALS:
-            signal.signal(number, self._remember)
+            signal.signal(number, lambda *_: None)
+        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, args=(reader,), daemon=True).start()
 
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        del frame
-        self._received = number
+    def _listen(self, reader: socket.socket) -> None:
+        while True:
+            for number in reader.recv(16):
+                if number in STOP_SIGNALS:
+                    self._remember(number)
 
-    def agreed(self) -> str | None:
-        """The name of a signal that some rank has received, on all ranks alike. Collective."""
-        received = torch.tensor([self._received], device=self._device)
-        dist.all_reduce(received, op=dist.ReduceOp.MAX)
-        number = int(received.item())
-        return signal.Signals(number).name if number else None
+    def _remember(self, number: int) -> None:
+        self.received.append(number)
+        name = signal.Signals(number).name
+        if len(self.received) == SIGNALS_TO_FORCE:
+            _tell(f"{name} is the third signal: leaving without saving")
+            os._exit(128 + number)
+        if len(self.received) > 1:
+            _tell(f"{name} ignored: already stopping; a third signal forces the end")
+
+
+def _tell(text: str) -> None:
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    print(f"rank {rank}: {text}", file=sys.stderr, flush=True)
+
+
+class Deadline:
+    """When a run has to stop so that its last checkpoint is saved in time. Times are in seconds."""
+
+    def __init__(self, minutes: float | None, environment: Mapping[str, str] = os.environ) -> None:
+        """`minutes` from now; without, the end of the Slurm job, if this is one."""
+        self._started = time.time()
+        self.end: float | None = None
+        if minutes is not None:
+            self.end = self._started + 60 * minutes
+        elif environment.get("SLURM_JOB_END_TIME", "").isdigit():
+            self.end = float(environment["SLURM_JOB_END_TIME"])
+        self._save_seconds = 0.0
+        self._step_seconds = 0.0
+
+    def saw_save(self, seconds: float) -> None:
+        """Learn how long a save takes."""
+        self._save_seconds = max(self._save_seconds, seconds)
+
+    def saw_step(self, seconds: float) -> None:
+        """Learn how long a step takes."""
+        self._step_seconds = seconds
+
+    def reserve(self) -> float:
+        """How long before the end to stop: half more than the longest save, and two steps.
+
+        Before the first save a tenth of the time given, five minutes at most.
+        """
+        if self.end is None:
+            return 0.0
+        save = 1.5 * self._save_seconds or min(300.0, (self.end - self._started) / 10)
+        return save + 2 * self._step_seconds + 2.0
+
+    def is_near(self) -> bool:
+        """Whether it is time to save."""
+        return self.end is not None and time.time() + self.reserve() >= self.end
+
+
+class Watch:
+    """One rank's flags, and what all ranks agreed on."""
+
+    def __init__(
+        self, device: torch.device, signals: Signals, deadline: Deadline, stop_file: Path
+    ) -> None:
+        self._device = device
+        self._signals = signals
+        self.deadline = deadline
+        self._stop_file = stop_file
+        self.stopping: str | None = None
+        """Why all ranks stop, and which rank noticed; None while they go on."""
+        self.stopping_rank: int | None = None
+
+    def poll(self, raised: Iterable[Flag] = ()) -> dict[Flag, int]:
+        """Flags that are up on some rank, `raised` here among them, each with a rank that has it.
+
+        Collective, one all-reduce. A stop is remembered in `stopping`.
+        """
+        mine = {*raised, *self._stops()}
+        vector = [dist.get_rank() + 1 if flag in mine else 0 for flag in Flag]
+        flags = torch.tensor(vector, device=self._device)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        found = {flag: rank - 1 for flag, rank in zip(Flag, flags.tolist(), strict=True) if rank}
+        for flag in STOPS:
+            if flag in found and self.stopping is None:
+                name = flag.name if flag.name.startswith("SIG") else flag.name.lower()
+                self.stopping = f"{name.replace('_', ' ')} on rank {found[flag]}"
+                self.stopping_rank = found[flag]
+        return found
+
+    def _stops(self) -> Iterable[Flag]:
+        yield from (Flag[signal.Signals(number).name] for number in set(self._signals.received))
+        if self.deadline.is_near():
+            yield Flag.DEADLINE
+        if dist.get_rank() == 0 and self._stop_file.exists():
+            yield Flag.STOP_FILE
+
+    def forget_stop_file(self) -> None:
+        """Delete the stop file, for the next start. Call it on rank 0."""
+        self._stop_file.unlink(missing_ok=True)
+
+    def attend[Result](self, action: Callable[[], Result]) -> Result:
+        """Run `action`, which must not use process groups, in a thread, polling until all are done.
+
+        Collective. Raises what `action` raises, or Preempted when a stop is agreed on; the thread
+        is left behind then and ends with the process.
+        """
+        outcome: list[Result] = []
+        failure: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                outcome.append(action())
+            except BaseException as error:
+                failure.append(error)
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        busy = True
+        while busy:
+            thread.join(_LOOK_SECONDS)
+            busy = Flag.BUSY in self.poll([Flag.BUSY] if thread.is_alive() else ())
+            self.stop_before_first_step()
+        if failure:
+            raise failure[0]
+        return outcome[0]
+
+    def stop_before_first_step(self) -> None:
+        """Raise Preempted if a stop was agreed on: there is nothing to save yet."""
+        if self.stopping is not None:
+            raise Preempted(
+                f"stopped by {self.stopping} before any step of this start; nothing new to save. "
+                "The same command continues"
+            )

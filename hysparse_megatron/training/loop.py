@@ -9,12 +9,11 @@ from typing import Any
 
 from hysparse_megatron.data import BatchSource, EvaluationBatches
 from hysparse_megatron.errors import NumericalStop, Preempted
-from hysparse_megatron.training.control import StopRequest
+from hysparse_megatron.runtime import faults
+from hysparse_megatron.training.control import Watch
+from hysparse_megatron.training.guard import Guard, reason
 from hysparse_megatron.training.state import TrainingState
 from hysparse_megatron.training.step import StepResult, evaluate, train_step
-
-MAX_BAD_STEPS = 5
-"""Bad (non-finite) steps in a row after which a run stops: it will not recover by itself."""
 
 
 @dataclass
@@ -23,64 +22,97 @@ class Hooks:
 
     on_row: list[Callable[[dict[str, Any]], None]] = field(default_factory=list)
     """After every step and every evaluation, with a row for `metrics.jsonl`."""
-    save: Callable[[int], None] = lambda step: None
-    """Write a checkpoint after `step` steps. Collective."""
+    on_first_step: Callable[[], None] = lambda: None
+    """After the first step of this start: everything has been built and compiled."""
+    save: Callable[[int, dict[str, Any]], None] = lambda step, facts: None
+    """Write a checkpoint after `step` steps, with facts for `Progress`. Collective."""
     poll: Callable[[], None] = lambda: None
     """After every step: complete a checkpoint that was being written meanwhile. Collective."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run goes on: what the loop needs to know beside weights and optimizer."""
+
+    step: int = 0
+    """Steps already done."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What the loop gave to `Hooks.save`."""
 
 
 def train(
     state: TrainingState,
     batches: BatchSource,
     evaluation: EvaluationBatches,
-    first_step: int,
-    stop: StopRequest,
+    progress: Progress,
+    watch: Watch,
     hooks: Hooks,
 ) -> None:
-    """Run from `first_step` (steps already done) to the end, with evaluations and checkpoints.
+    """Run from `progress` to the end, with evaluations and checkpoints.
 
     Raises Preempted after saving when a stop was asked for, NumericalStop after too many bad steps.
     """
     train_config, checkpoint = state.config.train, state.config.checkpoint
-    bad_steps = 0
-    saved = first_step
-    if first_step == 0:
-        _evaluate(state, evaluation, 0, hooks)
-    for step in range(first_step, train_config.steps):
-        started = time.monotonic()
-        result = train_step(state, step, list(batches.microbatches(step)))
-        done = step + 1
-        _report(state, done, result, time.monotonic() - started, hooks)
-        hooks.poll()
+    guard = Guard(train_config.guard, progress.facts.get("guard"))
+    saved = progress.step
 
-        bad_steps = bad_steps + 1 if result.skipped else 0
-        if bad_steps >= MAX_BAD_STEPS:
+    def decide(finite_here: bool, loss: float, grad_norm: float) -> str | None:
+        return reason(watch.poll(guard.judge(finite_here, loss, grad_norm)))
+
+    if progress.step == 0 or progress.facts.get("evaluation_due"):
+        _evaluate(state, evaluation, progress.step, hooks, watch)
+        watch.stop_before_first_step()
+    for step in range(progress.step, train_config.steps):
+        started = time.monotonic()
+        result = train_step(state, step, list(batches.microbatches(step)), decide)
+        done = step + 1
+        guard.record(result.loss, result.grad_norm, result.skipped)
+        seconds = time.monotonic() - started
+        watch.deadline.saw_step(seconds)
+        ids = batches.sample_ids(step).tolist() if result.skipped else []
+        _report(state, done, result, seconds, guard, ids, hooks)
+        hooks.poll()
+        if step == progress.step:
+            hooks.on_first_step()
+        if guard.is_lost:
             raise NumericalStop(
-                f"the loss was not finite for {bad_steps} steps up to step {done}; the samples of "
-                f"the last one: {batches.sample_ids(step).tolist()}. The newest checkpoint is "
-                "from before; lower optim.learning_rate or look at the data"
+                f"{guard.in_a_row} bad steps in a row up to step {done}: {result.bad}; the samples "
+                f"of the last one: {ids}. The newest checkpoint is from before; lower "
+                "optim.learning_rate or look at the data"
             )
         last = done == train_config.steps
-        if last or (train_config.eval_interval and done % train_config.eval_interval == 0):
+        evaluation_due = False
+        if last:
             _evaluate(state, evaluation, done, hooks)
-        signal = stop.agreed()
+        elif train_config.eval_interval and done % train_config.eval_interval == 0:
+            evaluation_due = not _evaluate(state, evaluation, done, hooks, watch)
         # Never over a run of bad steps: the newest checkpoint stays one from before them.
-        if last or (not bad_steps and (signal or done % checkpoint.interval == 0)):
-            hooks.save(done)
+        regular = done % checkpoint.interval == 0
+        if last or (not guard.in_a_row and (watch.stopping or regular)):
+            started = time.monotonic()
+            faults.reach("save", done)
+            hooks.save(done, {"guard": guard.facts(), "evaluation_due": evaluation_due})
+            watch.deadline.saw_save(time.monotonic() - started)
             saved = done
-        if signal and not last:
+        if watch.stopping and not last:
             raise Preempted(
-                f"stopped by {signal} after step {done}; saved at step {saved}. The same command "
-                "continues"
+                f"stopped by {watch.stopping} after step {done}; saved at step {saved}. The same "
+                "command continues"
             )
 
 
 def _report(
-    state: TrainingState, done: int, result: StepResult, seconds: float, hooks: Hooks
+    state: TrainingState,
+    done: int,
+    result: StepResult,
+    seconds: float,
+    guard: Guard,
+    sample_ids: list[int],
+    hooks: Hooks,
 ) -> None:
     train_config = state.config.train
     tokens = train_config.global_batch_size * train_config.seq_length
-    row = {
+    row: dict[str, Any] = {
         "step": done,
         "loss": result.loss,
         "grad_norm": result.grad_norm,
@@ -91,14 +123,34 @@ def _report(
         "skipped": result.skipped,
         **result.model_metrics,
     }
+    if result.skipped:
+        row |= {"bad": result.bad, "skipped_steps": guard.skipped, "sample_ids": sample_ids}
     for hook in hooks.on_row:
         hook(row)
 
 
-def _evaluate(state: TrainingState, evaluation: EvaluationBatches, done: int, hooks: Hooks) -> None:
+def _evaluate(
+    state: TrainingState,
+    evaluation: EvaluationBatches,
+    done: int,
+    hooks: Hooks,
+    watch: Watch | None = None,
+) -> bool:
+    """Evaluate and report; False if a stop came in between, for which `watch` looks."""
     started = time.monotonic()
-    batches = [list(evaluation.microbatches(index)) for index in range(evaluation.num_batches)]
-    loss = evaluate(state, batches)
+    faults.reach("evaluation", done)
+
+    def go_on() -> bool:
+        if watch is None:
+            return True
+        watch.poll()
+        return watch.stopping is None
+
+    batches = (list(evaluation.microbatches(index)) for index in range(evaluation.num_batches))
+    loss = evaluate(state, batches, go_on)
+    if loss is None:
+        return False
     row = {"step": done, "eval_loss": loss, "eval_seconds": time.monotonic() - started}
     for hook in hooks.on_row:
         hook(row)
+    return True

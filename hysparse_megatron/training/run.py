@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,11 @@ from hysparse_megatron.config.schema import Config, Precision
 from hysparse_megatron.data import (
     BatchSource,
     EvaluationBatches,
-    PreparedCorpus,
-    TokenSamples,
     evaluation_batches,
     prepare_corpus,
 )
+from hysparse_megatron.data.order import Skips
+from hysparse_megatron.data.sources import TrainingData, load_blend, open_samples
 from hysparse_megatron.errors import (
     CheckpointError,
     ConfigError,
@@ -34,18 +35,26 @@ from hysparse_megatron.errors import (
     HySparseError,
     NumericalStop,
     Preempted,
+    RankFailure,
 )
 from hysparse_megatron.model.layers import describe_layers
 from hysparse_megatron.model.pipeline import describe_traffic
-from hysparse_megatron.rundir import RunDirectory, versions
+from hysparse_megatron.rundir import RunDirectory, amend_status, versions
 from hysparse_megatron.runtime import device as runtime_device
-from hysparse_megatron.runtime.agreement import on_every_rank, on_rank_zero, require_equal
+from hysparse_megatron.runtime import faults, last_words, rendezvous
+from hysparse_megatron.runtime.agreement import (
+    agree_on,
+    attempt_alone,
+    on_rank_zero,
+    require_equal,
+)
 from hysparse_megatron.runtime.launcher import Rank
+from hysparse_megatron.status import STATES
 from hysparse_megatron.tracking.metrics import Console, MetricsFile
 from hysparse_megatron.tracking.summary import write_summary
 from hysparse_megatron.tracking.wandb import Tracker
-from hysparse_megatron.training.control import StopRequest
-from hysparse_megatron.training.loop import Hooks, train
+from hysparse_megatron.training.control import STOP_FILE, Deadline, Signals, Watch
+from hysparse_megatron.training.loop import Hooks, Progress, train
 from hysparse_megatron.training.state import (
     TrainingState,
     build_state,
@@ -61,28 +70,58 @@ def run(config: Config, rank: Rank, overrides: Sequence[str] = ()) -> None:
 
     `overrides` made `config`; they appear in the commands that the summary suggests.
     """
-    device = runtime_device.start(rank, config.parallel.timeout_seconds)
+    planned = faults.arm(rank.rank)
+    try:
+        device = runtime_device.start(rank, config.parallel)
+    except RankFailure as error:
+        if rank.rank == 0:
+            amend_status(
+                config.run_path,
+                os.getpid(),
+                str(error),
+                state="failed",
+                exit_code=1,
+                rank=error.rank,
+            )
+        raise
     say: Say = functools.partial(print, flush=True) if rank.rank == 0 else _say_nothing
+    for fault in planned:
+        say(f"WARNING: {faults.VARIABLE} asks for {fault}")
+    deadline = Deadline(config.train.deadline_minutes)
+    watch = Watch(device, Signals(), deadline, config.run_path / STOP_FILE)
     directory: RunDirectory | None = None
     try:
         require_equal("the configuration", config_hash(config), ConfigError)
         _attention_backend(config, device)
         directory = _open_directory(config, say)
-        _run_in(config, directory, device, rank, say, overrides)
-    except HySparseError as error:
-        if directory is not None:
-            state = "pre-empted" if error.exit_code == 3 else "failed"
-            directory.write_status(state, exit_code=error.exit_code, reason=str(error))
-        raise
+        _run_in(config, directory, device, rank, watch, say, overrides)
     except BaseException as error:
+        told = last_words.explain(error)
         if directory is not None:
-            reason = f"{type(error).__name__}: {error}"
-            directory.write_status("failed", exit_code=1, reason=reason)
+            _write_end(directory, told, watch)
+        if told is not error:
+            raise told from error
         raise
     finally:
         if directory is not None:
             directory.close()
     runtime_device.stop()
+
+
+def _write_end(directory: RunDirectory, error: BaseException, watch: Watch) -> None:
+    """Say in `status.json` how a run ended that did not finish. Rank 0 only."""
+    ours = isinstance(error, HySparseError)
+    code = error.exit_code if isinstance(error, HySparseError) else 1
+    rank: int | None = None if ours else 0
+    if isinstance(error, RankFailure):
+        rank = error.rank
+    elif isinstance(error, Preempted):
+        rank = watch.stopping_rank
+        watch.forget_stop_file()
+    cause = str(error) if ours else f"{type(error).__name__}: {error}"
+    state = STATES.get(code, "failed")
+    with contextlib.suppress(OSError):  # the error itself must not be lost over a full disk
+        directory.status.write(state, exit_code=code, cause=cause, rank=rank)
 
 
 def _say_nothing(text: str) -> None:
@@ -95,6 +134,8 @@ def _open_directory(config: Config, say: Say) -> RunDirectory | None:
     on_rank_zero(lambda: opened.append(RunDirectory(config)), ConfigError)
     if not opened:
         return None
+    if opened[0].former_owner:
+        say(f"note: {opened[0].former_owner} ended without giving up {config.run_path}")
     for line in opened[0].changed_keys:
         say(f"note: changed since the last start in {config.run_path}: {line}")
     return opened[0]
@@ -105,6 +146,7 @@ def _run_in(
     directory: RunDirectory | None,
     device: torch.device,
     rank: Rank,
+    watch: Watch,
     say: Say,
     overrides: Sequence[str],
 ) -> None:
@@ -112,26 +154,39 @@ def _run_in(
     if directory is not None:
         store.remove_leftovers(checkpoints)
     latest = _choose(config, checkpoints, say)
+    done = 0
     if latest is not None:
+        if directory is not None:
+            _note_checkpoint(directory, latest)
         done = store.read_manifest(latest)["step"]
         if done >= config.train.steps:
             if directory is not None and directory.state() != "finished":
-                directory.write_status("finished", exit_code=0, step=done)  # killed at its very end
+                directory.status.write("finished", exit_code=0, step=done)  # killed at its very end
             say(f"{config.run_path} is finished: step {done} of {config.train.steps}, {latest}")
             say("train on with a larger train.steps, or start anew with another run_dir")
             return
     if directory is not None:
-        directory.write_status("running", step=0)
+        directory.status.write("running", step=done)
     torch.autograd.set_detect_anomaly(config.debug.detect_anomaly)
-    corpus = _prepare_data(config, rank, say)
+    corpus = _prepare_data(config, rank, watch, say)
     state = build_state(config, corpus.vocab_size, device)
     _describe(state, corpus, say)
-    first_step = _resume(state, latest, corpus, say)
-    batches, evaluation = _batches(state, corpus)
+    progress = _resume(state, latest, corpus, say)
+    batches, evaluation = _batches(state, corpus, watch)
 
     tracker: Tracker | None = None
-    saver = Saver(state, checkpoints, functools.partial(_facts, config, corpus), say)
-    hooks = Hooks(save=saver.save, poll=saver.poll)
+    saver = Saver(
+        state,
+        checkpoints,
+        functools.partial(_facts, config, corpus),
+        say,
+        functools.partial(_published, directory, watch),
+    )
+    hooks = Hooks(
+        on_first_step=lambda: rendezvous.set_timeout(config.parallel.timeout_seconds),
+        save=saver.save,
+        poll=saver.poll,
+    )
     metrics: MetricsFile | None = None
     if directory is not None:
         metrics = MetricsFile(directory.metrics)
@@ -146,13 +201,13 @@ def _run_in(
         hooks.on_row = [
             metrics.write,
             tracker.log,
-            functools.partial(_print_row, Console(config.train.steps, first_step), say),
+            functools.partial(_print_row, Console(config.train.steps, progress.step), say),
             functools.partial(_update_status, directory),
         ]
     exit_code = 1
     try:
         try:
-            train(state, batches, evaluation, first_step, StopRequest(device), hooks)
+            train(state, batches, evaluation, progress, watch, hooks)
         except (Preempted, NumericalStop):
             # Raised by all ranks together, so that they can wait for each other's files.
             saver.finish()
@@ -168,7 +223,7 @@ def _run_in(
         if tracker is not None:
             tracker.close(exit_code)
     if directory is not None:
-        directory.write_status("finished", exit_code=0, step=config.train.steps)
+        directory.status.write("finished", exit_code=0, step=config.train.steps)
         say(write_summary(config, directory, corpus.tokenizer_path, rank.world_size, overrides))
 
 
@@ -180,14 +235,23 @@ def _print_row(console: Console, say: Say, row: dict[str, Any]) -> None:
 
 
 def _update_status(directory: RunDirectory, row: dict[str, Any]) -> None:
-    directory.write_status("running", step=row["step"])
+    directory.status.write("running", step=row["step"])
 
 
-def _prepare_data(config: Config, rank: Rank, say: Say) -> PreparedCorpus:
+def _note_checkpoint(directory: RunDirectory, checkpoint: Path) -> None:
+    manifest = checkpoint / store.MANIFEST
+    step = store.read_manifest(checkpoint)["step"]
+    directory.status.saw_checkpoint(step, manifest.stat().st_mtime)
+
+
+def _prepare_data(config: Config, rank: Rank, watch: Watch, say: Say) -> TrainingData:
     """The corpus, built by the first rank of each machine and read from the cache by the others."""
 
-    def prepare() -> PreparedCorpus:
+    def prepare() -> TrainingData:
+        faults.reach("prepare", 0)
         data = config.data
+        if data.blend is not None:
+            return load_blend(data.blend)
         return prepare_corpus(
             path=data.path,
             cache_dir=data.cache_dir,
@@ -200,8 +264,8 @@ def _prepare_data(config: Config, rank: Rank, say: Say) -> PreparedCorpus:
         )
 
     first = rank.local_rank == 0
-    built = on_every_rank(lambda: prepare() if first else None, DataError)
-    corpus = on_every_rank(lambda: built or prepare(), DataError)
+    built = _attended(watch, lambda: prepare() if first else None)
+    corpus = _attended(watch, lambda: built or prepare())
     require_equal("the data", corpus.fingerprint, DataError)
     wanted = config.model.vocab_size
     if wanted is not None and wanted < corpus.vocab_size:
@@ -212,7 +276,15 @@ def _prepare_data(config: Config, rank: Rank, say: Say) -> PreparedCorpus:
     return corpus
 
 
-def _batches(state: TrainingState, corpus: PreparedCorpus) -> tuple[BatchSource, EvaluationBatches]:
+def _attended[Result](watch: Watch, action: Callable[[], Result]) -> Result:
+    """`action` on every rank, with the stop flags polled meanwhile; fails on all or none."""
+    attempt = watch.attend(lambda: attempt_alone(action, DataError))
+    return agree_on(attempt)
+
+
+def _batches(
+    state: TrainingState, corpus: TrainingData, watch: Watch
+) -> tuple[BatchSource, EvaluationBatches]:
     train_config = state.config.train
 
     def build() -> tuple[BatchSource, EvaluationBatches]:
@@ -223,16 +295,21 @@ def _batches(state: TrainingState, corpus: PreparedCorpus) -> tuple[BatchSource,
             "data_parallel_rank": state.groups.dp.rank(),
             "document_mask": state.config.data.document_mask,
         }
-        samples = TokenSamples(corpus.train_prefix, train_config.seq_length, corpus.vocab_size)
-        held_out = TokenSamples(
-            corpus.validation_prefix, train_config.seq_length, corpus.vocab_size
+        samples = open_samples(corpus, "train", train_config.seq_length)
+        held_out = open_samples(corpus, "validation", train_config.seq_length)
+        source = BatchSource(
+            samples,
+            seed=train_config.seed,
+            fingerprint=corpus.fingerprint,
+            skips=Skips.parse(state.config.data.skip_steps),
+            **shape,
         )
         return (
-            BatchSource(samples, seed=train_config.seed, fingerprint=corpus.fingerprint, **shape),
+            source,
             evaluation_batches(held_out, num_batches=train_config.eval_batches, **shape),
         )
 
-    return on_every_rank(build, DataError)
+    return _attended(watch, build)
 
 
 def _choose(config: Config, checkpoints: Path, say: Say) -> Path | None:
@@ -262,8 +339,8 @@ def _went_back(checkpoints: Path, step: int) -> bool:
     return False
 
 
-def _resume(state: TrainingState, latest: Path | None, corpus: PreparedCorpus, say: Say) -> int:
-    """Load the newest checkpoint of the run, or foreign weights; returns the steps already done."""
+def _resume(state: TrainingState, latest: Path | None, corpus: TrainingData, say: Say) -> Progress:
+    """Load the newest checkpoint of the run, or foreign weights; returns where to go on."""
     if latest is not None:
         facts = on_rank_zero(lambda: store.read_manifest(latest), CheckpointError)
         if facts["data"] != corpus.identity():
@@ -277,19 +354,22 @@ def _resume(state: TrainingState, latest: Path | None, corpus: PreparedCorpus, s
         for path in on_rank_zero(lambda: store.set_aside(checkpoints, step), CheckpointError):
             say(f"WARNING: newer than step {step} and set aside: {path}. Delete it if of no use")
         say(f"resuming after step {step} from {latest}")
-        return step
+        return Progress(step, facts.get("progress", {}))
     checkpoint = state.config.checkpoint
     if checkpoint.load is not None:
         directory = choice.named(Path(checkpoint.load), checkpoint.step, checkpoint.verify)
         load_state(state, directory, weights_only=True)
         say(f"starting from the weights of {directory}")
-    return 0
+    return Progress()
 
 
-def _facts(config: Config, corpus: PreparedCorpus, step: int) -> dict[str, Any]:
+def _facts(
+    config: Config, corpus: TrainingData, step: int, progress: dict[str, Any]
+) -> dict[str, Any]:
     """What a manifest says beside the step and the files."""
     return {
         "tokens": step * config.train.global_batch_size * config.train.seq_length,
+        "progress": progress,
         "config_hash": config_hash(config),
         "data": corpus.identity(),
         "parallel": dataclasses.asdict(config.parallel),
@@ -297,6 +377,15 @@ def _facts(config: Config, corpus: PreparedCorpus, step: int) -> dict[str, Any]:
         "versions": versions(),
         "went_back_to": config.checkpoint.step,
     }
+
+
+def _published(
+    directory: RunDirectory | None, watch: Watch, checkpoint: Path, seconds: float
+) -> None:
+    """A checkpoint is complete, so many seconds after its save began."""
+    watch.deadline.saw_save(seconds)
+    if directory is not None:
+        _note_checkpoint(directory, checkpoint)
 
 
 def _attention_backend(config: Config, device: torch.device) -> BackendChoice:
@@ -320,7 +409,7 @@ def _attention_backend(config: Config, device: torch.device) -> BackendChoice:
         raise ConfigError(f"model.backend: {error}") from error
 
 
-def _describe(state: TrainingState, corpus: PreparedCorpus, say: Say) -> None:
+def _describe(state: TrainingState, corpus: TrainingData, say: Say) -> None:
     """The start-up log: what runs, on what, and what every pipeline cut sends."""
     config = state.config
     total = torch.tensor([state.num_parameters()], dtype=torch.float64, device=state.device)

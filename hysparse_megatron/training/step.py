@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -13,6 +13,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from hysparse_megatron.runtime import faults
 from hysparse_megatron.runtime.random import seed_step
 from hysparse_megatron.training.optimizer import set_step
 from hysparse_megatron.training.state import TrainingState
@@ -31,54 +32,93 @@ class StepResult:
     grad_norm: float
     """Global gradient norm before clipping."""
     learning_rate: float
-    skipped: bool
-    """Whether the update was left out because the loss was not finite."""
+    bad: str | None
+    """Why the update was left out; None if it was made."""
     model_metrics: dict[str, float] = field(default_factory=dict)
     """What the model reports about itself, such as the load of its experts."""
 
+    @property
+    def skipped(self) -> bool:
+        """Whether the update was left out."""
+        return self.bad is not None
 
-def train_step(state: TrainingState, step: int, microbatches: Sequence[Batch]) -> StepResult:
-    """Forward, backward and update for step number `step` (from 0)."""
+
+Decide = Callable[[bool, float, float], str | None]
+"""From whether this rank's part of the loss is finite, the loss and the gradient norm to why the
+step is bad, or None. Collective: the same answer on all ranks."""
+
+
+def finite_everywhere(finite_here: bool, loss: float, grad_norm: float) -> str | None:
+    """The plainest decision: a step is bad if anything is not finite on any rank."""
+    bad = not (finite_here and math.isfinite(loss) and math.isfinite(grad_norm))
+    flag = torch.tensor([int(bad)], device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return "not finite" if flag.item() else None
+
+
+def train_step(
+    state: TrainingState,
+    step: int,
+    microbatches: Sequence[Batch],
+    decide: Decide = finite_everywhere,
+) -> StepResult:
+    """Forward, backward and, unless `decide` objects, update for step number `step` (from 0)."""
     seed_step(state.config.train.seed, step, state.groups)
     set_step(state.schedule, step)
     for chunk in state.chunks:
         chunk.train()
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
-    loss = _run_schedule(state, microbatches, forward_only=False)
-    updated, grad_norm = False, float("nan")
-    if math.isfinite(loss):  # the same on all ranks, so all update or none does
-        state.optimizer.prepare_grads()
-        grad_norm = float(state.optimizer.get_grad_norm())
-        if math.isfinite(grad_norm):
-            updated, _, _ = state.optimizer.step()
+    loss, finite_here = _run_schedule(state, microbatches, step + 1, forward_only=False)
+    # Before the decision, and also after a bad loss: both are collective.
+    state.optimizer.prepare_grads()
+    grad_norm = float(state.optimizer.get_grad_norm())
+    bad = decide(finite_here, loss, grad_norm)
+    if bad is None:
+        state.optimizer.step()
     return StepResult(
         loss=loss,
-        grad_norm=float(grad_norm),
+        grad_norm=grad_norm,
         learning_rate=state.optimizer.param_groups[0]["lr"],
-        skipped=not updated,
+        bad=bad,
         model_metrics=state.loads.take(len(microbatches)) if state.loads else {},
     )
 
 
-def evaluate(state: TrainingState, batches: Sequence[Sequence[Batch]]) -> float:
-    """Mean cross-entropy per token over `batches` (global batches of micro-batches), in nats."""
+def evaluate(
+    state: TrainingState,
+    batches: Iterable[Sequence[Batch]],
+    go_on: Callable[[], bool] = lambda: True,
+) -> float | None:
+    """Mean cross-entropy per token over `batches` (global batches of micro-batches), in nats.
+
+    Asks `go_on`, the same on all ranks, before every batch; None if it was told not to.
+    """
     for chunk in state.chunks:
         chunk.eval()
+    losses = []
     with torch.no_grad():
-        losses = [_run_schedule(state, microbatches, forward_only=True) for microbatches in batches]
+        for microbatches in batches:
+            if not go_on():
+                return None
+            losses.append(_run_schedule(state, microbatches, None, forward_only=True)[0])
     return sum(losses) / len(losses)
 
 
-def _run_schedule(state: TrainingState, microbatches: Sequence[Batch], forward_only: bool) -> float:
-    """Run megatron-core's schedule and return the mean loss per token over the global batch."""
+def _run_schedule(
+    state: TrainingState, microbatches: Sequence[Batch], step: int | None, forward_only: bool
+) -> tuple[float, bool]:
+    """Run megatron-core's schedule for `step` (from 1; None in an evaluation).
+
+    Returns the mean loss per token over the global batch, and whether this rank's part is finite.
+    """
     train = state.config.train
     schedule = get_forward_backward_func(state.groups.pp.size(), state.config.parallel.vpp)
     if state.communicator is not None:
         state.communicator.begin(len(microbatches))
     iterators: list[Iterator[Batch]] = [iter(microbatches) for _ in state.chunks]
     outputs = schedule(
-        forward_step_func=partial(_forward_step, state.device),
+        forward_step_func=partial(_forward_step, state.device, step),
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
         model=list(state.chunks) if len(state.chunks) > 1 else state.chunks[0],
         num_microbatches=len(microbatches),
@@ -92,16 +132,22 @@ def _run_schedule(state: TrainingState, microbatches: Sequence[Batch], forward_o
     total = torch.zeros(2, dtype=torch.float64, device=state.device)
     for output in outputs:
         total += output["loss_and_tokens"]
+    finite_here = bool(total.isfinite().all())
     dist.all_reduce(total, group=state.groups.dp)
     dist.broadcast(total, src=_last_rank(state.groups.pp), group=state.groups.pp)
-    return float(total[0] / total[1].clamp(min=1))
+    return float(total[0] / total[1].clamp(min=1)), finite_here
 
 
 def _last_rank(group: dist.ProcessGroup) -> int:
     return dist.get_global_rank(group, group.size() - 1)
 
 
-def _forward_step(device: torch.device, data_iterator: Iterator[Batch], model: torch.nn.Module):
+def _forward_step(
+    device: torch.device,
+    step: int | None,
+    data_iterator: Iterator[Batch],
+    model: torch.nn.Module,
+):
     batch = {
         name: tensor.to(device, non_blocking=True) for name, tensor in next(data_iterator).items()
     }
@@ -112,7 +158,9 @@ def _forward_step(device: torch.device, data_iterator: Iterator[Batch], model: t
         labels=batch["labels"],
         packed_seq_params=_documents(batch),
     )
-    return output, partial(_loss, batch["loss_mask"])
+    if step is not None:
+        faults.reach("forward", step)
+    return output, partial(_loss, batch["loss_mask"], step)
 
 
 def _documents(batch: Batch) -> PackedSeqParams | None:
@@ -131,9 +179,13 @@ def _documents(batch: Batch) -> PackedSeqParams | None:
     )
 
 
-def _loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def _loss(
+    loss_mask: Tensor, step: int | None, losses: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Sum over tokens (megatron-core divides by the global token count) and what is reported."""
     loss = (losses.float() * loss_mask).sum()
+    if step is not None:
+        loss = faults.spoil(loss, step)
     tokens = loss_mask.sum()
     report = torch.stack([loss.detach(), tokens]).double()
     return loss, tokens.to(torch.int), {"loss_and_tokens": report}

@@ -81,7 +81,7 @@ def capture(run: Path, sequence: int | None) -> Captured:
     checkpoint = store.resolve_checkpoint(run)
     trained = load_frozen(run / "config.yaml")
     config = _alone(trained, sequence or trained.train.seq_length)
-    device = runtime_device.start(Rank(0, 1, 0, 1), config.parallel.timeout_seconds)
+    device = runtime_device.start(Rank(0, 1, 0, 1), config.parallel)
     try:
         tokens, split, vocab_size = _sample(config)
         state = build_state(config, vocab_size, device)

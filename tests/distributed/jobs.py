@@ -291,12 +291,12 @@ def fail_in_background(rank: int, config: Config, run_dir: Path) -> tuple[str, b
     Returns the error that this rank gets from a poll, and whether the save returned before.
     """
     state = prepare(config)
-    saver = Saver(state, run_dir / "checkpoints", lambda step: {}, lambda text: None)
-    saver.save(1)
+    saver = Saver(state, run_dir / "checkpoints", lambda step, progress: {}, lambda text: None)
+    saver.save(1, {})
     saver.finish()
     with small_files() if rank == 1 else contextlib.nullcontext():
         try:
-            saver.save(2)
+            saver.save(2, {})
             returned = saver.is_busy
             while saver.is_busy:
                 saver.poll()

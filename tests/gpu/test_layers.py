@@ -15,7 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from hysparse_megatron.config.compose import compose
-from hysparse_megatron.config.schema import Config
+from hysparse_megatron.config.schema import Config, ParallelConfig
 from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.model.builder import build_chunks
 from hysparse_megatron.model.layers import LayerChoice, resolve_layers
@@ -57,7 +57,7 @@ EXPERTS = [
 
 @pytest.fixture(scope="module")
 def groups() -> Iterator[ProcessGroupCollection]:
-    runtime_device.start(Rank(0, 1, 0, 1), timeout_seconds=60)
+    runtime_device.start(Rank(0, 1, 0, 1), ParallelConfig(timeout_seconds=60))
     config = compose([*SIZES])
     found = build_process_groups(config.parallel, 4)
     seed_step(0, 0, found)

@@ -35,7 +35,7 @@ def test_preempted_in_the_middle_and_continued(corpus: list[str], tmp_path: Path
     assert "reads on from oracle 0 across the cut" in first.output
     assert first.output.count("stopped by SIGTERM") == 1, "an error all ranks share is told once"
     assert processes_naming(str(run_dir)) == []
-    assert read_json(run_dir / "status.json")["state"] == "pre-empted"
+    assert read_json(run_dir / "status.json")["state"] == "preempted"
     (checkpoint,) = (run_dir / "checkpoints").iterdir()
     assert problems_of(checkpoint) == []
     stopped_at = int(checkpoint.name.removeprefix("step-"))

@@ -151,8 +151,8 @@ def test_killed_and_preempted_runs_repeat_the_straight_one_bit_for_bit(
     second.send(signal.SIGTERM)
     assert second.finish() == 3, second.output
     status = read_json(run_dir / "status.json")
-    assert (status["state"], status["exit_code"]) == ("pre-empted", 3)
-    assert "SIGTERM" in status["reason"]
+    assert (status["state"], status["exit_code"]) == ("preempted", 3)
+    assert "SIGTERM" in status["cause"]
     newest = max((run_dir / "checkpoints").iterdir())
     stopped_at = int(newest.name.removeprefix("step-"))
     assert 10 < stopped_at < 40

@@ -58,7 +58,7 @@ def make_saver(tmp_path: Path, disk: Disk) -> Callable[..., tuple[Saver, list[st
         config = replace(config, checkpoint=replace(config.checkpoint, **settings))
         said: list[str] = []
         state: Any = SimpleNamespace(config=config, device=DEVICE)
-        return Saver(state, tmp_path, lambda step: {"tokens": 2 * step}, said.append), said
+        return Saver(state, tmp_path, lambda step, progress: {"tokens": 2 * step}, said.append), said
 
     return make
 
@@ -80,7 +80,7 @@ def test_training_goes_on_while_files_are_written(
     make_saver: Callable[..., tuple[Saver, list[str]]], disk: Disk, tmp_path: Path
 ) -> None:
     saver, said = make_saver()
-    saver.save(4)
+    saver.save(4, {})
     for _ in range(3):
         saver.poll()
     assert saver.is_busy
@@ -103,7 +103,7 @@ def test_without_it_a_save_is_over_at_once(
 ) -> None:
     saver, said = make_saver(asynchronous=False)
     disk.may_write.set()
-    saver.save(4)
+    saver.save(4, {})
     assert not saver.is_busy
     saver.finish()
     assert names(tmp_path) == ["step-00000004"]
@@ -114,9 +114,9 @@ def test_one_save_a_step(
     make_saver: Callable[..., tuple[Saver, list[str]]], disk: Disk, tmp_path: Path
 ) -> None:
     saver, said = make_saver()
-    saver.save(4)
+    saver.save(4, {})
     disk.may_write.set()
-    saver.save(4)  # as a stop signal asks for
+    saver.save(4, {})  # as a stop signal asks for
     assert not saver.is_busy
     assert disk.copied == [4]
     saver.finish()
@@ -128,9 +128,9 @@ def test_a_new_save_waits_for_the_one_before(
     make_saver: Callable[..., tuple[Saver, list[str]]], disk: Disk, tmp_path: Path
 ) -> None:
     saver, _ = make_saver()
-    saver.save(4)
+    saver.save(4, {})
     threading.Timer(0.3, disk.may_write.set).start()
-    saver.save(5)
+    saver.save(5, {})
     assert (tmp_path / "step-00000004" / "manifest.json").exists()
     saver.finish()
     assert names(tmp_path) == ["step-00000004", "step-00000005"]
@@ -141,10 +141,10 @@ def test_a_failure_comes_out_at_the_next_poll(
 ) -> None:
     saver, _ = make_saver()
     disk.may_write.set()
-    saver.save(4)
+    saver.save(4, {})
     saver.finish()
     disk.error = OSError(28, "No space left on device")
-    saver.save(5)
+    saver.save(5, {})
     with pytest.raises(CheckpointError, match=r"step-00000005 was not written; rank 0: .*No space"):
         poll_until_done(saver)
     assert not saver.is_busy, "told once"
@@ -158,7 +158,7 @@ def test_a_failure_at_the_end_is_not_lost(
     saver, _ = make_saver()
     disk.error = OSError(28, "No space left on device")
     disk.may_write.set()
-    saver.save(5)
+    saver.save(5, {})
     with pytest.raises(CheckpointError, match="No space"):
         saver.finish()
     assert names(tmp_path) == []
@@ -170,7 +170,7 @@ def test_rules_are_applied_after_a_save(
     saver, _ = make_saver(keep=2, keep_every=4)
     disk.may_write.set()
     for step in range(1, 8):
-        saver.save(step)
+        saver.save(step, {})
     saver.finish()
     assert names(tmp_path) == [f"step-0000000{step}" for step in (4, 6, 7)]
 
@@ -183,7 +183,7 @@ def test_a_deletion_that_fails_is_told_and_training_goes_on(
 ) -> None:
     saver, said = make_saver(keep=1)
     disk.may_write.set()
-    saver.save(1)
+    saver.save(1, {})
     saver.finish()
 
     def refuse(*arguments: Any) -> None:
@@ -191,7 +191,7 @@ def test_a_deletion_that_fails_is_told_and_training_goes_on(
 
     # Of the deletion alone: publishing renames too.
     monkeypatch.setattr(saver_module.store, "unfinished_name", refuse)
-    saver.save(2)
+    saver.save(2, {})
     saver.finish()
     [warning] = [line for line in said if line.startswith("WARNING")]
     assert "step-00000001 could not be deleted: [Errno 1] Operation not permitted" in warning

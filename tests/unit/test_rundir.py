@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ from hysparse_megatron import rundir
 from hysparse_megatron.config.compose import compose, config_hash, load_frozen
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.errors import ConfigError
-from hysparse_megatron.rundir import RunDirectory, git_state, versions, write_json
+from hysparse_megatron.rundir import RunDirectory, amend_status, git_state, versions, write_json
 
 
 @pytest.fixture
@@ -129,13 +130,58 @@ def test_a_garbled_record_is_an_error_that_names_it(config: Config, content: str
 
 
 def test_status(config: Config) -> None:
+    RunDirectory(config).close()
     directory = RunDirectory(config)
-    directory.write_status("running", step=3)
-    directory.write_status("failed", exit_code=5, reason="why")
+    directory.status.saw_checkpoint(2, seconds=1_000_000_000.0)
+    directory.status.write("running", step=3)
+    directory.status.write("failed", exit_code=5, cause="why", rank=1)
     directory.close()
     status = json.loads((config.run_path / "status.json").read_text())
     assert status.pop("time").endswith("Z")
-    assert status == {"state": "failed", "exit_code": 5, "reason": "why"}
+    assert status.pop("started").endswith("Z")
+    assert status.pop("checkpoint_age_seconds") > 1e8
+    assert status == {
+        "state": "failed",
+        "step": 3,
+        "checkpoint_step": 2,
+        "checkpoint_time": "2001-09-09T01:46:40Z",
+        "restarts": 1,
+        "exit_code": 5,
+        "cause": "why",
+        "rank": 1,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+    }
+
+
+def test_the_launcher_completes_the_status_of_its_own_run_only(config: Config) -> None:
+    path = config.run_path / "status.json"
+    amend_status(config.run_path, 7, "rank 1 died", state="failed", rank=1)
+    assert json.loads(path.read_text())["cause"] == "rank 1 died"
+    directory = RunDirectory(config)
+    directory.status.write("running", step=3)
+    before = path.read_text()
+    amend_status(config.run_path, os.getpid(), "rank 1 died", state="failed")
+    assert path.read_text() == before, "somebody else holds the directory"
+    directory.status.write("failed", cause="no word from rank 1")
+    directory.close()
+    amend_status(config.run_path, os.getpid(), None, state="failed", rank=0)
+    assert json.loads(path.read_text())["rank"] is None, "rank 0 has told all there is"
+    amend_status(config.run_path, os.getpid(), "rank 1 died", state="failed", rank=1)
+    found = json.loads(path.read_text())
+    assert (found["cause"], found["rank"]) == ("rank 1 died. no word from rank 1", 1)
+    assert found["step"] == 3
+
+
+def test_an_owner_that_was_killed_is_told(config: Config) -> None:
+    config.run_path.mkdir(parents=True)
+    (config.run_path / ".lock").write_text("process 1 on somewhere since yesterday")
+    with_stale_lock = RunDirectory(config)
+    assert with_stale_lock.former_owner == "process 1 on somewhere since yesterday"
+    with_stale_lock.close()
+    after_a_clean_end = RunDirectory(config)
+    assert after_a_clean_end.former_owner is None
+    after_a_clean_end.close()
 
 
 def test_json_is_replaced_whole(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def measure(request: Request) -> dict[str, Any]:
     from tools.step_benchmark import annotations, picks, reference
 
     config = from_yaml(request.config)
-    device = runtime_device.start(Rank(0, 1, 0, 1), config.parallel.timeout_seconds)
+    device = runtime_device.start(Rank(0, 1, 0, 1), config.parallel)
     backend = _attention_backend(config, device)
     facts = {"attention": reference.describe() if request.reference else f"{backend.name} backend"}
     began = time.perf_counter()

@@ -1,35 +1,118 @@
-"""Stop signals."""
+"""Stop flags of one rank: signals, deadline, stop file, and polling while something else runs."""
 
 import os
 import signal
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
-from hysparse_megatron.training.control import STOP_SIGNALS, StopRequest
+from hysparse_megatron.errors import Preempted
+from hysparse_megatron.training import control
+from hysparse_megatron.training.control import STOP_SIGNALS, Deadline, Flag, Signals, Watch
 from tests.unit.single_process import DEVICE
 
 
 @pytest.fixture
-def stop(group: None) -> Iterator[StopRequest]:
+def signals() -> Iterator[Signals]:
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    yield StopRequest(DEVICE)
+    descriptor = signal.set_wakeup_fd(-1)
+    yield Signals()
+    signal.set_wakeup_fd(descriptor)
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-def test_nobody_asked(stop: StopRequest) -> None:
-    assert stop.agreed() is None
+@pytest.fixture
+def watch(group: None, signals: Signals, tmp_path: Path) -> Watch:
+    return Watch(DEVICE, signals, Deadline(None, {}), tmp_path / "stop")
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_nobody_asked(watch: Watch) -> None:
+    assert watch.poll() == {}
+    assert watch.stopping is None
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
-def test_a_signal_is_remembered(stop: StopRequest, name: str) -> None:
+def test_a_signal_is_remembered(watch: Watch, signals: Signals, name: str) -> None:
     os.kill(os.getpid(), signal.Signals[name])
-    assert stop.agreed() == name
-    assert stop.agreed() == name, "asking does not forget"
+    wait_until(lambda: bool(signals.received))
+    assert watch.poll() == {Flag[name]: 0}
+    assert watch.stopping == f"{name} on rank 0"
+    assert watch.poll() == {Flag[name]: 0}, "asking does not forget"
 
 
-def test_a_second_signal_does_no_harm(stop: StopRequest) -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
-    os.kill(os.getpid(), signal.SIGUSR1)
-    assert stop.agreed() in ("SIGTERM", "SIGUSR1")
+def test_the_third_signal_ends_the_rank(
+    signals: Signals, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(control.os, "_exit", ended.append)
+    for count, name in enumerate(("SIGTERM", "SIGUSR1", "SIGTERM"), start=1):
+        assert ended == []
+        os.kill(os.getpid(), signal.Signals[name])
+        wait_until(lambda count=count: len(signals.received) == count)
+    wait_until(lambda: bool(ended))
+    assert ended == [128 + signal.SIGTERM]
+    told = capfd.readouterr().err
+    assert "SIGUSR1 ignored: already stopping" in told
+    assert "leaving without saving" in told
+
+
+def test_flags_of_the_guard_stop_nobody(watch: Watch) -> None:
+    assert watch.poll([Flag.LOSS_SPIKE]) == {Flag.LOSS_SPIKE: 0}
+    assert watch.stopping is None
+
+
+def test_the_stop_file(watch: Watch, tmp_path: Path) -> None:
+    (tmp_path / "stop").touch()
+    watch.poll()
+    assert watch.stopping == "stop file on rank 0"
+    watch.forget_stop_file()
+    watch.forget_stop_file()
+    assert not (tmp_path / "stop").exists()
+
+
+def test_deadlines() -> None:
+    assert Deadline(None, {}).end is None
+    assert not Deadline(None, {}).is_near()
+    now = time.time()
+    assert Deadline(2.0, {}).end == pytest.approx(now + 120, abs=5)
+    slurm = {"SLURM_JOB_END_TIME": str(int(now) + 1000)}
+    assert Deadline(None, slurm).end == int(now) + 1000
+    assert Deadline(2.0, slurm).end == pytest.approx(now + 120, abs=5), "what was asked for wins"
+    assert Deadline(None, {"SLURM_JOB_END_TIME": "Unknown"}).end is None
+
+
+def test_the_reserve_follows_what_was_measured() -> None:
+    deadline = Deadline(10.0, {})
+    assert deadline.reserve() == pytest.approx(60 + 2, abs=1)
+    assert not deadline.is_near()
+    deadline.saw_step(3.0)
+    deadline.saw_save(100.0)
+    deadline.saw_save(20.0)
+    assert deadline.reserve() == pytest.approx(150 + 6 + 2)
+    deadline.saw_save(1000.0)
+    assert deadline.is_near()
+
+
+def test_work_is_attended(watch: Watch) -> None:
+    assert watch.attend(lambda: 7) == 7
+    with pytest.raises(ZeroDivisionError):
+        watch.attend(lambda: 1 // 0)
+
+
+def test_a_stop_ends_work(watch: Watch, tmp_path: Path) -> None:
+    release = threading.Event()
+    threading.Timer(0.2, (tmp_path / "stop").touch).start()
+    with pytest.raises(Preempted, match="stop file on rank 0 before any step"):
+        watch.attend(lambda: release.wait(60))
+    release.set()

@@ -1,6 +1,7 @@
 """The loop: when it evaluates, saves and stops. Steps themselves are scripted."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,8 @@ import pytest
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.errors import NumericalStop, Preempted
 from hysparse_megatron.training import loop
-from hysparse_megatron.training.step import StepResult
+from hysparse_megatron.training.control import Deadline
+from hysparse_megatron.training.step import Decide, StepResult
 
 
 class Script:
@@ -29,31 +31,51 @@ class Script:
         eval_interval: int = 0,
         bad: tuple[int, ...] = (),
         stop_at: int | None = None,
+        stop_in_evaluation: int | None = None,
     ) -> None:
         config = compose([f"train.steps={steps}", f"checkpoint.interval={interval}"])
         train = replace(config.train, eval_interval=eval_interval)
         self.state: Any = SimpleNamespace(config=replace(config, train=train))
-        self.bad, self.stop_at = bad, stop_at
+        self.bad, self.stop_at, self.stop_in_evaluation = bad, stop_at, stop_in_evaluation
+        self.watch: Any = SimpleNamespace(
+            poll=lambda raised=(): dict.fromkeys(raised, 0),
+            stopping=None,
+            stop_before_first_step=lambda: None,
+            deadline=Deadline(None, {}),
+        )
+        self.saved_facts: dict[str, Any] = {}
         self.events: list[str] = []
         self.rows: list[dict[str, Any]] = []
         self.done = 0
         monkeypatch.setattr(loop, "train_step", self._train_step)
         monkeypatch.setattr(loop, "evaluate", self._evaluate)
 
-    def _train_step(self, state: Any, step: int, microbatches: list[Any]) -> StepResult:
+    def _train_step(
+        self, state: Any, step: int, microbatches: list[Any], decide: Decide
+    ) -> StepResult:
         assert microbatches == [f"batch {step}"]
         self.done = step + 1
         self.events.append(f"step {self.done}")
         is_bad = self.done in self.bad
         loss = float("nan") if is_bad else 1.0 / self.done
-        return StepResult(loss, 0.5, 1e-3, skipped=is_bad)
+        self.watch.stopping = "SIGTERM on rank 0" if self.done == self.stop_at else None
+        return StepResult(loss, 0.5, 1e-3, bad=decide(not is_bad, loss, 0.5))
 
-    def _evaluate(self, state: Any, batches: list[Any]) -> float:
-        assert batches == [["held out 0"], ["held out 1"]]
+    def _evaluate(
+        self, state: Any, batches: Iterable[Any], go_on: Callable[[], bool]
+    ) -> float | None:
+        found = []
+        for batch in batches:
+            if self.done == self.stop_in_evaluation:
+                self.watch.stopping = "SIGUSR1 on rank 0"
+            if not go_on():
+                return None
+            found.append(batch)
+        assert found == [["held out 0"], ["held out 1"]]
         self.events.append(f"evaluate {self.done}")
         return 2.0
 
-    def run(self, first_step: int = 0) -> "Script":
+    def run(self, first_step: int = 0, facts: dict[str, Any] | None = None) -> "Script":
         self.done = first_step
         batches: Any = SimpleNamespace(
             microbatches=lambda step: iter([f"batch {step}"]),
@@ -62,12 +84,14 @@ class Script:
         evaluation: Any = SimpleNamespace(
             num_batches=2, microbatches=lambda index: iter([f"held out {index}"])
         )
-        stop: Any = SimpleNamespace(agreed=lambda: "SIGTERM" if self.done == self.stop_at else None)
-        hooks = loop.Hooks(
-            on_row=[self.rows.append], save=lambda step: self.events.append(f"save {step}")
-        )
-        loop.train(self.state, batches, evaluation, first_step, stop, hooks)
+        hooks = loop.Hooks(on_row=[self.rows.append], save=self._save)
+        progress = loop.Progress(first_step, facts or {})
+        loop.train(self.state, batches, evaluation, progress, self.watch, hooks)
         return self
+
+    def _save(self, step: int, facts: dict[str, Any]) -> None:
+        self.events.append(f"save {step}")
+        self.saved_facts = json.loads(json.dumps(facts))
 
 
 @pytest.fixture
@@ -126,7 +150,13 @@ def test_rows(script: Callable[..., Script]) -> None:
         "tokens_per_second",
         "step_seconds",
         "skipped",
+        "bad",
+        "skipped_steps",
+        "sample_ids",
     }
+    assert first["bad"] == "loss not finite on rank 0"
+    assert (first["skipped_steps"], first["sample_ids"]) == (1, [0, 1])
+    assert "sample_ids" not in second
     assert (first["step"], first["skipped"], first["tokens"]) == (1, True, tokens)
     assert (second["step"], second["skipped"], second["tokens"]) == (2, False, 2 * tokens)
     assert second["loss"] == 0.5
@@ -135,7 +165,9 @@ def test_rows(script: Callable[..., Script]) -> None:
 
 def test_five_bad_steps_in_a_row_stop_the_run(script: Callable[..., Script]) -> None:
     found = script(steps=50, interval=2, bad=tuple(range(4, 51)))
-    with pytest.raises(NumericalStop, match=r"5 steps up to step 8.*\[70, 71\]") as caught:
+    with pytest.raises(
+        NumericalStop, match=r"5 bad steps in a row up to step 8.*\[70, 71\]"
+    ) as caught:
         found.run()
     assert caught.value.exit_code == 4
     # The newest checkpoint is the last one before the bad steps.
@@ -153,7 +185,9 @@ def test_a_good_step_in_between_starts_the_count_anew(script: Callable[..., Scri
 
 def test_a_signal_saves_first_and_then_stops(script: Callable[..., Script]) -> None:
     found = script(steps=9, interval=4, stop_at=6)
-    with pytest.raises(Preempted, match=r"SIGTERM after step 6; saved at step 6") as caught:
+    with pytest.raises(
+        Preempted, match=r"SIGTERM on rank 0 after step 6; saved at step 6"
+    ) as caught:
         found.run()
     assert caught.value.exit_code == 3
     assert found.events[-2:] == ["step 6", "save 6"]
@@ -183,3 +217,21 @@ def test_a_bad_last_step_does_not_end_without_a_checkpoint(script: Callable[...,
     """A skipped update leaves the weights of the step before; the run must not lose those."""
     found = script(steps=5, interval=100, bad=(5,)).run()
     assert found.events[-1] == "save 5"
+
+
+def test_a_stop_in_an_evaluation_saves_and_makes_up_for_it(script: Callable[..., Script]) -> None:
+    settings = {"steps": 6, "eval_interval": 2}
+    stopped = script(**settings, stop_in_evaluation=4)
+    with pytest.raises(Preempted, match="SIGUSR1 on rank 0 after step 4; saved at step 4"):
+        stopped.run()
+    assert stopped.events[-2:] == ["step 4", "save 4"]
+    rest = script(**settings).run(first_step=4, facts=stopped.saved_facts)
+    assert rest.events[:2] == ["evaluate 4", "step 5"]
+
+
+def test_the_past_of_the_guard_is_in_the_checkpoint(script: Callable[..., Script]) -> None:
+    found = script(steps=4, bad=(2,)).run()
+    assert found.saved_facts["guard"]["losses"] == [1.0, 1 / 3, 1 / 4]
+    rest = script(steps=6).run(first_step=4, facts=found.saved_facts)
+    assert rest.saved_facts["guard"]["losses"] == [1.0, 1 / 3, 1 / 4, 1 / 5, 1 / 6]
+    assert rest.saved_facts["guard"]["skipped"] == 1

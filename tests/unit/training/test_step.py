@@ -122,8 +122,8 @@ def test_a_loss_that_is_no_number_leaves_everything_as_it_was(
     ]
     original = step_module._loss
 
-    def poisoned(loss_mask: Tensor, losses: Tensor) -> Any:
-        return original(loss_mask, losses * float("nan"))
+    def poisoned(loss_mask: Tensor, step: int | None, losses: Tensor) -> Any:
+        return original(loss_mask, step, losses * float("nan"))
 
     with monkeypatch.context() as patch:
         patch.setattr(step_module, "_loss", poisoned)

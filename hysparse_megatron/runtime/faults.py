@@ -1,0 +1,117 @@
+"""Faults on demand, for tests of reliability: `HYSPARSE_FAULT="kind@rank:step[:arg]"`.
+
+Several are separated by commas. A step is counted as in `metrics.jsonl`, from 1; 0 is the
+evaluation before the first. Without the variable nothing here does anything.
+
+| kind                     | what happens on that rank at that step  |
+|--------------------------|-----------------------------------------|
+| nan                      | its loss, if it has one, becomes NaN    |
+| spike                    | loss and gradient grow by `arg`, or 100 |
+| sigterm, sigusr1, sigint | the rank gets that signal               |
+| sigkill, sigstop         | it is killed, or stopped                |
+| slow                     | it sleeps for `arg` seconds, or 1       |
+| raise                    | it fails with a RuntimeError            |
+| kill_before_manifest     | it is killed before the manifest    |
+
+Kinds that do not touch the loss happen at a place, by default in the middle of the forward pass;
+`arg` may name another: `sigusr1@1:4:evaluation`, `sigterm@0:4:save`, `slow@0:0:prepare/30`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from hysparse_megatron.errors import ConfigError
+
+VARIABLE = "HYSPARSE_FAULT"
+
+PLACES = ("forward", "evaluation", "save", "manifest", "prepare")
+"""Where the program passes by: see the calls of `reach`."""
+
+_SIGNALS = {
+    name.lower(): signal.Signals[name]
+    for name in ("SIGTERM", "SIGUSR1", "SIGINT", "SIGKILL", "SIGSTOP")
+}
+_LOSS_KINDS = ("nan", "spike")
+KINDS = (*_LOSS_KINDS, *_SIGNALS, "slow", "raise", "kill_before_manifest")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One entry of the variable."""
+
+    kind: str
+    rank: int
+    step: int
+    arg: str = ""
+
+    @property
+    def place(self) -> str:
+        """Where it happens."""
+        if self.kind == "kill_before_manifest":
+            return "manifest"
+        place = self.arg.partition("/")[0]
+        return place if place in PLACES else "forward"
+
+    def number(self, default: float) -> float:
+        """The number in `arg`: seconds, or a factor."""
+        text = self.arg.rpartition("/")[2]
+        return default if text in ("", *PLACES) else float(text)
+
+
+_armed: list[Fault] = []
+
+
+def parse(text: str) -> list[Fault]:
+    """The faults that `text` names. Raises ConfigError for what is none."""
+    faults = []
+    for entry in filter(None, (part.strip() for part in text.split(","))):
+        kind, _, where = entry.partition("@")
+        rank, _, rest = where.partition(":")
+        step, _, arg = rest.partition(":")
+        if kind not in KINDS or not rank.isdigit() or not step.isdigit():
+            raise ConfigError(
+                f"{VARIABLE}: got {entry}; allowed kind@rank:step[:arg] with a kind of "
+                f"{', '.join(KINDS)}"
+            )
+        faults.append(Fault(kind, int(rank), int(step), arg))
+    return faults
+
+
+def arm(rank: int) -> list[Fault]:
+    """Read the variable and keep this rank's faults; returns those of all ranks."""
+    faults = parse(os.environ.get(VARIABLE, ""))
+    _armed[:] = [fault for fault in faults if fault.rank == rank]
+    return faults
+
+
+def reach(place: str, step: int) -> None:
+    """Say that this rank is at `place` of `step`; what was asked for there happens, once."""
+    for fault in _due(lambda fault: fault.kind not in _LOSS_KINDS and fault.place == place, step):
+        if fault.kind == "raise":
+            raise RuntimeError(f"a fault was asked for at step {step}")
+        if fault.kind == "slow":
+            time.sleep(fault.number(1))
+        else:
+            os.kill(os.getpid(), _SIGNALS.get(fault.kind, signal.SIGKILL))
+
+
+def spoil[Loss](loss: Loss, step: int) -> Loss:
+    """The loss of a micro-batch of `step`, or what a fault makes of it."""
+    spoiled: Any = loss
+    for fault in _due(lambda fault: fault.kind in _LOSS_KINDS, step):
+        spoiled = spoiled * (float("nan") if fault.kind == "nan" else fault.number(100))
+    return spoiled
+
+
+def _due(wanted: Callable[[Fault], bool], step: int) -> list[Fault]:
+    """Take the faults of `step` that are `wanted` out of the armed ones."""
+    due = [fault for fault in _armed if fault.step == step and wanted(fault)]
+    for fault in due:
+        _armed.remove(fault)
+    return due

@@ -1,0 +1,83 @@
+"""Faults 3, 19 and 20: other numbers of ranks, NaN on one of them, many in a row, and spikes."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.distributed.cases import Case
+from tests.distributed.pool import WorkerPool
+from tests.fault.fault_jobs import one_bad_step
+from tests.fault.faulty_runs import STEPS, FaultyRun
+
+NewRun = Callable[..., FaultyRun]
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[WorkerPool]:
+    workers = WorkerPool(max_workers=4)
+    yield workers
+    workers.close()
+
+
+CASES = [Case("dp2", dp=2), Case("tp2_pp2", tp=2, pp=2, sp=True, layout="F 2*S F S | 2*S F")]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("bad_rank", ["first", "last"])
+def test_nan_on_one_rank_changes_nothing_on_any(
+    case: Case, bad_rank: str, pool: WorkerPool
+) -> None:
+    # With pipeline stages the loss, which is spoiled, is computed on the last one.
+    spoiled = case.world_size - 1 if bad_rank == "last" else case.world_size // 2
+    if case.pp == 1 and bad_rank == "first":
+        spoiled = 0
+    ranks = pool.run(
+        case.world_size, one_bad_step, config=case.config(), fault=f"nan@{spoiled}:2", seed=3
+    )
+    for rank in ranks:
+        assert [result.skipped for result in rank.results] == [False, True, False]
+        assert rank.changed[0]
+        assert rank.changed[1] == []
+        assert rank.changed[2]
+
+
+def test_nans_in_a_row_stop_the_run_and_keep_the_last_good_checkpoint(new_run: NewRun) -> None:
+    run = new_run()
+    bad = "nan@0:3,nan@1:6,nan@0:7,nan@1:8"
+    output = run.run("train.guard.max_bad_steps=3", code=4, fault=bad)
+    assert "NumericalStop: 3 bad steps in a row up to step 8: loss not finite on rank 1" in output
+    run.assert_ended("numerical_stop", 4, None, "3 bad steps in a row up to step 8")
+    assert run.checkpoints() == [4]
+    assert run.status()["checkpoint_step"] == 4
+    ids = [run.row(step)["sample_ids"] for step in (3, 6, 7, 8)]
+    assert len({number for step in ids for number in step}) == 4 * 4, "each sample once"
+    assert str(ids[-1]) in output
+    assert run.row(8)["skipped_steps"] == 4
+    assert not run.row(5)["skipped"]
+
+
+def test_a_spike_is_skipped_also_right_after_a_resume(new_run: NewRun) -> None:
+    """The past that it stands out of is that of the start before."""
+    run = new_run()
+    guard = ["train.guard.spike_window=6"]
+    run.run(*guard, code=3, fault="spike@0:3,sigterm@1:7")
+    assert not run.row(3)["skipped"], "too little past yet"
+    output = run.run(*guard, code=0, fault="spike@0:8:100")
+    assert "SKIPPED" in output
+    assert run.row(8)["bad"] == "loss spike"
+    assert run.row(8)["skipped_steps"] == 1
+    assert run.row(8)["loss"] > 100
+    assert run.row(9)["loss"] < 10
+    assert not any(run.row(step)["skipped"] for step in range(9, STEPS + 1))
+
+
+def test_other_numbers_of_ranks_go_on_alike(straight: FaultyRun, new_run: NewRun) -> None:
+    """DP 2 -> 1 -> 2 with one global batch; a bad step shows its samples."""
+    run = new_run()
+    run.run(code=3, fault="sigterm@1:4")
+    run.ranks = 1
+    run.run(code=3, fault="sigterm@0:8")
+    run.ranks = 2
+    run.run(code=0)
+    for step in range(1, STEPS + 1):
+        assert run.row(step)["loss"] == pytest.approx(straight.row(step)["loss"], abs=1e-5)

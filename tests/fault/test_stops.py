@@ -1,0 +1,125 @@
+"""Faults 1, 2, 4, 6 and 7: runs that are told to stop, and how they go on."""
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+
+import torch
+
+from tests.fault.faulty_runs import FOUR_RANKS, STEPS, FaultyRun, rank_pids
+from tests.run.run_commands import facts
+
+NewRun = Callable[..., FaultyRun]
+
+
+def test_three_resumes_repeat_the_straight_run(straight: FaultyRun, new_run: NewRun) -> None:
+    """A signal in mid-step, a signal in an evaluation, a kill: bit-equal all the same."""
+    run = new_run()
+    output = run.run(code=3, fault="sigterm@1:3")
+    assert "stopped by SIGTERM on rank 1 after step 3; saved at step 3" in output
+    run.assert_ended("preempted", 3, 1, "SIGTERM on rank 1")
+    assert run.checkpoints() == [3]
+
+    output = run.run(code=3, fault="sigusr1@1:8:evaluation")
+    assert "resuming after step 3" in output
+    run.assert_ended("preempted", 3, 1, "SIGUSR1 on rank 1 after step 8; saved at step 8")
+    assert (8, True) not in facts(run.run_dir), "the evaluation was left"
+    assert run.status()["checkpoint_step"] == 8
+
+    output = run.run(code=1, fault="sigkill@1:11")
+    assert "resuming after step 8" in output
+    run.assert_ended("failed", 1, 1, "rank 1 was killed by SIGKILL")
+
+    output = run.run(code=0)
+    assert "resuming after step 8" in output
+    assert facts(run.run_dir) == facts(straight.run_dir)
+    tensors, expected = run.tensors(STEPS), straight.tensors(STEPS)
+    assert len(tensors) > 30
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+    status = run.status()
+    assert (status["state"], status["restarts"], status["step"]) == ("finished", 3, STEPS)
+
+
+def test_a_longer_run_with_other_evaluations_sees_the_same_samples(
+    straight: FaultyRun, new_run: NewRun
+) -> None:
+    run = new_run()
+    shutil.copytree(straight.run_dir, run.run_dir)
+    for step in (8, STEPS):
+        shutil.rmtree(run.run_dir / "checkpoints" / f"step-{step:08d}")
+    (run.run_dir / "metrics.jsonl").unlink()
+    output = run.run("train.steps=20", "train.eval_interval=3", code=3, fault="sigterm@0:8")
+    assert "resuming after step 4" in output
+    assert "train.steps: 12 -> 20" in output
+    assert "train.eval_interval: 4 -> 3" in output
+    before, after = facts(straight.run_dir), facts(run.run_dir)
+    for step in (5, 6, 7, 8):  # the learning rate begins to differ after that
+        assert after[step, False] == before[step, False]
+
+
+def test_a_second_signal_during_the_save_is_ignored(new_run: NewRun) -> None:
+    run = new_run()
+    output = run.run(code=3, fault="sigusr1@1:3,sigterm@1:3:save")
+    assert "rank 1: SIGTERM ignored: already stopping" in output
+    assert run.checkpoints() == [3]
+    run.assert_ended("preempted", 3, 1, "SIGUSR1 on rank 1")
+
+
+def test_a_third_signal_forces_the_end(new_run: NewRun) -> None:
+    run = new_run()
+    fault = "sigterm@1:6,sigterm@1:6:save,sigint@1:6:save,slow@1:6:save/5"
+    output = run.run(code=128 + signal.SIGINT, fault=fault)
+    assert "rank 1: SIGINT is the third signal: leaving without saving" in output
+    assert run.checkpoints() == [4]
+    run.assert_ended("failed", 128 + signal.SIGINT, 1, "rank 1 was forced to end by SIGINT")
+
+
+def test_the_launcher_passes_a_signal_on(new_run: NewRun) -> None:
+    """Fault 6 as a scheduler does it, in four ranks; a bad step before it."""
+    run = new_run(ranks=4)
+    command = run.start(*FOUR_RANKS, "train.steps=1000", fault="nan@3:2")
+    command.wait_for("step    3/1000")
+    command.send(signal.SIGUSR1)
+    assert command.finish() == 3, command.output
+    run.assert_nothing_left()
+    run.assert_ended("preempted", 3, run.status()["rank"], "SIGUSR1 on rank")
+    stopped = run.status()["step"]
+    assert run.row(2)["bad"] == "loss not finite on rank 3"
+    output = run.run(*FOUR_RANKS, "train.steps=1000", code=3, fault=f"sigterm@2:{stopped + 2}")
+    assert f"resuming after step {stopped}" in output
+    assert run.checkpoints()[-1] == stopped + 2
+
+
+def test_the_deadline(new_run: NewRun) -> None:
+    run = new_run(ranks=1)
+    output = run.run("train.steps=100000", "train.deadline_minutes=0.2", code=3)
+    assert "stopped by deadline on rank 0" in output
+    run.assert_ended("preempted", 3, 0, "deadline")
+    assert run.checkpoints()[-1] == run.status()["step"]
+
+
+def test_the_stop_file(new_run: NewRun) -> None:
+    run = new_run()
+    command = run.start("train.steps=100000")
+    command.wait_for("step      3/100000")
+    (run.run_dir / "stop").touch()
+    assert command.finish() == 3, command.output
+    run.assert_nothing_left()
+    run.assert_ended("preempted", 3, 0, "stop file on rank 0")
+    assert not (run.run_dir / "stop").exists(), "the next start is not stopped by it"
+
+
+def test_a_signal_while_data_is_prepared(new_run: NewRun) -> None:
+    """On a rank that only waits for the one that prepares."""
+    run = new_run()
+    command = run.start(fault="slow@0:0:prepare/100")
+    while not (run.run_dir / "status.json").exists():  # written just before
+        assert command.process.poll() is None, command.output
+        time.sleep(0.1)
+    os.kill(rank_pids(run)[1], signal.SIGUSR1)
+    assert command.finish(30) == 3, command.output
+    run.assert_nothing_left()
+    run.assert_ended("preempted", 3, 1, "SIGUSR1 on rank 1 before any step")
