@@ -69,6 +69,8 @@ def train_step(
         chunk.train()
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
+    biases = _expert_biases(state)
+    before = [bias.clone() for bias in biases]
     loss, finite_here = _run_schedule(state, microbatches, step + 1, forward_only=False)
     # Before the decision, and also after a bad loss: both are collective.
     state.optimizer.prepare_grads()
@@ -76,6 +78,9 @@ def train_step(
     bad = decide(finite_here, loss, grad_norm)
     if bad is None:
         state.optimizer.step()
+    else:  # the schedule has moved these already, by what a bad step made of the routing
+        for bias, kept in zip(biases, before, strict=True):
+            bias.copy_(kept)
     return StepResult(
         loss=loss,
         grad_norm=grad_norm,
@@ -83,6 +88,12 @@ def train_step(
         bad=bad,
         model_metrics=state.loads.take(len(microbatches)) if state.loads else {},
     )
+
+
+def _expert_biases(state: TrainingState) -> list[Tensor]:
+    """What balances the experts beside the gradient: changed by megatron-core in the schedule."""
+    buffers = (named for chunk in state.chunks for named in chunk.module.named_buffers())
+    return [buffer for name, buffer in buffers if name.endswith("expert_bias")]
 
 
 def evaluate(

@@ -40,9 +40,10 @@ def one_bad_step(rank: int, config: Config, fault: str, seed: int) -> BadStep:
 
 def _tensors(state: TrainingState) -> dict[str, torch.Tensor]:
     found = {
-        name: parameter.detach().clone()
+        name: tensor.detach().clone()
         for chunk in state.chunks
-        for name, parameter in chunk.module.named_parameters()
+        for name, tensor in chunk.module.state_dict(keep_vars=True).items()
+        if isinstance(tensor, torch.Tensor)
     }
     for index, part in enumerate(state.optimizer.chained_optimizers):
         for number, kept in enumerate(part.optimizer.state.values()):

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from hysparse_megatron.config.schema import Balancing, MoeConfig, RouterScore
 from tests.distributed.cases import Case
 from tests.distributed.pool import WorkerPool
 from tests.fault.fault_jobs import one_bad_step
@@ -19,7 +20,19 @@ def pool() -> Iterator[WorkerPool]:
     workers.close()
 
 
-CASES = [Case("dp2", dp=2), Case("tp2_pp2", tp=2, pp=2, sp=True, layout="F 2*S F S | 2*S F")]
+EXPERTS = MoeConfig(
+    num_experts=4,
+    num_active_experts=2,
+    expert_ffn_hidden_size=16,
+    router_score=RouterScore.sigmoid,
+    balancing=Balancing.bias,
+    bias_update_rate=0.01,
+)
+CASES = [
+    Case("dp2", dp=2),
+    Case("tp2_pp2", tp=2, pp=2, sp=True, layout="F 2*S F S | 2*S F"),
+    Case("experts", dp=2, ep=2, model={"moe": EXPERTS}),
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
