@@ -73,7 +73,7 @@ def test_a_signal_during_a_save_waits_for_it(copy_of_finished: Copy, finished) -
     for name in names(run_dir):
         assert problems_of(run_dir / "checkpoints" / name) == []
         assert first.output.count(f"writing {name}") == (int(name.removeprefix("step-")) > 20)
-    assert read_json(run_dir / "status.json")["state"] == "pre-empted"
+    assert read_json(run_dir / "status.json")["state"] == "preempted"
     code, output = run(arguments)
     assert code == 0, output
     assert f"resuming after step {stopped_at}" in output

@@ -58,7 +58,11 @@ def make_saver(tmp_path: Path, disk: Disk) -> Callable[..., tuple[Saver, list[st
         config = replace(config, checkpoint=replace(config.checkpoint, **settings))
         said: list[str] = []
         state: Any = SimpleNamespace(config=config, device=DEVICE)
-        return Saver(state, tmp_path, lambda step, progress: {"tokens": 2 * step}, said.append), said
+
+        def facts(step: int, progress: dict[str, Any]) -> dict[str, Any]:
+            return {"tokens": 2 * step, "progress": progress}
+
+        return Saver(state, tmp_path, facts, said.append), said
 
     return make
 
