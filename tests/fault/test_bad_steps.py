@@ -55,7 +55,7 @@ def test_nan_on_one_rank_changes_nothing_on_any(
 
 
 def test_what_one_rank_sees_decides_for_all(pool: WorkerPool) -> None:
-    """A NaN mostly spreads by itself, through reduced losses and gradients; this must not need it."""
+    """A NaN mostly spreads by itself, by reduced losses and gradients; this must not need it."""
     for bad_rank in (0, 1):
         found = pool.run(2, decide_about_one_rank, bad_rank=bad_rank)
         assert found == ["not finite", "not finite"]
