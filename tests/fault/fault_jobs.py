@@ -9,7 +9,7 @@ import torch
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.runtime import faults
 from hysparse_megatron.training.state import TrainingState
-from hysparse_megatron.training.step import StepResult, train_step
+from hysparse_megatron.training.step import StepResult, finite_everywhere, train_step
 from tests.distributed.cases import random_tokens
 from tests.distributed.ranks import prepare, share_of
 
@@ -36,6 +36,11 @@ def one_bad_step(rank: int, config: Config, fault: str, seed: int) -> BadStep:
         done.changed.append([name for name in after if not torch.equal(after[name], before[name])])
         before = after
     return done
+
+
+def decide_about_one_rank(rank: int, bad_rank: int) -> str | None:
+    """The decision where only `bad_rank` sees something that is not finite."""
+    return finite_everywhere(rank != bad_rank, 1.0, 1.0)
 
 
 def _tensors(state: TrainingState) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ import pytest
 from hysparse_megatron.config.schema import Balancing, MoeConfig, RouterScore
 from tests.distributed.cases import Case
 from tests.distributed.pool import WorkerPool
-from tests.fault.fault_jobs import one_bad_step
+from tests.fault.fault_jobs import decide_about_one_rank, one_bad_step
 from tests.fault.faulty_runs import STEPS, FaultyRun
 
 NewRun = Callable[..., FaultyRun]
@@ -52,6 +52,14 @@ def test_nan_on_one_rank_changes_nothing_on_any(
         assert rank.changed[0]
         assert rank.changed[1] == []
         assert rank.changed[2]
+
+
+def test_what_one_rank_sees_decides_for_all(pool: WorkerPool) -> None:
+    """A NaN mostly spreads by itself, by reduced losses and gradients; this must not need it."""
+    for bad_rank in (0, 1):
+        found = pool.run(2, decide_about_one_rank, bad_rank=bad_rank)
+        assert found == ["not finite", "not finite"]
+    assert pool.run(2, decide_about_one_rank, bad_rank=2) == [None, None]
 
 
 def test_nans_in_a_row_stop_the_run_and_keep_the_last_good_checkpoint(new_run: NewRun) -> None:
