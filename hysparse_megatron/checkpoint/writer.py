@@ -29,6 +29,7 @@ from hysparse_megatron.checkpoint.store import (
     unfinished_name,
 )
 from hysparse_megatron.errors import CheckpointError
+from hysparse_megatron.runtime import faults
 from hysparse_megatron.runtime.agreement import on_rank_zero
 
 
@@ -131,6 +132,7 @@ class CheckpointWrite:
                 "written_in_seconds": round(time.monotonic() - self._began, 3),
                 **self._facts,
             }
+            faults.reach("manifest", self.step)
             _write_manifest(self._temporary, {**facts, "files": files})
             if self._final.exists():
                 raise CheckpointError(f"{self._final} appeared while it was being written")
