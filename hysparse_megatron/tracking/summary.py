@@ -58,6 +58,11 @@ def _suggestions(
     local = f".venv/bin/python -m launch.local --nproc {num_ranks}"
     own = ("name=", "run_dir=", "checkpoint.load=")
     others = shlex.join(override for override in overrides if not override.startswith(own))
+    # Another text has other datasets and steps.
+    reading = ("data.path=", "data.blend=", "data.skip_steps=", "data.tokenizer=")
+    elsewhere = shlex.join(
+        override for override in overrides if not override.startswith((*own, *reading))
+    )
     layout = config.model.layout
     full, windows = (
         shlex.quote(f"model.layout={layout.replace('S', kind)}") for kind in ("F", "W")
@@ -69,7 +74,7 @@ def _suggestions(
     {local} {others} name={config.name}-full {full}
     {local} {others} name={config.name}-windows {windows}
     # start from these weights in one process, on your own text
-    .venv/bin/python -m hysparse_megatron {others} name={config.name}-tuned {single} \\
+    .venv/bin/python -m hysparse_megatron {elsewhere} name={config.name}-tuned {single} \\
         parallel.tp=1 parallel.pp=1 parallel.vpp=null parallel.sequence_parallel=false \\
         checkpoint.load={directory.path} data.path=FILE_OR_FOLDER data.tokenizer={tokenizer_path}
 """

@@ -2,11 +2,23 @@
 
 import hashlib
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from run_commands import Command, contents, facts, processes_naming, read_json, rows, run
+from run_commands import (
+    TINY,
+    Command,
+    contents,
+    facts,
+    processes_naming,
+    read_json,
+    rows,
+    run,
+    write_text,
+)
 
 from hysparse_megatron.config.compose import compose, load_frozen
 
@@ -164,3 +176,33 @@ def test_killed_and_preempted_runs_repeat_the_straight_one_bit_for_bit(
     assert facts(run_dir) == facts(finished.run_dir)
     assert len(read_json(run_dir / "run.json")["starts"]) == 3
     assert processes_naming(str(run_dir)) == []
+
+
+def test_a_blend_with_masks_and_skipped_steps(tmp_path: Path) -> None:
+    """Two prepared folders, one of them with all the weight but a little, through a whole run."""
+    for number, name in enumerate(("first", "second")):
+        corpus = write_text(tmp_path / f"{name}-text", number)
+        prepared = [sys.executable, "-m", "tools.prepare_data", "--tokenizer", "bytes", "--quiet"]
+        split = ["--validation-fraction", "0.4", "--output", str(tmp_path / name)]
+        done = subprocess.run([*prepared, *split, str(corpus)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    settings = [
+        *TINY,
+        f"data.blend='3 {tmp_path}/first; 1 {tmp_path}/second'",
+        "data.document_mask=true",
+        "data.skip_steps=1-2",
+        "train.steps=3",
+        "optim.warmup_steps=1",
+        "optim.decay_steps=1",
+        f"run_dir={tmp_path}/run",
+    ]
+    code, output = run(settings)
+    assert code == 0, output
+    manifest = read_json(tmp_path / "run" / "checkpoints" / "step-00000003" / "manifest.json")
+    assert manifest["data"]["source"].startswith("3.0 ")
+    assert "; 1.0 " in manifest["data"]["source"]
+    # Other weights are other data.
+    other = [one.replace("3 /", "2 /") for one in settings]
+    code, output = run([*other, "train.steps=4"])
+    assert code == 5
+    assert "the data changed since" in output

@@ -111,6 +111,13 @@ def test_console_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
 
 OVERRIDES = {
     "one process": ["name=mine", "train.steps=30", "model.layout=2*(F S) F"],
+    "blend": [
+        "name=mine",
+        "train.steps=30",
+        "model.layout=2*(F S) F",
+        "data.blend='1 web; 2 code'",
+        "data.skip_steps='3-4'",
+    ],
     "quickstart": ["experiment=quickstart", "train.steps=100", "optim.decay_steps=20"],
     "interleaved": [
         "model.layout=2*(F S | S) F",
@@ -165,7 +172,7 @@ def test_suggested_commands_are_right(kind: str, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     overrides = [text.format(tmp_path=tmp_path) for text in OVERRIDES[kind]]
     overrides.append(f"run_dir={tmp_path / 'run'}")
-    ranks = 1 if kind == "one process" else 4
+    ranks = 1 if kind in ("one process", "blend") else 4
     config, text = summary_of(overrides, ranks, tmp_path)
     found = commands(text)
     assert len(found) == 4
@@ -191,6 +198,7 @@ def test_suggested_commands_are_right(kind: str, tmp_path: Path) -> None:
     assert letters[1:3] == ["F" * len(letters[0]), letters[0].replace("S", "W")]
     assert letters[3] == letters[0]
     assert tuned.checkpoint.load == str(config.run_path)
+    assert tuned.data.blend is None
     # Each of the new runs goes to a place of its own.
     assert len({one.run_path for one in (config, full, windows, tuned)}) == 4
     for other in (full, windows):
