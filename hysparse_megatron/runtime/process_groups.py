@@ -8,6 +8,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 
 from hysparse_megatron.config.schema import ParallelConfig
 
@@ -34,6 +35,8 @@ def build_process_groups(parallel: ParallelConfig, num_query_groups: int) -> Pro
 def destroy_process_groups() -> None:
     """Undo `build_process_groups`, for tests that build several layouts in one process."""
     _sharing.clear()
+    # It is sized for the layers of the first model that records a loss.
+    destroy_moe_metrics_tracker()
     parallel_state.destroy_model_parallel()
 
 
