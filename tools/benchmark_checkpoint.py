@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
         config = load(parse_arguments([*SMALL, *given.overrides]))
         rank = rank_from_environment()
         check(config, rank.world_size)
-        device = runtime_device.start(rank, config.parallel.timeout_seconds)
+        device = runtime_device.start(rank, config.parallel)
         state = build_state(config, config.model.vocab_size or 0, device)
         with tempfile.TemporaryDirectory(dir=given.directory) as made:
             place = on_rank_zero(lambda: Path(made), CheckpointError)

@@ -111,7 +111,8 @@ def test_mini_trains_like_one_process_and_learns(
     runs = pool.run(ranks, train, timeout=300.0, config=config, tokens=[*reference.tokens, *more])
     losses = runs[0].losses
     assert all(run.losses == losses for run in runs)
-    difference = np.abs(np.array(losses[:COMPARED]) - reference.losses).max()
+    # Relative: 49 layers in fp32 are off by up to 2e-5 of losses around 6.
+    difference = np.abs(np.array(losses[:COMPARED]) / reference.losses - 1).max()
     assert difference <= LOSS_TOLERANCE
     for step in range(COMPARED):
         selection = whole_selection(runs, step, config.model.num_query_groups)
