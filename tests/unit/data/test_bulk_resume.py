@@ -47,6 +47,8 @@ MAIN_PROGRAM = PROGRAM.replace(
     "prepare_bulk(request, workers=2)",
     """
 from hysparse_megatron.errors import HySparseError
+
+pytestmark = pytest.mark.slow
 try:
     prepare_bulk(request, workers=2)
 except HySparseError as error:

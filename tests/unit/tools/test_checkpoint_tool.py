@@ -15,6 +15,8 @@ from tests.checkpoints import write_checkpoint
 from tests.unit.single_process import default_group
 from tools.checkpoint import main
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[3]
 
 
