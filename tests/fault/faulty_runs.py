@@ -29,6 +29,8 @@ SETTINGS = [
     f"train.steps={STEPS}",
     "train.eval_interval=4",
     "checkpoint.interval=4",
+    # A save beside training might not be complete a few such short steps later.
+    "checkpoint.asynchronous=false",
     f"parallel.timeout_seconds={TIMEOUT}",
 ]
 

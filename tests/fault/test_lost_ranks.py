@@ -31,9 +31,7 @@ def test_a_killed_rank(ranks: int, new_run: NewRun) -> None:
     killed = 0 if ranks == 2 else 3
     run = new_run(ranks)
     layout = FOUR_RANKS if ranks == 4 else []
-    # One beside training might not be complete two steps later.
-    saving = "checkpoint.asynchronous=false"
-    command = run.start(*layout, saving, fault=f"sigkill@{killed}:6")
+    command = run.start(*layout, fault=f"sigkill@{killed}:6")
     assert seconds_of_the_end(command, "step  5/") < SECONDS_TO_DETECT
     assert command.finish() == 1
     run.assert_nothing_left()
