@@ -28,6 +28,8 @@ from test_bulk_formats import write_gzip, write_parquet
 from hysparse_megatron.data.bulk import prepare_bulk, verify_prepared
 from hysparse_megatron.errors import ConfigError, DataError
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[3]
 
 PROGRAM = """
@@ -47,8 +49,6 @@ MAIN_PROGRAM = PROGRAM.replace(
     "prepare_bulk(request, workers=2)",
     """
 from hysparse_megatron.errors import HySparseError
-
-pytestmark = pytest.mark.slow
 try:
     prepare_bulk(request, workers=2)
 except HySparseError as error:
