@@ -1,11 +1,13 @@
 """Checks of the configuration against the file system."""
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from hysparse_megatron.config.schema import Config
+from hysparse_megatron.data.blend import parse_blend
 from hysparse_megatron.errors import Problem
 
 
@@ -23,10 +25,20 @@ def inputs(config: Config) -> Iterator[Problem]:
     # A prepared dataset is named by the common stem of its .bin and .idx files.
     if path is not None and not (os.path.exists(path) or os.path.exists(f"{path}.idx")):
         yield Problem("data.path", path, "a file or directory that exists, or null")
+    for folder in _blended(config.data.blend):
+        if not os.path.isdir(folder):
+            yield Problem("data.blend", folder, "folders that tools.prepare_data made")
     if tokenizer is not None and not os.path.exists(tokenizer):
         yield Problem("data.tokenizer", tokenizer, "a file or directory that exists, or null")
     if load is not None and not os.path.isdir(load):
         yield Problem("checkpoint.load", load, "a step or run directory that exists, or null")
+
+
+def _blended(blend: str | None) -> list[str]:
+    """Its folders; none of one that cannot be read, of which its own rule complains."""
+    with contextlib.suppress(ValueError):
+        return [path for _, path in parse_blend(blend or "")]
+    return []
 
 
 def _obstacle(directory: Path) -> str | None:

@@ -378,8 +378,10 @@ def _data(config: Config) -> Iterator[Problem]:
             parse_blend(data.blend)
         except ValueError as error:
             yield Problem("data.blend", data.blend, f"weights and paths: {error}")
-        if data.path is not None:
-            yield Problem("data.path", data.path, "null with data.blend, which names all datasets")
+        for key in ("path", "tokenizer"):
+            value = getattr(data, key)
+            if value is not None:
+                yield Problem(f"data.{key}", value, "null with data.blend: its datasets have both")
     try:
         Skips.parse(data.skip_steps)
     except ValueError as error:

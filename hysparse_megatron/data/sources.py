@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from hysparse_megatron.config.schema import DataConfig
 from hysparse_megatron.data.blend import parse_blend
 from hysparse_megatron.data.card import PreparedCorpus, load_prepared
 from hysparse_megatron.data.dataset import BlendedSamples, Samples, TokenSamples
+from hysparse_megatron.data.prepare import prepare_corpus
 from hysparse_megatron.errors import DataError
+
+Progress = Callable[[str], None]
+"""Is told what is being done, one line at a time."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,26 @@ def load_blend(text: str) -> BlendedCorpus:
                 " of them anew"
             )
     return BlendedCorpus(parts, weights)
+
+
+def load_data(data: DataConfig, seed: int, progress: Progress | None = None) -> TrainingData:
+    """What a run's settings name, prepared if it is not; `seed` of the split.
+
+    Raises:
+        DataError: bad, missing or too little data; see `load_blend` and `prepare_corpus`.
+    """
+    if data.blend is not None:
+        return load_blend(data.blend)
+    return prepare_corpus(
+        path=data.path,
+        cache_dir=data.cache_dir,
+        tokenizer_path=data.tokenizer,
+        vocab_size=data.tokenizer_vocab_size,
+        validation_fraction=data.validation_fraction,
+        seed=seed,
+        text_key=data.text_key,
+        progress=progress,
+    )
 
 
 def open_samples(data: TrainingData, split: str, seq_length: int) -> Samples:

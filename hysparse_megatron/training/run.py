@@ -24,10 +24,9 @@ from hysparse_megatron.data import (
     BatchSource,
     EvaluationBatches,
     evaluation_batches,
-    prepare_corpus,
 )
 from hysparse_megatron.data.order import Skips
-from hysparse_megatron.data.sources import TrainingData, load_blend, open_samples
+from hysparse_megatron.data.sources import TrainingData, load_data, open_samples
 from hysparse_megatron.errors import (
     CheckpointError,
     ConfigError,
@@ -249,19 +248,7 @@ def _prepare_data(config: Config, rank: Rank, watch: Watch, say: Say) -> Trainin
 
     def prepare() -> TrainingData:
         faults.reach("prepare", 0)
-        data = config.data
-        if data.blend is not None:
-            return load_blend(data.blend)
-        return prepare_corpus(
-            path=data.path,
-            cache_dir=data.cache_dir,
-            tokenizer_path=data.tokenizer,
-            vocab_size=data.tokenizer_vocab_size,
-            validation_fraction=data.validation_fraction,
-            seed=config.train.seed,
-            text_key=data.text_key,
-            progress=say,
-        )
+        return load_data(config.data, config.train.seed, say)
 
     first = rank.local_rank == 0
     built = _attended(watch, lambda: prepare() if first else None)

@@ -90,6 +90,7 @@ def capture(run: Path, sequence: int | None) -> Captured:
     finally:
         runtime_device.stop()
     model = config.model
+    source = config.data.blend or config.data.path or "the sample text"
     facts: dict[str, Any] = {
         "model": model.layout,
         "heads": f"{model.num_attention_heads}/{model.num_query_groups}",
@@ -101,7 +102,7 @@ def capture(run: Path, sequence: int | None) -> Captured:
         "steps": store.read_manifest(checkpoint)["step"],
         "trained_tokens": store.read_manifest(checkpoint).get("tokens"),
         "trained_sequence": trained.train.seq_length,
-        "text": f"sample 0 of the {split} split of {config.data.path or 'the sample text'}",
+        "text": f"sample 0 of the {split} split of {source}",
         "loss": round(loss, 4),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
         "date": time.strftime("%Y-%m-%d"),
@@ -125,24 +126,15 @@ def _alone(config: Config, sequence: int) -> Config:
 
 def _sample(config: Config) -> tuple[Tensor, str, int]:
     """Tokens [1, S + 1] of held-out text, or of training text where that is too short."""
-    from hysparse_megatron.data import TokenSamples, prepare_corpus
+    from hysparse_megatron.data.sources import load_data, open_samples
     from hysparse_megatron.errors import DataError
 
-    data = config.data
-    corpus = prepare_corpus(
-        path=data.path,
-        cache_dir=data.cache_dir,
-        tokenizer_path=data.tokenizer,
-        vocab_size=data.tokenizer_vocab_size,
-        validation_fraction=data.validation_fraction,
-        seed=config.train.seed,
-        text_key=data.text_key,
-    )
+    corpus = load_data(config.data, config.train.seed)
     length = config.train.seq_length
     try:
-        split, samples = "validation", TokenSamples(corpus.validation_prefix, length)
+        split, samples = "validation", open_samples(corpus, "validation", length)
     except DataError:
-        split, samples = "training", TokenSamples(corpus.train_prefix, length)
+        split, samples = "training", open_samples(corpus, "train", length)
     return torch.from_numpy(samples[0])[None], split, corpus.vocab_size
 
 

@@ -115,7 +115,7 @@ OVERRIDES = {
         "name=mine",
         "train.steps=30",
         "model.layout=2*(F S) F",
-        "data.blend='1 web; 2 code'",
+        "data.blend='1 {tmp_path}; 2 {tmp_path}'",
         "data.skip_steps='3-4'",
     ],
     "quickstart": ["experiment=quickstart", "train.steps=100", "optim.decay_steps=20"],
