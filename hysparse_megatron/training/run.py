@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +173,6 @@ def _run_in(
     progress = _resume(state, latest, corpus, say)
     batches, evaluation = _batches(state, corpus, watch)
 
-    tracker: Tracker | None = None
     saver = Saver(
         state,
         checkpoints,
@@ -181,30 +180,13 @@ def _run_in(
         say,
         functools.partial(_published, directory, watch),
     )
-    hooks = Hooks(
-        on_first_step=lambda: rendezvous.set_timeout(config.parallel.timeout_seconds),
-        save=saver.save,
-        poll=saver.poll,
-    )
-    metrics: MetricsFile | None = None
-    if directory is not None:
-        metrics = MetricsFile(directory.metrics)
-        tracker = Tracker(
-            config.tracking,
-            directory.facts["id"],
-            config.name,
-            directory.path,
-            {**yaml.safe_load(to_yaml(config)), "run": directory.facts},
-            say,
+    with _recorded(config, directory, progress.step, say) as on_row:
+        hooks = Hooks(
+            on_row=on_row,
+            on_first_step=lambda: rendezvous.set_timeout(config.parallel.timeout_seconds),
+            save=saver.save,
+            poll=saver.poll,
         )
-        hooks.on_row = [
-            metrics.write,
-            tracker.log,
-            functools.partial(_print_row, Console(config.train.steps, progress.step), say),
-            functools.partial(_update_status, directory),
-        ]
-    exit_code = 1
-    try:
         try:
             train(state, batches, evaluation, progress, watch, hooks)
         except (Preempted, NumericalStop):
@@ -212,18 +194,46 @@ def _run_in(
             saver.finish()
             raise
         saver.finish()
+    if directory is not None:
+        directory.status.write("finished", exit_code=0, step=config.train.steps)
+        say(write_summary(config, directory, corpus.tokenizer_path, rank.world_size, overrides))
+
+
+@contextlib.contextmanager
+def _recorded(
+    config: Config, directory: RunDirectory | None, first_step: int, say: Say
+) -> Iterator[list[Callable[[dict[str, Any]], None]]]:
+    """What gets the rows of `metrics.jsonl`, on rank 0 alone.
+
+    Closed at the end, with the exit code of what happened within.
+    """
+    if directory is None:
+        yield []
+        return
+    metrics = MetricsFile(directory.metrics)
+    tracker = Tracker(
+        config.tracking,
+        directory.facts["id"],
+        config.name,
+        directory.path,
+        {**yaml.safe_load(to_yaml(config)), "run": directory.facts},
+        say,
+    )
+    exit_code = 1
+    try:
+        yield [
+            metrics.write,
+            tracker.log,
+            functools.partial(_print_row, Console(config.train.steps, first_step), say),
+            functools.partial(_update_status, directory),
+        ]
         exit_code = 0
     except HySparseError as error:
         exit_code = error.exit_code
         raise
     finally:
-        if metrics is not None:
-            metrics.close()
-        if tracker is not None:
-            tracker.close(exit_code)
-    if directory is not None:
-        directory.status.write("finished", exit_code=0, step=config.train.steps)
-        say(write_summary(config, directory, corpus.tokenizer_path, rank.world_size, overrides))
+        metrics.close()
+        tracker.close(exit_code)
 
 
 def _print_row(console: Console, say: Say, row: dict[str, Any]) -> None:
