@@ -29,6 +29,7 @@ from hysparse_megatron.checkpoint.store import (
     unfinished_name,
 )
 from hysparse_megatron.errors import CheckpointError
+from hysparse_megatron.files import sync_folder
 from hysparse_megatron.runtime import faults
 from hysparse_megatron.runtime.agreement import on_rank_zero
 
@@ -137,7 +138,7 @@ class CheckpointWrite:
             if self._final.exists():
                 raise CheckpointError(f"{self._final} appeared while it was being written")
             os.rename(self._temporary, self._final)
-            _sync_directory(self._checkpoints)
+            sync_folder(self._checkpoints)
         except OSError as error:
             text = describe_error(error)
             raise CheckpointError(f"{self._final} was not written; rank 0: {text}") from error
@@ -175,12 +176,4 @@ def _write_manifest(directory: Path, content: dict[str, Any]) -> None:
         json.dump(content, file, indent=1, sort_keys=True)
         file.flush()
         os.fsync(file.fileno())
-    _sync_directory(directory)
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(directory)

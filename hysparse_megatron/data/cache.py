@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from hysparse_megatron.errors import DataError
+from hysparse_megatron.files import sync_folder
 
 LOCK_TIMEOUT_SECONDS = 3600.0
 """Longest wait for another process that builds the same folder."""
@@ -142,12 +143,3 @@ def _acquire(
             note(f"waiting for {holder} to prepare the same data")
             next_note = now + _NOTE_EVERY_SECONDS
         time.sleep(_POLL_SECONDS)
-
-
-def sync_folder(directory: str) -> None:
-    """Make the names in a folder survive a loss of power."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -301,16 +301,15 @@ LOADED_EXPERTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def saved_experts(
-    pool: WorkerPool, reference_for: ReferenceFor, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, list[np.ndarray], Continuation]:
-    """A run with experts saved at EP 2 x TP 2, its data, and how it went on."""
-    run_dir = tmp_path_factory.mktemp("experts")
-    config = SAVED_EXPERTS.config()
+SavedRun = tuple[Path, list[np.ndarray], Continuation]
+"""A run directory, its data, and how the run went on after the save."""
+
+
+def save_run(case: Case, pool: WorkerPool, reference_for: ReferenceFor, run_dir: Path) -> SavedRun:
+    config = case.config()
     tokens = reference_for(config).tokens[:STEPS]
     runs = pool.run(
-        SAVED_EXPERTS.world_size,
+        case.world_size,
         train_and_save,
         config=config,
         tokens=tokens,
@@ -320,12 +319,9 @@ def saved_experts(
     return run_dir, tokens, runs[0]
 
 
-@pytest.mark.parametrize("case", LOADED_EXPERTS, ids=lambda case: case.name)
-def test_experts_continue_at_any_size(
-    case: Case, pool: WorkerPool, saved_experts: tuple[Path, list[np.ndarray], Continuation]
-) -> None:
-    """Weights, moments and the routers' biases; losses to the bit at the saved size."""
-    run_dir, tokens, original = saved_experts
+def assert_goes_on(case: Case, saved_as: Case, pool: WorkerPool, saved: SavedRun) -> None:
+    """Losses within rounding at any size, and to the bit at the saved one."""
+    run_dir, tokens, original = saved
     runs = pool.run(
         case.world_size, load_and_train, config=case.config(), tokens=tokens, run_dir=run_dir
     )
@@ -333,9 +329,24 @@ def test_experts_continue_at_any_size(
         assert run.first_step == SAVE_AFTER
         assert abs(run.eval_loss - original.eval_loss) <= EVAL_TOLERANCE
         np.testing.assert_allclose(run.losses, original.losses, rtol=0, atol=LOSS_TOLERANCE)
-        if case is SAVED_EXPERTS:
+        if case is saved_as:
             assert run.losses == original.losses
             assert run.grad_norms == original.grad_norms
+
+
+@pytest.fixture(scope="module")
+def saved_experts(
+    pool: WorkerPool, reference_for: ReferenceFor, tmp_path_factory: pytest.TempPathFactory
+) -> SavedRun:
+    return save_run(SAVED_EXPERTS, pool, reference_for, tmp_path_factory.mktemp("experts"))
+
+
+@pytest.mark.parametrize("case", LOADED_EXPERTS, ids=lambda case: case.name)
+def test_experts_continue_at_any_size(
+    case: Case, pool: WorkerPool, saved_experts: SavedRun
+) -> None:
+    """Weights, moments and the routers' biases."""
+    assert_goes_on(case, SAVED_EXPERTS, pool, saved_experts)
 
 
 SAVED_MUON = Case("muon-tp2-dp2", tp=2, sp=True, dp=2, ep=2, model=EXPERTS, optim=MUON)
@@ -350,37 +361,14 @@ LOADED_MUON = [
 @pytest.fixture(scope="module")
 def saved_muon(
     pool: WorkerPool, reference_for: ReferenceFor, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, list[np.ndarray], Continuation]:
-    """A run with Muon saved at TP 2 x DP 2, its data, and how it went on."""
-    run_dir = tmp_path_factory.mktemp("muon")
-    config = SAVED_MUON.config()
-    tokens = reference_for(config).tokens[:STEPS]
-    runs = pool.run(
-        SAVED_MUON.world_size,
-        train_and_save,
-        config=config,
-        tokens=tokens,
-        run_dir=run_dir,
-        save_after=SAVE_AFTER,
-    )
-    return run_dir, tokens, runs[0]
+) -> SavedRun:
+    return save_run(SAVED_MUON, pool, reference_for, tmp_path_factory.mktemp("muon"))
 
 
 @pytest.mark.parametrize("case", LOADED_MUON, ids=lambda case: case.name)
-def test_muon_continues_at_any_size(
-    case: Case, pool: WorkerPool, saved_muon: tuple[Path, list[np.ndarray], Continuation]
-) -> None:
+def test_muon_continues_at_any_size(case: Case, pool: WorkerPool, saved_muon: SavedRun) -> None:
     """Momentum too: its slices, its matrices dealt to other ranks, and those of experts."""
-    run_dir, tokens, original = saved_muon
-    runs = pool.run(
-        case.world_size, load_and_train, config=case.config(), tokens=tokens, run_dir=run_dir
-    )
-    for run in runs:
-        assert run.first_step == SAVE_AFTER
-        assert abs(run.eval_loss - original.eval_loss) <= EVAL_TOLERANCE
-        np.testing.assert_allclose(run.losses, original.losses, rtol=0, atol=LOSS_TOLERANCE)
-        if case is SAVED_MUON:
-            assert run.losses == original.losses
+    assert_goes_on(case, SAVED_MUON, pool, saved_muon)
 
 
 @pytest.mark.parametrize("into_muon", [True, False])

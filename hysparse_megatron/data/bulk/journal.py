@@ -16,8 +16,8 @@ import numpy as np
 
 from hysparse_megatron.data.bulk.shards import ShardRecord, TextPart, shard_bytes
 from hysparse_megatron.data.bulk.units import split_name
-from hysparse_megatron.data.cache import sync_folder
 from hysparse_megatron.errors import ConfigError
+from hysparse_megatron.files import sync_folder
 
 _REQUEST_NAME, _JOURNAL_NAME = "request.json", "journal.jsonl"
 

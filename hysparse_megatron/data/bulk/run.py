@@ -27,9 +27,10 @@ from hysparse_megatron.data.bulk.sources import list_sources
 from hysparse_megatron.data.bulk.tokenizers import Encoder, TokenizerChoice
 from hysparse_megatron.data.bulk.units import cut_units, default_unit_bytes
 from hysparse_megatron.data.bulk.worker import WorkerOptions, too_many_bad
-from hysparse_megatron.data.cache import locked, sync_folder
+from hysparse_megatron.data.cache import locked
 from hysparse_megatron.data.card import CARD_NAME, PreparedCorpus, load_prepared, write_card
 from hysparse_megatron.errors import ConfigError, DataError
+from hysparse_megatron.files import sync_folder
 
 BULK_FORMAT = 1
 """Changes when the same request would give other shards."""
