@@ -56,17 +56,25 @@ class Signals:
     """Remembers stop signals, also while the main thread waits in a collective.
 
     Python runs signal handlers between two bytecodes, which a rank that waits for another one does
-    not reach. The interpreter's wake-up descriptor is written at once; a thread reads it.
+    not reach. The interpreter's wake-up descriptor is written at once; a thread reads it. The main
+    thread, when it gets to the handler, waits for that thread: so the next poll knows the signal.
     """
 
     def __init__(self) -> None:
         self.received: list[int] = []
+        self._handled = 0
         reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         for number in STOP_SIGNALS:
-            signal.signal(number, lambda *_: None)
+            signal.signal(number, self._handle)
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._listen, args=(reader,), daemon=True).start()
+
+    def _handle(self, *_: object) -> None:
+        self._handled += 1
+        patience = time.monotonic() + _LOOK_SECONDS
+        while len(self.received) < self._handled and time.monotonic() < patience:
+            time.sleep(0.001)
 
     def _listen(self, reader: socket.socket) -> None:
         while True:
