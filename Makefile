@@ -34,15 +34,20 @@ $(STAMP): pyproject.toml constraints.txt
 train: $(STAMP) ## Train EXPERIMENT on NPROC local ranks, or resume it; add overrides with ARGS
 	@$(PY) -m launch.local --nproc $(NPROC) $(if $(EXPERIMENT),experiment=$(EXPERIMENT)) $(ARGS)
 
+# Tests in one process each share the cores; those that start processes need them. 5: none chosen.
+FAST := -m "not slow and not distributed and not fault" -n auto --maxprocesses 4 --dist loadfile
+SLOW := -m "(slow or distributed) and not fault"
+
 test: $(STAMP) ## Run all tests but those of faults (under 25 minutes on two cores)
-	@$(PY) -m pytest -m "not fault" $(PYTEST_ARGS)
+	@$(PY) -m pytest -q $(FAST) $(PYTEST_ARGS) || test $$? = 5
+	@$(PY) -m pytest $(SLOW) $(PYTEST_ARGS) || test $$? = 5
 
 test-fault: $(STAMP) ## Break runs in every way and look how they end (under 10 minutes)
 	@$(PY) -m pytest -m fault tests/fault $(PYTEST_ARGS)
 
 check: $(STAMP) ## Lint, types and the fast tests (under 3 minutes)
 	@$(MAKE) --no-print-directory lint
-	@$(PY) -m pytest -q -m "not slow and not distributed and not fault" $(PYTEST_ARGS)
+	@$(PY) -m pytest -q $(FAST) $(PYTEST_ARGS)
 
 lint: $(STAMP) ## Ruff (lint and format) and mypy
 	@$(VENV)/bin/ruff check .
