@@ -29,6 +29,8 @@ from hysparse_megatron.config.schema import Config
 from hysparse_megatron.errors import ConfigError, HySparseError
 from hysparse_megatron.status import Status, change_status, read_status, stamp, write_json
 
+RECORD_FILE = "run.json"
+
 _PACKAGES = (
     "torch",
     "megatron-core",
@@ -78,19 +80,8 @@ class RunDirectory:
         self._lock.close()
 
     def _open_record(self, config: Config) -> dict[str, Any]:
-        """`run.json`: made by the first start, its list of starts extended by every later one."""
-        path = self.path / "run.json"
-        record: dict[str, Any] = {}
-        if path.exists():
-            try:
-                record = json.loads(path.read_text())
-            except ValueError as error:
-                raise ConfigError(f"{path} is not JSON ({error}); delete it to go on") from error
-        if not isinstance(record, dict) or not isinstance(record.get("starts", []), list):
-            raise ConfigError(f"{path} is not the record of a run; delete it to go on")
-        record.setdefault("id", secrets.token_hex(4))
-        record.setdefault("name", config.name)
-        record.setdefault("starts", [])
+        """`run.json`: its list of starts extended by this one."""
+        record = _read_record(config)
         record["starts"].append(
             {
                 "time": stamp(time.time()),
@@ -102,8 +93,60 @@ class RunDirectory:
                 "slurm_job": os.environ.get("SLURM_JOB_ID"),
             }
         )
-        write_json(path, record)
+        write_json(self.path / RECORD_FILE, record)
         return record
+
+
+def prepare_run(config: Config) -> list[str]:
+    """Freeze the configuration before any rank starts, and give the run its id.
+
+    Returns lines `key: old -> new` for what differs from the last start in this directory. Raises
+    ConfigError as `RunDirectory` does; nothing has changed then.
+    """
+    path = config.run_path
+    path.mkdir(parents=True, exist_ok=True)
+    held, _ = lock(path)
+    with held:
+        _refuse_overwriting(config, path / "checkpoints")
+        changed = _changed_keys(path / CONFIG_FILE, config)
+        record = _read_record(config)
+        freeze(config, path)
+        write_json(path / RECORD_FILE, record)
+        held.truncate(0)
+    return changed
+
+
+def add_job(run_path: Path, job: str) -> None:
+    """Note in `run.json` a job that was submitted for this run."""
+    record = _read_json(run_path / RECORD_FILE)
+    record.setdefault("jobs", []).append(job)
+    write_json(run_path / RECORD_FILE, record)
+
+
+def submitted_jobs(run_path: Path) -> list[str]:
+    """Jobs that were submitted for this run, oldest first."""
+    return list(_read_json(run_path / RECORD_FILE).get("jobs", []))
+
+
+def _read_record(config: Config) -> dict[str, Any]:
+    """`run.json`, or what a new run begins with: the id it keeps over all its starts."""
+    record = _read_json(config.run_path / RECORD_FILE)
+    record.setdefault("id", secrets.token_hex(4))
+    record.setdefault("name", config.name)
+    record.setdefault("starts", [])
+    return record
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    record: dict[str, Any] = {}
+    if path.exists():
+        try:
+            record = json.loads(path.read_text())
+        except ValueError as error:
+            raise ConfigError(f"{path} is not JSON ({error}); delete it to go on") from error
+    if not isinstance(record, dict) or not isinstance(record.get("starts", []), list):
+        raise ConfigError(f"{path} is not the record of a run; delete it to go on")
+    return record
 
 
 def lock(run_path: Path) -> tuple[IO[str], str | None]:
@@ -129,6 +172,19 @@ def lock(run_path: Path) -> tuple[IO[str], str | None]:
     file.write(f"process {os.getpid()} on {socket.gethostname()} since {stamp(time.time())}")
     file.flush()
     return file, former
+
+
+def holder(run_path: Path) -> str | None:
+    """Who holds the directory now, if anybody. Changes nothing."""
+    try:
+        with (run_path / ".lock").open("r+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read().strip() or "another run"
+    except OSError:
+        pass  # no run has been here
+    return None
 
 
 def amend_status(run_path: Path, pid: int, cause: str | None, **facts: Any) -> None:

@@ -43,7 +43,7 @@ _FIELDS = (
     "started",
     "time",
 )
-_TIME = "%Y-%m-%dT%H:%M:%SZ"
+TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 
 
 class Status:
@@ -76,7 +76,7 @@ class Status:
 
 def stamp(seconds: float) -> str:
     """A time since the epoch, readable and in UTC."""
-    return time.strftime(_TIME, time.gmtime(seconds))
+    return time.strftime(TIME_FORMAT, time.gmtime(seconds))
 
 
 def read_status(run_path: Path) -> dict[str, Any]:

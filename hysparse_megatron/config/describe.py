@@ -45,6 +45,8 @@ def _describe(annotation: Any) -> str:
     if isinstance(annotation, UnionType):
         parts = [_describe(part) for part in get_args(annotation) if part is not NoneType]
         return " or ".join([*parts, "null"])
+    if annotation == list[str]:
+        return "a list of texts, [a,b]"
     if is_dataclass(annotation):
         return f"a section with {', '.join(item.name for item in fields(annotation))}"
     if issubclass(annotation, Enum):

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
+from hysparse_megatron.config.cluster import ClusterConfig
+
 
 class GateKind(Enum):
     """Granularity of the two sigmoid gates of a sparse layer."""
@@ -450,24 +452,6 @@ class TrackingConfig:
     """Team or user; null takes the account's default."""
     name: str | None = None
     """Name shown in the tracker; null takes the run's."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClusterConfig:
-    """Where the run is launched, as far as the planner must know it."""
-
-    name: str = "local"
-    """Label written into the run's records; local means this machine."""
-    gpus_per_node: int = 8
-    """Accelerators of one machine; tensor parallelism should not reach beyond it."""
-    memory_gib: float | None = None
-    """Memory of one accelerator in GiB; a plan that needs more is refused. null: not checked."""
-    peak_tflops: float = 989.0
-    """Dense bf16 matrix throughput of one accelerator, in 1e12 FLOPs per second (an H100's)."""
-    node_bandwidth_gb: float = 450.0
-    """Bandwidth of one accelerator inside a machine and one direction, in 1e9 bytes a second."""
-    network_bandwidth_gb: float = 50.0
-    """Bandwidth of one accelerator between machines and one direction, in 1e9 bytes a second."""
 
 
 @dataclass(frozen=True, kw_only=True)

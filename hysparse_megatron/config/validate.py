@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from operator import attrgetter
 
 from hysparse_megatron.config import paths
+from hysparse_megatron.config.cluster import cluster_problems
 from hysparse_megatron.config.problems import as_error
 from hysparse_megatron.config.schema import (
     Backend,
@@ -69,6 +70,10 @@ AT_LEAST: dict[str, int] = {
     "parallel.cp": 1,
     "parallel.ep": 1,
     "cluster.gpus_per_node": 1,
+    "cluster.nodes": 1,
+    "cluster.ranks_per_node": 1,
+    "cluster.slurm.signal_seconds": 1,
+    "cluster.slurm.max_restarts": 0,
     "parallel.timeout_seconds": 1,
     "parallel.setup_timeout_seconds": 1,
     "optim.min_learning_rate": 0,
@@ -151,7 +156,7 @@ def plan_problems(config: Config, *, world_size: int) -> list[Problem]:
 
 def warnings(config: Config) -> list[str]:
     """What will not stop the run but will probably surprise."""
-    if config.tracking.mode is TrackingMode.online and not _has_wandb_key():
+    if config.tracking.mode is TrackingMode.online and not has_wandb_key():
         return [
             "tracking.mode is online, but there is no WANDB_API_KEY and no `wandb login`: "
             "the run will track offline instead"
@@ -388,6 +393,10 @@ def _data(config: Config) -> Iterator[Problem]:
         yield Problem("data.skip_steps", data.skip_steps, f"ascending steps: {error}")
 
 
+def _cluster(config: Config) -> Iterator[Problem]:
+    yield from cluster_problems(config.cluster)
+
+
 def _fp8(config: Config) -> Iterator[Problem]:
     """What FP8 matrix products take; whether the GPU can do them is found out there."""
     model, train, parallel = config.model, config.train, config.parallel
@@ -476,7 +485,8 @@ def _is_multiple(value: int, unit: int) -> bool:
     return value < 1 or unit < 1 or value % unit == 0
 
 
-def _has_wandb_key() -> bool:
+def has_wandb_key() -> bool:
+    """Whether W&B would find a key on this machine."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:
@@ -496,6 +506,7 @@ RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _backend,
     _fp8,
     _data,
+    _cluster,
     _parallel,
     _experts,
     _dense_ranks,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from hysparse_megatron.config.schema import Config
+from hysparse_megatron.config.schema import Config, Precision
 from hysparse_megatron.layout import LayerKind
 from hysparse_megatron.plan.flops import (
     ForwardFlops,
@@ -103,6 +103,12 @@ class Overview:
     def peak_bytes(self) -> int:
         """Memory of the fullest rank."""
         return max(rank.memory.total for rank in self.ranks)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """One checkpoint on disk: weights, their fp32 copies, two fp32 moments (Muon: fewer)."""
+        per_weight = 2 if self.config.train.precision is Precision.bf16 else 4
+        return self.parameters.total * (per_weight + 4 + 8)
 
     @property
     def fits(self) -> bool:

@@ -61,6 +61,7 @@ def as_values(overview: Overview) -> dict[str, Any]:
         ],
         "ranks": [_rank_values(index, rank) for index, rank in enumerate(overview.ranks)],
         "peak_bytes": overview.peak_bytes,
+        "checkpoint_bytes": overview.checkpoint_bytes,
         "fits": overview.fits,
         "step": {
             "seconds": overview.time.seconds,
@@ -220,7 +221,8 @@ def _step(overview: Overview) -> str:
     per_gpu = tokens / overview.groups.world_size
     return (
         f"a step: about {time.seconds:.3g} s at 40% of the peak, {per_gpu:,.0f} tokens/s/GPU; "
-        f"ranks wait {time.bubble_share:.1%} of the pipeline's time"
+        f"ranks wait {time.bubble_share:.1%} of the pipeline's time\n"
+        f"a checkpoint: {_size(overview.checkpoint_bytes)} on disk"
     )
 
 

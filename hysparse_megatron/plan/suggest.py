@@ -88,6 +88,19 @@ def check(config: Config, world_size: int) -> None:
     raise ConfigError("\n".join([str(error), *lines]), problems)
 
 
+def overview_of(config: Config, world_size: int) -> Overview:
+    """The plan of a valid configuration; without `model.vocab_size` that of a tokenizer made here
+    is taken."""
+    return make_overview(_with_vocab_size(config), world_size)
+
+
+def _with_vocab_size(config: Config) -> Config:
+    if config.model.vocab_size is not None:
+        return config
+    model = dataclasses.replace(config.model, vocab_size=config.data.tokenizer_vocab_size)
+    return dataclasses.replace(config, model=model)
+
+
 def _memory_problem(config: Config, world_size: int) -> Problem | None:
     limit = config.cluster.memory_gib
     if limit is None or config.model.vocab_size is None:
@@ -101,9 +114,7 @@ def _memory_problem(config: Config, world_size: int) -> Problem | None:
 
 
 def _working(config: Config, world_size: int) -> Iterator[Suggestion]:
-    if config.model.vocab_size is None:
-        model = dataclasses.replace(config.model, vocab_size=config.data.tokenizer_vocab_size)
-        config = dataclasses.replace(config, model=model)
+    config = _with_vocab_size(config)
     for candidate in _candidates(config, world_size):
         if plan_problems(candidate, world_size=world_size):
             continue

@@ -1,0 +1,130 @@
+"""Whether a Slurm job goes on: `python -m launch.requeue --max-restarts N RUN_DIR`.
+
+The job script asks at the end of every start. Prints `requeue: REASON` or `leave: REASON`, which
+is also kept in RUN_DIR/requeue.json.
+
+| how the start ended                               | goes on                                     |
+|---------------------------------------------------|---------------------------------------------|
+| pre-empted, or told to stop before it had begun   | yes                                         |
+| failed, with a checkpoint newer than the last one | yes, `max-restarts` times in a row          |
+| failed without one                                | no: it would fail again (a crash loop)      |
+| finished, numerical stop, bad configuration, bad  | no                                          |
+| data, no valid checkpoint                         |                                             |
+"""
+
+from __future__ import annotations
+
+import argparse
+import calendar
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hysparse_megatron.errors import CheckpointError, ConfigError, DataError, NumericalStop
+from hysparse_megatron.rundir import amend_status
+from hysparse_megatron.status import TIME_FORMAT, read_status, write_json
+
+RECORD = "requeue.json"
+
+_FINAL = {error.exit_code for error in (ConfigError, NumericalStop, DataError, CheckpointError)}
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether the job goes on, why, and what to remember for the next time."""
+
+    goes_on: bool
+    reason: str
+    failures: int
+    """Failures in a row, this one included."""
+    checkpoint_step: int
+    """Steps in the newest checkpoint of the run; 0 without one."""
+
+
+def decide(
+    status: Mapping[str, Any],
+    record: Mapping[str, Any],
+    *,
+    is_of_this_start: bool,
+    told: bool,
+    max_restarts: int,
+) -> Decision:
+    """What to do after a start that left `status`, with what the last decision left in `record`.
+
+    `told` says that the job was asked to stop; `is_of_this_start` that the start got far enough to
+    write `status`.
+    """
+    before = int(record.get("checkpoint_step", 0))
+    saved = max(int(status.get("checkpoint_step") or 0), before)
+    failures = int(record.get("failures", 0))
+    state, code = status.get("state"), status.get("exit_code")
+    if not is_of_this_start:
+        if told:
+            return Decision(True, "told to stop before it had begun", failures, saved)
+        return Decision(False, "it ended before it had begun: see its log", failures + 1, saved)
+    if state == "preempted":
+        return Decision(True, f"pre-empted: {status.get('cause')}", 0, saved)
+    if state == "finished":
+        return Decision(False, "finished", 0, saved)
+    if code in _FINAL:
+        return Decision(False, f"exit code {code} would come again", failures + 1, saved)
+    failed = f"failed: {status.get('cause')}"
+    if saved <= before:
+        newest = f"no checkpoint after step {before}" if before else "no checkpoint"
+        return Decision(False, f"{failed}; {newest}, so it would again", failures + 1, saved)
+    failures += 1
+    if failures > max_restarts:
+        return Decision(False, f"{failed}; {failures} times in a row", failures, saved)
+    return Decision(True, f"{failed}; it had got to step {saved}", failures, saved)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Decide by the run directory in `argv`, the command line without the program's name."""
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.requeue",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--max-restarts", type=int, required=True, metavar="N")
+    parser.add_argument("--started", type=float, default=0.0, metavar="EPOCH", help="of this start")
+    parser.add_argument("--told", type=int, choices=(0, 1), default=0, help="was asked to stop")
+    given = parser.parse_args(list(argv))
+    status = read_status(given.run_dir)
+    is_of_this_start = _seconds(status.get("started")) >= int(given.started)
+    if is_of_this_start and status.get("state") == "running":
+        # Nobody was left to write down how it ended.
+        cause = "the ranks ended without a word: killed, or out of memory"
+        amend_status(given.run_dir, status["pid"], cause, state="failed", exit_code=1, rank=None)
+        status = read_status(given.run_dir)
+    decision = decide(
+        status,
+        _read(given.run_dir / RECORD),
+        is_of_this_start=is_of_this_start,
+        told=bool(given.told),
+        max_restarts=given.max_restarts,
+    )
+    write_json(given.run_dir / RECORD, vars(decision))
+    print(f"{'requeue' if decision.goes_on else 'leave'}: {decision.reason}")
+    return 0
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _seconds(text: str | None) -> float:
+    return calendar.timegm(time.strptime(text, TIME_FORMAT)) if text else 0.0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,177 @@
+"""From overrides to a running job: `python -m launch.submit [--dry-run] [-m] [overrides]`.
+
+Composes and checks the configuration, prints the parallel plan with its memory and traffic, looks
+at packages, data, disk and run directory, freezes the run directory, and submits a Slurm job
+(`cluster.scheduler=slurm`) or runs here. Needs no GPU.
+
+    python -m launch.submit --dry-run experiment=paper_80b_a3b_32k cluster=slurm cluster.nodes=32
+    python -m launch.submit cluster=slurm 'cluster.slurm.options=[--partition=NAME,--gres=gpu:8]'
+    python -m launch.submit -m optim.learning_rate=1e-3,2e-3 train.seed=1,2
+
+--dry-run   prints all of it and changes nothing
+-m          one job per point of the overrides that list values (`a=1,2`, `a=range(1,4)`), each in a
+            run directory of its own
+
+Exit codes: 0 submitted, finished, or only looked; 2 nothing was started: bad configuration, a
+failed check, no sbatch, or the run's last job is still in the queue; of a run here, the run's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hysparse_megatron.config.cli import load, parse_arguments
+from hysparse_megatron.config.cluster import Scheduler
+from hysparse_megatron.config.schema import Config
+from hysparse_megatron.config.validate import warnings
+from hysparse_megatron.errors import ConfigError, HySparseError
+from hysparse_megatron.plan.report import as_text
+from hysparse_megatron.plan.suggest import check, overview_of
+from hysparse_megatron.rundir import add_job, prepare_run, submitted_jobs
+from launch import findings, local
+from launch.checks import login_checks
+from launch.job import SCRIPT_NAME, num_ranks, render_job
+from launch.sweep import Point, points
+
+_QUEUE_SECONDS = 30
+
+
+def main(argv: Sequence[str]) -> int:
+    """Submit or run what `argv` names, the command line without the program's name."""
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.submit",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print everything, change nothing")
+    parser.add_argument("-m", "--multirun", action="store_true", help="one job per point")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="take this file as it is")
+    parser.add_argument("overrides", nargs="*", help="group=option, key=value")
+    given = parser.parse_intermixed_args(list(argv))
+    try:
+        runs = _runs(given)
+        for point in runs:
+            _check(point)
+        codes = [_launch(point, given.dry_run, len(runs) > 1) for point in runs]
+    except HySparseError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    if given.multirun:
+        print(_table(runs))
+    return max(codes)
+
+
+def _runs(given: argparse.Namespace) -> list[Point]:
+    if given.config is not None:
+        if given.multirun:
+            raise ConfigError("-m takes overrides; --config names one run")
+        rest = ["--config", str(given.config), *given.overrides]
+        return [Point((), load(parse_arguments(rest)))]
+    if given.multirun:
+        return points(given.overrides)
+    return [Point((), load(parse_arguments(given.overrides)))]
+
+
+def _check(point: Point) -> None:
+    """All points are checked before the first is submitted."""
+    try:
+        check(point.config, num_ranks(point.config))
+    except ConfigError as error:
+        where = f"{' '.join(point.chosen)}: " if point.chosen else ""
+        raise ConfigError(f"{where}{error}", error.problems) from error
+
+
+def _launch(point: Point, dry_run: bool, is_one_of_many: bool) -> int:
+    """Show, check, freeze and start one run; returns its exit code."""
+    config = point.config
+    slurm = config.cluster.scheduler is Scheduler.slurm
+    script = render_job(config) if slurm else ""
+    overview = overview_of(config, num_ranks(config))
+    found = login_checks(config, overview)
+    if is_one_of_many:
+        print(f"== {config.name}: {' '.join(point.chosen)}")
+    else:
+        print(as_text(overview), end="\n\n")
+    for warning in warnings(config):
+        print(f"warning: {warning}")
+    print(findings.as_text(found), end="\n\n")
+    if slurm and (dry_run or not is_one_of_many):
+        print(script)
+    if findings.has_failed(found):
+        print(f"{'would not be' if dry_run else 'not'} started: a check failed", file=sys.stderr)
+        return 2
+    command = _command(config)
+    if dry_run:
+        print(f"would run: {shlex.join(command)}")
+        return 0
+    if slurm and shutil.which("sbatch") is None:
+        print(f"not submitted: no sbatch here; would run: {shlex.join(command)}", file=sys.stderr)
+        return 2
+    if slurm:
+        _refuse_queued(config)
+    for line in prepare_run(config):
+        print(f"note: changed since the last start in {config.run_path}: {line}")
+    if not slurm:
+        return local.main(command[3:])
+    return _submit(config, script, command)
+
+
+def _command(config: Config) -> list[str]:
+    if config.cluster.scheduler is Scheduler.slurm:
+        return ["sbatch", "--parsable", str(config.run_path.absolute() / SCRIPT_NAME)]
+    frozen = str(config.run_path / "config.yaml")
+    return ["python", "-m", "launch.local", "--nproc", str(num_ranks(config)), "--config", frozen]
+
+
+def _submit(config: Config, script: str, command: list[str]) -> int:
+    path = config.run_path
+    (path / "logs").mkdir(exist_ok=True)  # sbatch does not make the folder of its output
+    (path / SCRIPT_NAME).write_text(script)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(f"sbatch refused it: {done.stderr.strip()}", file=sys.stderr)
+        return 2
+    job = done.stdout.strip().partition(";")[0]
+    add_job(path, job)
+    print(f"submitted job {job}: {path}/logs/slurm-{job}.log")
+    return 0
+
+
+def _refuse_queued(config: Config) -> None:
+    """One run, one job: a second one would wait and then find the directory locked."""
+    for job in submitted_jobs(config.run_path):
+        told = subprocess.run(
+            ["squeue", "--noheader", f"--jobs={job}", "--format=%T"],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_QUEUE_SECONDS,
+        ).stdout.strip()
+        if told:
+            raise ConfigError(
+                f"run_dir: job {job} of {config.run_path} is in the queue ({told.lower()}); "
+                f"scancel {job}, or choose another run_dir"
+            )
+
+
+def _table(runs: Sequence[Point]) -> str:
+    """The points of a sweep, what they chose, and their last jobs."""
+    rows = [["run", "job", "chosen"]]
+    for point in runs:
+        jobs = submitted_jobs(point.config.run_path)
+        rows.append([str(point.config.run_path), jobs[-1] if jobs else "-", " ".join(point.chosen)])
+    widths = [max(len(row[column]) for row in rows) for column in range(2)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), row[1].ljust(widths[1]), row[2]]) for row in rows
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
