@@ -47,7 +47,9 @@ def login_checks(config: Config, overview: Overview) -> list[Finding]:
 
 def node_checks(config: Config) -> list[Finding]:
     """What may differ from machine to machine of one run."""
-    return [finding for check in (packages(config), gpus(config), data(config)) for finding in check]
+    return [
+        finding for check in (packages(config), gpus(config), data(config)) for finding in check
+    ]
 
 
 def packages(config: Config) -> Iterator[Finding]:
@@ -201,5 +203,3 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-

@@ -5,7 +5,7 @@ at packages, data, disk and run directory, freezes the run directory, and submit
 (`cluster.scheduler=slurm`) or runs here. Needs no GPU.
 
     python -m launch.submit --dry-run experiment=paper_80b_a3b_32k cluster=slurm cluster.nodes=32
-    python -m launch.submit cluster=slurm 'cluster.slurm.options=[--partition=NAME,--gres=gpu:8]'
+    python -m launch.submit cluster=slurm 'cluster.slurm.options=["--partition=NAME"]'
     python -m launch.submit -m optim.learning_rate=1e-3,2e-3 train.seed=1,2
 
 --dry-run   prints all of it and changes nothing
@@ -92,6 +92,8 @@ def _launch(point: Point, dry_run: bool, is_one_of_many: bool) -> int:
     """Show, check, freeze and start one run; returns its exit code."""
     config = point.config
     slurm = config.cluster.scheduler is Scheduler.slurm
+    if slurm and not dry_run:
+        _refuse_queued(config)
     script = render_job(config) if slurm else ""
     overview = overview_of(config, num_ranks(config))
     found = login_checks(config, overview)
@@ -114,8 +116,6 @@ def _launch(point: Point, dry_run: bool, is_one_of_many: bool) -> int:
     if slurm and shutil.which("sbatch") is None:
         print(f"not submitted: no sbatch here; would run: {shlex.join(command)}", file=sys.stderr)
         return 2
-    if slurm:
-        _refuse_queued(config)
     for line in prepare_run(config):
         print(f"note: changed since the last start in {config.run_path}: {line}")
     if not slurm:
@@ -146,6 +146,8 @@ def _submit(config: Config, script: str, command: list[str]) -> int:
 
 def _refuse_queued(config: Config) -> None:
     """One run, one job: a second one would wait and then find the directory locked."""
+    if shutil.which("squeue") is None:
+        return
     for job in submitted_jobs(config.run_path):
         told = subprocess.run(
             ["squeue", "--noheader", f"--jobs={job}", "--format=%T"],

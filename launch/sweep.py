@@ -35,9 +35,7 @@ def points(overrides: Sequence[str]) -> list[Point]:
     found = []
     for combination in itertools.product(*choices):
         chosen = tuple(
-            override
-            for override, among in zip(combination, choices, strict=True)
-            if len(among) > 1
+            override for override, among in zip(combination, choices, strict=True) if len(among) > 1
         )
         found.append(Point(chosen, _named(compose(list(combination)), chosen, overrides)))
     names = [point.config.name for point in found]

@@ -102,7 +102,9 @@ def cluster_problems(cluster: ClusterConfig) -> Iterator[Problem]:
     for name in ("options", "srun_options"):
         for option in getattr(slurm, name):
             if not re.fullmatch(_OPTION, option):
-                yield Problem(f"cluster.slurm.{name}", repr(option), "one option a line, like --x=y")
+                yield Problem(
+                    f"cluster.slurm.{name}", repr(option), "one option a line, like --x=y"
+                )
     for option in slurm.options:
         key = option.lstrip("-").partition("=")[0].split(" ")[0]
         if key in OWN_OPTIONS:

@@ -1,0 +1,120 @@
+"""Which ends of a start put its job back into the queue."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hysparse_megatron.status import stamp, write_json
+from launch.requeue import RECORD, Decision, decide, main
+
+
+def after(
+    status: dict[str, Any],
+    record: dict[str, Any] | None = None,
+    *,
+    this_start: bool = True,
+    told: bool = False,
+    max_restarts: int = 2,
+) -> Decision:
+    return decide(
+        status,
+        record or {},
+        is_of_this_start=this_start,
+        told=told,
+        max_restarts=max_restarts,
+    )
+
+
+def failed(step: int | None, code: int = 1) -> dict[str, Any]:
+    return {"state": "failed", "exit_code": code, "cause": "rank 3 fell", "checkpoint_step": step}
+
+
+def test_a_preemption_always_goes_on() -> None:
+    status = {"state": "preempted", "exit_code": 3, "cause": "SIGUSR1", "checkpoint_step": 40}
+    decision = after(status, {"checkpoint_step": 40, "failures": 2})
+    assert decision == Decision(True, "pre-empted: SIGUSR1", 0, 40)
+
+
+def test_a_failure_goes_on_after_progress_only() -> None:
+    first = after(failed(40))
+    assert (first.goes_on, first.failures, first.checkpoint_step) == (True, 1, 40)
+    again = after(failed(40), vars(first))
+    assert not again.goes_on
+    assert "no checkpoint after step 40" in again.reason
+    assert not after(failed(None)).goes_on
+
+
+def test_failures_in_a_row_are_limited() -> None:
+    record: dict[str, Any] = {}
+    for step, goes_on in ((10, True), (20, True), (30, False)):
+        decision = after(failed(step), record)
+        assert decision.goes_on is goes_on
+        record = vars(decision)
+    between = after({"state": "preempted", "checkpoint_step": 40}, record)
+    assert after(failed(50), vars(between)).goes_on, "a pre-emption begins a new count"
+
+
+@pytest.mark.parametrize("code", [2, 4, 5, 6])
+def test_what_would_come_again_stops(code: int) -> None:
+    decision = after(failed(40, code))
+    assert not decision.goes_on
+    assert f"exit code {code}" in decision.reason
+
+
+def test_finished_is_finished() -> None:
+    assert not after({"state": "finished", "exit_code": 0, "checkpoint_step": 100}).goes_on
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_an_end_before_the_beginning(told: bool) -> None:
+    """Pre-empted while Python was still importing: nobody wrote a status."""
+    old = {"state": "failed", "exit_code": 1, "checkpoint_step": 10}
+    assert after(old, this_start=False, told=told).goes_on is told
+    assert after({}, this_start=False, told=told).goes_on is told
+
+
+def run_of(path: Path, started: float, **facts: Any) -> list[str]:
+    write_json(path / "status.json", {"started": stamp(started), "pid": 1, **facts})
+    return ["--max-restarts", "2", "--started", str(int(time.time()) - 60), str(path)]
+
+
+def test_the_command_prints_and_remembers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = run_of(tmp_path, time.time(), **failed(7))
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.startswith("requeue: failed: rank 3 fell; it had got to step 7")
+    assert json.loads((tmp_path / RECORD).read_text())["checkpoint_step"] == 7
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.startswith("leave: ")
+
+
+def test_an_end_without_a_word_is_written_down(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All ranks killed at once: the status still says that the run is running."""
+    main(run_of(tmp_path, time.time(), state="running", checkpoint_step=3))
+    assert capsys.readouterr().out.startswith("requeue: failed: the ranks ended without a word")
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 1)
+
+
+def test_a_status_of_an_earlier_start_does_not_count(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = run_of(tmp_path, time.time() - 3600, state="preempted", checkpoint_step=3)
+    main(arguments)
+    assert capsys.readouterr().out.startswith("leave: it ended before it had begun")
+    main(["--told", "1", *arguments])
+    assert capsys.readouterr().out.startswith("requeue: told to stop")
+
+
+def test_a_garbled_record_counts_as_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / RECORD).write_text("{")
+    assert main(run_of(tmp_path, time.time(), **failed(7))) == 0
+    assert capsys.readouterr().out.startswith("requeue: ")
