@@ -12,7 +12,7 @@ ARGS ?=
 NPROC ?= 4
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-fault check lint format clean
+.PHONY: help setup train test test-fault test-slurm check lint format clean
 
 help: ## Show this text
 	@echo "hysparse_megatron: train HySparse models with Megatron-core"
@@ -35,8 +35,8 @@ train: $(STAMP) ## Train EXPERIMENT on NPROC local ranks, or resume it; add over
 	@$(PY) -m launch.local --nproc $(NPROC) $(if $(EXPERIMENT),experiment=$(EXPERIMENT)) $(ARGS)
 
 # Tests in one process each share the cores; those that start processes need them. 5: none chosen.
-FAST := -m "not slow and not distributed and not fault" -n auto --maxprocesses 4 --dist loadfile
-SLOW := -m "(slow or distributed) and not fault"
+FAST := -m "not slow and not distributed and not fault and not slurm" -n auto --maxprocesses 4 --dist loadfile
+SLOW := -m "(slow or distributed) and not fault and not slurm"
 
 test: $(STAMP) ## Run all tests but those of faults (under 25 minutes on two cores)
 	@$(PY) -m pytest -q $(FAST) $(PYTEST_ARGS) || test $$? = 5
@@ -44,6 +44,10 @@ test: $(STAMP) ## Run all tests but those of faults (under 25 minutes on two cor
 
 test-fault: $(STAMP) ## Break runs in every way and look how they end (under 10 minutes)
 	@$(PY) -m pytest -m fault tests/fault $(PYTEST_ARGS)
+
+test-slurm: $(STAMP) ## Run jobs in a private Slurm; as root installs Debian's if there is none
+	@tools/install_slurm.sh
+	@$(PY) -m pytest -m slurm tests/slurm $(PYTEST_ARGS)
 
 check: $(STAMP) ## Lint, types and the fast tests (under 3 minutes)
 	@$(MAKE) --no-print-directory lint

@@ -41,7 +41,7 @@ class SlurmConfig:
     """The job that `launch.submit` writes. Names of partitions and accounts belong here."""
 
     time_limit: str | None = None
-    """`12:00:00` or `2-00:00:00`, in quotes (YAML reads 12:00:00 as a number); null leaves it to the
+    """`12:00:00` or `2-00:00:00`, in quotes, or YAML reads a number; null leaves it to the
     partition."""
     options: list[str] = field(default_factory=list)
     """Further lines for sbatch, each like `--gres=gpu:8` or `--partition=NAME`."""

@@ -149,9 +149,8 @@ def test_room_for_checkpoints(
     config = config_of(tmp_path, "checkpoint.keep=3")
     overview = overview_of(config, 1)
     free = int(checkpoints * overview.checkpoint_bytes)
-    monkeypatch.setattr(
-        checks.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, free)
-    )
+    usage = shutil.disk_usage(tmp_path)._replace(free=free)
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: usage)
     (found,) = checks.disk(config, overview)
     assert found.level is level
 
