@@ -24,7 +24,10 @@ def as_values(overview: Overview) -> dict[str, Any]:
             "world_size": groups.world_size,
             "num_microbatches": groups.num_microbatches,
         },
-        "cluster": dataclasses.asdict(config.cluster),
+        "cluster": {
+            **dataclasses.asdict(config.cluster),
+            "scheduler": config.cluster.scheduler.value,
+        },
         "parameters": {
             "total": overview.parameters.total,
             "active": overview.parameters.active,
