@@ -438,6 +438,8 @@ class CheckpointConfig:
     """Continue from (or load) the checkpoint after exactly this step; null takes the newest."""
     verify: bool = True
     """Compare the content of every file with its hash before loading; sizes always are."""
+    accept_changed_data: bool = False
+    """Go on, with a warning, though the data are not those that the checkpoint was trained on."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from hysparse_megatron.config.schema import DataConfig
@@ -67,6 +67,15 @@ class BlendedCorpus:
 
 
 TrainingData = PreparedCorpus | BlendedCorpus
+
+
+def changed_fields(before: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
+    """Lines `field: old -> new` for the fields of `identity()` that differ."""
+    return [
+        f"{name}: {before.get(name, 'unset')} -> {now.get(name, 'unset')}"
+        for name in {**before, **now}
+        if before.get(name) != now.get(name)
+    ]
 
 
 def load_blend(text: str) -> BlendedCorpus:

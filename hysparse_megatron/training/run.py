@@ -26,7 +26,7 @@ from hysparse_megatron.data import (
     evaluation_batches,
 )
 from hysparse_megatron.data.order import Skips
-from hysparse_megatron.data.sources import TrainingData, load_data, open_samples
+from hysparse_megatron.data.sources import TrainingData, changed_fields, load_data, open_samples
 from hysparse_megatron.errors import (
     CheckpointError,
     ConfigError,
@@ -340,12 +340,15 @@ def _resume(state: TrainingState, latest: Path | None, corpus: TrainingData, say
     """Load the newest checkpoint of the run, or foreign weights; returns where to go on."""
     if latest is not None:
         facts = on_rank_zero(lambda: store.read_manifest(latest), CheckpointError)
-        if facts["data"] != corpus.identity():
-            raise DataError(
-                f"the data changed since {latest} was written: {facts['data']} -> "
-                f"{corpus.identity()}. Restore it, or start a new run_dir with "
-                f"checkpoint.load={latest}"
-            )
+        changed = changed_fields(facts.get("data", {}), corpus.identity())
+        if changed:
+            text = f"the data changed since {latest} was written: {', '.join(changed)}"
+            if not state.config.checkpoint.accept_changed_data:
+                raise DataError(
+                    f"{text}. Restore it, go on with it by checkpoint.accept_changed_data=true, or "
+                    f"start a new run_dir with checkpoint.load={latest}"
+                )
+            say(f"WARNING: {text}. Going on with the new data as checkpoint.accept_changed_data")
         step = load_state(state, latest)
         checkpoints = latest.parent
         for path in on_rank_zero(lambda: store.set_aside(checkpoints, step), CheckpointError):

@@ -1,7 +1,9 @@
 """Starts runs with faults in them, and checks what every ending has in common."""
 
+import json
 import os
 import re
+import shutil
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -14,6 +16,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
+from hysparse_megatron.checkpoint.store import step_directory
 from hysparse_megatron.runtime.faults import VARIABLE
 from hysparse_megatron.runtime.last_words import WAIT_SECONDS
 from tests.run.run_commands import LOCAL, TINY, TRAIN, Command, processes_naming, read_json, rows
@@ -54,6 +57,16 @@ class FaultyRun:
         self.ranks = ranks
         self.settings = [*SETTINGS, *data, f"run_dir={run_dir}"]
         self._started: list[Command] = []
+
+    def take_over(self, other: "FaultyRun", step: int) -> None:
+        """Stand where `other` stood after `step` steps, of which it has a checkpoint."""
+        shutil.copytree(other.run_dir, self.run_dir)
+        (self.run_dir / "status.json").unlink()
+        for newer in (found for found in self.checkpoints() if found > step):
+            shutil.rmtree(self.checkpoint(newer))
+        assert self.checkpoints()[-1] == step
+        kept = [json.dumps(row) + "\n" for row in rows(self.run_dir) if row["step"] <= step]
+        (self.run_dir / "metrics.jsonl").write_text("".join(kept))
 
     def start(self, *overrides: str, fault: str = "", **variables: str) -> Command:
         """Start all ranks by the launcher."""
@@ -106,6 +119,9 @@ class FaultyRun:
         """The last row of a training step."""
         return next(r for r in reversed(rows(self.run_dir)) if r["step"] == step and "loss" in r)
 
+    def checkpoint(self, step: int) -> Path:
+        return step_directory(self.run_dir / "checkpoints", step)
+
     def checkpoints(self) -> list[int]:
         """Steps of the checkpoints that are complete."""
         found = (self.run_dir / "checkpoints").glob("step-*[0-9]/manifest.json")
@@ -114,10 +130,9 @@ class FaultyRun:
     def tensors(self, step: int) -> dict[str, torch.Tensor]:
         """Everything in a checkpoint that is a tensor: parameters, moments, step counts."""
         found: dict[str, Any] = {}
-        path = self.run_dir / "checkpoints" / f"step-{step:08d}"
         _load_state_dict(
             found,
-            storage_reader=FileSystemReader(path),
+            storage_reader=FileSystemReader(self.checkpoint(step)),
             planner=_EmptyStateDictLoadPlanner(),
             no_dist=True,
         )

@@ -1,7 +1,6 @@
 """Faults 1, 2, 4, 6 and 7: runs that are told to stop, and how they go on."""
 
 import os
-import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -47,10 +46,7 @@ def test_a_longer_run_with_other_evaluations_sees_the_same_samples(
     straight: FaultyRun, new_run: NewRun
 ) -> None:
     run = new_run()
-    shutil.copytree(straight.run_dir, run.run_dir)
-    for step in (8, STEPS):
-        shutil.rmtree(run.run_dir / "checkpoints" / f"step-{step:08d}")
-    (run.run_dir / "metrics.jsonl").unlink()
+    run.take_over(straight, 4)
     output = run.run("train.steps=20", "train.eval_interval=3", code=3, fault="sigterm@0:8")
     assert "resuming after step 4" in output
     assert "train.steps: 12 -> 20" in output

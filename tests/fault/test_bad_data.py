@@ -1,0 +1,197 @@
+"""Faults 5 and 22: data that changed under a run, and data that cannot be read."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hysparse_megatron.config.compose import compose
+from hysparse_megatron.data import PreparedCorpus, TokenSamples, train_tokenizer
+from hysparse_megatron.data.sources import load_data
+from tests.fault.faulty_runs import STEPS, FaultyRun, short
+from tests.run.run_commands import contents, processes_naming, read_json, run, write_text
+
+NewRun = Callable[..., FaultyRun]
+
+PREPARE = ("-m", "tools.prepare_data")
+HUGE_MB = 1
+
+
+def test_changed_data_under_a_resume(straight: FaultyRun, new_run: NewRun, tmp_path: Path) -> None:
+    run = new_run()
+    run.take_over(straight, 8)
+    before = contents(run.run_dir / "checkpoints")
+    other = write_text(tmp_path / "other", seed=-1)
+    output = run.run(f"data.path={other}", code=5)
+    old = read_json(run.checkpoint(8) / "manifest.json")["data"]
+    assert f"the data changed since {run.checkpoint(8)} was written: " in output
+    for field in ("fingerprint", "source", "train_tokens"):
+        assert f"{field}: {old[field]} -> " in output
+    assert "vocab_size" not in output, "what is as it was is not told"
+    run.assert_ended("failed", 5, None, "the data changed since")
+    assert contents(run.run_dir / "checkpoints") == before
+
+    output = run.run(f"data.path={other}", "checkpoint.accept_changed_data=true", code=0)
+    assert "WARNING: the data changed since" in output
+    assert "resuming after step 8" in output
+    new = read_json(run.checkpoint(STEPS) / "manifest.json")["data"]
+    assert new["source"] == str(other)
+    assert f"fingerprint: {old['fingerprint']} -> {new['fingerprint']}" in output
+
+
+def write_bad_text(folder: Path) -> Path:
+    """Forty good documents, two empty ones, and five of which each is bad in another way."""
+    write_text(folder, seed=3)
+    (folder / "empty.txt").touch()
+    (folder / "latin.txt").write_bytes("café".encode("latin-1"))
+    lines = [
+        json.dumps({"text": "good " * 50}).encode(),
+        b"",
+        b'{"body": "x"}',
+        b'{"text": "\xff"}',
+        json.dumps({"text": "a" * (HUGE_MB << 20)}).encode(),
+        b"no JSON",
+    ]
+    (folder / "lines.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    return folder
+
+
+def prepare(source: Path, output: Path, *options: str) -> tuple[int, str]:
+    """Prepare with two workers, of whom none is left."""
+    command = ["--tokenizer", "bytes", "--workers", "2", f"--max-document-mb={HUGE_MB}"]
+    command += ["--validation-fraction=0.2", f"--output={output}", *options, str(source)]
+    ended = run(command, entry=PREPARE)
+    assert processes_naming(f"--output={output}") == []
+    return ended
+
+
+def test_preparation_counts_and_reports_and_stops_over_a_limit(tmp_path: Path) -> None:
+    source = write_bad_text(tmp_path / "text")
+    lines = source / "lines.jsonl"
+    start = lines.read_bytes().index
+    told = [
+        f"{source}/latin.txt: bad UTF-8 (byte 0xe9) at offset 3",
+        f"{lines}: missing field 'text', line at offset {start(b'{"body')}; fields found: body",
+        f"{lines}: bad UTF-8 (byte 0xff) at offset {start(b'\xff')}",
+        f"{lines}: line at offset {start(b'{"text": "a')}: longer than 1,048,576 bytes",
+        f"{lines}: not a JSON object, line at offset {start(b'no JSON')}",
+    ]
+    code, output = prepare(source, tmp_path / "out", "--max-bad=4")
+    assert code == 5, output
+    assert "5 bad document(s) so far, 4 allowed" in output
+    assert all(line in output for line in told), output
+    assert not (tmp_path / "out").exists()
+
+    code, output = prepare(source, tmp_path / "out", "--max-bad=5")
+    assert code == 0, output
+    assert "41 documents (2 empty and 5 bad left out)" in output
+    card = read_json(tmp_path / "out" / "dataset.json")
+    assert (card["empty_documents"], card["bad_documents"]) == (2, 5)
+    assert [
+        sample for sample, line in zip(card["bad_samples"], told, strict=True) if line in sample
+    ]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared folder. Tests must not change it."""
+    folder = tmp_path_factory.mktemp("prepared")
+    code, output = prepare(write_text(folder / "text", seed=4), folder / "out")
+    assert code == 0, output
+    return folder / "out"
+
+
+def cut(folder: Path) -> str:
+    tokens = folder / "train.bin"
+    tokens.write_bytes(tokens.read_bytes()[:1001])
+    return f"{tokens}: ends at offset 1001, its index announces "
+
+
+def spoil_a_token(folder: Path) -> str:
+    put_token(folder / "validation.bin", 700)
+    return f"{folder}/validation.bin: token id 65535 at offset 1400 is outside the vocabulary"
+
+
+def put_token(path: Path, place: int) -> None:
+    tokens = np.memmap(path, np.uint16, mode="r+")
+    tokens[place] = 65535
+    tokens.flush()
+
+
+def change_the_tokenizer(folder: Path) -> str:
+    tokenizer = folder / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace(" ", ""))
+    return f"{tokenizer}: "
+
+
+@pytest.mark.parametrize("damage", [cut, spoil_a_token, change_the_tokenizer])
+def test_a_damaged_folder_is_refused_by_file_and_offset(
+    damage: Callable[[Path], str], prepared: Path, new_run: NewRun, tmp_path: Path
+) -> None:
+    shutil.copytree(prepared, tmp_path / "copy")
+    expected = damage(tmp_path / "copy")
+    run = new_run()
+    output = run.run(f"data.path={tmp_path}/copy", code=5)
+    assert f"DataError: {expected}" in output
+    run.assert_ended("failed", 5, None, re.escape(expected))
+
+
+def test_another_tokenizer_than_that_of_the_folder(
+    prepared: Path, new_run: NewRun, tmp_path: Path
+) -> None:
+    other = tmp_path / "tokenizer.json"
+    train_tokenizer(["some other text"], 300).save(str(other))
+    run = new_run()
+    output = run.run(f"data.path={prepared}", f"data.tokenizer={other}", code=5)
+    expected = f"{other}: is not the tokenizer that {prepared} was prepared with"
+    assert f"DataError: {expected}" in output
+    run.assert_ended("failed", 5, None, re.escape(expected))
+
+
+@pytest.mark.parametrize("name", ["latin.txt", "lines.jsonl"])
+def test_bad_text_is_refused_by_file_and_offset(name: str, new_run: NewRun, tmp_path: Path) -> None:
+    source = write_bad_text(tmp_path / "text")
+    (source / ({"latin.txt", "lines.jsonl"} - {name}).pop()).unlink()
+    run = new_run()
+    output = run.run(f"data.path={source}", f"data.cache_dir={tmp_path}/cache", code=5)
+    offset = {"latin.txt": 3, "lines.jsonl": (source / name).read_bytes().find(b'{"body')}[name]
+    expected = rf"{re.escape(str(source / name))}.* at offset {offset}\b.*number 1, 0 allowed"
+    assert re.search(f"DataError: {expected}", output), output
+    run.assert_ended("failed", 5, None, expected)
+
+
+def test_a_token_that_one_rank_alone_reads(new_run: NewRun, tmp_path: Path) -> None:
+    """In the middle of training: the tokens of a cache are first looked at when they are read."""
+    run, cache = new_run(), f"data.cache_dir={tmp_path}/cache"
+    config = compose([*run.settings, cache])
+    corpus = load_data(config.data, config.train.seed)
+    assert isinstance(corpus, PreparedCorpus)
+    samples = TokenSamples(corpus.train_prefix, config.train.seq_length)
+    # The last of step 3, in the second half of its batch, which is rank 1's.
+    position = 3 * config.train.global_batch_size - 1
+    [sample] = samples.sample_ids(
+        np.array([position]), seed=config.train.seed, fingerprint=corpus.fingerprint
+    )
+    place = int(sample) * samples.seq_length + samples.seq_length // 2
+    put_token(Path(f"{corpus.train_prefix}.bin"), place)
+    output = run.run(cache, code=5)
+    assert f"step  2/{STEPS}" in output
+    tokens = re.escape(f"{corpus.train_prefix}.bin")
+    expected = rf"rank 1 on .* failed: {tokens}: token id 65535 at offset {2 * place} "
+    assert re.search(f"RankFailure: {expected}", output), output
+    run.assert_ended("failed", 5, 1, expected)
+
+
+def test_empty_and_huge_documents_are_no_fault(new_run: NewRun, tmp_path: Path) -> None:
+    source = write_text(tmp_path / "text", seed=5)
+    (source / "empty.txt").touch()
+    (source / "huge.txt").write_text("a line of a huge document\n" * 50_000)
+    line = json.dumps({"text": "good " * 50})
+    (source / "lines.jsonl").write_text(f"{line}\n\n{line}\n")
+    overrides = [f"data.path={source}", f"data.cache_dir={tmp_path}/cache"]
+    output = new_run().run(*overrides, *short(2), code=0)
+    assert "of 43 documents (2 empty, 0 bad left out)" in output
