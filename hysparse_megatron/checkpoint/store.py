@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from hysparse_megatron.errors import CheckpointError
+from hysparse_megatron.runtime import faults
 
 MANIFEST = "manifest.json"
 
@@ -208,6 +209,7 @@ def prune(
     deleted, failures = [], []
     for directory in superfluous(checkpoints, keep, keep_every, newest):
         try:
+            faults.reach("prune", step_of(directory))
             # What is deleted in part must not pass for a checkpoint.
             doomed = unfinished_name(directory)
             os.rename(directory, doomed)

@@ -92,6 +92,7 @@ class CheckpointWrite:
             return
         mine = f"__{dist.get_rank()}_"
         try:
+            faults.reach("write", self.step)
             self._job.write()
             self._files = _describe(self._temporary, lambda name: name.startswith(mine))
         except (Exception, CheckpointException) as error:

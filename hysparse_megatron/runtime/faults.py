@@ -11,15 +11,21 @@ evaluation before the first. Without the variable nothing here does anything.
 | sigkill, sigstop         | it is killed, or stopped                |
 | slow                     | it sleeps for `arg` seconds, or 1       |
 | raise                    | it fails with a RuntimeError            |
+| io_error                 | it fails with an OSError                |
+| full_disk                | from then on it can write no more than  |
+|                          | `arg` bytes into a file, or 100         |
 | kill_before_manifest     | it is killed before the manifest    |
 
 Kinds that do not touch the loss happen at a place, by default in the middle of the forward pass;
-`arg` may name another: `sigusr1@1:4:evaluation`, `sigterm@0:4:save`, `slow@0:0:prepare/30`.
+`arg` may name another: `sigusr1@1:4:evaluation`, `sigterm@0:4:save`, `slow@0:0:prepare/30`. At
+`write` and `prune`, where files of a checkpoint are written or deleted, the step is that one's.
 """
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import signal
 import time
 from collections.abc import Callable
@@ -30,7 +36,7 @@ from hysparse_megatron.errors import ConfigError
 
 VARIABLE = "HYSPARSE_FAULT"
 
-PLACES = ("forward", "evaluation", "save", "manifest", "prepare")
+PLACES = ("forward", "evaluation", "save", "write", "manifest", "prune", "prepare")
 """Where the program passes by: see the calls of `reach`."""
 
 _SIGNALS = {
@@ -38,7 +44,15 @@ _SIGNALS = {
     for name in ("SIGTERM", "SIGUSR1", "SIGINT", "SIGKILL", "SIGSTOP")
 }
 _LOSS_KINDS = ("nan", "spike")
-KINDS = (*_LOSS_KINDS, *_SIGNALS, "slow", "raise", "kill_before_manifest")
+KINDS = (
+    *_LOSS_KINDS,
+    *_SIGNALS,
+    "slow",
+    "raise",
+    "io_error",
+    "full_disk",
+    "kill_before_manifest",
+)
 
 
 @dataclass(frozen=True)
@@ -95,8 +109,13 @@ def reach(place: str, step: int) -> None:
     for fault in _due(lambda fault: fault.kind not in _LOSS_KINDS and fault.place == place, step):
         if fault.kind == "raise":
             raise RuntimeError(f"a fault was asked for at step {step}")
+        if fault.kind == "io_error":
+            raise OSError(errno.EIO, f"a fault was asked for at step {step}")
         if fault.kind == "slow":
             time.sleep(fault.number(1))
+        elif fault.kind == "full_disk":
+            _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (int(fault.number(100)), hard))
         else:
             os.kill(os.getpid(), _SIGNALS.get(fault.kind, signal.SIGKILL))
 
@@ -111,7 +130,8 @@ def spoil[Loss](loss: Loss, step: int) -> Loss:
 
 def _due(wanted: Callable[[Fault], bool], step: int) -> list[Fault]:
     """Take the faults of `step` that are `wanted` out of the armed ones."""
-    due = [fault for fault in _armed if fault.step == step and wanted(fault)]
+    # A copy: checkpoints are written and deleted by threads.
+    due = [fault for fault in tuple(_armed) if fault.step == step and wanted(fault)]
     for fault in due:
         _armed.remove(fault)
     return due

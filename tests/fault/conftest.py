@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fault.faulty_runs import FaultyRun
+from tests.fault.faulty_runs import FOUR_RANKS, FaultyRun
 from tests.run.run_commands import write_text
 
 SEED = 20
@@ -30,6 +30,14 @@ def straight(tmp_path_factory: pytest.TempPathFactory, data: list[str]) -> Fault
     """A run of two ranks to which nothing happened."""
     run = FaultyRun(tmp_path_factory.mktemp("straight") / "run", data)
     run.run(code=0)
+    return run
+
+
+@pytest.fixture(scope="session")
+def straight_four(tmp_path_factory: pytest.TempPathFactory, data: list[str]) -> FaultyRun:
+    """The same on four: tensor parallel 2, pipeline parallel 2."""
+    run = FaultyRun(tmp_path_factory.mktemp("straight_four") / "run", data, ranks=4)
+    run.run(*FOUR_RANKS, code=0)
     return run
 
 

@@ -34,10 +34,7 @@ def test_three_resumes_repeat_the_straight_run(straight: FaultyRun, new_run: New
     output = run.run(code=0)
     assert "resuming after step 8" in output
     assert facts(run.run_dir) == facts(straight.run_dir)
-    tensors, expected = run.tensors(STEPS), straight.tensors(STEPS)
-    assert len(tensors) > 30
-    assert tensors.keys() == expected.keys()
-    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+    assert_equal(run.tensors(STEPS), straight.tensors(STEPS))
     status = run.status()
     assert (status["state"], status["restarts"], status["step"]) == ("finished", 3, STEPS)
 
@@ -74,7 +71,7 @@ def test_a_third_signal_forces_the_end(new_run: NewRun) -> None:
 
 
 def test_the_launcher_passes_a_signal_on(new_run: NewRun) -> None:
-    """Fault 6 as a scheduler does it, in four ranks; a bad step before it."""
+    """As a scheduler does it; a bad step before it."""
     run = new_run(ranks=4)
     command = run.start(*FOUR_RANKS, "train.steps=1000", fault="nan@3:2")
     command.wait_for("step    3/1000")
@@ -82,11 +79,26 @@ def test_the_launcher_passes_a_signal_on(new_run: NewRun) -> None:
     assert command.finish() == 3, command.output
     run.assert_nothing_left()
     run.assert_ended("preempted", 3, run.status()["rank"], "SIGUSR1 on rank")
-    stopped = run.status()["step"]
+    assert run.checkpoints()[-1] == run.status()["step"]
     assert run.row(2)["bad"] == "loss not finite on rank 3"
-    output = run.run(*FOUR_RANKS, "train.steps=1000", code=3, fault=f"sigterm@2:{stopped + 2}")
-    assert f"resuming after step {stopped}" in output
-    assert run.checkpoints()[-1] == stopped + 2
+
+
+def test_a_signal_on_one_of_four_ranks(straight_four: FaultyRun, new_run: NewRun) -> None:
+    run = new_run(ranks=4)
+    run.run(*FOUR_RANKS, code=3, fault="sigterm@2:6")
+    run.assert_ended("preempted", 3, 2, "SIGTERM on rank 2 after step 6; saved at step 6")
+    assert run.checkpoints() == [4, 6]
+    output = run.run(*FOUR_RANKS, code=0)
+    assert "resuming after step 6" in output
+    assert facts(run.run_dir) == facts(straight_four.run_dir)
+    assert_equal(run.tensors(STEPS), straight_four.tensors(STEPS))
+
+
+def assert_equal(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Bit by bit."""
+    assert len(tensors) > 30
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
 
 
 def test_the_deadline(new_run: NewRun) -> None:

@@ -49,4 +49,7 @@ def test_a_fault_happens_once_on_its_rank_at_its_step_and_place(
     assert faults.spoil(1.0, 1) == 1.0
     assert faults.spoil(1.0, 2) == 700.0
     assert faults.spoil(1.0, 2) == 1.0
+    arm(monkeypatch, "io_error@1:4:prune")
+    with pytest.raises(OSError, match="step 4"):
+        faults.reach("prune", 4)
     arm(monkeypatch, "")
