@@ -58,7 +58,7 @@ class RunDirectory:
         self.changed_keys = _changed_keys(self.path / CONFIG_FILE, config)
         self.config_hash = freeze(config, self.path)
         self.facts = self._open_record(config)
-        self.status = Status(self.path, restarts=len(self.facts["starts"]) - 1)
+        self.status = Status(self.path, restarts=self.restarts)
 
     @property
     def checkpoints(self) -> Path:
@@ -69,6 +69,11 @@ class RunDirectory:
     def metrics(self) -> Path:
         """The table of steps and evaluations."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def restarts(self) -> int:
+        """Starts in this directory before this one."""
+        return len(self.facts["starts"]) - 1
 
     def state(self) -> str | None:
         """What `status.json` says now, if anything."""

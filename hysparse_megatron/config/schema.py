@@ -444,7 +444,14 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
-    """Weights & Biases. `metrics.jsonl` is always written and is the source of truth."""
+    """What is measured, and where it goes besides `metrics.jsonl`, which is the source of truth."""
+
+    straggler_interval: int = 50
+    """Steps between two looks at what each rank measured, one small all-gather: the time of its own
+    forward passes, its memory."""
+    straggler_factor: float = 1.5
+    """A rank is named as slow when it takes more than so many times the median of its pipeline
+    stage; the ranks of a stage do the same work, so that smaller differences are noise."""
 
     mode: TrackingMode = TrackingMode.off
     """off, offline (files to sync later) or online; a failing tracker never stops a run."""

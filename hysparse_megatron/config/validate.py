@@ -96,6 +96,7 @@ AT_LEAST: dict[str, int] = {
     "checkpoint.keep": 0,
     "checkpoint.keep_every": 0,
     "checkpoint.step": 1,
+    "tracking.straggler_interval": 1,
 }
 """Smallest value of a number; null passes where the type allows it."""
 
@@ -111,6 +112,7 @@ ABOVE_ZERO = (
     "cluster.peak_tflops",
     "cluster.node_bandwidth_gb",
     "cluster.network_bandwidth_gb",
+    "tracking.straggler_factor",
     "optim.learning_rate",
     "optim.epsilon",
     "optim.muon.extra_scale_factor",

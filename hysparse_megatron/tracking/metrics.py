@@ -1,4 +1,7 @@
-"""`metrics.jsonl` and the console: what a run says about itself."""
+"""`metrics.jsonl` and the console: what a run says about itself.
+
+The fields of the rows are listed in docs/tracking.md.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,26 @@ import json
 import time
 from pathlib import Path
 from typing import Any
+
+MEASURED = frozenset(
+    {
+        "mfu",
+        "peak_memory_bytes",
+        "restarts",
+        "slowest_ranks",
+        "tflops_per_gpu",
+        "tokens_per_second",
+        "tokens_per_second_per_gpu",
+    }
+)
+"""Fields that say how a step was made and not what came out; so do all fields in seconds."""
+
+
+def results(row: dict[str, Any]) -> dict[str, Any]:
+    """The row without what is measured: repeated steps, and equal runs, have equal results."""
+    return {
+        key: value for key, value in row.items() if key not in MEASURED and "_seconds" not in key
+    }
 
 
 class MetricsFile:
@@ -53,10 +76,11 @@ class Console:
         done = row["step"] - self._first
         remaining = (time.monotonic() - self._started) / done * (self._total - row["step"])
         skipped = "  SKIPPED" if row["skipped"] else ""
+        mfu = f"MFU {100 * row['mfu']:.1f} %  " if row.get("mfu") is not None else ""
         print(
             f"step {row['step']:>{len(str(self._total))}}/{self._total}  loss {row['loss']:.4f}  "
             f"grad norm {row['grad_norm']:.3f}  lr {row['learning_rate']:.2e}  "
-            f"{row['tokens_per_second']:,.0f} tokens/s  ETA {_duration(remaining)}{skipped}",
+            f"{row['tokens_per_second']:,.0f} tokens/s  {mfu}ETA {_duration(remaining)}{skipped}",
             flush=True,
         )
 

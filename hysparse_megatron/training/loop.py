@@ -24,6 +24,8 @@ class Hooks:
     """After every step and every evaluation, with a row for `metrics.jsonl`."""
     on_first_step: Callable[[], None] = lambda: None
     """After the first step of this start: everything has been built and compiled."""
+    measure: Callable[[int, float], dict[str, Any]] = lambda step, seconds: {}
+    """After every step, which took so many seconds: more fields for its row. Collective."""
     save: Callable[[int, dict[str, Any]], None] = lambda step, facts: None
     """Write a checkpoint after `step` steps, with facts for `Progress`. Collective."""
     poll: Callable[[], None] = lambda: None
@@ -121,6 +123,7 @@ def _report(
         "tokens_per_second": tokens / seconds,
         "step_seconds": seconds,
         "skipped": result.skipped,
+        **hooks.measure(done, seconds),
         **result.model_metrics,
     }
     if result.skipped:

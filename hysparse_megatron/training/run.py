@@ -49,6 +49,7 @@ from hysparse_megatron.runtime.agreement import (
 )
 from hysparse_megatron.runtime.launcher import Rank
 from hysparse_megatron.status import STATES
+from hysparse_megatron.tracking.meter import Meter
 from hysparse_megatron.tracking.metrics import Console, MetricsFile
 from hysparse_megatron.tracking.summary import write_summary
 from hysparse_megatron.tracking.wandb import Tracker
@@ -180,9 +181,19 @@ def _run_in(
         say,
         functools.partial(_published, directory, watch),
     )
+    meter = Meter(
+        config,
+        corpus.vocab_size,
+        state.clock,
+        device,
+        stage=state.groups.pp.rank(),
+        restarts=directory.restarts if directory else 0,
+        say=say,
+    )
     with _recorded(config, directory, progress.step, say) as on_row:
         hooks = Hooks(
             on_row=on_row,
+            measure=meter.measure,
             on_first_step=lambda: rendezvous.set_timeout(config.parallel.timeout_seconds),
             save=saver.save,
             poll=saver.poll,

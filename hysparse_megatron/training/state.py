@@ -25,6 +25,7 @@ from hysparse_megatron.model.layers import LayerChoice, resolve_layers
 from hysparse_megatron.model.megatron_config import HySparseConfig, make_megatron_config
 from hysparse_megatron.model.pipeline import PayloadCommunicator
 from hysparse_megatron.plan.topology import plan_pipeline
+from hysparse_megatron.runtime.clock import ForwardClock
 from hysparse_megatron.runtime.process_groups import build_process_groups
 from hysparse_megatron.runtime.random import seed_step
 from hysparse_megatron.training.muon import is_matrix, matrix_layouts
@@ -48,6 +49,8 @@ class TrainingState:
     """Whose linear layers, norms and experts the model is made of."""
     loads: ExpertLoads | None
     """How busy the experts are; None in a dense model."""
+    clock: ForwardClock
+    """How long this rank's forward passes of training take."""
 
     @property
     def is_last_stage(self) -> bool:
@@ -123,4 +126,5 @@ def build_state(config: Config, vocab_size: int, device: torch.device) -> Traini
         communicator=communicator,
         layers=layers,
         loads=ExpertLoads(megatron, chunks) if config.model.moe.num_experts else None,
+        clock=ForwardClock(device),
     )

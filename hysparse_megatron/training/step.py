@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -129,7 +130,7 @@ def _run_schedule(
         state.communicator.begin(len(microbatches))
     iterators: list[Iterator[Batch]] = [iter(microbatches) for _ in state.chunks]
     outputs = schedule(
-        forward_step_func=partial(_forward_step, state.device, step),
+        forward_step_func=partial(_forward_step, state, step),
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
         model=list(state.chunks) if len(state.chunks) > 1 else state.chunks[0],
         num_microbatches=len(microbatches),
@@ -154,23 +155,25 @@ def _last_rank(group: dist.ProcessGroup) -> int:
 
 
 def _forward_step(
-    device: torch.device,
+    state: TrainingState,
     step: int | None,
     data_iterator: Iterator[Batch],
     model: torch.nn.Module,
 ):
     batch = {
-        name: tensor.to(device, non_blocking=True) for name, tensor in next(data_iterator).items()
+        name: tensor.to(state.device, non_blocking=True)
+        for name, tensor in next(data_iterator).items()
     }
-    output = model(
-        batch["tokens"],
-        batch["position_ids"],
-        None,
-        labels=batch["labels"],
-        packed_seq_params=_documents(batch),
-    )
-    if step is not None:
-        faults.reach("forward", step)
+    with contextlib.nullcontext() if step is None else state.clock.running():
+        output = model(
+            batch["tokens"],
+            batch["position_ids"],
+            None,
+            labels=batch["labels"],
+            packed_seq_params=_documents(batch),
+        )
+        if step is not None:
+            faults.reach("forward", step)
     return output, partial(_loss, batch["loss_mask"], step)
 
 

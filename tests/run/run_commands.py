@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hysparse_megatron.tracking.metrics import results
+
 ROOT = Path(__file__).resolve().parents[2]
 
 TRAIN = ("-m", "hysparse_megatron")
@@ -185,15 +187,9 @@ def rows(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-_TIMES = ("tokens_per_second", "step_seconds", "eval_seconds")
-
-
 def facts(run_dir: Path) -> dict[tuple[int, bool], dict[str, Any]]:
     """Per step and kind the last row, without how long it took."""
-    return {
-        (row["step"], "eval_loss" in row): {k: v for k, v in row.items() if k not in _TIMES}
-        for row in rows(run_dir)
-    }
+    return {(row["step"], "eval_loss" in row): results(row) for row in rows(run_dir)}
 
 
 def contents(folder: Path) -> dict[str, tuple[int, bytes]]:

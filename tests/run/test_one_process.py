@@ -64,11 +64,17 @@ def test_metrics_of_a_run(finished) -> None:
             "learning_rate",
             "tokens",
             "tokens_per_second",
+            "tokens_per_second_per_gpu",
+            "tflops_per_gpu",
+            "peak_memory_bytes",
             "step_seconds",
             "skipped",
         }
         assert row["tokens"] == row["step"] * 4 * 64
         assert row["skipped"] is False
+        assert row["mfu"] is None
+        assert row["restarts"] == 0
+        assert 1e7 < row["peak_memory_bytes"] < 1e11
         assert 0 < row["grad_norm"] < 100
     rates = [row["learning_rate"] for row in steps]
     assert rates[:2] == pytest.approx([5e-4, 1e-3])
@@ -139,6 +145,7 @@ def test_more_steps_and_other_settings_continue(copy_of_finished: Copy, finished
     before = rows(finished.run_dir)
     assert found[: len(before)] == before
     assert [row["step"] for row in found[len(before) :]] == [41, 42, 43, 44, 44]
+    assert [row["restarts"] for row in found[len(before) : -1]] == [1] * 4
     # A setting is obeyed, or refused; what the checkpoint brings along must not win silently.
     assert [row["learning_rate"] for row in found[len(before) : -1]] == pytest.approx([2e-3] * 4)
     status = read_json(run_dir / "status.json")

@@ -75,6 +75,8 @@ BAD: list[tuple[dict[str, Any], str, str, str]] = [
     ({"model.hidden_dropout": -0.1}, "model.hidden_dropout", "-0.1", "at least 0"),
     ({"data.validation_fraction": 1.0}, "data.validation_fraction", "1.0", "below 1"),
     ({"name": "a/b"}, "name", "a/b", "letters"),
+    ({"tracking.straggler_interval": 0}, "tracking.straggler_interval", "0", "at least 1"),
+    ({"tracking.straggler_factor": 0.0}, "tracking.straggler_factor", "0.0", "above 0"),
     ({"data.blend": "data/web"}, "data.blend", "data/web", "a positive weight and a path"),
     ({"data.blend": "1 .", "data.path": "."}, "data.path", ".", "null with data.blend"),
     ({"data.blend": "1 .", "data.tokenizer": "."}, "data.tokenizer", ".", "null with data.blend"),

@@ -15,7 +15,7 @@ from hysparse_megatron.config.frozen import freeze
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.config.validate import check
 from hysparse_megatron.layout import parse_layout
-from hysparse_megatron.tracking.metrics import Console, MetricsFile, read_metrics
+from hysparse_megatron.tracking.metrics import Console, MetricsFile, read_metrics, results
 from hysparse_megatron.tracking.summary import write_summary
 
 
@@ -86,6 +86,21 @@ def test_a_restart_loses_nothing_to_a_garbled_line_before_it(tmp_path: Path, cut
     assert read_metrics(tmp_path / "m") == [row(1), row(2), row(3), row(4)]
 
 
+def test_results_of_equal_runs_are_equal() -> None:
+    measured = {
+        "tokens_per_second_per_gpu": 5.0,
+        "tflops_per_gpu": 0.1,
+        "mfu": None,
+        "peak_memory_bytes": 1,
+        "restarts": 3,
+        "forward_seconds_median": 0.2,
+        "slowest_ranks": [],
+    }
+    shown = {"step", "loss", "grad_norm", "learning_rate", "tokens", "skipped", "moe_load"}
+    assert results(row(3, **measured, moe_load=1.5)).keys() == shown
+    assert results(evaluation(3, 4.0)) == {"step": 3, "eval_loss": 4.0}
+
+
 def test_not_a_number_survives(tmp_path: Path) -> None:
     write(tmp_path / "m", [row(1, float("nan"), skipped=True)])
     (found,) = read_metrics(tmp_path / "m")
@@ -105,8 +120,8 @@ def test_console_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     console.step(row(199, skipped=True))
     line = capsys.readouterr().out
     assert line.endswith("ETA 0:01  SKIPPED\n")
-    console.step(row(200))
-    assert "ETA 0:00" in capsys.readouterr().out
+    console.step(row(200, mfu=0.4123, tokens_per_second=5.0))
+    assert "  5 tokens/s  MFU 41.2 %  ETA 0:00" in capsys.readouterr().out
 
 
 OVERRIDES = {
