@@ -3,6 +3,7 @@
 config.yaml     the frozen configuration       status.json    how the run stands
 run.json        ids, versions, git state       metrics.jsonl  one row a step
 checkpoints/    see checkpoint/store.py        summary.md     written at the end
+logs/           see runtime/flight_recorder.py
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from hysparse_megatron.checkpoint.store import published
 from hysparse_megatron.config.frozen import CONFIG_FILE, freeze, load_frozen, to_yaml
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.errors import ConfigError, HySparseError
+from hysparse_megatron.runtime.flight_recorder import LOG_FOLDER
 from hysparse_megatron.status import Status, change_status, read_status, stamp, write_json
 
 RECORD_FILE = "run.json"
@@ -55,6 +57,7 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock, self.former_owner = lock(self.path)
         _refuse_overwriting(config, self.checkpoints)
+        (self.path / LOG_FOLDER).mkdir(exist_ok=True)
         self.changed_keys = _changed_keys(self.path / CONFIG_FILE, config)
         self.config_hash = freeze(config, self.path)
         self.facts = self._open_record(config)

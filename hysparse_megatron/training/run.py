@@ -40,7 +40,7 @@ from hysparse_megatron.model.layers import describe_layers
 from hysparse_megatron.model.pipeline import describe_traffic
 from hysparse_megatron.rundir import RunDirectory, amend_status, versions
 from hysparse_megatron.runtime import device as runtime_device
-from hysparse_megatron.runtime import faults, last_words, rendezvous
+from hysparse_megatron.runtime import faults, flight_recorder, last_words, rendezvous
 from hysparse_megatron.runtime.agreement import (
     agree_on,
     attempt_alone,
@@ -71,6 +71,7 @@ def run(config: Config, rank: Rank, overrides: Sequence[str] = ()) -> None:
     `overrides` made `config`; they appear in the commands that the summary suggests.
     """
     planned = faults.arm(rank.rank)
+    flight_recorder.set_defaults(config.run_path)
     try:
         device = runtime_device.start(rank, config.parallel)
     except RankFailure as error:

@@ -38,6 +38,7 @@ def test_files_of_a_run(finished) -> None:
         "status.json",
         "metrics.jsonl",
         "checkpoints",
+        "logs",
         "summary.md",
     }
     config = compose(finished.arguments)
