@@ -3,7 +3,7 @@
 config.yaml     the frozen configuration       status.json    how the run stands
 run.json        ids, versions, git state       metrics.jsonl  one row a step
 checkpoints/    see checkpoint/store.py        summary.md     written at the end
-logs/           see runtime/flight_recorder.py
+logs/           see runtime/flight_recorder.py code.diff      see source.py
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import os
 import platform
 import secrets
 import socket
-import subprocess
 import time
 from pathlib import Path
 from typing import IO, Any
@@ -29,6 +28,7 @@ from hysparse_megatron.config.frozen import CONFIG_FILE, freeze, load_frozen, to
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.errors import ConfigError, HySparseError
 from hysparse_megatron.runtime.flight_recorder import LOG_FOLDER
+from hysparse_megatron.source import record_source
 from hysparse_megatron.status import Status, change_status, read_status, stamp, write_json
 
 RECORD_FILE = "run.json"
@@ -96,7 +96,7 @@ class RunDirectory:
                 "config_hash": self.config_hash,
                 "host": socket.gethostname(),
                 "cluster": config.cluster.name,
-                "git": git_state(),
+                "git": record_source(self.path, record["starts"]),
                 "versions": versions(),
                 "slurm_job": os.environ.get("SLURM_JOB_ID"),
             }
@@ -257,22 +257,3 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "missing"
     return found
-
-
-def git_state() -> dict[str, str | bool] | None:
-    """Commit of the code that runs and whether it was changed; None outside a git checkout."""
-    root = Path(__file__).resolve().parent
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(root), *arguments],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        ).stdout.strip()
-
-    try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -461,6 +461,17 @@ class TrackingConfig:
     """Team or user; null takes the account's default."""
     name: str | None = None
     """Name shown in the tracker; null takes the run's."""
+    group: str | None = None
+    """Runs with the same group are shown together, such as those of a sweep."""
+    tags: str = ""
+    """Labels of the run in the tracker, separated by spaces or commas."""
+    tensorboard: bool = False
+    """Write RUN_DIR/tensorboard too, with W&B or without; needs the extra `tensorboard`."""
+
+    @property
+    def tag_list(self) -> list[str]:
+        """`tags`, one by one."""
+        return self.tags.replace(",", " ").split()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ complaint about it to `_numbers`, so that one mistake is reported once.
 """
 
 import importlib.metadata
+import importlib.util
 import math
 import netrc
 import os
@@ -349,6 +350,17 @@ def _muon(config: Config) -> Iterator[Problem]:
         yield Problem("optim.name", got, allowed)
 
 
+def _tensorboard(config: Config) -> Iterator[Problem]:
+    """Its package, which is optional; asked for without importing it."""
+    if config.tracking.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        got = "true (tensorboard not installed)"
+        allowed = (
+            "false, or true after: pip install tensorboard\n"
+            "(the extra `tensorboard` of this package)"
+        )
+        yield Problem("tracking.tensorboard", got, allowed)
+
+
 def _whole_groups(config: Config) -> Iterator[Problem]:
     """A slice of the fused projection must hold whole KV groups, or it has no parts to split."""
     groups, tp = config.model.num_query_groups, config.parallel.tp
@@ -514,6 +526,7 @@ RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _dense_ranks,
     _schedule,
     _muon,
+    _tensorboard,
     _whole_groups,
     paths.run_directory,
     paths.inputs,

@@ -5,6 +5,7 @@ Pure arithmetic: nothing is allocated. The numbers equal those of the built mode
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -28,6 +29,11 @@ checkpoints agree between layouts.)"""
 def padded_vocab_size(vocab_size: int) -> int:
     """`vocab_size` rounded up to `VOCAB_MULTIPLE`."""
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def with_vocabulary(model: ModelConfig, vocab_size: int) -> ModelConfig:
+    """`model` with the data's vocabulary, unless it has one of its own."""
+    return dataclasses.replace(model, vocab_size=model.vocab_size or vocab_size)
 
 
 @dataclass(frozen=True)

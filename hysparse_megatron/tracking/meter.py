@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import resource
 import socket
 import statistics
@@ -16,6 +15,7 @@ import torch.distributed as dist
 from hysparse_megatron.config.schema import Config, Recompute
 from hysparse_megatron.layout import parse_layout
 from hysparse_megatron.plan.flops import forward_flops, training_flops
+from hysparse_megatron.plan.parameters import with_vocabulary
 from hysparse_megatron.runtime.clock import ForwardClock
 
 NUM_NAMED = 3
@@ -143,7 +143,7 @@ def model_flops_per_token(config: Config, vocab_size: int) -> float:
 
     Attention is counted causally over whole sequences, also where document masks make it cheaper.
     """
-    model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or vocab_size)
+    model = with_vocabulary(config.model, vocab_size)
     kinds = [layer.kind for layer in parse_layout(model.layout).layers]
     forward = forward_flops(model, kinds, config.train.seq_length)
     return training_flops(forward, Recompute.none)

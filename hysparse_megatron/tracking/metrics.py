@@ -31,6 +31,16 @@ def results(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def chart_values(row: dict[str, Any]) -> dict[str, float | str]:
+    """What a tracker can show of a row: numbers and texts, their keys under `train/` or `eval/`."""
+    kind = "eval" if "eval_loss" in row else "train"
+    return {
+        f"{kind}/{key}": value
+        for key, value in row.items()
+        if key != "step" and isinstance(value, bool | int | float | str)
+    }
+
+
 class MetricsFile:
     """Appends rows to `metrics.jsonl`; each is on disk before the call returns to the loop.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from hysparse_megatron.config.schema import TrackingConfig, TrackingMode
+from hysparse_megatron.tracking.metrics import chart_values
 
 
 class Tracker:
@@ -42,10 +43,8 @@ class Tracker:
         """Send one row, its keys under `train/` or `eval/`, stepped by our own `train/step`."""
         if self._run is None:
             return
-        kind = "eval" if "eval_loss" in row else "train"
-        values = {f"{kind}/{key}": value for key, value in row.items() if key != "step"}
         try:
-            self._run.log({**values, "train/step": row["step"]})
+            self._run.log({**chart_values(row), "train/step": row["step"]})
         except Exception as error:
             self._warn(
                 f"W&B stopped: {error}. Training goes on, metrics.jsonl is complete; upload what "
@@ -80,6 +79,8 @@ def _start(
         project=tracking.project,
         entity=tracking.entity,
         name=tracking.name or name,
+        group=tracking.group,
+        tags=tracking.tag_list,
         id=run_id,
         resume="allow",
         dir=str(directory),

@@ -6,19 +6,18 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import yaml
 from hysparse_kernels import BackendChoice, BackendUnavailable, resolve_backend
 
 from hysparse_megatron.checkpoint import choice, store
 from hysparse_megatron.checkpoint.saver import Saver
 from hysparse_megatron.checkpoint.state import load_state
-from hysparse_megatron.config.frozen import config_hash, to_yaml
+from hysparse_megatron.config.frozen import config_hash
 from hysparse_megatron.config.schema import Config, Precision
 from hysparse_megatron.data import (
     BatchSource,
@@ -50,9 +49,8 @@ from hysparse_megatron.runtime.agreement import (
 from hysparse_megatron.runtime.launcher import Rank
 from hysparse_megatron.status import STATES
 from hysparse_megatron.tracking.meter import Meter
-from hysparse_megatron.tracking.metrics import Console, MetricsFile
+from hysparse_megatron.tracking.records import describe_run, recorded
 from hysparse_megatron.tracking.summary import write_summary
-from hysparse_megatron.tracking.wandb import Tracker
 from hysparse_megatron.training.control import STOP_FILE, Deadline, Signals, Watch
 from hysparse_megatron.training.loop import Hooks, Progress, train
 from hysparse_megatron.training.state import (
@@ -191,7 +189,8 @@ def _run_in(
         restarts=directory.restarts if directory else 0,
         say=say,
     )
-    with _recorded(config, directory, progress.step, say) as on_row:
+    described = describe_run(config, corpus.vocab_size, rank.world_size)
+    with recorded(config, directory, progress.step, described, say) as on_row:
         hooks = Hooks(
             on_row=on_row,
             measure=meter.measure,
@@ -209,54 +208,6 @@ def _run_in(
     if directory is not None:
         directory.status.write("finished", exit_code=0, step=config.train.steps)
         say(write_summary(config, directory, corpus.tokenizer_path, rank.world_size, overrides))
-
-
-@contextlib.contextmanager
-def _recorded(
-    config: Config, directory: RunDirectory | None, first_step: int, say: Say
-) -> Iterator[list[Callable[[dict[str, Any]], None]]]:
-    """What gets the rows of `metrics.jsonl`, on rank 0 alone.
-
-    Closed at the end, with the exit code of what happened within.
-    """
-    if directory is None:
-        yield []
-        return
-    metrics = MetricsFile(directory.metrics)
-    tracker = Tracker(
-        config.tracking,
-        directory.facts["id"],
-        config.name,
-        directory.path,
-        {**yaml.safe_load(to_yaml(config)), "run": directory.facts},
-        say,
-    )
-    exit_code = 1
-    try:
-        yield [
-            metrics.write,
-            tracker.log,
-            functools.partial(_print_row, Console(config.train.steps, first_step), say),
-            functools.partial(_update_status, directory),
-        ]
-        exit_code = 0
-    except HySparseError as error:
-        exit_code = error.exit_code
-        raise
-    finally:
-        metrics.close()
-        tracker.close(exit_code)
-
-
-def _print_row(console: Console, say: Say, row: dict[str, Any]) -> None:
-    if "eval_loss" in row:
-        say(f"step {row['step']}: evaluation loss {row['eval_loss']:.4f}")
-    else:
-        console.step(row)
-
-
-def _update_status(directory: RunDirectory, row: dict[str, Any]) -> None:
-    directory.status.write("running", step=row["step"])
 
 
 def _note_checkpoint(directory: RunDirectory, checkpoint: Path) -> None:

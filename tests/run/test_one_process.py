@@ -32,7 +32,7 @@ STEPS = 40
 def test_files_of_a_run(finished) -> None:
     run_dir = finished.run_dir
     names = {path.name for path in run_dir.iterdir()}
-    assert names - {".lock"} == {
+    assert names - {".lock", "code.diff"} == {
         "config.yaml",
         "run.json",
         "status.json",

@@ -15,7 +15,8 @@ from hysparse_megatron import rundir
 from hysparse_megatron.config.compose import compose, config_hash, load_frozen
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.errors import ConfigError
-from hysparse_megatron.rundir import RunDirectory, amend_status, git_state, versions, write_json
+from hysparse_megatron.rundir import RunDirectory, amend_status, versions, write_json
+from hysparse_megatron.runtime.flight_recorder import LOG_FOLDER
 
 
 @pytest.fixture
@@ -70,10 +71,13 @@ def test_records_of_several_starts(config: Config, monkeypatch: pytest.MonkeyPat
     assert first.changed_keys == []
     assert first.config_hash == config_hash(config)
     assert load_frozen(config.run_path / "config.yaml") == config
+    assert (config.run_path / LOG_FOLDER).is_dir()
+    assert first.restarts == 0
     first.close()
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     changed = replace(config, train=replace(config.train, steps=7), name="second")
     second = RunDirectory(changed)
+    assert second.restarts == 1
     second.close()
     record = json.loads((config.run_path / "run.json").read_text())
     assert record == second.facts
@@ -213,26 +217,6 @@ def test_json_that_cannot_be_written_leaves_the_old(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
-
-
-def test_git_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def git(*arguments: str) -> str:
-        identity = ["-c", "user.name=x", "-c", "user.email=x@example.com"]
-        command = ["git", "-C", str(tmp_path), *identity, *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    monkeypatch.setattr(rundir, "__file__", str(tmp_path / "rundir.py"))
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert git_state() is None
-    git("init")
-    (tmp_path / "rundir.py").write_text("1\n")
-    git("add", ".")
-    git("commit", "-m", "first")
-    assert git_state() == {"commit": git("rev-parse", "HEAD"), "dirty": False}
-    (tmp_path / "rundir.py").write_text("2\n")
-    assert git_state() == {"commit": git("rev-parse", "HEAD"), "dirty": True}
-    monkeypatch.setenv("PATH", str(tmp_path))  # no git installed
-    assert git_state() is None
 
 
 def test_versions_name_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,6 +36,19 @@ def base() -> Config:
     return compose(["experiment=quickstart", *sizes, *schedule])
 
 
+@pytest.fixture
+def no_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules.importlib.util, "find_spec", lambda name: None)
+
+
+def test_tensorboard_needs_its_package(base: Config, no_packages: None) -> None:
+    assert validate(base, world_size=4) == []
+    (problem,) = validate(changed(base, {"tracking.tensorboard": True}), world_size=4)
+    assert problem.key == "tracking.tensorboard"
+    assert "not installed" in problem.got
+    assert "pip install tensorboard" in problem.allowed
+
+
 def changed(config: Config, settings: dict[str, Any]) -> Config:
     for key, value in settings.items():
         section, _, name = key.rpartition(".")

@@ -95,6 +95,24 @@ def test_online(fake: Wandb, warnings: list[str], tmp_path: Path) -> None:
     assert warnings == []
 
 
+def test_only_what_can_be_shown_is_sent(fake: Wandb, warnings: list[str], tmp_path: Path) -> None:
+    tracker = start(tmp_path, warnings, "online")
+    slowest = [{"rank": 1, "host": "a", "seconds": 0.5, "medians": 2.0}]
+    tracker.log({**ROW, "mfu": None, "bad": "loss spike", "slowest_ranks": slowest})
+    tracker.log({"step": 3, "eval_loss": 1.4, "oracle_mass/layer_004": 0.9})
+    assert fake.runs[0].rows == [
+        {"train/loss": 1.5, "train/skipped": False, "train/bad": "loss spike", "train/step": 3},
+        {"eval/eval_loss": 1.4, "eval/oracle_mass/layer_004": 0.9, "train/step": 3},
+    ]
+
+
+def test_groups_and_tags_for_sweeps(fake: Wandb, warnings: list[str], tmp_path: Path) -> None:
+    start(tmp_path, warnings, "offline", group="lr", tags="7b, long  warm-up,")
+    start(tmp_path, warnings, "offline")
+    found = [(run.arguments["group"], run.arguments["tags"]) for run in fake.runs]
+    assert found == [("lr", ["7b", "long", "warm-up"]), (None, [])]
+
+
 def test_a_name_for_the_tracker_alone(fake: Wandb, warnings: list[str], tmp_path: Path) -> None:
     start(tmp_path, warnings, "offline", name="shown")
     assert fake.runs[0].arguments["name"] == "shown"

@@ -1,0 +1,88 @@
+"""Who gets the rows of a run: the file, the trackers, the console and the status."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from hysparse_megatron.config.frozen import to_yaml
+from hysparse_megatron.config.schema import Config
+from hysparse_megatron.errors import HySparseError
+from hysparse_megatron.layout import parse_layout
+from hysparse_megatron.plan.parameters import count_parameters, with_vocabulary
+from hysparse_megatron.rundir import RunDirectory
+from hysparse_megatron.tracking.metrics import Console, MetricsFile
+from hysparse_megatron.tracking.tensorboard import TensorBoard
+from hysparse_megatron.tracking.wandb import Tracker
+
+Row = dict[str, Any]
+Say = Callable[[str], None]
+
+
+@contextlib.contextmanager
+def recorded(
+    config: Config,
+    directory: RunDirectory | None,
+    first_step: int,
+    described: dict[str, Any],
+    say: Say,
+) -> Iterator[list[Callable[[Row], None]]]:
+    """What gets the rows of `metrics.jsonl`, on rank 0 alone: the others have no `directory`.
+
+    `described` are facts for the trackers beside configuration and run record. Closed at the end,
+    with the exit code of what happened within.
+    """
+    if directory is None:
+        yield []
+        return
+    metrics = MetricsFile(directory.metrics)
+    facts = {**yaml.safe_load(to_yaml(config)), "run": directory.facts, **described}
+    trackers: list[Tracker | TensorBoard] = [
+        Tracker(config.tracking, directory.facts["id"], config.name, directory.path, facts, say)
+    ]
+    if config.tracking.tensorboard:
+        trackers.append(TensorBoard(directory.path, first_step, say))
+    exit_code = 1
+    try:
+        yield [
+            metrics.write,
+            *(tracker.log for tracker in trackers),
+            functools.partial(_print_row, Console(config.train.steps, first_step), say),
+            functools.partial(_update_status, directory),
+        ]
+        exit_code = 0
+    except HySparseError as error:
+        exit_code = error.exit_code
+        raise
+    finally:
+        metrics.close()
+        for tracker in trackers:
+            tracker.close(exit_code)
+
+
+def describe_run(config: Config, vocab_size: int, world_size: int) -> dict[str, Any]:
+    """What the trackers show of a run beside its configuration: its ranks and its parameters.
+
+    `vocab_size` is the data's; `config.model.vocab_size` overrides it if set.
+    """
+    kinds = tuple(layer.kind for layer in parse_layout(config.model.layout).layers)
+    counted = count_parameters(with_vocabulary(config.model, vocab_size), kinds)
+    return {
+        "world_size": world_size,
+        "parameters": {"total": counted.total, "active": counted.active},
+    }
+
+
+def _print_row(console: Console, say: Say, row: Row) -> None:
+    if "eval_loss" in row:
+        say(f"step {row['step']}: evaluation loss {row['eval_loss']:.4f}")
+    else:
+        console.step(row)
+
+
+def _update_status(directory: RunDirectory, row: Row) -> None:
+    directory.status.write("running", step=row["step"])

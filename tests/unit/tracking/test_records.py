@@ -1,0 +1,117 @@
+"""Who gets a row, and what the trackers are told about the run."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from hysparse_megatron.config.compose import compose
+from hysparse_megatron.config.schema import Config
+from hysparse_megatron.errors import Preempted
+from hysparse_megatron.plan.overview import make_overview
+from hysparse_megatron.rundir import RunDirectory
+from hysparse_megatron.tracking import records
+from hysparse_megatron.tracking.records import describe_run, recorded
+
+STEP = {
+    "step": 1,
+    "loss": 2.0,
+    "grad_norm": 1.0,
+    "learning_rate": 1e-3,
+    "tokens_per_second": 5.0,
+    "skipped": False,
+}
+EVALUATION = {"step": 1, "eval_loss": 1.9}
+
+
+class Fake:
+    """A tracker that keeps what it is given."""
+
+    made: list["Fake"]
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+        self.rows: list[dict[str, Any]] = []
+        self.closed: list[int] = []
+        self.made.append(self)
+        self.log = self.rows.append
+        self.close = self.closed.append
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Fake]:
+    Fake.made = []
+    monkeypatch.setattr(records, "Tracker", Fake)
+    monkeypatch.setattr(records, "TensorBoard", Fake)
+    return Fake.made
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return compose([f"run_dir={tmp_path / 'run'}", "tracking.tensorboard=true", "train.steps=9"])
+
+
+def record(config: Config, directory: RunDirectory, said: list[str], error: Any = None) -> None:
+    with recorded(config, directory, 0, {"world_size": 4}, said.append) as on_row:
+        for row in (STEP, EVALUATION):
+            for hook in on_row:
+                hook(row)
+        if error is not None:
+            raise error
+
+
+def test_everybody_gets_every_row(config: Config, made: list[Fake]) -> None:
+    directory = RunDirectory(config)
+    said: list[str] = []
+    record(config, directory, said)
+    wandb, tensorboard = made
+    assert wandb.rows == tensorboard.rows == [STEP, EVALUATION]
+    assert [json.loads(line) for line in directory.metrics.read_text().splitlines()] == wandb.rows
+    assert wandb.closed == tensorboard.closed == [0]
+    assert said == ["step 1: evaluation loss 1.9000"]
+    assert json.loads((directory.path / "status.json").read_text())["step"] == 1
+    facts = wandb.arguments[4]
+    assert facts["model"]["layout"] == config.model.layout
+    assert facts["run"]["starts"][0]["versions"]["torch"]
+    assert facts["world_size"] == 4
+    directory.close()
+
+
+@pytest.mark.parametrize(("error", "code"), [(Preempted("x"), 3), (ValueError("x"), 1)])
+def test_trackers_learn_how_it_ended(
+    config: Config, made: list[Fake], error: Exception, code: int
+) -> None:
+    directory = RunDirectory(config)
+    with pytest.raises(type(error)):
+        record(config, directory, [], error)
+    assert [fake.closed for fake in made] == [[code], [code]]
+    directory.close()
+
+
+def test_ranks_without_a_directory_record_nothing(config: Config, made: list[Fake]) -> None:
+    with recorded(config, None, 0, {}, print) as on_row:
+        assert on_row == []
+    assert made == []
+
+
+def test_tensorboard_goes_on_where_the_run_does(config: Config, made: list[Fake]) -> None:
+    directory: Any = SimpleNamespace(
+        path=config.run_path, metrics=config.run_path.parent / "m", facts={"id": "x"}
+    )
+    with recorded(config, directory, 7, {}, print):
+        pass
+    assert made[1].arguments[:2] == (config.run_path, 7)
+
+
+def test_parameters_are_the_planners() -> None:
+    config = compose(["model.moe.num_experts=8", "model.moe.num_active_experts=2"])
+    known = compose(
+        ["model.moe.num_experts=8", "model.moe.num_active_experts=2", "model.vocab_size=300"]
+    )
+    expected = make_overview(known, 1).parameters
+    assert describe_run(config, 300, 16) == {
+        "world_size": 16,
+        "parameters": {"total": expected.total, "active": expected.active},
+    }
