@@ -1,0 +1,172 @@
+"""From a checkpoint to a folder that transformers loads: one shard in memory at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from hysparse_megatron.checkpoint import store, tensors
+from hysparse_megatron.config.schema import Config
+from hysparse_megatron.errors import CheckpointError, ConfigError
+from hysparse_megatron.huggingface import settings, tokenizer_files
+from hysparse_megatron.huggingface.weights import EMBEDDING, KEPT_IN_FP32, Fused, model_weights
+
+CODE = ("configuration_hysparse.py", "attention_hysparse.py", "modeling_hysparse.py")
+"""Files of this package that an exported folder gets a copy of."""
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is to be exported."""
+
+    checkpoint: Path
+    config: Config
+    """The run's."""
+    tokenizer: Path | None
+    """A `tokenizer.json`; None looks where the run has it."""
+    dtype: torch.dtype | None
+    """Of the weights; None keeps the checkpoint's."""
+    shard_bytes: int
+
+
+def export(request: Request, folder: Path, say: Say) -> None:
+    """Write `folder`, which must not exist or be empty, whole or not at all.
+
+    Raises CheckpointError for a checkpoint that cannot be read or fitted to the run's settings, or
+    a folder that cannot be written, and ConfigError for everything else.
+    """
+    index = tensors.read_index(request.checkpoint)
+    index = {name: e for name, e in index.items() if not name.startswith(tensors.OPTIMIZER)}
+    weights = _fitting(request, index)
+    rows = index[EMBEDDING]["shape"][0]
+    identity = store.read_manifest(request.checkpoint).get("data", {})
+    tokenizer = request.tokenizer
+    if tokenizer is None:
+        tokenizer = tokenizer_files.find_tokenizer(request.config.data, identity)
+    ids = tokenizer_files.check_vocabulary(tokenizer, rows, identity.get("vocab_size"))
+
+    def write(target: Path) -> None:
+        _write_weights(request, weights, index, target, say)
+        _describe(request, target, rows, index[EMBEDDING]["dtype"])
+        length = request.config.train.seq_length
+        tokenizer_files.write_tokenizer(tokenizer, target, length)
+        end = tokenizer_files.end_of_document(tokenizer)
+        generation: dict[str, Any] = {"eos_token_id": end, "pad_token_id": end}
+        if ids < rows:
+            # Rows that fill the embedding up to a round number, which no token ever was.
+            generation["suppress_tokens"] = list(range(ids, rows))
+        tokenizer_files.write_object(target / "generation_config.json", generation)
+        for name in CODE:
+            shutil.copyfile(Path(__file__).with_name(name), target / name)
+
+    write_folder(folder, write)
+
+
+def _fitting(request: Request, index: dict[str, dict[str, Any]]) -> list[Fused]:
+    """The weights of the run's model, all of which the checkpoint has, and no others."""
+    if EMBEDDING not in index:
+        raise CheckpointError(f"{request.checkpoint} holds no language model: no {EMBEDDING}")
+    model, rows = request.config.model, index[EMBEDDING]["shape"][0]
+    weights = model_weights(model, rows)
+    wanted = {weight.name: list(weight.shape) for weight in weights}
+    problems = [f"no {name}" for name in wanted if name not in index]
+    problems += [f"{name} too many" for name in index if name not in wanted]
+    problems += [
+        f"{name} is {index[name]['shape']}, not {shape}"
+        for name, shape in wanted.items()
+        if name in index and index[name]["shape"] != shape
+    ]
+    if problems:
+        more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise CheckpointError(
+            f"{request.checkpoint} does not fit the model of the run's settings: "
+            f"{'; '.join(problems[:5])}{more}"
+        )
+    return weights
+
+
+def _write_weights(
+    request: Request,
+    weights: Sequence[Fused],
+    index: dict[str, dict[str, Any]],
+    folder: Path,
+    say: Say,
+) -> None:
+    def dtype_of(weight: Fused) -> torch.dtype:
+        if weight.name.endswith(KEPT_IN_FP32):
+            return torch.float32
+        return request.dtype or getattr(torch, index[weight.name]["dtype"])
+
+    sizes = [weight.numel * dtype_of(weight).itemsize for weight in weights]
+    shards = _shards(weights, sizes, request.shard_bytes)
+    place: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        held: dict[str, torch.Tensor] = {}
+        for weight in shard:
+            whole = tensors.read_tensor(request.checkpoint, index[weight.name])
+            held |= weight.split(whole.to(dtype_of(weight)))
+        save_file(held, folder / name, metadata={"format": "pt"})
+        place |= dict.fromkeys(held, name)
+        say(f"{name}: {len(held)} tensors, {sum(t.nbytes for t in held.values()):,} bytes")
+    if len(shards) > 1:
+        content = {"metadata": {"total_size": sum(sizes)}, "weight_map": place}
+        tokenizer_files.write_object(folder / INDEX, content)
+
+
+def _shards(weights: Sequence[Fused], sizes: Sequence[int], limit: int) -> list[list[Fused]]:
+    """Weights in order, as many in a shard as `limit` bytes hold, and at least one."""
+    shards: list[list[Fused]] = []
+    left = -1
+    for weight, size in zip(weights, sizes, strict=True):
+        if size > left:
+            shards.append([])
+            left = limit
+        shards[-1].append(weight)
+        left -= size
+    return shards
+
+
+def _describe(request: Request, folder: Path, rows: int, dtype: str) -> None:
+    if request.dtype is not None:
+        dtype = str(request.dtype).removeprefix("torch.")
+    length = request.config.train.seq_length
+    described = settings.to_json(request.config.model, rows, length, dtype)
+    tokenizer_files.write_object(folder / settings.CONFIG_JSON, described)
+
+
+def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a new folder, which gets its name when it is whole.
+
+    Raises ConfigError if there is something of this name, CheckpointError if it cannot be written.
+    """
+    refuse_taken(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent))
+        try:
+            write(temporary)
+            temporary.chmod(0o755)
+            temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        raise CheckpointError(f"{folder} was not written: {error}") from error
+
+
+def refuse_taken(folder: Path) -> None:
+    """Raise ConfigError if something of this name would be written over."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} exists and is not written over: choose another one")

@@ -1,0 +1,101 @@
+"""The tokenizer of a model: where a run has it, and the files that transformers reads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from hysparse_megatron.checkpoint.store import digest_of
+from hysparse_megatron.config.schema import DataConfig
+from hysparse_megatron.data.blend import parse_blend
+from hysparse_megatron.data.card import SENTENCEPIECE_NAME, TOKENIZER_NAME
+from hysparse_megatron.data.tokenizer import load_tokenizer, tokenizer_file
+from hysparse_megatron.errors import ConfigError, DataError
+
+CONFIG_NAME = "tokenizer_config.json"
+_BESIDE = (CONFIG_NAME, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+"""Files that a published tokenizer may have beside `tokenizer.json`."""
+
+
+def find_tokenizer(data: DataConfig, identity: dict[str, Any]) -> Path:
+    """The `tokenizer.json` a run trained with: the one with the hash its checkpoint remembers.
+
+    `identity` is what the manifest says of the data. Raises ConfigError if it is not found.
+    """
+    wanted = identity.get("tokenizer_sha256")
+    for path in _candidates(data):
+        if path.is_file() and wanted in (None, digest_of(path)):
+            if path.name == SENTENCEPIECE_NAME:
+                raise ConfigError(
+                    f"{path} is a SentencePiece model, which this does not convert: make a "
+                    f"{TOKENIZER_NAME} of it with transformers and name it with --tokenizer"
+                )
+            return path
+    raise ConfigError(
+        "the tokenizer that the run trained with is not where its settings say; name its "
+        f"{TOKENIZER_NAME} with --tokenizer"
+    )
+
+
+def _candidates(data: DataConfig) -> Iterator[Path]:
+    if data.tokenizer is not None:
+        yield Path(tokenizer_file(data.tokenizer))
+    folders = [Path(path) for _, path in parse_blend(data.blend)] if data.blend else []
+    folders += [Path(data.path)] if data.path is not None else []
+    if Path(data.cache_dir).is_dir():
+        folders += sorted(Path(data.cache_dir).iterdir())
+    for folder in folders:
+        yield folder / TOKENIZER_NAME
+        yield folder / SENTENCEPIECE_NAME
+
+
+def check_vocabulary(path: Path, rows: int, trained: int | None = None) -> int:
+    """Ids of the tokenizer, which must fit `rows` of an embedding and be as many as `trained`.
+
+    Raises ConfigError if they do not, or the file is no tokenizer.
+    """
+    try:
+        count = load_tokenizer(str(path)).vocab_size
+    except DataError as error:
+        raise ConfigError(f"tokenizer: {error}") from error
+    if count > rows:
+        raise ConfigError(f"{path} has {count} token ids, but the model {rows}: it is another's")
+    if trained is not None and count != trained:
+        raise ConfigError(
+            f"{path} has {count} token ids, but the run trained with {trained}: it is another's"
+        )
+    return count
+
+
+def write_tokenizer(path: Path, folder: Path, model_max_length: int) -> None:
+    """Copy a `tokenizer.json`, and what describes it: as published, or made here."""
+    shutil.copyfile(path, folder / TOKENIZER_NAME)
+    for name in _BESIDE:
+        if (path.parent / name).is_file():
+            shutil.copyfile(path.parent / name, folder / name)
+    if not (folder / CONFIG_NAME).exists():
+        end = end_of_document(path)
+        described = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": Tokenizer.from_file(str(path)).id_to_token(end),
+            "pad_token": Tokenizer.from_file(str(path)).id_to_token(end),
+            "padding_side": "left",
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": model_max_length,
+        }
+        write_object(folder / CONFIG_NAME, described)
+
+
+def end_of_document(path: Path) -> int:
+    """The id that closed every document in training."""
+    return load_tokenizer(str(path)).end_of_document
+
+
+def write_object(path: Path, content: dict[str, Any]) -> None:
+    """A JSON file, the same bytes for the same content."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

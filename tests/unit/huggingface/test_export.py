@@ -1,0 +1,70 @@
+"""An exported model is the model: the same logits, in transformers."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.unit.huggingface.exports import MOE, load, saved_run
+from tests.unit.single_process import default_group, fresh_seed
+
+VARIANTS: dict[str, list[str]] = {
+    "as in the paper": ["model.layout=F S S F S W F"],
+    "channel gates": ["model.layout=F S F", "model.gate=channel"],
+    "one sink for both branches": ["model.layout=W F S W", "model.sink=shared"],
+    "no sinks": ["model.layout=F S W F", "model.sink=none"],
+    "wide values": ["model.layout=F S W F", "model.value_head_dim=12"],
+    "gated full layers": ["model.layout=F S F", "model.full_gate=head"],
+    "full layers gated by channel, narrow values": [
+        "model.layout=F S F",
+        "model.full_gate=channel",
+        "model.value_head_dim=3",
+    ],
+    "norm of query and key": ["model.layout=F S W F", "model.qk_norm=true"],
+    "one group of heads": ["model.layout=F S F", "model.num_query_groups=1"],
+    "a group for each head": ["model.layout=F S F", "model.num_query_groups=4"],
+    "forced blocks": [
+        "model.layout=F S F",
+        "model.num_selected_blocks=3",
+        "model.forced_first_blocks=1",
+        "model.forced_recent_blocks=1",
+    ],
+    "partly rotated": [
+        "model.layout=F S F",
+        "model.rotary_fraction=0.5",
+        "model.rotary_base=500",
+    ],
+    "window and blocks longer than the text": [
+        "model.layout=F S F",
+        "model.window=100",
+        "model.num_selected_blocks=30",
+    ],
+    "a window of one token": ["model.layout=F S W F", "model.window=1"],
+    "tied embeddings": ["model.layout=F S F", "model.tie_embeddings=true"],
+    "experts": ["model.layout=F S S W F", *MOE],
+    "experts by softmax": [
+        "model.layout=F S F",
+        "model.moe.num_experts=4",
+        "model.moe.num_active_experts=2",
+    ],
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def group() -> Iterator[None]:
+    with default_group():
+        yield
+
+
+@pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS.keys())
+def test_logits_are_equal(overrides: list[str], tmp_path: Path) -> None:
+    fresh_seed()
+    with saved_run(tmp_path / "run", *overrides) as run:
+        tokens = run.clear_tokens()
+        expected = run.logits(tokens)
+        model = load(run.export(tmp_path / "exported"))
+    with torch.no_grad():
+        found = model(tokens).logits
+    assert found.shape == expected.shape
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))

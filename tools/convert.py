@@ -1,0 +1,117 @@
+"""To and from Hugging Face: `python -m tools.convert COMMAND ...`.
+
+    python -m tools.convert export --run-dir runs/quickstart exported/quickstart
+
+export makes a folder of a run's checkpoint, saved on any number of ranks, that transformers loads
+without any code of this project: AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=
+True). Ends with 0, with 2 if something asked for cannot be, or with 6 if there is no valid
+checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hysparse_megatron.checkpoint import store
+from hysparse_megatron.config.frozen import CONFIG_FILE, load_frozen
+from hysparse_megatron.errors import CheckpointError, ConfigError, HySparseError
+
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Do what `argv` says, the command line without the program's name."""
+    given = _parser().parse_args(list(argv))
+    try:
+        return given.action(given)
+    except HySparseError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.convert",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    text = "a checkpoint as a Hugging Face folder"
+    exporting = commands.add_parser("export", help=text, description=text, allow_abbrev=False)
+    exporting.set_defaults(action=_export)
+    exporting.add_argument("--run-dir", type=Path, required=True, help="the run")
+    exporting.add_argument(
+        "--checkpoint", default="newest", metavar="STEP", help="its step; newest takes the newest"
+    )
+    exporting.add_argument("--dtype", choices=DTYPES, help="of the weights; the checkpoint's")
+    exporting.add_argument(
+        "--shard-size", type=_size, default=5 * 10**9, metavar="5GB", help="largest file"
+    )
+    exporting.add_argument(
+        "--tokenizer", type=Path, help="tokenizer.json or its folder; the run's if left out"
+    )
+    exporting.add_argument(
+        "--no-verify", action="store_true", help="leave out comparing files with their hashes"
+    )
+    exporting.add_argument("folder", type=Path, help="to write; must not exist")
+    return parser
+
+
+def _size(text: str) -> int:
+    number, unit = text[:-2], text[-2:].upper()
+    if not number.isdigit() or unit not in UNITS or not int(number):
+        raise argparse.ArgumentTypeError(f"got {text}; allowed a whole number and KB, MB or GB")
+    return int(number) * UNITS[unit]
+
+
+def _export(given: argparse.Namespace) -> int:
+    config_file = given.run_dir / CONFIG_FILE
+    if not config_file.is_file():
+        raise ConfigError(f"--run-dir: {given.run_dir} is no run directory: no {CONFIG_FILE}")
+    config = load_frozen(config_file)
+    checkpoint = _checkpoint(given.run_dir, given.checkpoint, content=not given.no_verify)
+    # Imported late: what is wrong with the command is said without waiting for torch.
+    import torch
+
+    from hysparse_megatron.data.tokenizer import tokenizer_file
+    from hysparse_megatron.huggingface.export import Request, export
+
+    request = Request(
+        checkpoint,
+        config,
+        Path(tokenizer_file(str(given.tokenizer))) if given.tokenizer else None,
+        getattr(torch, DTYPES[given.dtype]) if given.dtype else None,
+        given.shard_size,
+    )
+    export(request, given.folder, print)
+    print(f"{checkpoint} -> {given.folder}")
+    return 0
+
+
+def _checkpoint(run_dir: Path, chosen: str, content: bool) -> Path:
+    """The newest valid checkpoint of a run, or the one of a step."""
+    if chosen != "newest":
+        if not chosen.isdigit():
+            raise ConfigError(f"--checkpoint: got {chosen}; allowed newest or a step")
+        directory = store.step_directory(run_dir / "checkpoints", int(chosen))
+        problems = store.problems_of(directory, content)
+        if problems:
+            raise CheckpointError(f"{directory} is damaged or missing: {'; '.join(problems)}")
+        return directory
+    found, rejected = store.latest_checkpoint(
+        run_dir / "checkpoints", lambda path: store.problems_of(path, content)
+    )
+    for problem in rejected:
+        print(f"WARNING: a newer checkpoint is damaged and left out: {problem}", file=sys.stderr)
+    if found is None:
+        raise store.nothing_at(run_dir)
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
