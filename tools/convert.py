@@ -1,11 +1,13 @@
 """To and from Hugging Face: `python -m tools.convert COMMAND ...`.
 
     python -m tools.convert export --run-dir runs/quickstart exported/quickstart
+    python -m tools.convert import exported/quickstart starts/quickstart
 
 export makes a folder of a run's checkpoint, saved on any number of ranks, that transformers loads
 without any code of this project: AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=
-True). Ends with 0, with 2 if something asked for cannot be, or with 6 if there is no valid
-checkpoint.
+True). import makes of such a folder, trained further or not, one that a run starts from with
+checkpoint.load. Ends with 0, with 2 if something asked for cannot be, or with 6 if a checkpoint is
+missing or damaged.
 """
 
 from __future__ import annotations
@@ -59,6 +61,11 @@ def _parser() -> argparse.ArgumentParser:
         "--no-verify", action="store_true", help="leave out comparing files with their hashes"
     )
     exporting.add_argument("folder", type=Path, help="to write; must not exist")
+    text = "a Hugging Face folder of this model as a checkpoint to start from"
+    importing = commands.add_parser("import", help=text, description=text, allow_abbrev=False)
+    importing.set_defaults(action=_import)
+    importing.add_argument("source", type=Path, help="the Hugging Face folder")
+    importing.add_argument("folder", type=Path, help="to write; must not exist")
     return parser
 
 
@@ -91,6 +98,18 @@ def _export(given: argparse.Namespace) -> int:
     export(request, given.folder, print)
     print(f"{checkpoint} -> {given.folder}")
     return 0
+
+
+def _import(given: argparse.Namespace) -> int:
+    from hysparse_megatron.huggingface.importing import import_folder
+
+    import_folder(given.source, given.folder, print)
+    _tell_next(given.folder)
+    return 0
+
+
+def _tell_next(folder: Path) -> None:
+    print(f"start a run with checkpoint.load={folder} and the model of {folder}/experiment.yaml")
 
 
 def _checkpoint(run_dir: Path, chosen: str, content: bool) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,14 @@ from safetensors.torch import save_file
 
 from hysparse_megatron.checkpoint import store, tensors
 from hysparse_megatron.config.schema import Config
-from hysparse_megatron.errors import CheckpointError, ConfigError
+from hysparse_megatron.errors import CheckpointError
 from hysparse_megatron.huggingface import settings, tokenizer_files
+from hysparse_megatron.huggingface.folders import write_folder
+from hysparse_megatron.huggingface.reading import INDEX, SINGLE
 from hysparse_megatron.huggingface.weights import EMBEDDING, KEPT_IN_FP32, Fused, model_weights
 
 CODE = ("configuration_hysparse.py", "attention_hysparse.py", "modeling_hysparse.py")
 """Files of this package that an exported folder gets a copy of."""
-
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 
 Say = Callable[[str], None]
 
@@ -145,28 +143,3 @@ def _describe(request: Request, folder: Path, rows: int, dtype: str) -> None:
     length = request.config.train.seq_length
     described = settings.to_json(request.config.model, rows, length, dtype)
     tokenizer_files.write_object(folder / settings.CONFIG_JSON, described)
-
-
-def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a new folder, which gets its name when it is whole.
-
-    Raises ConfigError if there is something of this name, CheckpointError if it cannot be written.
-    """
-    refuse_taken(folder)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent))
-        try:
-            write(temporary)
-            temporary.chmod(0o755)
-            temporary.rename(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    except OSError as error:
-        raise CheckpointError(f"{folder} was not written: {error}") from error
-
-
-def refuse_taken(folder: Path) -> None:
-    """Raise ConfigError if something of this name would be written over."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder} exists and is not written over: choose another one")

@@ -72,12 +72,17 @@ def check_vocabulary(path: Path, rows: int, trained: int | None = None) -> int:
     return count
 
 
-def write_tokenizer(path: Path, folder: Path, model_max_length: int) -> None:
-    """Copy a `tokenizer.json`, and what describes it: as published, or made here."""
+def copy_tokenizer(path: Path, folder: Path) -> None:
+    """Copy a `tokenizer.json`, and what was published with it."""
     shutil.copyfile(path, folder / TOKENIZER_NAME)
     for name in _BESIDE:
         if (path.parent / name).is_file():
             shutil.copyfile(path.parent / name, folder / name)
+
+
+def write_tokenizer(path: Path, folder: Path, model_max_length: int) -> None:
+    """Copy a `tokenizer.json`, and what describes it: as published, or made here."""
+    copy_tokenizer(path, folder)
     if not (folder / CONFIG_NAME).exists():
         end = end_of_document(path)
         described = {

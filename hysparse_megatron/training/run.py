@@ -303,7 +303,12 @@ def _resume(state: TrainingState, latest: Path | None, corpus: TrainingData, say
     """Load the newest checkpoint of the run, or foreign weights; returns where to go on."""
     if latest is not None:
         facts = on_rank_zero(lambda: store.read_manifest(latest), CheckpointError)
-        changed = changed_fields(facts.get("data", {}), corpus.identity())
+        if "data" not in facts:
+            raise CheckpointError(
+                f"{latest} holds weights alone and cannot be continued: start a new run_dir with "
+                f"checkpoint.load={latest.parents[1]}"
+            )
+        changed = changed_fields(facts["data"], corpus.identity())
         if changed:
             text = f"the data changed since {latest} was written: {', '.join(changed)}"
             if not state.config.checkpoint.accept_changed_data:

@@ -1,0 +1,175 @@
+"""From a Hugging Face folder of this model back to a checkpoint that training starts from."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml  # type: ignore[import-untyped]
+from torch import Tensor
+
+from hysparse_megatron.checkpoint.assemble import Source, save_weights
+from hysparse_megatron.config.compose import compose
+from hysparse_megatron.config.frozen import freeze, to_yaml
+from hysparse_megatron.config.schema import Config, ModelConfig
+from hysparse_megatron.data.card import TOKENIZER_NAME
+from hysparse_megatron.errors import ConfigError
+from hysparse_megatron.huggingface import settings, tokenizer_files
+from hysparse_megatron.huggingface.folders import write_folder
+from hysparse_megatron.huggingface.reading import TensorFolder
+from hysparse_megatron.huggingface.weights import (
+    EMBEDDING,
+    KEPT_IN_FP32,
+    OUTPUT,
+    Fused,
+    model_weights,
+)
+from hysparse_megatron.plan.parameters import padded_vocab_size
+from hysparse_megatron.rundir import versions
+
+EXPERIMENT = "experiment.yaml"
+"""Settings with which a run starts from the weights, to be copied into conf/experiment/."""
+
+Say = Callable[[str], None]
+_NO_ARCHITECTURE = ("backend", "layers", "fp8")
+"""Settings of a model that say how it is computed."""
+
+
+def import_folder(source: Path, folder: Path, say: Say) -> None:
+    """Make `folder`, which must not exist or be empty, of an exported (and trained) `source`.
+
+    Raises ConfigError for a source that is none or does not fit its own settings, CheckpointError
+    for one that is damaged or a folder that cannot be written.
+    """
+    described = settings.read_json(source)
+    found = described.get("model_type")
+    if found != settings.MODEL_TYPE:
+        raise ConfigError(
+            f"{source} is a model of type {found}, not {settings.MODEL_TYPE}; a model of another "
+            "architecture is taken over with adopt"
+        )
+    model = settings.from_json(described)
+    tensors = TensorFolder(source)
+    rows = described["vocab_size"]
+    weights = model_weights(model, rows)
+    check_names(tensors, {name: shape for w in weights for name, shape in w.shapes.items()})
+    sources = {weight.name: _source(weight, tensors) for weight in weights}
+    length = described.get("max_position_embeddings") or 2
+    write_start(source, folder, model, sources, length, say)
+
+
+def check_names(
+    tensors: TensorFolder, wanted: Mapping[str, tuple[int, ...]], ignored: Sequence[str] = ()
+) -> None:
+    """Raise ConfigError unless the folder's tensors are those `wanted`, of their shapes.
+
+    Names that end with one of `ignored` may be there too, and so may a tied output projection.
+    """
+    problems = [f"no {name}" for name in wanted if name not in tensors.names]
+    problems += [
+        f"{name} is {list(tensors.shape(name))}, not {list(shape)}"
+        for name, shape in wanted.items()
+        if name in tensors.names and tensors.shape(name) != shape
+    ]
+    problems += [
+        f"{name} too many"
+        for name in sorted(tensors.names - wanted.keys() - {"lm_head.weight"})
+        if not name.endswith(tuple(ignored))
+    ]
+    if problems:
+        more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ConfigError(
+            f"the tensors do not fit {settings.CONFIG_JSON}: {'; '.join(problems[:5])}{more}"
+        )
+
+
+def _source(weight: Fused, tensors: TensorFolder) -> Source:
+    dtype = tensors.dtype(weight.parts[0][0])
+    if weight.name.endswith(KEPT_IN_FP32):
+        dtype = torch.float32
+
+    def read() -> Tensor:
+        return weight.join({name: tensors.read(name).to(dtype) for name, _ in weight.parts})
+
+    return padded(weight.name, Source(weight.shape, dtype, read))
+
+
+def padded(name: str, source: Source) -> Source:
+    """Embedding and output projection with rows of zeros up to what training has; others as is."""
+    if name not in (EMBEDDING, OUTPUT):
+        return source
+    rows = padded_vocab_size(source.shape[0])
+    read = functools.partial(_with_rows, source.read, rows)
+    return Source((rows, *source.shape[1:]), source.dtype, read)
+
+
+def _with_rows(read: Callable[[], Tensor], rows: int) -> Tensor:
+    tensor = read()
+    return torch.cat([tensor, tensor.new_zeros(rows - tensor.shape[0], *tensor.shape[1:])])
+
+
+def write_start(
+    source: Path,
+    folder: Path,
+    model: ModelConfig,
+    sources: Mapping[str, Source],
+    length: int,
+    say: Say,
+) -> None:
+    """A folder with a checkpoint of `sources`, settings for a run from it, and the tokenizer.
+
+    `source` is the Hugging Face folder with the tokenizer, `length` what it was trained on.
+    """
+    tokenizer = source / TOKENIZER_NAME
+    if tokenizer.is_file():
+        tokenizer_files.check_vocabulary(tokenizer, model.vocab_size or 0)
+    else:
+        say(f"WARNING: {source} has no {TOKENIZER_NAME}: name the run's with data.tokenizer")
+    config = _config(model, folder, length, tokenizer.is_file())
+
+    def write(target: Path) -> None:
+        facts = {"tokens": 0, "made_from": str(source), "versions": versions()}
+        checkpoint = save_weights(target / "checkpoints", sources, facts)
+        say(f"{len(sources)} tensors in {checkpoint.relative_to(target)}")
+        if tokenizer.is_file():
+            tokenizer_files.copy_tokenizer(tokenizer, target)
+        freeze(config, target)
+        (target / EXPERIMENT).write_text(_experiment(config), encoding="utf-8")
+
+    write_folder(folder, write)
+
+
+def _config(model: ModelConfig, folder: Path, length: int, has_tokenizer: bool) -> Config:
+    """Of a run that starts from `folder`, as far as that follows from it."""
+    config = compose([])
+    return dataclasses.replace(
+        config,
+        name=folder.name,
+        model=model,
+        train=dataclasses.replace(config.train, seq_length=length),
+        checkpoint=dataclasses.replace(config.checkpoint, load=str(folder)),
+        data=dataclasses.replace(
+            config.data, tokenizer=str(folder / TOKENIZER_NAME) if has_tokenizer else None
+        ),
+    )
+
+
+def _experiment(config: Config) -> str:
+    tree: dict[str, Any] = yaml.safe_load(to_yaml(config))
+    for name in _NO_ARCHITECTURE:
+        del tree["model"][name]
+    chosen: dict[str, Any] = {
+        "model": tree["model"],
+        "data": {"tokenizer": tree["data"]["tokenizer"]},
+        "checkpoint": {"load": tree["checkpoint"]["load"]},
+    }
+    lines = [
+        "# @package _global_",
+        "# The model of these weights. Copy it to conf/experiment/NAME.yaml and start with",
+        "# experiment=NAME, and train.* and data.* of your own.",
+    ]
+    return "\n".join([*lines, yaml.safe_dump(chosen, sort_keys=False)])

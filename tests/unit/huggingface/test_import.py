@@ -1,0 +1,104 @@
+"""Back from a Hugging Face folder: the same checkpoint, and training that starts from it."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from hysparse_megatron.checkpoint import store, tensors
+from hysparse_megatron.checkpoint.state import load_state
+from hysparse_megatron.config.frozen import load_frozen
+from tests.unit.huggingface.exports import MOE, Run, load, saved_run
+from tests.unit.single_process import default_group, fresh_seed
+from tools.checkpoint import main as checkpoint_main
+from tools.convert import main
+
+HEAVY = [
+    "model.layout=F S W S F",
+    "model.qk_norm=true",
+    "model.gate=channel",
+    "model.full_gate=head",
+    "model.value_head_dim=12",
+    "model.tie_embeddings=true",
+    *MOE,
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def group() -> Iterator[None]:
+    with default_group():
+        yield
+
+
+def import_folder(source: Path, folder: Path) -> Path:
+    assert main(["import", str(source), str(folder)]) == 0
+    return folder
+
+
+def assert_same_weights(run: Run, folder: Path) -> None:
+    """`tools.checkpoint diff` finds nothing, types included."""
+    first, second = (store.resolve_checkpoint(path) for path in (run.path, folder))
+    assert checkpoint_main(["diff", str(first), str(second)]) == 0
+    ours, theirs = (tensors.read_index(path) for path in (first, second))
+    ours = {name: e for name, e in ours.items() if not name.startswith(tensors.OPTIMIZER)}
+    assert {name: e["dtype"] for name, e in ours.items()} == {
+        name: e["dtype"] for name, e in theirs.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["model.layout=F S W S F"], HEAVY, [*HEAVY, "train.precision=bf16"]],
+    ids=["dense", "all at once", "all at once in bf16"],
+)
+def test_round_trip_is_exact(overrides: list[str], tmp_path: Path) -> None:
+    fresh_seed()
+    with saved_run(tmp_path / "run", *overrides) as run:
+        exported = run.export(tmp_path / "exported", "--shard-size", "20KB")
+        assert len(list(exported.glob("*.safetensors"))) > 3
+        folder = import_folder(exported, tmp_path / "start")
+        assert_same_weights(run, folder)
+
+        # Training's own loader takes them.
+        tokens = run.clear_tokens()
+        expected = run.logits(tokens)
+        for parameter in run.state.chunks[0].parameters():
+            parameter.data.zero_()
+        load_state(run.state, store.resolve_checkpoint(folder), weights_only=True)
+        assert torch.equal(run.logits(tokens), expected)
+
+        # And the model that the folder describes is the run's.
+        model = load_frozen(folder / "config.yaml").model
+        made = dataclasses.asdict(dataclasses.replace(model, vocab_size=None, layout=""))
+        wanted = dataclasses.replace(run.config.model, vocab_size=None, layout="")
+        wanted = dataclasses.replace(wanted, value_head_dim=wanted.value_dim)
+        assert made == dataclasses.asdict(wanted)
+        assert model.layout == run.config.model.layout.replace(" ", "")
+
+
+def test_a_model_that_transformers_trained_and_resized(tmp_path: Path) -> None:
+    fresh_seed()
+    with saved_run(tmp_path / "run", *HEAVY) as run:
+        model = load(run.export(tmp_path / "exported"))
+        model.resize_token_embeddings(390)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.25)
+        model.save_pretrained(tmp_path / "trained")
+        folder = import_folder(tmp_path / "trained", tmp_path / "start")
+        experiment = yaml.safe_load((folder / "experiment.yaml").read_text())
+        assert experiment["model"]["vocab_size"] == 390
+        assert experiment["checkpoint"]["load"] == str(folder)
+
+        weights = tensors.read_weights(store.resolve_checkpoint(folder))
+        embedding = weights["embedding.word_embeddings.weight"]
+        assert embedding.shape[0] == 512  # a multiple of 128, as training has it
+        assert torch.equal(embedding[:390], model.get_input_embeddings().weight)
+        assert not embedding[390:].any()
+        [attention] = [layer.self_attn for layer in model.model.layers[3:4]]
+        assert torch.equal(
+            weights["decoder.layers.3.self_attention.sparse_sink"], attention.sparse_sink
+        )
