@@ -2,7 +2,8 @@
 
 Each is a self-attention in megatron-core's sense, built from a `ModuleSpec`, with two differences:
 `forward` takes and returns what oracle and sparse layers share, as arguments and results, and the
-attention math comes from `hysparse_kernels`.
+attention math comes from `hysparse_kernels`. With a `step` of generation the math reads and
+extends the layer's cache, and nothing else changes.
 
 Shapes: S sequence, B batch, HQ query heads and HKV KV groups on this rank, D query/key head dim,
 DV value head dim, K selected blocks, C channels, T tensor-parallel size.
@@ -11,157 +12,31 @@ DV value head dim, K selected blocks, C channels, T tensor-parallel size.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from hysparse_kernels import (
     BlockLists,
     KeyValueGradients,
+    TokenCache,
+    WindowCache,
     block_sparse_attention,
+    cached_full_attention,
+    cached_sparse_attention,
+    cached_window_attention,
     gated_sum,
     oracle_attention,
     sliding_window_attention,
 )
-from megatron.core import tensor_parallel
-from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.utils import (
-    ensure_metadata_has_dp_cp_group,
-    make_sharded_tensors_for_checkpoint,
-    sharded_state_dict_default,
-)
 from torch import Tensor
 
 from hysparse_megatron.config.schema import FullGate, GateKind, SinkKind
+from hysparse_megatron.model.attention_base import AttentionSubmodules, BaseAttention
 from hysparse_megatron.model.megatron_config import HySparseConfig
-from hysparse_megatron.model.norm import RMSNorm
-from hysparse_megatron.model.projection import GroupedProjection, Part
-from hysparse_megatron.model.sharing import SharedAttention
+from hysparse_megatron.model.projection import Part
+from hysparse_megatron.model.sharing import CachedSelection, CachedStep, Shared, SharedAttention
 from hysparse_megatron.runtime.process_groups import groups_sharing_a_kv_head
-
-
-@dataclass
-class AttentionSubmodules:
-    """The linear layers of an attention layer, from megatron-core or Transformer Engine."""
-
-    linear_qkv: type
-    linear_proj: type
-
-
-class _Attention(MegatronModule):
-    """What the three layers have in common: projections, rotation, recompute, checkpoints."""
-
-    def __init__(
-        self,
-        config: HySparseConfig,
-        submodules: AttentionSubmodules,
-        layer_number: int,
-        pg_collection: ProcessGroupCollection,
-        pp_layer_offset: int | None = None,
-        name: str | None = None,
-    ) -> None:
-        super().__init__(config=config)
-        self.config: HySparseConfig = config
-        self.layer_number = layer_number
-        self.tp_group = pg_collection.tp
-        self.cp_group = pg_collection.cp
-        self.linear_qkv = GroupedProjection(
-            config, submodules.linear_qkv, self._parts(config), pg_collection
-        )
-        self.linear_proj = submodules.linear_proj(
-            config.num_attention_heads * config.value_dim,
-            config.hidden_size,
-            config=config,
-            init_method=config.output_layer_init_method,
-            bias=False,
-            input_is_parallel=True,
-            skip_bias_add=True,
-            is_expert=False,
-            tp_comm_buffer_name="proj",
-            tp_group=pg_collection.tp,
-        )
-        self.q_layernorm: RMSNorm | None = None
-        self.k_layernorm: RMSNorm | None = None
-        if config.qk_layernorm:
-            # megatron-core sums the gradients of parameters with these names over tensor ranks.
-            self.q_layernorm = RMSNorm(
-                config, int(config.kv_channels or 0), config.layernorm_epsilon
-            )
-            self.k_layernorm = RMSNorm(
-                config, int(config.kv_channels or 0), config.layernorm_epsilon
-            )
-        heads = config.num_attention_heads // config.tensor_model_parallel_size
-        self.sink_names = self._sinks(config)
-        for sink in self.sink_names:
-            # One logit per head, in fp32 whatever the model's precision, split like the heads.
-            parameter = torch.nn.Parameter(torch.zeros(heads, dtype=torch.float32))
-            tensor_parallel.set_tensor_model_parallel_attributes(parameter, True, 0, 1)
-            parameter.is_sink = True  # type: ignore[attr-defined] # a parameter group of its own
-            self.register_parameter(sink, parameter)
-
-    @staticmethod
-    def _parts(config: HySparseConfig) -> tuple[Part, ...]:
-        """What the input projection computes."""
-        head_dim = int(config.kv_channels or 0)
-        return (
-            Part("query", head_dim, per_head=True),
-            Part("key", head_dim, per_head=False),
-            Part("value", config.value_dim, per_head=False),
-        )
-
-    @staticmethod
-    def _sinks(config: HySparseConfig) -> tuple[str, ...]:
-        """Names of the learnable sinks."""
-        return ()
-
-    def _query_and_key(
-        self, parts: dict[str, Tensor], rotary_pos_emb: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Normalised (if so configured) and rotated query [S, B, HQ, D] and key [S, B, HKV, D]."""
-        query, key = parts["query"], parts["key"]
-        if self.q_layernorm is not None and self.k_layernorm is not None:
-            query, key = self.q_layernorm(query), self.k_layernorm(key)
-        if rotary_pos_emb is None:
-            return query, key
-        return tuple(  # type: ignore[return-value]
-            apply_rotary_pos_emb(tensor, rotary_pos_emb, config=self.config, cp_group=self.cp_group)
-            for tensor in (query, key)
-        )
-
-    def _run(self, attend, *tensors: Tensor | None):
-        """`attend(*tensors)`, recomputed in the backward pass with selective recompute."""
-        if self.training and self.config.recompute_granularity == "selective":
-            return tensor_parallel.checkpoint(attend, False, *tensors)
-        return attend(*tensors)
-
-    def _project(self, attention: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[B, S, HQ, DV] -> [S / T or S, B, C] and no bias."""
-        return self.linear_proj(attention.transpose(0, 1).flatten(2))
-
-    def sharded_state_dict(
-        self,
-        prefix: str = "",
-        sharded_offsets: tuple = (),
-        metadata: dict | None = None,
-    ) -> dict:
-        """Sinks are split over tensor-parallel ranks along their heads; the rest is as usual."""
-        metadata = ensure_metadata_has_dp_cp_group(metadata)
-        result = make_sharded_tensors_for_checkpoint(
-            {name: getattr(self, name) for name in self.sink_names},
-            prefix,
-            tensor_parallel_layers_axis_map=dict.fromkeys(self.sink_names, 0),
-            sharded_offsets=sharded_offsets,
-            tp_group=self.tp_group,
-            dp_cp_group=metadata["dp_cp_group"],
-        )
-        for name, module in self.named_children():
-            result.update(
-                sharded_state_dict_default(
-                    module, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=self.tp_group
-                )
-            )
-        return result
 
 
 def _kernel_layout(tensor: Tensor) -> Tensor:
@@ -169,7 +44,7 @@ def _kernel_layout(tensor: Tensor) -> Tensor:
     return tensor.transpose(0, 1)
 
 
-class FullAttention(_Attention):
+class FullAttention(BaseAttention):
     """Causal full attention that also picks, for every query, the blocks its sparse layers read.
 
     HySparse (arXiv 2602.03560) Eq. 1-3. Key, value and the picks are returned for sharing if any
@@ -179,7 +54,7 @@ class FullAttention(_Attention):
 
     @staticmethod
     def _parts(config: HySparseConfig) -> tuple[Part, ...]:
-        parts = _Attention._parts(config)
+        parts = BaseAttention._parts(config)
         if config.full_gate is FullGate.none:
             return parts
         width = 1 if config.full_gate is FullGate.head else config.value_dim
@@ -204,11 +79,12 @@ class FullAttention(_Attention):
     def forward(
         self,
         hidden_states: Tensor,
-        shared: SharedAttention | None,
+        shared: Shared | None,
         rotary_pos_emb: Tensor | None,
         documents: Tensor | None = None,
         select: bool = True,
-    ) -> tuple[tuple[Tensor, Tensor | None], SharedAttention | None]:
+        step: CachedStep | None = None,
+    ) -> tuple[tuple[Tensor, Tensor | None], Shared | None]:
         """[S / T or S, B, C] -> ((output of the same shape, no bias), what is shared or None).
 
         `shared` of an earlier oracle is not used. With `select=False` (activation recompute, whose
@@ -217,15 +93,22 @@ class FullAttention(_Attention):
         parts = self.linear_qkv(hidden_states)
         query, key = self._query_and_key(parts, rotary_pos_emb)
         value = parts["value"]
+        if step is not None:
+            attention, selection = self._attend_cached(step, query, key, value)
+            return self._project(self._gated(attention, parts)), selection
         if self.is_read:
             # Copies, because views would keep the whole fused projection alive with them.
             key, value = key.contiguous(), value.contiguous()
         attend = self._attend_and_select(documents, select and self.is_read)
         attention, indices = self._run(attend, query, key, value)
-        if "gate" in parts:
-            attention = (_gate(parts["gate"]) * attention).to(query.dtype)
-        output = self._project(attention)
+        output = self._project(self._gated(attention, parts))
         return output, SharedAttention(key, value, indices) if self.is_read else None
+
+    def _gated(self, attention: Tensor, parts: dict[str, Tensor]) -> Tensor:
+        """`attention` [B, S, HQ, DV] scaled by its gate, if the layer has one."""
+        if "gate" not in parts:
+            return attention
+        return (_gate(parts["gate"]) * attention).to(attention.dtype)
 
     def _attend_and_select(self, documents: Tensor | None, select: bool):
         recomputed = self.training and self.config.recompute_granularity == "selective"
@@ -238,11 +121,7 @@ class FullAttention(_Attention):
                 _kernel_layout(query),
                 _kernel_layout(key),
                 _kernel_layout(value),
-                block_size=self.config.block_size,
-                num_selected=self.config.num_selected_blocks,
-                reduce_scores=self._reduce_scores if self.score_group is not None else None,
-                forced_first_blocks=self.config.forced_first_blocks,
-                forced_recent_blocks=self.config.forced_recent_blocks,
+                **self._selection_rule(),
                 select=select and not second_time,
                 cu_seqlens=documents,
                 backend=self.config.attention_backend_name,
@@ -251,6 +130,32 @@ class FullAttention(_Attention):
 
         return attend
 
+    def _attend_cached(
+        self, step: CachedStep, query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, CachedSelection | None]:
+        """Attention of a step's tokens [B, S, HQ, DV], and what the sparse layers read."""
+        cache = cast(TokenCache, step.cache)
+        output, indices = cached_full_attention(
+            _kernel_layout(query),
+            _kernel_layout(key),
+            _kernel_layout(value),
+            cache,
+            step.chunk,
+            **self._selection_rule(),
+            select=self.is_read,
+        )
+        return output, None if indices is None else CachedSelection(cache, indices)
+
+    def _selection_rule(self) -> dict[str, Any]:
+        """The same in training and generation."""
+        return {
+            "block_size": self.config.block_size,
+            "num_selected": self.config.num_selected_blocks,
+            "reduce_scores": self._reduce_scores if self.score_group is not None else None,
+            "forced_first_blocks": self.config.forced_first_blocks,
+            "forced_recent_blocks": self.config.forced_recent_blocks,
+        }
+
     def _reduce_scores(self, scores: Tensor) -> Tensor:
         torch.distributed.all_reduce(
             scores, op=torch.distributed.ReduceOp.MAX, group=self.score_group
@@ -258,7 +163,7 @@ class FullAttention(_Attention):
         return scores
 
 
-class WindowAttention(_Attention):
+class WindowAttention(BaseAttention):
     """Sliding-window attention with a sink per head: Eq. 5, the hybrid baseline's layer."""
 
     @staticmethod
@@ -268,15 +173,27 @@ class WindowAttention(_Attention):
     def forward(
         self,
         hidden_states: Tensor,
-        shared: SharedAttention | None,
+        shared: Shared | None,
         rotary_pos_emb: Tensor | None,
         documents: Tensor | None = None,
         select: bool = True,
-    ) -> tuple[tuple[Tensor, Tensor | None], SharedAttention | None]:
+        step: CachedStep | None = None,
+    ) -> tuple[tuple[Tensor, Tensor | None], Shared | None]:
         """[S / T or S, B, C] -> ((output of the same shape, no bias), `shared` untouched)."""
         parts = self.linear_qkv(hidden_states)
         query, key = self._query_and_key(parts, rotary_pos_emb)
         sink = self.window_sink if self.sink_names else None
+        if step is not None:
+            attention = cached_window_attention(
+                _kernel_layout(query),
+                _kernel_layout(key),
+                _kernel_layout(parts["value"]),
+                cast(WindowCache, step.cache),
+                step.chunk,
+                window=self.config.window,
+                sink=sink,
+            )
+            return self._project(attention), shared
         attend = functools.partial(self._attend, documents)
         attention = self._run(attend, query, key, parts["value"], sink)
         return self._project(attention), shared
@@ -307,14 +224,14 @@ _SINKS = {
 }
 
 
-class SparseAttention(_Attention):
+class SparseAttention(BaseAttention):
     """Two gated branches with one query: the oracle's blocks, and a window of its own (Eq. 4-9)."""
 
     @staticmethod
     def _parts(config: HySparseConfig) -> tuple[Part, ...]:
         gate_width = 1 if config.gate is GateKind.head else config.value_dim
         return (
-            *_Attention._parts(config),
+            *BaseAttention._parts(config),
             Part("sparse_gate", gate_width, per_head=True),
             Part("window_gate", gate_width, per_head=True),
         )
@@ -326,11 +243,12 @@ class SparseAttention(_Attention):
     def forward(
         self,
         hidden_states: Tensor,
-        shared: SharedAttention | None,
+        shared: Shared | None,
         rotary_pos_emb: Tensor | None,
         documents: Tensor | None = None,
         select: bool = True,
-    ) -> tuple[tuple[Tensor, Tensor | None], SharedAttention | None]:
+        step: CachedStep | None = None,
+    ) -> tuple[tuple[Tensor, Tensor | None], Shared | None]:
         """[S / T or S, B, C] -> ((output of the same shape, no bias), `shared` untouched).
 
         Raises ValueError if no oracle has shared anything: the layer has nothing to read.
@@ -342,6 +260,11 @@ class SparseAttention(_Attention):
         parts = self.linear_qkv(hidden_states)
         query, key = self._query_and_key(parts, rotary_pos_emb)
         sinks = [getattr(self, name) for name in self.sink_names] or [None]
+        if step is not None:
+            selection = cast(CachedSelection, shared)
+            attention = self._attend_cached(step, selection, parts, query, key, sinks)
+            return self._project(attention), shared
+        shared = cast(SharedAttention, shared)
         attention = self._run(
             functools.partial(self._attend, documents, shared.lists, shared.gradients),
             query,
@@ -396,6 +319,31 @@ class SparseAttention(_Attention):
         )
         gates = (_kernel_layout(sparse_gate), _kernel_layout(window_gate))
         return gated_sum(sparse, window, *gates, backend=backend).to(query.dtype)
+
+    def _attend_cached(
+        self,
+        step: CachedStep,
+        selection: CachedSelection,
+        parts: dict[str, Tensor],
+        query: Tensor,
+        window_key: Tensor,
+        sinks: list[Tensor | None],
+    ) -> Tensor:
+        """`_attend` of a step's tokens."""
+        return cached_sparse_attention(
+            _kernel_layout(query),
+            _kernel_layout(window_key),
+            _kernel_layout(parts["value"]),
+            _kernel_layout(parts["sparse_gate"]),
+            _kernel_layout(parts["window_gate"]),
+            *selection,
+            cast(WindowCache, step.cache),
+            step.chunk,
+            block_size=self.config.block_size,
+            window=self.config.window,
+            sparse_sink=sinks[0],
+            window_sink=sinks[-1],
+        )
 
 
 def _gate(logits: Tensor) -> Tensor:

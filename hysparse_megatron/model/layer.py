@@ -5,7 +5,7 @@ from __future__ import annotations
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from hysparse_megatron.model.sharing import SharedAttention
+from hysparse_megatron.model.sharing import CachedStep, Shared
 
 
 class HySparseLayer(TransformerLayer):
@@ -17,17 +17,21 @@ class HySparseLayer(TransformerLayer):
     def forward(  # type: ignore[override]
         self,
         hidden_states: Tensor,
-        shared: SharedAttention | None,
+        shared: Shared | None,
         rotary_pos_emb: Tensor | None,
         documents: Tensor | None = None,
         select: bool = True,
-    ) -> tuple[Tensor, SharedAttention | None]:
+        step: CachedStep | None = None,
+    ) -> tuple[Tensor, Shared | None]:
         """[S / T or S, B, C] and what the last oracle shared -> the same pair after this layer.
 
         `documents` int32 [documents + 1]: where they start in all B * S tokens; None is one a row.
+        With `step` the tokens follow on those in its cache.
         """
         normed = self.input_layernorm(hidden_states)
-        attention, shared = self.self_attention(normed, shared, rotary_pos_emb, documents, select)
+        attention, shared = self.self_attention(
+            normed, shared, rotary_pos_emb, documents, select, step
+        )
         with self.bias_dropout_add_exec_handler():
             add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
             hidden_states = add(attention, hidden_states, self.hidden_dropout)

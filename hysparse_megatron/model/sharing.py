@@ -1,5 +1,8 @@
 """What an oracle layer shares with the sparse layers after it, and how it crosses a pipeline cut.
 
+In training that is key, value and indices; in generation the oracle's cache takes the place of the
+first two.
+
 Shapes: S sequence, B batch, HKV KV groups on this rank, D query/key head dim, DV value head dim,
 K selected blocks, C channels of the residual stream, T tensor-parallel size.
 """
@@ -10,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from hysparse_kernels import BlockLists, KeyValueGradients
+from hysparse_kernels import BlockLists, Chunk, KeyValueGradients, TokenCache, WindowCache
 from torch import Tensor
 
 
@@ -35,6 +38,29 @@ class SharedAttention(NamedTuple):
     def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """What may go through autograd functions and across pipeline cuts."""
         return self.key, self.value, self.block_indices
+
+
+class CachedStep(NamedTuple):
+    """What a layer needs for one step of generation: its own cache, and the tokens of the step."""
+
+    cache: TokenCache | WindowCache
+    """Of all tokens for a full layer, of a window for the others."""
+    chunk: Chunk
+
+
+class CachedSelection(NamedTuple):
+    """What an oracle shares in a step of generation.
+
+    block_indices: [A, HKV, C, K] int32 of the step's tokens, -1 = no block.
+    """
+
+    cache: TokenCache
+    """The oracle's own, with the step's tokens in it."""
+    block_indices: Tensor
+
+
+Shared = SharedAttention | CachedSelection
+"""What passes from layer to layer."""
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from hysparse_megatron.layout import LayerKind
-from hysparse_megatron.model.attention import (
-    AttentionSubmodules,
-    FullAttention,
-    SparseAttention,
-    WindowAttention,
-)
+from hysparse_megatron.model.attention import FullAttention, SparseAttention, WindowAttention
+from hysparse_megatron.model.attention_base import AttentionSubmodules
 from hysparse_megatron.model.experts import moe_layer
 from hysparse_megatron.model.layer import HySparseLayer
 from hysparse_megatron.model.layers import LayerModules

@@ -7,7 +7,7 @@ Shapes: S sequence, B batch, C channels, T tensor-parallel size.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from hysparse_megatron.layout import LayerKind, live_oracle
 from hysparse_megatron.model.megatron_config import HySparseConfig
-from hysparse_megatron.model.sharing import SharedAttention, pack, unpack
+from hysparse_megatron.model.sharing import CachedStep, Shared, SharedAttention, pack, unpack
 from hysparse_megatron.runtime.random import seed_initialization
 
 EXTRA_STATE = "_extra_state"
@@ -98,6 +98,7 @@ class HySparseStack(MegatronModule):
         attention_mask: Tensor | None,
         rotary_pos_emb: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
+        steps: Sequence[CachedStep] | None = None,
         **unused: object,
     ) -> Tensor:
         """[S / T or S, B, C] -> the same after this stage's layers, or the payload of a cut.
@@ -105,7 +106,8 @@ class HySparseStack(MegatronModule):
         A stage that is cut off inside a hybrid block takes and returns the hidden state packed
         with key, value and indices: see `sharing.pack`. `attention_mask` must be None: attention
         is causal by construction. `packed_seq_params` says where documents start: its
-        `cu_seqlens_q`, int32 [documents + 1], counts in the B * S tokens row by row.
+        `cu_seqlens_q`, int32 [documents + 1], counts in the B * S tokens row by row. `steps`, one
+        for each layer, make it a step of generation.
         """
         if attention_mask is not None or any(value is not None for value in unused.values()):
             given = [name for name, value in unused.items() if value is not None]
@@ -116,10 +118,10 @@ class HySparseStack(MegatronModule):
         plan = self.config.plan
         hidden = cast(Tensor, hidden_states if self.pre_process else self.input_tensor)
         self.input_tensor = None
-        shared: SharedAttention | None = None
+        shared: Shared | None = None
         if plan.oracle_into(self.stage) is not None:
-            hidden, shared = unpack(hidden, self.config.shared_widths())
-            shared = self._prepared(shared, documents)
+            hidden, received = unpack(hidden, self.config.shared_widths())
+            shared = self._prepared(received, documents)
 
         # With sequence parallelism every tensor-parallel rank drops out other tokens.
         with (
@@ -127,17 +129,22 @@ class HySparseStack(MegatronModule):
             if self.config.sequence_parallel
             else contextlib.nullcontext()
         ):
-            for index, layer in zip(self.layer_indices, self.layers, strict=True):
-                hidden, shared = self._run(layer, hidden, shared, rotary_pos_emb, documents)
+            for local, (index, layer) in enumerate(
+                zip(self.layer_indices, self.layers, strict=True)
+            ):
+                step = None if steps is None else steps[local]
+                hidden, shared = self._run(layer, hidden, shared, rotary_pos_emb, documents, step)
                 if live_oracle(plan.layout, index + 1) is None:
                     shared = None  # free key and value with their last reader
-                elif plan.layout.layers[index].kind is LayerKind.FULL:
+                elif plan.layout.layers[index].kind is LayerKind.FULL and step is None:
                     shared = self._prepared(cast(SharedAttention, shared), documents)
 
         if self.post_process:
             return cast(torch.nn.Module, self.final_norm)(hidden)
         if plan.oracle_out_of(self.stage) is not None:
-            assert shared is not None, "a cut inside a hybrid block has nothing to send"
+            assert isinstance(shared, SharedAttention), (
+                "a cut inside a hybrid block has nothing to send"
+            )
             return pack(hidden, shared)
         # The schedules free what they have sent, which a view of another tensor would survive.
         return make_viewless_tensor(inp=hidden, requires_grad=hidden.requires_grad, keep_graph=True)
@@ -168,10 +175,11 @@ class HySparseStack(MegatronModule):
         self,
         layer: torch.nn.Module,
         hidden_states: Tensor,
-        shared: SharedAttention | None,
+        shared: Shared | None,
         rotary_pos_emb: Tensor | None,
         documents: Tensor | None,
-    ) -> tuple[Tensor, SharedAttention | None]:
+        step: CachedStep | None,
+    ) -> tuple[Tensor, Shared | None]:
         """One layer, recomputed in the backward pass with full recompute.
 
         What is shared enters and leaves the recomputed function as tensors, never by other ways,
@@ -179,8 +187,9 @@ class HySparseStack(MegatronModule):
         """
         if not (self.training and self.config.recompute_granularity == "full"):
             with get_fp8_context(self.config, cast(TransformerLayer, layer).layer_number - 1):
-                return layer(hidden_states, shared, rotary_pos_emb, documents)
+                return layer(hidden_states, shared, rotary_pos_emb, documents, step=step)
 
+        shared = cast(SharedAttention | None, shared)
         lists = shared.lists if shared else None
 
         def run(hidden: Tensor, rotary: Tensor | None, *parts: Tensor | None):

@@ -2,6 +2,12 @@
 
 from hysparse_kernels.accumulation import KeyValueGradients
 from hysparse_kernels.block_lists import BlockLists
+from hysparse_kernels.cached_attention import (
+    CachedFullOutput,
+    cached_full_attention,
+    cached_sparse_attention,
+    cached_window_attention,
+)
 from hysparse_kernels.dispatch import (
     BACKENDS,
     BackendChoice,
@@ -14,19 +20,28 @@ from hysparse_kernels.dispatch import (
     sliding_window_attention,
 )
 from hysparse_kernels.gating import gated_sum
+from hysparse_kernels.key_value_cache import FP8, Chunk, TokenCache, WindowCache
 from hysparse_kernels.reference import OracleOutput, ReduceScores
 from hysparse_kernels.selection import neighbour_agreement, selected_mass
 
 __all__ = [
     "BACKENDS",
+    "FP8",
     "BackendChoice",
     "BackendUnavailable",
     "BlockLists",
+    "CachedFullOutput",
+    "Chunk",
     "KeyValueGradients",
     "OracleOutput",
     "ReduceScores",
+    "TokenCache",
+    "WindowCache",
     "block_sparse_attention",
     "block_topk",
+    "cached_full_attention",
+    "cached_sparse_attention",
+    "cached_window_attention",
     "gated_sum",
     "neighbour_agreement",
     "oracle_attention",

@@ -98,28 +98,15 @@ class _ChunkedAttention(torch.autograd.Function):
         # Autocast would otherwise turn the fp32 matmuls below into half precision.
         with torch.autocast(query.device.type, enabled=False):
             keys, values = _heads_first(key, dtype), _heads_first(value, dtype)
-            sink_logit = _sink_per_group(sink, groups, dtype)
-            for start, stop in _chunks(length, query_chunk):
+            sink_logit = sink_per_group(sink, groups, dtype)
+            for start, stop in chunks(length, query_chunk):
                 first, hidden = _visible_keys(visibility, start, stop, block_indices, query)
-                rows = _group_rows(query[:, start:stop], groups, dtype)
-                logits = _masked_logits(rows * scale, keys[:, :, first:stop], hidden, heads)
+                rows = group_rows(query[:, start:stop], groups, dtype)
+                logits = masked_logits(rows * scale, keys[:, :, first:stop], hidden, heads)
                 block_maxima = selector.block_maxima(logits) if selector else None
 
-                pivot = logits.amax(-1, keepdim=True)
-                if sink_logit is not None:
-                    pivot = torch.maximum(pivot, sink_logit)
-                # A row that sees nothing has pivot -inf; any finite one makes its weights 0.
-                pivot = pivot.masked_fill(pivot == -torch.inf, 0.0)
-                weights = logits.sub_(pivot).exp_()
-                total = weights.sum(-1, keepdim=True)
-                if sink_logit is not None:
-                    total = total + torch.exp(sink_logit - pivot)
-                chunk_lse = (pivot + total.log()).squeeze(-1)
-                mixed = weights.flatten(2, 3) @ values[:, :, first:stop]
-                # total >= 1 wherever anything is visible (the pivot itself counts exp(0)).
-                mixed = mixed / total.flatten(2, 3).clamp_min(1.0)
-
-                output[:, start:stop] = _ungroup_rows(mixed, heads)
+                mixed, chunk_lse = softmax_mix(logits, values[:, :, first:stop], sink_logit)
+                output[:, start:stop] = ungroup_rows(mixed, heads)
                 lse[:, :, start:stop] = chunk_lse.flatten(1, 2)
                 if selector is not None and block_maxima is not None:
                     selector.select(start, stop, block_maxima, chunk_lse)
@@ -140,15 +127,15 @@ class _ChunkedAttention(torch.autograd.Function):
         with torch.autocast(query.device.type, enabled=False):
             keys, values = _heads_first(key, dtype), _heads_first(value, dtype)
             grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
-            sink_logit = _sink_per_group(sink, groups, dtype)
+            sink_logit = sink_per_group(sink, groups, dtype)
             grad_sink = None if sink_logit is None else torch.zeros_like(sink_logit)
-            for start, stop in _chunks(length, ctx.query_chunk):
+            for start, stop in chunks(length, ctx.query_chunk):
                 first, hidden = _visible_keys(ctx.visibility, start, stop, block_indices, query)
-                rows = _group_rows(query[:, start:stop], groups, dtype) * ctx.scale
-                grad_rows = _group_rows(grad_output[:, start:stop], groups, dtype)
+                rows = group_rows(query[:, start:stop], groups, dtype) * ctx.scale
+                grad_rows = group_rows(grad_output[:, start:stop], groups, dtype)
                 chunk_keys = keys[:, :, first:stop]
 
-                logits = _masked_logits(rows, chunk_keys, hidden, heads)
+                logits = masked_logits(rows, chunk_keys, hidden, heads)
                 chunk_lse = _lse_per_group(lse[:, :, start:stop], groups)
                 chunk_lse = chunk_lse.masked_fill(chunk_lse == -torch.inf, 0.0)
                 probs = logits.sub_(chunk_lse).exp_().flatten(2, 3)
@@ -160,7 +147,7 @@ class _ChunkedAttention(torch.autograd.Function):
                 grad_logits.addcmul_(probs, delta, value=-1.0)
                 grad_keys[:, :, first:stop] += grad_logits.transpose(-1, -2) @ rows
                 grad_rows_query = (grad_logits @ chunk_keys) * ctx.scale
-                grad_query[:, start:stop] = _ungroup_rows(grad_rows_query, heads)
+                grad_query[:, start:stop] = ungroup_rows(grad_rows_query, heads)
                 if sink_logit is not None and grad_sink is not None:
                     sink_probs = torch.exp(sink_logit - chunk_lse)
                     pull = sink_probs * delta.view_as(chunk_lse)
@@ -177,7 +164,28 @@ class _ChunkedAttention(torch.autograd.Function):
         )
 
 
-def _chunks(length: int, query_chunk: int) -> list[tuple[int, int]]:
+def softmax_mix(logits: Tensor, values: Tensor, sink_logit: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Values weighted by the softmax of `logits` [B, HKV, G, C, L], which is overwritten.
+
+    `values` [B, HKV, L, DV] and the sink [1, HKV, G, 1, 1] are of the logits' dtype. Returns the
+    mixed rows [B, HKV, G * C, DV], 0 where nothing is visible, and lse [B, HKV, G, C].
+    """
+    pivot = logits.amax(-1, keepdim=True)
+    if sink_logit is not None:
+        pivot = torch.maximum(pivot, sink_logit)
+    # A row that sees nothing has pivot -inf; any finite one makes its weights 0.
+    pivot = pivot.masked_fill(pivot == -torch.inf, 0.0)
+    weights = logits.sub_(pivot).exp_()
+    total = weights.sum(-1, keepdim=True)
+    if sink_logit is not None:
+        total = total + torch.exp(sink_logit - pivot)
+    lse = (pivot + total.log()).squeeze(-1)
+    mixed = weights.flatten(2, 3) @ values
+    # total >= 1 wherever anything is visible (the pivot itself counts exp(0)).
+    return mixed / total.flatten(2, 3).clamp_min(1.0), lse
+
+
+def chunks(length: int, query_chunk: int) -> list[tuple[int, int]]:
     return [(start, min(start + query_chunk, length)) for start in range(0, length, query_chunk)]
 
 
@@ -186,14 +194,14 @@ def _heads_first(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.transpose(1, 2).to(dtype).contiguous()
 
 
-def _group_rows(tensor: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+def group_rows(tensor: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
     """[B, C, HQ, X] -> [B, HKV, G * C, X]: all heads of a group in one matmul against its keys."""
     batch, queries, heads, width = tensor.shape
     grouped = tensor.view(batch, queries, groups, heads // groups, width)
     return grouped.permute(0, 2, 3, 1, 4).to(dtype).flatten(2, 3)
 
 
-def _ungroup_rows(rows: Tensor, heads: int) -> Tensor:
+def ungroup_rows(rows: Tensor, heads: int) -> Tensor:
     """[B, HKV, G * C, X] -> [B, C, HQ, X]."""
     batch, groups, _, width = rows.shape
     grouped = rows.view(batch, groups, heads // groups, -1, width)
@@ -206,12 +214,12 @@ def _lse_per_group(lse: Tensor, groups: int) -> Tensor:
     return lse.view(batch, groups, heads // groups, queries, 1)
 
 
-def _sink_per_group(sink: Tensor | None, groups: int, dtype: torch.dtype) -> Tensor | None:
+def sink_per_group(sink: Tensor | None, groups: int, dtype: torch.dtype) -> Tensor | None:
     """[HQ] -> [1, HKV, G, 1, 1]."""
     return None if sink is None else sink.to(dtype).view(1, groups, -1, 1, 1)
 
 
-def _masked_logits(rows: Tensor, keys: Tensor, hidden: Tensor, heads: int) -> Tensor:
+def masked_logits(rows: Tensor, keys: Tensor, hidden: Tensor, heads: int) -> Tensor:
     """Logits [B, HKV, G, C, L] of scaled query rows; ``hidden`` covers the last keys of the L."""
     batch, groups, num_keys, _ = keys.shape
     logits = (rows @ keys.transpose(-1, -2)).view(batch, groups, heads // groups, -1, num_keys)

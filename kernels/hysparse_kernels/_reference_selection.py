@@ -48,6 +48,48 @@ class SelectionRule:
     reduce_scores: ReduceScores | None = None
 
 
+def dense_block_maxima(logits: Tensor, block_size: int, num_blocks: int) -> Tensor:
+    """Largest logit of every block: [..., L] -> [..., N], of keys that count from a block's start.
+
+    Blocks without a key hold -inf.
+    """
+    maxima = logits.new_full((*logits.shape[:-1], num_blocks), -torch.inf)
+    num_keys = logits.shape[-1]
+    whole = num_keys // block_size
+    if whole:
+        of_whole = logits[..., : whole * block_size].unflatten(-1, (whole, block_size))
+        maxima[..., :whole] = of_whole.amax(-1)
+    if whole * block_size < num_keys:
+        maxima[..., whole] = logits[..., whole * block_size :].amax(-1)
+    return maxima
+
+
+def group_scores(block_maxima: Tensor, lse: Tensor) -> Tensor:
+    """Scores [B, HKV, C, N] of a group's blocks; maxima [B, HKV, G, C, N], lse [B, HKV, G, C].
+
+    Eq. 3 scores a block by its largest softmax probability, exp(block maximum - lse), and a
+    group by the max over its heads. exp is monotone, so the logarithm ranks alike and does
+    not underflow, but lse differs between the heads and must stay in. (Line 16 of Algorithm 1
+    prints (S - m) / l without the exp; between heads that is a different order.)
+    """
+    return (block_maxima - lse.unsqueeze(-1)).amax(2)
+
+
+def select_blocks(rule: SelectionRule, scores: Tensor, own: Tensor) -> Tensor:
+    """int32 [B, HKV, C, K] by ``rule`` from scores [B, HKV, C, N]; -inf marks what is not visible.
+
+    ``own`` is the block of every query, broadcast to [B, HKV, C, 1]: none after it is selected.
+    """
+    if rule.reduce_scores is not None:
+        scores = rule.reduce_scores(scores)
+    blocks = torch.arange(scores.shape[-1], device=scores.device)
+    forced = (blocks < rule.forced_first_blocks) | (blocks > own - rule.forced_recent_blocks)
+    scores = scores.masked_fill(forced, torch.inf)
+    # Last, so that neither a forced block nor a NaN ever selects what lies in the future.
+    scores = scores.masked_fill(blocks > own, -torch.inf)
+    return block_topk(scores, rule.num_selected)
+
+
 class BlockSelector:
     """Fills ``block_indices`` [B, HKV, S, K] chunk by chunk while the oracle attention runs."""
 
@@ -74,39 +116,18 @@ class BlockSelector:
 
         Hidden keys hold -inf, so that blocks of one number in several documents share a place.
         """
+        if self.one_document:
+            return dense_block_maxima(logits, self.rule.block_size, self.num_blocks)
         maxima = logits.new_full((*logits.shape[:-1], self.num_blocks), -torch.inf)
-        num_keys = logits.shape[-1]
-        if not self.one_document:
-            block = self.block[:, None, None, None, :num_keys].expand_as(logits)
-            return maxima.scatter_reduce_(-1, block, logits, "amax")
-        size = self.rule.block_size
-        whole = num_keys // size
-        if whole:
-            maxima[..., :whole] = logits[..., : whole * size].unflatten(-1, (whole, size)).amax(-1)
-        if whole * size < num_keys:
-            maxima[..., whole] = logits[..., whole * size :].amax(-1)
-        return maxima
+        block = self.block[:, None, None, None, : logits.shape[-1]].expand_as(logits)
+        return maxima.scatter_reduce_(-1, block, logits, "amax")
 
     def select(self, start: int, stop: int, block_maxima: Tensor, lse: Tensor) -> None:
         """Select for queries [start, stop).
 
         ``block_maxima`` [B, HKV, G, C, N] holds -inf where no key of a block is visible, ``lse``
         is [B, HKV, G, C].
-
-        Eq. 3 scores a block by its largest softmax probability, exp(block maximum - lse), and a
-        group by the max over its heads. exp is monotone, so the logarithm ranks alike and does
-        not underflow, but lse differs between the heads and must stay in. (Line 16 of Algorithm 1
-        prints (S - m) / l without the exp; between heads that is a different order.)
         """
-        rule = self.rule
-        scores = (block_maxima - lse.unsqueeze(-1)).amax(2)
-        if rule.reduce_scores is not None:
-            scores = rule.reduce_scores(scores)
-
-        blocks = torch.arange(self.num_blocks, device=scores.device)
+        scores = group_scores(block_maxima, lse)
         own = self.block[:, None, start:stop, None]
-        forced = (blocks < rule.forced_first_blocks) | (blocks > own - rule.forced_recent_blocks)
-        scores = scores.masked_fill(forced, torch.inf)
-        # Last, so that neither a forced block nor a NaN ever selects what lies in the future.
-        scores = scores.masked_fill(blocks > own, -torch.inf)
-        self.block_indices[:, :, start:stop] = block_topk(scores, rule.num_selected)
+        self.block_indices[:, :, start:stop] = select_blocks(self.rule, scores, own)

@@ -1,0 +1,148 @@
+"""What the three attention layers have in common: projections, rotation, recompute, checkpoints.
+
+Shapes: S sequence, B batch, HQ query heads and HKV KV groups on this rank, D query/key head dim,
+DV value head dim, C channels, T tensor-parallel size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    make_sharded_tensors_for_checkpoint,
+    sharded_state_dict_default,
+)
+from torch import Tensor
+
+from hysparse_megatron.model.megatron_config import HySparseConfig
+from hysparse_megatron.model.norm import RMSNorm
+from hysparse_megatron.model.projection import GroupedProjection, Part
+
+
+@dataclass
+class AttentionSubmodules:
+    """The linear layers of an attention layer, from megatron-core or Transformer Engine."""
+
+    linear_qkv: type
+    linear_proj: type
+
+
+class BaseAttention(MegatronModule):
+    """What the three layers have in common: projections, rotation, recompute, checkpoints."""
+
+    def __init__(
+        self,
+        config: HySparseConfig,
+        submodules: AttentionSubmodules,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+        pp_layer_offset: int | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        self.config: HySparseConfig = config
+        self.layer_number = layer_number
+        self.tp_group = pg_collection.tp
+        self.cp_group = pg_collection.cp
+        self.linear_qkv = GroupedProjection(
+            config, submodules.linear_qkv, self._parts(config), pg_collection
+        )
+        self.linear_proj = submodules.linear_proj(
+            config.num_attention_heads * config.value_dim,
+            config.hidden_size,
+            config=config,
+            init_method=config.output_layer_init_method,
+            bias=False,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            is_expert=False,
+            tp_comm_buffer_name="proj",
+            tp_group=pg_collection.tp,
+        )
+        self.q_layernorm: RMSNorm | None = None
+        self.k_layernorm: RMSNorm | None = None
+        if config.qk_layernorm:
+            # megatron-core sums the gradients of parameters with these names over tensor ranks.
+            self.q_layernorm = RMSNorm(
+                config, int(config.kv_channels or 0), config.layernorm_epsilon
+            )
+            self.k_layernorm = RMSNorm(
+                config, int(config.kv_channels or 0), config.layernorm_epsilon
+            )
+        heads = config.num_attention_heads // config.tensor_model_parallel_size
+        self.sink_names = self._sinks(config)
+        for sink in self.sink_names:
+            # One logit per head, in fp32 whatever the model's precision, split like the heads.
+            parameter = torch.nn.Parameter(torch.zeros(heads, dtype=torch.float32))
+            tensor_parallel.set_tensor_model_parallel_attributes(parameter, True, 0, 1)
+            parameter.is_sink = True  # type: ignore[attr-defined] # a parameter group of its own
+            self.register_parameter(sink, parameter)
+
+    @staticmethod
+    def _parts(config: HySparseConfig) -> tuple[Part, ...]:
+        """What the input projection computes."""
+        head_dim = int(config.kv_channels or 0)
+        return (
+            Part("query", head_dim, per_head=True),
+            Part("key", head_dim, per_head=False),
+            Part("value", config.value_dim, per_head=False),
+        )
+
+    @staticmethod
+    def _sinks(config: HySparseConfig) -> tuple[str, ...]:
+        """Names of the learnable sinks."""
+        return ()
+
+    def _query_and_key(
+        self, parts: dict[str, Tensor], rotary_pos_emb: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Normalised (if so configured) and rotated query [S, B, HQ, D] and key [S, B, HKV, D]."""
+        query, key = parts["query"], parts["key"]
+        if self.q_layernorm is not None and self.k_layernorm is not None:
+            query, key = self.q_layernorm(query), self.k_layernorm(key)
+        if rotary_pos_emb is None:
+            return query, key
+        return tuple(  # type: ignore[return-value]
+            apply_rotary_pos_emb(tensor, rotary_pos_emb, config=self.config, cp_group=self.cp_group)
+            for tensor in (query, key)
+        )
+
+    def _run(self, attend, *tensors: Tensor | None):
+        """`attend(*tensors)`, recomputed in the backward pass with selective recompute."""
+        if self.training and self.config.recompute_granularity == "selective":
+            return tensor_parallel.checkpoint(attend, False, *tensors)
+        return attend(*tensors)
+
+    def _project(self, attention: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[B, S, HQ, DV] -> [S / T or S, B, C] and no bias."""
+        return self.linear_proj(attention.transpose(0, 1).flatten(2))
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple = (),
+        metadata: dict | None = None,
+    ) -> dict:
+        """Sinks are split over tensor-parallel ranks along their heads; the rest is as usual."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        result = make_sharded_tensors_for_checkpoint(
+            {name: getattr(self, name) for name in self.sink_names},
+            prefix,
+            tensor_parallel_layers_axis_map=dict.fromkeys(self.sink_names, 0),
+            sharded_offsets=sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+        for name, module in self.named_children():
+            result.update(
+                sharded_state_dict_default(
+                    module, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=self.tp_group
+                )
+            )
+        return result

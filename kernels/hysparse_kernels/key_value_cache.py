@@ -1,0 +1,223 @@
+"""Keys and values kept for tokens to come: all of them for a full layer, the last few for a window.
+
+A cache holds sequences of different lengths, its rows. One step adds tokens to some of them, a
+`Chunk`: a whole prompt or a piece of one, or one token each. Lengths are kept by the caller.
+
+Shapes: R rows of a cache, T tokens that it has room for, W entries of a ring, A rows of a step, C
+columns of a step (tokens of its longest row), HKV KV groups, D key head dim, DV value head dim.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+FP8 = torch.float8_e4m3fn
+_FP8_LARGEST = torch.finfo(FP8).max
+_LEAST_EXPONENT, _BIAS = -126, 127
+"""Of normal fp32 numbers, whose exponent bits hold exponent + bias."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The tokens that one step adds to a cache.
+
+    Row i of the step's tensors [A, C, ...] belongs to row `rows[i]` of the cache, which holds
+    `past[i]` tokens, and brings `new[i]` more (at least 1) in its first columns. What stands in the
+    columns after them is not looked at.
+    """
+
+    rows: tuple[int, ...]
+    past: tuple[int, ...]
+    new: tuple[int, ...]
+    device: torch.device
+
+    @property
+    def width(self) -> int:
+        """C."""
+        return max(self.new)
+
+    @property
+    def spans(self) -> list[tuple[int, int, int, int]]:
+        """(i, row of the cache, past, new) of every row of the step."""
+        return list(zip(itertools.count(), self.rows, self.past, self.new, strict=False))
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """int64 [A, C]: where each column stands in its sequence, from 0."""
+        columns = torch.arange(self.width, device=self.device)
+        return torch.tensor(self.past, device=self.device).unsqueeze(1) + columns
+
+    @cached_property
+    def is_token(self) -> Tensor:
+        """bool [A, C]: whether a column brings a token."""
+        columns = torch.arange(self.width, device=self.device)
+        return columns < torch.tensor(self.new, device=self.device).unsqueeze(1)
+
+    @cached_property
+    def token_rows(self) -> Tensor:
+        """int64 [tokens]: the cache row of each new token, in the order of `is_token`."""
+        rows = torch.tensor(self.rows, device=self.device).unsqueeze(1)
+        return rows.expand(-1, self.width)[self.is_token]
+
+    @cached_property
+    def token_positions(self) -> Tensor:
+        """int64 [tokens]: the place of each new token in its sequence."""
+        return self.positions[self.is_token]
+
+
+class TokenCache:
+    """All keys [T, HKV, D] and values [T, HKV, DV] of a full layer, one sequence after another.
+
+    Row r has room for `capacities[r]` tokens from `starts[r]` on. With dtype `FP8` (e4m3) a key or
+    value head of a token is divided by a power of two, the least with which its largest channel
+    fits; the exponents, int8 [T, HKV], are kept beside. A number x then comes back with an error of
+    at most |x| / 16, or of 2^-17 of the head's largest one where that is more.
+    """
+
+    def __init__(
+        self,
+        capacities: Sequence[int],
+        num_groups: int,
+        key_dim: int,
+        value_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        self.capacities = tuple(capacities)
+        self.starts = (0, *itertools.accumulate(capacities))
+        self._starts = torch.tensor(self.starts, device=device)
+        total = self.starts[-1]
+        self.key = torch.empty(total, num_groups, key_dim, dtype=dtype, device=device)
+        self.value = torch.empty(total, num_groups, value_dim, dtype=dtype, device=device)
+        self.key_exponent: Tensor | None = None
+        self.value_exponent: Tensor | None = None
+        if dtype == FP8:
+            self.key_exponent, self.value_exponent = (
+                torch.empty(total, num_groups, dtype=torch.int8, device=device) for _ in range(2)
+            )
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Everything that takes memory."""
+        kept = (self.key, self.value, self.key_exponent, self.value_exponent)
+        return [tensor for tensor in kept if tensor is not None]
+
+    def append(self, chunk: Chunk, key: Tensor, value: Tensor) -> None:
+        """Store the new tokens' key [A, C, HKV, D] and value [A, C, HKV, DV], of any float dtype.
+
+        Raises ValueError where a row has no room for them.
+        """
+        for _, row, past, new in chunk.spans:
+            if past + new > self.capacities[row]:
+                raise ValueError(
+                    f"row {row} of the cache has room for {self.capacities[row]} tokens: "
+                    f"{past} are there and {new} more were given"
+                )
+        places = self._starts[chunk.token_rows] + chunk.token_positions
+        for given, kept, exponent in (
+            (key, self.key, self.key_exponent),
+            (value, self.value, self.value_exponent),
+        ):
+            tokens = given[chunk.is_token]
+            if exponent is None:
+                kept[places] = tokens.to(kept.dtype)
+            else:
+                kept[places], exponent[places] = to_fp8(tokens)
+
+    def read(self, row: int, stop: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Key [1, HKV, stop, D] and value [1, HKV, stop, DV] of a row's first `stop` tokens."""
+        tokens = slice(self.starts[row], self.starts[row] + stop)
+        key = _widened(self.key, self.key_exponent, tokens, dtype)
+        value = _widened(self.value, self.value_exponent, tokens, dtype)
+        return key.transpose(0, 1).unsqueeze(0), value.transpose(0, 1).unsqueeze(0)
+
+    def gather(self, row: int, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Key [X, HKV, M, D] and value [X, HKV, M, DV] at a row's `positions`, int64 [X, HKV, M]."""
+        groups = torch.arange(self.key.shape[1], device=positions.device).unsqueeze(1)
+        places = (positions + self.starts[row], groups)
+        key = _widened(self.key, self.key_exponent, places, dtype)
+        return key, _widened(self.value, self.value_exponent, places, dtype)
+
+
+class WindowCache:
+    """Keys and values of the last tokens of every row, a ring: [R, W, HKV, D], [R, W, HKV, DV].
+
+    The token at position p stands in entry p modulo W.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        entries: int,
+        num_groups: int,
+        key_dim: int,
+        value_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        self.entries = entries
+        ring = (num_rows, entries, num_groups)
+        self.key = torch.empty(*ring, key_dim, dtype=dtype, device=device)
+        self.value = torch.empty(*ring, value_dim, dtype=dtype, device=device)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Everything that takes memory."""
+        return [self.key, self.value]
+
+    def append(self, chunk: Chunk, key: Tensor, value: Tensor) -> None:
+        """Store the last of the new tokens' key [A, C, HKV, D] and value [A, C, HKV, DV]."""
+        total = torch.tensor(chunk.past, device=chunk.device) + torch.tensor(
+            chunk.new, device=chunk.device
+        )
+        stays = chunk.is_token & (chunk.positions >= total.unsqueeze(1) - self.entries)
+        of_tokens = stays[chunk.is_token]
+        places = (
+            chunk.token_rows[of_tokens],
+            chunk.token_positions[of_tokens] % self.entries,
+        )
+        self.key[places] = key[stays].to(self.key.dtype)
+        self.value[places] = value[stays].to(self.value.dtype)
+
+    def before(
+        self, row: int, position: int, count: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Of the `count` tokens before `position`, oldest first, as `TokenCache.read`."""
+        kept = torch.arange(position - count, position, device=self.key.device) % self.entries
+        key, value = self.key[row, kept].to(dtype), self.value[row, kept].to(dtype)
+        return key.transpose(0, 1).unsqueeze(0), value.transpose(0, 1).unsqueeze(0)
+
+
+def to_fp8(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """[..., D] as e4m3 numbers and int8 exponents [...]: x is about number * 2^exponent."""
+    wide = tensor.float()
+    _, exponent = torch.frexp(wide.abs().amax(-1) / _FP8_LARGEST)
+    exponent = exponent.clamp(_LEAST_EXPONENT, _BIAS)
+    return (wide * _power_of_two(-exponent).unsqueeze(-1)).to(FP8), exponent.to(torch.int8)
+
+
+def from_fp8(numbers: Tensor, exponent: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of `to_fp8`, in `dtype`."""
+    return (numbers.float() * _power_of_two(exponent).unsqueeze(-1)).to(dtype)
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """2^exponent in fp32, without rounding."""
+    return ((exponent.int() + _BIAS) << 23).view(torch.float32)
+
+
+def _widened(
+    kept: Tensor,
+    exponent: Tensor | None,
+    places: slice | tuple[Tensor, Tensor],
+    dtype: torch.dtype,
+) -> Tensor:
+    if exponent is None:
+        return kept[places].to(dtype)
+    return from_fp8(kept[places], exponent[places], dtype)
