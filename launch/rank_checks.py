@@ -15,9 +15,10 @@ import torch.distributed as dist
 from hysparse_megatron.config.frozen import config_hash
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.errors import RankFailure
-from hysparse_megatron.rundir import git_state, versions
+from hysparse_megatron.rundir import versions
 from hysparse_megatron.runtime import rendezvous
 from hysparse_megatron.runtime.launcher import Rank
+from hysparse_megatron.source import git_state
 from launch.findings import Finding, Level, fail, ok, warn
 
 SKEW_SECONDS = 1.0
