@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import traceback
-import warnings
 from collections.abc import Sequence
 
 from hysparse_megatron.config.cli import load, parse_arguments
@@ -15,6 +13,7 @@ from hysparse_megatron.config.validate import warnings as config_warnings
 from hysparse_megatron.errors import HySparseError, RankFailure
 from hysparse_megatron.plan.suggest import check
 from hysparse_megatron.runtime.launcher import rank_from_environment
+from hysparse_megatron.runtime.quiet import quiet_libraries
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if rank.rank == 0:
             for warning in config_warnings(config):
                 print(f"warning: {warning}", flush=True)
-        _quiet_libraries()
+        quiet_libraries()
         # Imported late: a bad configuration must fail before seconds of imports.
         from hysparse_megatron.training.run import run
 
@@ -50,16 +49,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         traceback.print_exc()
         return 1
     return 0
-
-
-def _quiet_libraries() -> None:
-    """Hide what libraries say at import on every rank; HYSPARSE_VERBOSE=1 shows it."""
-    if os.environ.get("HYSPARSE_VERBOSE") == "1":
-        return
-    warnings.filterwarnings("ignore")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost store, told in our own words
-    for name in ("megatron", "torch.utils.cpp_extension", "torch.distributed"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":

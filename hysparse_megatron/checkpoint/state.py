@@ -7,6 +7,7 @@ state of their own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from megatron.core.dist_checkpointing.core import (
     save_config,
 )
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
 from torch.distributed.checkpoint.api import CheckpointException
 
 from hysparse_megatron.checkpoint.moments import taken_in_place
@@ -33,24 +36,24 @@ from hysparse_megatron.training.state import TrainingState
 _LOAD_ERRORS = (CheckpointException, CheckpointingException, KeyError, ValueError, RuntimeError)
 
 
-def _metadata(state: TrainingState) -> dict[str, Any]:
+def _metadata(groups: ProcessGroupCollection) -> dict[str, Any]:
     return {
         # Layers of three kinds have different parameters: one key per layer.
         "non_homogeneous_layers": True,
         # The optimizer's moments are stored in the shape of their parameter, so that any layout
         # can load them; megatron-core's default format cannot be saved any more.
         "distrib_optim_sharding_type": "fully_reshardable",
-        "dp_cp_group": state.groups.dp_cp,
+        "dp_cp_group": groups.dp_cp,
         # Experts have an optimizer of their own, which a stage of dense layers lacks: keys must not
         # count optimizers.
         "chained_optim_avoid_prefix": True,
     }
 
 
-def _model_state(state: TrainingState, metadata: dict[str, Any]) -> dict[str, Any]:
+def _model_state(models: Sequence[MegatronModule], metadata: dict[str, Any]) -> dict[str, Any]:
     return {
-        f"model{index}": chunk.module.sharded_state_dict(metadata=metadata)
-        for index, chunk in enumerate(state.chunks)
+        f"model{index}": model.sharded_state_dict(metadata=metadata)
+        for index, model in enumerate(models)
     }
 
 
@@ -58,8 +61,8 @@ def start_save(state: TrainingState, step: int, directory: Path) -> Job:
     """Copy model and optimizer, to be written into an existing empty directory. Collective."""
     # megatron-core would copy, write and pass on results in ways that need helper processes.
     filesystem_async.FileSystemWriterAsync = StagingWriter
-    metadata = _metadata(state)
-    model = _model_state(state, metadata)
+    metadata = _metadata(state.groups)
+    model = _model_state(state.models, metadata)
     with taken_in_place(distributed_parts(state.optimizer)):
         optimizer = state.optimizer.sharded_state_dict(model, is_loading=False, metadata=metadata)
     request = dist_checkpointing.save(
@@ -87,25 +90,16 @@ def load_state(state: TrainingState, directory: Path, weights_only: bool = False
 
     Collective. Raises CheckpointError when the checkpoint does not fit the model.
     """
-    metadata = _metadata(state)
-    wanted = _model_state(state, metadata)
-    if not weights_only:
-        wanted["optimizer"] = state.optimizer.sharded_state_dict(
-            dict(wanted), is_loading=True, metadata=metadata
-        )
-    try:
-        loaded = dist_checkpointing.load(wanted, str(directory))
-    except _LOAD_ERRORS as error:
-        raise CheckpointError(
-            f"{directory} cannot be loaded into this model: {error}\n"
-            "model.* and optim.name must be what the checkpoint was made with; parallel.* may "
-            "differ"
-        ) from error
-    for index, chunk in enumerate(state.chunks):
-        _load_weights(chunk.module, loaded[f"model{index}"])
     if weights_only:
+        load_weights(state.models, state.groups, directory)
         state.optimizer.reload_model_params()
         return 0
+    metadata = _metadata(state.groups)
+    wanted = _model_state(state.models, metadata)
+    wanted["optimizer"] = state.optimizer.sharded_state_dict(
+        dict(wanted), is_loading=True, metadata=metadata
+    )
+    loaded = _load(wanted, state.models, directory)
     # megatron-core pairs groups by their learning rates, among others, and would take the rest
     # from the checkpoint: today's settings count.
     optim = state.config.optim
@@ -122,6 +116,33 @@ def load_state(state: TrainingState, directory: Path, weights_only: bool = False
             group.update({name: value for name, value in today.items() if name in group})
     state.optimizer.load_state_dict(loaded["optimizer"])
     return int(loaded["step"])
+
+
+def load_weights(
+    models: Sequence[MegatronModule], groups: ProcessGroupCollection, directory: Path
+) -> None:
+    """Load the model chunks of this rank from `directory`, whatever layout wrote it. Collective.
+
+    Raises CheckpointError when the checkpoint does not fit the model.
+    """
+    _load(_model_state(models, _metadata(groups)), models, directory)
+
+
+def _load(
+    wanted: dict[str, Any], models: Sequence[MegatronModule], directory: Path
+) -> dict[str, Any]:
+    """What `wanted` names, with the weights put into `models`."""
+    try:
+        loaded = dist_checkpointing.load(wanted, str(directory))
+    except _LOAD_ERRORS as error:
+        raise CheckpointError(
+            f"{directory} cannot be loaded into this model: {error}\n"
+            "model.* and optim.name must be what the checkpoint was made with; parallel.* may "
+            "differ"
+        ) from error
+    for index, model in enumerate(models):
+        _load_weights(model, loaded[f"model{index}"])
+    return loaded
 
 
 def _load_weights(module: torch.nn.Module, weights: dict[str, Any]) -> None:

@@ -36,7 +36,7 @@ def advance(
 
 @torch.no_grad()
 def logits_of(model: HybridModel, hidden: Tensor) -> Tensor:
-    """fp32 logits [..., A, V] of hidden states [..., A, H], the same on all tensor-parallel ranks."""
+    """fp32 logits [X, A, V] of hidden states [X, A, H], the same on all tensor-parallel ranks."""
     tied = model.share_embeddings_and_output_weights
     weight = model.shared_embedding_or_output_weight() if tied else None
     logits, _ = model.output_layer(hidden, weight=weight, runtime_gather_output=True)

@@ -45,8 +45,10 @@ class KvCache:
         device: torch.device | str,
         tensor_parallel_size: int = 1,
     ) -> None:
-        """`full_dtype` may be `hysparse_kernels.FP8`. With fewer KV groups than tensor-parallel ranks
-        each rank keeps the whole group that its heads read."""
+        """`full_dtype` may be `hysparse_kernels.FP8`.
+
+        With fewer KV groups than tensor-parallel ranks each keeps the whole group its heads read.
+        """
         self.kinds = tuple(kinds)
         self.capacities = tuple(capacities)
         self.lengths = [0] * len(capacities)

@@ -20,15 +20,20 @@ def kv_cache_bytes(
     layout: Sequence[LayerKind],
     context_length: int,
     bytes_per_number: int = 2,
+    window_bytes_per_number: int | None = None,
 ) -> int:
     """Bytes of one sequence's cache after `context_length` tokens, over all ranks together.
 
-    Two bytes a number are bf16, one is FP8.
+    Two bytes a number are bf16, one is FP8; those of windows where they differ from full layers'.
     """
     full = sum(kind is LayerKind.FULL for kind in layout)
     windows = len(layout) - full
-    per_token = model.num_query_groups * (model.head_dim + model.value_dim) * bytes_per_number
-    return per_token * (full * context_length + windows * min(context_length, model.window))
+    per_token = model.num_query_groups * (model.head_dim + model.value_dim)
+    in_window = bytes_per_number if window_bytes_per_number is None else window_bytes_per_number
+    return per_token * (
+        full * context_length * bytes_per_number
+        + windows * min(context_length, model.window) * in_window
+    )
 
 
 def all_full(layout: Sequence[LayerKind]) -> tuple[LayerKind, ...]:

@@ -16,6 +16,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer.param_layout import FullParamLayout
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
 
 from hysparse_megatron.config.schema import Config, OptimizerName
 from hysparse_megatron.config.validate import MUON_PACKAGE
@@ -51,6 +52,11 @@ class TrainingState:
     """How busy the experts are; None in a dense model."""
     clock: ForwardClock
     """How long this rank's forward passes of training take."""
+
+    @property
+    def models(self) -> list[MegatronModule]:
+        """The chunks without what wraps them for training."""
+        return [chunk.module for chunk in self.chunks]
 
     @property
     def is_last_stage(self) -> bool:

@@ -28,11 +28,11 @@ from torch import Tensor
 
 from benchmarks.problem import Problem
 from benchmarks.selections import Captured, describe, made_up, statistics
-from hysparse_megatron.__main__ import _quiet_libraries
 from hysparse_megatron.config.compose import load_frozen
 from hysparse_megatron.config.schema import Config, ParallelConfig
 from hysparse_megatron.errors import HySparseError
 from hysparse_megatron.runtime.launcher import Rank
+from hysparse_megatron.runtime.quiet import quiet_libraries
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,7 +72,7 @@ def _train(overrides: list[str]) -> int:
 def capture(run: Path, sequence: int | None) -> Captured:
     """The selections of the newest checkpoint in `run` on one sample of text."""
     # Imported late: a bad option must fail before seconds of imports.
-    _quiet_libraries()
+    quiet_libraries()
     from hysparse_megatron.checkpoint import store
     from hysparse_megatron.checkpoint.state import load_state
     from hysparse_megatron.runtime import device as runtime_device

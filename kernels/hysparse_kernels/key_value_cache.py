@@ -138,7 +138,7 @@ class TokenCache:
         return key.transpose(0, 1).unsqueeze(0), value.transpose(0, 1).unsqueeze(0)
 
     def gather(self, row: int, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Key [X, HKV, M, D] and value [X, HKV, M, DV] at a row's `positions`, int64 [X, HKV, M]."""
+        """Key [X, HKV, M, D] and value [X, HKV, M, DV] at `positions` [X, HKV, M] of a row."""
         groups = torch.arange(self.key.shape[1], device=positions.device).unsqueeze(1)
         places = (positions + self.starts[row], groups)
         key = _widened(self.key, self.key_exponent, places, dtype)

@@ -215,6 +215,8 @@ class SelectionRecorder:
     def _measure(self, options: dict[str, Any], scores: Tensor) -> Tensor:
         """Distance in log score between the last block that is in and the first that is out."""
         count, (queries, num_blocks) = options["num_selected"], scores.shape[-2:]
+        if num_blocks <= count:
+            return scores  # nothing is left out
         own = torch.arange(queries).unsqueeze(1) // options["block_size"]
         blocks = torch.arange(num_blocks)
         forced = (blocks < options["forced_first_blocks"]) | (

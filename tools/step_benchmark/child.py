@@ -22,10 +22,10 @@ from unittest import mock
 import torch
 from hysparse_kernels import BackendUnavailable
 
-from hysparse_megatron.__main__ import _quiet_libraries
 from hysparse_megatron.config.frozen import from_yaml
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.errors import HySparseError
+from hysparse_megatron.runtime.quiet import quiet_libraries
 from tools.step_benchmark.request import Request
 
 _MOST_BATCHES = 8
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
 
 def answer(request: Request) -> dict[str, Any]:
     """What was measured, or {"note": why nothing was}."""
-    _quiet_libraries()
+    quiet_libraries()
     try:
         return measure(request)
     except torch.OutOfMemoryError as error:

@@ -167,3 +167,11 @@ class SentencePieceTokenizer:
         """Token ids of each text, int32 [num_tokens], without end-of-document."""
         encoded = self._model.encode(list(texts), out_type=int, num_threads=1)
         return [np.asarray(ids, dtype=np.int32) for ids in encoded]
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, without end-of-document."""
+        return list(self._model.encode(text))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids; control symbols give none."""
+        return str(self._model.decode([int(i) for i in ids]))

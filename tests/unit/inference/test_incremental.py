@@ -1,24 +1,168 @@
 """Tokens that come in one by one, or in chunks, give what they give all at once."""
 
+import random
+
 import pytest
-from incremental import assert_equal, make_cache, step_by_step, without_near_ties
+import torch
+from incremental import assert_equal, at_once, make_cache, step_by_step, without_near_ties
+from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from hysparse_megatron.config.schema import Config
 from tests.unit.model.tiny_models import VOCABULARY, randomize, tiny_config, tiny_model
 
+BLOCK, WINDOW = 4, 5
+"""Of the tiny models."""
+
+EXPERTS = [
+    "model.moe.num_experts=6",
+    "model.moe.num_active_experts=2",
+    "model.moe.expert_ffn_hidden_size=12",
+]
 VARIANTS: dict[str, list[str]] = {
-    "the least": ["model.layout=F S"],
+    "full only": ["model.layout=F F"],
+    "windows only": ["model.layout=W W W"],
+    "full and windows": ["model.layout=W F W"],
+    "as in the paper": ["model.layout=F S S F S W F"],
+    "gate of the full baseline": ["model.layout=F F", "model.full_gate=head"],
+    "gate per channel of full layers": ["model.layout=F S F", "model.full_gate=channel"],
+    "channel gates": ["model.layout=F S F S F", "model.gate=channel"],
+    "one sink for both branches": ["model.layout=F S S F", "model.sink=shared"],
+    "no sinks": ["model.layout=F S W F", "model.sink=none"],
+    "wide values": ["model.layout=F S S W F", "model.value_head_dim=12"],
+    "narrow values": ["model.layout=F S S F", "model.value_head_dim=3", "model.gate=channel"],
+    "norm of query and key": ["model.layout=F S W F", "model.qk_norm=true"],
+    "one group of heads": ["model.layout=F S S F", "model.num_query_groups=1"],
+    "a group for each head": ["model.layout=F S S F", "model.num_query_groups=4"],
+    "partly rotated": ["model.layout=F S F", "model.rotary_fraction=0.5", "model.rotary_base=500"],
+    "window and blocks longer than the text": [
+        "model.layout=F S F",
+        "model.window=100",
+        "model.num_selected_blocks=30",
+    ],
+    "a window of one, blocks of one": [
+        "model.layout=F S W",
+        "model.window=1",
+        "model.block_size=1",
+    ],
+    "forced blocks": [
+        "model.layout=F S S F",
+        "model.num_selected_blocks=3",
+        "model.forced_first_blocks=1",
+        "model.forced_recent_blocks=1",
+    ],
+    "tied embeddings": ["model.layout=F S F", "model.tie_embeddings=true"],
+    "experts": ["model.layout=F S W F", *EXPERTS],
+    "experts by sigmoid, a shared one, a dense layer": [
+        "model.layout=F S S",
+        *EXPERTS,
+        "model.moe.router_score=sigmoid",
+        "model.moe.balancing=bias",
+        "model.moe.shared_expert_ffn_hidden_size=8",
+        "model.moe.num_dense_first_layers=1",
+    ],
 }
+
+
+def random_model(
+    overrides: list[str], groups: ProcessGroupCollection
+) -> tuple[Config, HybridModel]:
+    config = tiny_config(*overrides)
+    model = tiny_model(config, groups)
+    randomize(model)
+    model.eval()
+    return config, model
+
+
+def lengths_at_borders(rng: random.Random, count: int) -> list[int]:
+    """At, before and after the borders of blocks and windows, and anywhere."""
+    borders = [1, BLOCK, WINDOW, 2 * BLOCK, 2 * WINDOW, 3 * WINDOW, 6 * BLOCK]
+    near = [max(1, border + rng.randint(-1, 1)) for border in rng.sample(borders, count - 1)]
+    return [*near, rng.randint(25, 45)]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_step_by_step_is_at_once(variant: str, groups: ProcessGroupCollection, seed: int) -> None:
-    config = tiny_config(*VARIANTS[variant])
-    model = tiny_model(config, groups)
-    randomize(model)
-    model.eval()
-    lengths = [29, 14]
+    """Sequences of different lengths, from prompts of different lengths, in random chunks."""
+    rng = random.Random(seed)
+    config, model = random_model(VARIANTS[variant], groups)
+    lengths = lengths_at_borders(rng, count=4)
     sequences, expected = without_near_ties(model, lengths, VOCABULARY)
+    prompts = [rng.randint(1, length) for length in lengths]
     cache = make_cache(config, lengths)
-    found = step_by_step(model, cache, sequences, prompts=[9, 1], chunk=4)
+    found = step_by_step(model, cache, sequences, prompts, chunk=rng.randint(1, 2 * WINDOW))
     assert_equal(found, expected)
+    assert cache.lengths == lengths
+
+
+@pytest.mark.parametrize("chunk", [1, 2, BLOCK, WINDOW, 7, 64])
+def test_any_chunk_of_the_prompt(chunk: int, groups: ProcessGroupCollection, seed: int) -> None:
+    config, model = random_model(["model.layout=F S W F"], groups)
+    lengths = [29, 8]
+    sequences, expected = without_near_ties(model, lengths, VOCABULARY)
+    found = step_by_step(model, make_cache(config, lengths), sequences, lengths, chunk)
+    assert_equal(found, expected)
+
+
+def test_a_long_text_in_the_paper_s_proportions(groups: ProcessGroupCollection, seed: int) -> None:
+    """Windows of two blocks, many more blocks than are selected, room to spare in the cache."""
+    overrides = ["model.layout=F S S F S", "model.window=8", "model.num_selected_blocks=4"]
+    config, model = random_model(overrides, groups)
+    lengths = [151, 120]
+    sequences, expected = without_near_ties(model, lengths, VOCABULARY)
+    cache = make_cache(config, [200, 120])
+    found = step_by_step(model, cache, sequences, [101, 40], chunk=33)
+    assert_equal(found, expected)
+
+
+def test_rows_do_not_touch_each_other(groups: ProcessGroupCollection, seed: int) -> None:
+    """A sequence alone in the model gives bit for bit the selections it gives among others."""
+    config, model = random_model(["model.layout=F S W F"], groups)
+    sequences = [torch.randint(0, VOCABULARY, (length,)) for length in (21, 30, 6)]
+    together = step_by_step(model, make_cache(config, [21, 30, 6]), sequences, [5, 20, 6], chunk=6)
+    for row, prompt in enumerate((5, 20, 6)):
+        length = len(sequences[row])
+        cache = make_cache(config, [length])
+        (alone,) = step_by_step(model, cache, [sequences[row]], [prompt], chunk=6)
+        torch.testing.assert_close(alone.logits, together[row].logits, rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_stays_on_a_module(groups: ProcessGroupCollection, seed: int) -> None:
+    """Two caches in turn, over one model, do not know of each other."""
+    config, model = random_model(["model.layout=F S W F"], groups)
+    lengths = [18, 23]
+    sequences, expected = without_near_ties(model, lengths, VOCABULARY)
+    caches = [make_cache(config, [length]) for length in lengths]
+
+    def contents() -> dict[str, dict[str, int]]:
+        return {
+            name: {key: id(value) for key, value in vars(module).items()}
+            for name, module in model.named_modules()
+        }
+
+    before = contents()
+    first = step_by_step(model, caches[0], [sequences[0][:11]], [4], chunk=3)
+    second = step_by_step(model, caches[1], [sequences[1]], [7], chunk=5)
+    rest = step_by_step(model, caches[0], [sequences[0]], [18], chunk=2)
+    assert contents() == before
+    assert_equal(second, expected[1:])
+    joined = torch.cat([first[0].logits, rest[0].logits])
+    torch.testing.assert_close(joined, expected[0].logits, rtol=1e-4, atol=1e-4)
+
+
+def test_training_goes_on_as_before(groups: ProcessGroupCollection, seed: int) -> None:
+    """Generation between two forward passes changes no bit of the second."""
+    config, model = random_model(["model.layout=F S W F"], groups)
+    tokens = torch.randint(0, VOCABULARY, (29,))
+    before = at_once(model, tokens)
+    step_by_step(model, make_cache(config, [29]), [tokens], [12], chunk=5)
+    assert torch.equal(at_once(model, tokens).logits, before.logits)
+
+
+def test_no_room_is_said(groups: ProcessGroupCollection) -> None:
+    config, model = random_model(["model.layout=W"], groups)
+    cache = make_cache(config, [4, 9])
+    with pytest.raises(
+        ValueError, match="sequence 0 has room for 4 tokens: 0 are in the cache and"
+    ):
+        step_by_step(model, cache, [torch.arange(5), torch.arange(9)], [5, 9], chunk=5)

@@ -1,0 +1,122 @@
+"""A run's model, ready to generate: any checkpoint, on one process or split over tensor ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from hysparse_megatron.checkpoint import choice, store
+from hysparse_megatron.checkpoint.state import load_weights
+from hysparse_megatron.config.frozen import CONFIG_FILE, load_frozen
+from hysparse_megatron.config.problems import as_error
+from hysparse_megatron.config.schema import Config, Fp8, Recompute
+from hysparse_megatron.config.validate import plan_problems
+from hysparse_megatron.errors import CheckpointError
+from hysparse_megatron.layout import LayerKind, parse_layout
+from hysparse_megatron.model.builder import build_chunks
+from hysparse_megatron.model.layers import resolve_layers
+from hysparse_megatron.model.megatron_config import make_megatron_config
+from hysparse_megatron.plan.topology import plan_pipeline
+from hysparse_megatron.runtime.agreement import on_rank_zero
+from hysparse_megatron.runtime.process_groups import build_process_groups
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode, and where it comes from."""
+
+    config: Config
+    """The run's, with the parallel sizes of now."""
+    model: HybridModel
+    groups: ProcessGroupCollection
+    device: torch.device
+    vocab_size: int
+    """Ids that the run's tokenizer has; the model's vocabulary is padded beyond."""
+    checkpoint: Path
+    tokenizer_sha256: str | None
+    """Of the tokenizer's file; None in a checkpoint that does not say."""
+
+    @property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """The kind of every layer."""
+        return tuple(plan.kind for plan in parse_layout(self.config.model.layout).layers)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        return self.model.config.params_dtype
+
+
+def inference_config(run_dir: Path, world_size: int) -> Config:
+    """The configuration of a run with all ranks tensor parallel, experts spread over them.
+
+    Raises ConfigError if there is none or the model cannot be split so.
+    """
+    config = load_frozen(run_dir / CONFIG_FILE)
+    experts = config.model.moe.num_experts
+    spread = world_size if experts and experts % world_size == 0 else 1
+    layout = "".join(plan.kind.value for plan in parse_layout(config.model.layout).layers)
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, layout=layout, fp8=Fp8.none),
+        train=dataclasses.replace(config.train, recompute=Recompute.none),
+        parallel=dataclasses.replace(
+            config.parallel, tp=world_size, pp=1, vpp=None, cp=1, ep=spread, sequence_parallel=False
+        ),
+    )
+    problems = [
+        problem
+        for problem in plan_problems(config, world_size=world_size)
+        # Training with experts needs it; here every rank routes all tokens.
+        if problem.key != "parallel.sequence_parallel"
+    ]
+    if problems:
+        raise as_error(problems)
+    return config
+
+
+def load_model(
+    config: Config, device: torch.device, run_dir: Path, checkpoint: str, verify: bool = True
+) -> LoadedModel:
+    """Build the model and load its weights, whatever layout saved them. Collective.
+
+    Args:
+        config: as `inference_config` made it.
+        device: as `runtime.device.start` returned it.
+        run_dir: of the run.
+        checkpoint: `newest` of the run, a step, or the path of a checkpoint.
+        verify: compare the content of every file with its hash; sizes always are.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, it is damaged or of another model.
+    """
+    directory = _choose(run_dir, checkpoint, verify)
+    data = on_rank_zero(lambda: store.read_manifest(directory), CheckpointError).get("data", {})
+    vocab_size = data.get("vocab_size") or config.model.vocab_size
+    if vocab_size is None:
+        raise CheckpointError(f"{directory}: neither its manifest nor model.vocab_size has a size")
+    groups = build_process_groups(config.parallel, config.model.num_query_groups)
+    layers = resolve_layers(config.model, device)
+    megatron = make_megatron_config(config, plan_pipeline(config.model, config.parallel), layers)
+    megatron.perform_initialization = False  # all of it is loaded
+    megatron.apply_rope_fusion = False  # the fused rotation knows one position a row of tokens
+    rows = config.model.vocab_size or vocab_size
+    (model,) = build_chunks(config, megatron, rows, groups, layers)
+    model = model.to(device).eval()
+    load_weights([model], groups, directory)
+    return LoadedModel(
+        config, model, groups, device, vocab_size, directory, data.get("tokenizer_sha256")
+    )
+
+
+def _choose(run_dir: Path, checkpoint: str, verify: bool) -> Path:
+    if checkpoint == "newest":
+        return choice.named(run_dir, None, verify)
+    if checkpoint.isdigit():
+        return choice.exactly(run_dir / "checkpoints", int(checkpoint), verify)
+    return choice.named(Path(checkpoint), None, verify)

@@ -1,0 +1,261 @@
+"""Continue text with the model of a run: `python -m tools.generate --run-dir RUN --prompt TEXT`.
+
+    python -m tools.generate --run-dir runs/quickstart --prompt "def main(" --max-new-tokens 64
+    python -m tools.generate --run-dir runs/quickstart --prompts-file prompts.txt --temperature 0.8
+    torchrun --nproc-per-node 2 -m tools.generate --run-dir runs/quickstart --prompt "class "
+
+Loads any checkpoint of the run, whatever parallel sizes saved it, into this process, or split over
+the ranks of torchrun (tensor parallel). New text goes to standard output as it is made; several
+prompts are continued together and shown one after another. Speed and the bytes of the key-value
+cache go to standard error. Ends with 0, with 2 for settings that cannot be, with 5 if the tokenizer
+is not there or another one, with 6 if there is no valid checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hysparse_megatron.errors import CheckpointError, ConfigError, HySparseError
+from hysparse_megatron.runtime.launcher import rank_from_environment
+from hysparse_megatron.runtime.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from hysparse_megatron.data.run_tokenizer import Tokenizer
+    from hysparse_megatron.inference.generate import Settings
+    from hysparse_megatron.inference.load import LoadedModel
+
+
+def main(argv: Sequence[str]) -> int:
+    """Generate as `argv` says, the command line without the program's name."""
+    given = make_parser().parse_args(list(argv))
+    rank_number = 0
+    try:
+        rank = rank_from_environment()
+        rank_number = rank.rank
+        prompts = _prompts(given)
+        # Imported late: a wrong command must fail before seconds of imports.
+        quiet_libraries()
+        from hysparse_megatron.inference.load import inference_config, load_model
+        from hysparse_megatron.runtime import device as runtime_device
+
+        config = inference_config(given.run_dir, rank.world_size)
+        device = runtime_device.start(rank, config.parallel)
+        loaded = load_model(
+            config, device, given.run_dir, given.checkpoint, verify=not given.no_verify
+        )
+        _generate(given, loaded, prompts, is_first=rank.rank == 0)
+        runtime_device.stop()
+    except HySparseError as error:
+        if rank_number == 0:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options of the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.generate",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--run-dir", type=Path, required=True, metavar="RUN", help="the run directory")
+    add(
+        "--checkpoint",
+        default="newest",
+        metavar="WHICH",
+        help="newest (the default), a step of the run, or the directory of a checkpoint",
+    )
+    add(
+        "--prompt", action="append", default=[], metavar="TEXT", help="text to continue; repeatable"
+    )
+    add("--prompts-file", type=Path, metavar="FILE", help="one prompt a line, beside --prompt")
+    add(
+        "--max-new-tokens",
+        type=_count,
+        default=128,
+        metavar="N",
+        help="tokens to add to each prompt, at most (default %(default)s)",
+    )
+    add(
+        "--temperature",
+        type=_temperature,
+        default=0.0,
+        metavar="T",
+        help="divides logits before the draw; 0 takes the most likely token (default)",
+    )
+    add(
+        "--top-p",
+        type=_share,
+        default=1.0,
+        metavar="P",
+        help="draw among the fewest tokens with this probability in sum (default 1: all)",
+    )
+    add("--seed", type=int, default=0, metavar="N", help="of the draws (default 0)")
+    add("--stop", action="append", default=[], metavar="TEXT", help="ends a text; repeatable")
+    add("--ignore-end", action="store_true", help="go on after the end of a document")
+    add(
+        "--cache-dtype",
+        choices=("model", "bf16", "fp8"),
+        default="model",
+        help="of the full layers' keys and values (default: as the model computes)",
+    )
+    add(
+        "--prefill-chunk",
+        type=_count,
+        default=512,
+        metavar="N",
+        help="tokens of a prompt taken in at a time (default %(default)s)",
+    )
+    add("--tokenizer", metavar="PATH", help="its file or folder (default: found by its hash)")
+    add("--no-verify", action="store_true", help="do not compare the checkpoint with its hashes")
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"got {text}; allowed a whole number from 1")
+    return int(text)
+
+
+def _temperature(text: str) -> float:
+    return _number(text, lambda number: 0 <= number < float("inf"), "a number from 0")
+
+
+def _share(text: str) -> float:
+    return _number(text, lambda number: 0 < number <= 1, "a number above 0 and at most 1")
+
+
+def _number(text: str, is_allowed: Callable[[float], bool], allowed: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = float("nan")
+    if not is_allowed(number):
+        raise argparse.ArgumentTypeError(f"got {text}; allowed {allowed}")
+    return number
+
+
+def _prompts(given: argparse.Namespace) -> list[str]:
+    """Raises ConfigError if there is none, or the file cannot be read."""
+    prompts = list(given.prompt)
+    if given.prompts_file is not None:
+        try:
+            prompts += given.prompts_file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"--prompts-file: cannot read {given.prompts_file}: {error}"
+            ) from error
+    if not prompts:
+        raise ConfigError("nothing to continue: give --prompt TEXT or a --prompts-file with lines")
+    if "" in given.stop:
+        raise ConfigError("--stop: got an empty text, which would end everything at once")
+    return prompts
+
+
+def _generate(
+    given: argparse.Namespace, loaded: LoadedModel, prompts: Sequence[str], is_first: bool
+) -> None:
+    from hysparse_megatron.inference.generate import CacheDtype, Settings, generate
+    from hysparse_megatron.inference.report import report
+    from hysparse_megatron.inference.sampling import Sampling
+
+    tokenizer = _tokenizer(given, loaded)
+    # An empty prompt starts a document, as whatever follows the end of another.
+    ids = [tokenizer.encode(prompt) or [tokenizer.end_of_document] for prompt in prompts]
+    settings = Settings(
+        max_new_tokens=given.max_new_tokens,
+        sampling=Sampling(given.temperature, given.top_p, given.seed),
+        stop_tokens=frozenset() if given.ignore_end else frozenset({tokenizer.end_of_document}),
+        prefill_chunk=given.prefill_chunk,
+        cache_dtype=CacheDtype(given.cache_dtype),
+    )
+    longest, trained = max(map(len, ids)) + given.max_new_tokens, loaded.config.train.seq_length
+    if is_first and longest > trained:
+        print(
+            f"WARNING: up to {longest:,} tokens, but the model was trained on sequences of "
+            f"{trained:,}: it has not seen such distances",
+            file=sys.stderr,
+        )
+    printer = _Printer(prompts, tokenizer, settings, given.stop, is_silent=not is_first)
+    generated = generate(loaded, ids, settings, printer.take)
+    printer.finish()
+    text = report(loaded, generated, settings)  # adds up over all ranks
+    if is_first:
+        print(text, file=sys.stderr)
+
+
+def _tokenizer(given: argparse.Namespace, loaded: LoadedModel) -> Tokenizer:
+    from hysparse_megatron.data.run_tokenizer import load_run_tokenizer
+
+    if loaded.tokenizer_sha256 is None:
+        raise CheckpointError(f"{loaded.checkpoint}: its manifest does not name a tokenizer")
+    return load_run_tokenizer(loaded.config.data, loaded.tokenizer_sha256, given.tokenizer)
+
+
+class _Printer:
+    """Shows the first text as it is made, and the others in turn once those before are done."""
+
+    def __init__(
+        self,
+        prompts: Sequence[str],
+        tokenizer: Tokenizer,
+        settings: Settings,
+        stops: Sequence[str],
+        is_silent: bool,
+    ) -> None:
+        from hysparse_megatron.inference.text_stream import TextStream
+
+        self._prompts = prompts
+        self._streams = [TextStream(tokenizer.decode, stops) for _ in prompts]
+        self._counts = [0] * len(prompts)
+        self._settings = settings
+        self._is_done = [False] * len(prompts)
+        self._waiting = [""] * len(prompts)
+        self._current = -1
+        self._is_silent = is_silent
+        self._turn_page()
+
+    def take(self, number: int, token: int) -> bool:
+        """The next token of a prompt; whether a stop string has come."""
+        stream = self._streams[number]
+        self._counts[number] += 1
+        is_end = token in self._settings.stop_tokens
+        text = "" if is_end else stream.push(token)
+        if is_end or stream.stopped or self._counts[number] == self._settings.max_new_tokens:
+            text += stream.finish()
+            self._is_done[number] = True
+        self._waiting[number] += text
+        while self._current < len(self._prompts):
+            self._write(self._waiting[self._current])
+            self._waiting[self._current] = ""
+            if not self._is_done[self._current]:
+                break
+            self._turn_page()
+        return stream.stopped
+
+    def finish(self) -> None:
+        """Nothing is left to show: every text has come to its end."""
+        assert all(self._is_done)
+
+    def _turn_page(self) -> None:
+        """End the text that is shown and begin the next one."""
+        if self._current >= 0:
+            self._write("\n")
+        self._current += 1
+        if len(self._prompts) > 1 and self._current < len(self._prompts):
+            self._write(f"== prompt {self._current + 1}: {self._prompts[self._current]!r}\n")
+
+    def _write(self, text: str) -> None:
+        if not self._is_silent:
+            print(text, end="", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
