@@ -45,9 +45,7 @@ def ask(
 
     Raises ConfigError if the length has no room for the question.
     """
-    least = smallest_length(task, count)
-    if length < least:
-        raise ConfigError(f"--lengths: got {length}; allowed at least {least} for {task}")
+    require_room(task, length, count)
     scores: list[float] = []
     for questions in _batches(task, length, samples, seed, count, batch_size):
         prompts = [question.prompt for question in questions]
@@ -57,6 +55,13 @@ def ask(
     mean = sum(scores) / len(scores)
     spread = sum((score - mean) ** 2 for score in scores) / max(1, len(scores) - 1)
     return Score(task, length, samples, mean, math.sqrt(spread / len(scores)))
+
+
+def require_room(task: str, length: int, count: CountTokens) -> None:
+    """Raise ConfigError unless a question of the task fits into `length` tokens."""
+    least = smallest_length(task, count)
+    if length < least:
+        raise ConfigError(f"--lengths: got {length}; allowed at least {least} for {task}")
 
 
 def _batches(

@@ -170,14 +170,14 @@ def _forward_step(
             batch["position_ids"],
             None,
             labels=batch["labels"],
-            packed_seq_params=_documents(batch),
+            packed_seq_params=documents_of(batch),
         )
         if step is not None:
             faults.reach("forward", step)
     return output, partial(_loss, batch["loss_mask"], step)
 
 
-def _documents(batch: Batch) -> PackedSeqParams | None:
+def documents_of(batch: Batch) -> PackedSeqParams | None:
     """Where documents start, in the form in which megatron-core hands it to our stack."""
     offsets = batch.get("cu_seqlens")
     if offsets is None:

@@ -2,7 +2,6 @@
 
 import random
 import re
-from collections import Counter
 from collections.abc import Sequence
 
 import pytest
@@ -10,31 +9,16 @@ import pytest
 from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.evaluation.scores import ask
 from hysparse_megatron.evaluation.tasks import (
-    NUM_FREQUENT,
     TASKS,
     Question,
     smallest_length,
 )
+from tests.unit.evaluation.copying import copy_from
 
 
 def words(text: str) -> int:
     """A tokenizer of words and punctuation."""
     return len(re.findall(r"\w+|[^\w\s]", text))
-
-
-def copy_from(prompt: str) -> str:
-    """What a model would say that can do nothing but look things up in its context."""
-    if found := re.search(r"The secret number of (\w+) is$", prompt):
-        return re.findall(rf"secret number of {found[1]} is (\d+)", prompt)[0]
-    if found := re.search(r"secret numbers of (\w+) are$", prompt):
-        return ", ".join(re.findall(rf"secret numbers of {found[1]} is (\d+)", prompt))
-    if found := re.search(r"variables that hold (\d+) are VAR$", prompt):
-        holders = re.findall(rf"VAR (\w+) = {found[1]}", prompt)
-        for name in holders:
-            holders += re.findall(rf"VAR (\w+) = VAR {name}\.", prompt)
-        return " ".join(holders)
-    listed = prompt.partition(".")[0].split()
-    return " ".join(word for word, _ in Counter(listed).most_common(NUM_FREQUENT))
 
 
 @pytest.mark.parametrize("task", TASKS)

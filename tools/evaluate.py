@@ -1,0 +1,263 @@
+"""How good a run's model is: `python -m tools.evaluate --run-dir RUN [--tasks ...]`.
+
+    python -m tools.evaluate --run-dir runs/quickstart
+    python -m tools.evaluate --run-dir runs/long --tasks needle multi_key --lengths 4096 32768
+    torchrun --nproc-per-node 2 -m tools.evaluate --run-dir runs/long --json scores.json
+
+Tasks:
+    loss               held-out cross-entropy and perplexity, by position in the sequence
+    needle, multi_key, multi_needle, variable_tracking, word_count
+                       questions made on the spot whose answers stand in a long text, in the manner
+                       of RULER; the score is the share of the answers in a greedy continuation
+    all                every one of them
+
+Loads any checkpoint of the run, whatever parallel sizes saved it, into this process or split over
+the ranks of torchrun (tensor parallel). For lm-evaluation-harness export the model first, with
+tools.convert. Ends with 0, with 2 for settings that cannot be, with 5 if data or tokenizer are not
+there, with 6 if there is no valid checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hysparse_megatron.errors import CheckpointError, ConfigError, DataError, HySparseError
+from hysparse_megatron.evaluation.scores import Score, ask, require_room
+from hysparse_megatron.evaluation.tasks import TASKS
+from hysparse_megatron.runtime.launcher import rank_from_environment
+from hysparse_megatron.runtime.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hysparse_megatron.data.run_tokenizer import Tokenizer
+    from hysparse_megatron.evaluation.positions import Bin
+    from hysparse_megatron.inference.load import LoadedModel
+
+LOSS = "loss"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Evaluate as `argv` says, the command line without the program's name."""
+    given = _parser().parse_args(list(argv))
+    rank_number = 0
+    try:
+        rank = rank_from_environment()
+        rank_number = rank.rank
+        _require_writable(given.json)
+        # Imported late: a wrong command must fail before seconds of imports.
+        quiet_libraries()
+        from hysparse_megatron.inference.load import inference_config, load_model
+        from hysparse_megatron.runtime import device as runtime_device
+
+        config = inference_config(given.run_dir, rank.world_size)
+        device = runtime_device.start(rank, config.parallel)
+        loaded = load_model(config, device, given.run_dir, given.checkpoint)
+        results = _evaluate(given, loaded, is_first=rank_number == 0)
+        if rank_number == 0 and given.json is not None:
+            given.json.write_text(json.dumps(results, indent=1) + "\n")
+        runtime_device.stop()
+    except HySparseError as error:
+        if rank_number == 0:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.evaluate",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--run-dir", type=Path, required=True, metavar="RUN", help="the run directory")
+    add(
+        "--checkpoint",
+        default="newest",
+        metavar="WHICH",
+        help="newest (the default), a step of the run, or the directory of a checkpoint",
+    )
+    add(
+        "--tasks",
+        nargs="+",
+        choices=("all", LOSS, *TASKS),
+        default=[LOSS],
+        metavar="TASK",
+        help="see above (default: loss)",
+    )
+    add(
+        "--lengths",
+        nargs="+",
+        type=_positive,
+        metavar="N",
+        help="tokens of a question or held-out sequence (default: the run's train.seq_length)",
+    )
+    add("--samples", type=_positive, default=20, metavar="N", help="questions a task and length")
+    add("--sequences", type=_positive, default=64, metavar="N", help="held-out ones, at most")
+    add("--bins", type=_positive, default=8, metavar="N", help="of positions, for the loss")
+    add("--batch-size", type=_positive, default=8, metavar="N", help="sequences at a time")
+    add("--seed", type=int, default=0, metavar="N", help="of the questions (default 0)")
+    add("--tokenizer", metavar="PATH", help="its file or folder (default: found by its hash)")
+    add("--json", type=Path, metavar="FILE", help="also write all numbers there")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"got {text}; allowed a whole number from 1")
+    return int(text)
+
+
+def _require_writable(path: Path | None) -> None:
+    """Find out before minutes of work."""
+    if path is None:
+        return
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise ConfigError(f"--json: cannot write {path} ({error.strerror})") from error
+
+
+def _evaluate(given: argparse.Namespace, loaded: LoadedModel, is_first: bool) -> dict[str, Any]:
+    """All tasks at all lengths, printed on the first rank as they come."""
+    names = [LOSS, *TASKS] if "all" in given.tasks else list(dict.fromkeys(given.tasks))
+    trained = loaded.config.train.seq_length
+    lengths = given.lengths or [trained]
+
+    def say(text: str) -> None:
+        if is_first:
+            print(text, flush=True)
+
+    say(f"{loaded.checkpoint}")
+    for length in lengths:
+        if length > trained:
+            say(f"note: {length:,} tokens, but the model was trained on {trained:,} at a time")
+    results: dict[str, Any] = {"checkpoint": str(loaded.checkpoint), "seed": given.seed}
+    if LOSS in names:
+        results[LOSS] = []
+        for length in lengths:
+            whole, bins = _loss(given, loaded, length)
+            say(_loss_table(length, whole, bins))
+            rows = [dataclasses.asdict(one) for one in (whole, *bins)]
+            results[LOSS].append({"length": length, "all": rows[0], "bins": rows[1:]})
+    asked = [name for name in names if name != LOSS]
+    if asked:
+        scores = []
+        for score in _scores(given, loaded, asked, lengths):
+            scores.append(score)
+            found = f"{score.mean:7.1%} +- {score.error:.1%}"
+            say(f"{score.task:<18} {score.length:>9,} tokens  {found} of {score.samples}")
+        results["scores"] = [dataclasses.asdict(score) for score in scores]
+    return results
+
+
+def _scores(
+    given: argparse.Namespace, loaded: LoadedModel, names: Sequence[str], lengths: Sequence[int]
+) -> Iterator[Score]:
+    from hysparse_megatron.inference.generate import Settings, generate
+
+    tokenizer = _tokenizer(given, loaded)
+
+    def count(text: str) -> int:
+        return len(tokenizer.encode(text))
+
+    def continue_all(prompts: Sequence[str], max_new_tokens: int) -> list[str]:
+        ids = [tokenizer.encode(prompt) for prompt in prompts]
+        ends = frozenset({tokenizer.end_of_document})
+        made = generate(loaded, ids, Settings(max_new_tokens, stop_tokens=ends))
+        return [tokenizer.decode(tokens) for tokens in made.tokens]
+
+    for name in names:
+        for length in lengths:
+            require_room(name, length, count)
+    for name in names:
+        for length in lengths:
+            yield ask(
+                name,
+                length,
+                samples=given.samples,
+                seed=given.seed,
+                count=count,
+                continue_all=continue_all,
+                batch_size=given.batch_size,
+            )
+
+
+def _tokenizer(given: argparse.Namespace, loaded: LoadedModel) -> Tokenizer:
+    from hysparse_megatron.data.run_tokenizer import load_run_tokenizer
+
+    if loaded.tokenizer_sha256 is None:
+        raise CheckpointError(f"{loaded.checkpoint}: its manifest does not name a tokenizer")
+    return load_run_tokenizer(loaded.config.data, loaded.tokenizer_sha256, given.tokenizer)
+
+
+def _loss(given: argparse.Namespace, loaded: LoadedModel, length: int) -> tuple[Bin, list[Bin]]:
+    """Over the first sequences of the run's validation split, cut to `length` tokens each."""
+    from hysparse_megatron.data.batches import evaluation_batches
+    from hysparse_megatron.data.sources import load_data, open_samples
+    from hysparse_megatron.evaluation.positions import loss_by_position
+    from hysparse_megatron.runtime.agreement import on_every_rank
+
+    config = loaded.config
+    corpus = on_every_rank(lambda: load_data(config.data, config.train.seed), os_error=DataError)
+    if corpus.identity()["tokenizer_sha256"] != loaded.tokenizer_sha256:
+        raise DataError(
+            "the run's data have another tokenizer now than its checkpoint was made with"
+        )
+    samples = open_samples(corpus, "validation", length)
+    size = min(given.batch_size, samples.num_held_out)
+    batches = evaluation_batches(
+        samples,
+        num_batches=math.ceil(given.sequences / max(size, 1)),
+        global_batch_size=max(size, 1),
+        micro_batch_size=max(size, 1),
+        data_parallel_size=1,
+        data_parallel_rank=0,
+        document_mask=config.data.document_mask,
+    )
+    return loss_by_position(_token_losses(loaded, batches), given.bins)
+
+
+def _token_losses(loaded: LoadedModel, batches: Any) -> Iterator[Tensor]:
+    """Loss of every held-out token, [B, S]; NaN where it does not count."""
+    import torch
+
+    from hysparse_megatron.training.step import documents_of
+
+    for number in range(batches.num_batches):
+        for batch in batches.microbatches(number):
+            given = {name: tensor.to(loaded.device) for name, tensor in batch.items()}
+            with torch.no_grad():
+                losses = loaded.model(
+                    given["tokens"],
+                    given["position_ids"],
+                    None,
+                    labels=given["labels"],
+                    packed_seq_params=documents_of(given),
+                )
+            yield losses.float().masked_fill(given["loss_mask"] == 0, math.nan)
+
+
+def _loss_table(length: int, whole: Bin, bins: Sequence[Bin]) -> str:
+    lines = [
+        f"held-out loss in sequences of {length:,} tokens: {whole.loss:.4f}, perplexity "
+        f"{whole.perplexity:.3f} ({whole.tokens:,} tokens)"
+    ]
+    lines += [
+        f"  positions {one.first:>8,} to {one.last:>8,}  {one.loss:.4f}  {one.perplexity:.3f}"
+        for one in bins
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
