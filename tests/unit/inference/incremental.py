@@ -64,10 +64,19 @@ def without_near_ties(
 
 
 def make_cache(config: Config, capacities: Sequence[int], **other: Any) -> KvCache:
-    """A cache in the precision of the tests' models."""
+    """A cache in the precision of the tests' models, in which unwritten memory would be seen."""
     kinds = [plan.kind for plan in parse_layout(config.model.layout).layers]
     options = {"full_dtype": torch.float32, "window_dtype": torch.float32, "device": "cpu"}
-    return KvCache(config.model, kinds, capacities, **{**options, **other})
+    cache = KvCache(config.model, kinds, capacities, **{**options, **other})
+    poison(cache)
+    return cache
+
+
+def poison(cache: KvCache) -> None:
+    """NaN everywhere."""
+    for layer in cache.layers:
+        for tensor in layer.tensors:
+            tensor.fill_(float("nan") if tensor.is_floating_point() else 127)
 
 
 @dataclass

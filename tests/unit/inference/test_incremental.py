@@ -115,18 +115,6 @@ def test_a_long_text_in_the_paper_s_proportions(groups: ProcessGroupCollection, 
     assert_equal(found, expected)
 
 
-def test_rows_do_not_touch_each_other(groups: ProcessGroupCollection, seed: int) -> None:
-    """A sequence alone in the model gives bit for bit the selections it gives among others."""
-    config, model = random_model(["model.layout=F S W F"], groups)
-    sequences = [torch.randint(0, VOCABULARY, (length,)) for length in (21, 30, 6)]
-    together = step_by_step(model, make_cache(config, [21, 30, 6]), sequences, [5, 20, 6], chunk=6)
-    for row, prompt in enumerate((5, 20, 6)):
-        length = len(sequences[row])
-        cache = make_cache(config, [length])
-        (alone,) = step_by_step(model, cache, [sequences[row]], [prompt], chunk=6)
-        torch.testing.assert_close(alone.logits, together[row].logits, rtol=1e-4, atol=1e-4)
-
-
 def test_nothing_stays_on_a_module(groups: ProcessGroupCollection, seed: int) -> None:
     """Two caches in turn, over one model, do not know of each other."""
     config, model = random_model(["model.layout=F S W F"], groups)
