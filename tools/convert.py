@@ -2,12 +2,13 @@
 
     python -m tools.convert export --run-dir runs/quickstart exported/quickstart
     python -m tools.convert import exported/quickstart starts/quickstart
+    python -m tools.convert adopt models/llama starts/llama --layout "7*(F 3*S) F 2*S F"
 
 export makes a folder of a run's checkpoint, saved on any number of ranks, that transformers loads
 without any code of this project: AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=
 True). import makes of such a folder, trained further or not, one that a run starts from with
-checkpoint.load. Ends with 0, with 2 if something asked for cannot be, or with 6 if a checkpoint is
-missing or damaged.
+checkpoint.load; adopt does so of a Llama, Mistral or Qwen3 model. Ends with 0, with 2 if something
+asked for cannot be, or with 6 if a checkpoint is missing or damaged.
 """
 
 from __future__ import annotations
@@ -66,7 +67,34 @@ def _parser() -> argparse.ArgumentParser:
     importing.set_defaults(action=_import)
     importing.add_argument("source", type=Path, help="the Hugging Face folder")
     importing.add_argument("folder", type=Path, help="to write; must not exist")
+    text = "a model with full attention as a HySparse checkpoint to start from"
+    adopting = commands.add_parser("adopt", help=text, description=text, allow_abbrev=False)
+    adopting.set_defaults(action=_adopt)
+    adopting.add_argument(
+        "source", type=Path, help="its Hugging Face folder: llama, mistral, qwen3"
+    )
+    adopting.add_argument("folder", type=Path, help="to write; must not exist")
+    adopting.add_argument("--layout", required=True, help='one letter per layer: "7*(F 3*S) F"')
+    for option, default, text in (
+        ("--window", 128, "tokens a query sees of its own layer"),
+        ("--block-size", 64, "tokens in a block"),
+        ("--num-selected", 16, "blocks a query reads of its oracle"),
+    ):
+        adopting.add_argument(option, type=_positive, default=default, metavar="N", help=text)
+    adopting.add_argument(
+        "--sparse-sink",
+        type=float,
+        default=4.0,
+        metavar="4.0",
+        help="logit that leaves the sparse branch a small share at the start",
+    )
     return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"got {text}; allowed a whole number from 1")
+    return int(text)
 
 
 def _size(text: str) -> int:
@@ -104,6 +132,17 @@ def _import(given: argparse.Namespace) -> int:
     from hysparse_megatron.huggingface.importing import import_folder
 
     import_folder(given.source, given.folder, print)
+    _tell_next(given.folder)
+    return 0
+
+
+def _adopt(given: argparse.Namespace) -> int:
+    from hysparse_megatron.huggingface.adopt import Choices, adopt
+
+    choices = Choices(
+        given.layout, given.window, given.block_size, given.num_selected, given.sparse_sink
+    )
+    adopt(given.source, given.folder, choices, print)
     _tell_next(given.folder)
     return 0
 

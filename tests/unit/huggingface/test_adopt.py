@@ -1,0 +1,221 @@
+"""A full-attention model of transformers, taken over: equal at the start, and it trains on."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from hysparse_megatron.checkpoint import store, tensors
+from hysparse_megatron.checkpoint.state import load_state
+from hysparse_megatron.config.frozen import load_frozen
+from hysparse_megatron.data.bulk.tokenizers import bytes_tokenizer
+from hysparse_megatron.runtime.process_groups import destroy_process_groups
+from hysparse_megatron.training.state import TrainingState, build_state
+from tests.unit.model.tiny_models import randomize
+from tests.unit.single_process import DEVICE, default_group, fresh_seed
+from tools.convert import main
+
+IDS, LENGTH = 300, 29
+SIZES = {
+    "vocab_size": IDS,
+    "hidden_size": 48,
+    "intermediate_size": 40,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 64,
+}
+ROTARY = {"rope_type": "default", "rope_theta": 5000.0}
+MODELS = {
+    "llama": (LlamaForCausalLM, LlamaConfig(**SIZES, rope_parameters=ROTARY)),
+    "llama tied": (LlamaForCausalLM, LlamaConfig(**SIZES, tie_word_embeddings=True, head_dim=8)),
+    "mistral": (MistralForCausalLM, MistralConfig(**SIZES, sliding_window=None)),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES, rope_parameters=ROTARY, head_dim=16)),
+}
+COVERING = ["--window", "64", "--block-size", "4", "--num-selected", "16"]
+SMALL = ["--window", "5", "--block-size", "4", "--num-selected", "2"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def group() -> Iterator[None]:
+    with default_group():
+        yield
+
+
+def original(name: str, folder: Path) -> PreTrainedModel:
+    """A random model, saved in `folder` with a tokenizer."""
+    kind, config = MODELS[name]
+    model = kind(config).eval()
+    randomize(model)
+    model.save_pretrained(folder)
+    bytes_tokenizer().save(str(folder / "tokenizer.json"))
+    return model
+
+
+def adopt(source: Path, folder: Path, layout: str, *options: str) -> Path:
+    assert main(["adopt", str(source), str(folder), "--layout", layout, *options]) == 0
+    return folder
+
+
+@pytest.fixture
+def states() -> Iterator[list[TrainingState]]:
+    made: list[TrainingState] = []
+    yield made
+    destroy_process_groups()
+
+
+def start(folder: Path, states: list[TrainingState]) -> torch.nn.Module:
+    """Training's own model, with the weights of an adopted folder."""
+    config = load_frozen(folder / "config.yaml")
+    state = build_state(config, 257, DEVICE)
+    states.append(state)
+    load_state(state, store.resolve_checkpoint(folder), weights_only=True)
+    return state.chunks[0].module
+
+
+@torch.no_grad()
+def logits(module: torch.nn.Module, tokens: Tensor) -> Tensor:
+    module.eval()
+    return module(tokens.to(DEVICE), None, None).cpu()[..., :IDS]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_full_layers_are_the_original(
+    name: str, tmp_path: Path, states: list[TrainingState]
+) -> None:
+    fresh_seed()
+    model = original(name, tmp_path / "original")
+    module = start(adopt(tmp_path / "original", tmp_path / "start", "4*F", *SMALL), states)
+    tokens = torch.randint(0, IDS, (2, LENGTH))
+    with torch.no_grad():
+        expected = model(tokens).logits
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(logits(module, tokens), expected, rtol=1e-5, atol=1e-5 * scale)
+
+
+def test_what_covers_the_text_starts_as_the_original(
+    tmp_path: Path, states: list[TrainingState]
+) -> None:
+    """Sparse and window layers too, but for the shares of their sinks."""
+    fresh_seed()
+    model = original("qwen3", tmp_path / "original")
+    tokens = torch.randint(0, IDS, (2, LENGTH))
+    with torch.no_grad():
+        expected = model(tokens).logits
+    scale = float(expected.abs().max())
+    distances = {}
+    for sink in (30, 12):
+        folder = tmp_path / f"start-{sink}"
+        adopt(tmp_path / "original", folder, "F S W F", *COVERING, "--sparse-sink", str(sink))
+        module = start(folder, states)
+        distances[sink] = float((logits(module, tokens) - expected).abs().max()) / scale
+        destroy_process_groups()
+    # A window's sink takes exp(-10) of a row whose logits are about 0, and this model amplifies.
+    assert distances[30] < 1e-2
+    assert distances[30] < distances[12] < 1
+
+
+def test_weights_are_kept_to_the_bit(tmp_path: Path) -> None:
+    fresh_seed()
+    model = original("llama", tmp_path / "original").to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "original")
+    folder = adopt(tmp_path / "original", tmp_path / "start", "F S W F", *SMALL)
+    found = tensors.read_weights(store.resolve_checkpoint(folder))
+    kept = model.state_dict()
+    embedding = found["embedding.word_embeddings.weight"]
+    assert embedding.shape == (384, 48)
+    assert torch.equal(embedding[:IDS], kept["model.embed_tokens.weight"])
+    assert not embedding[IDS:].any()
+    for layer in range(4):
+        ours, theirs = f"decoder.layers.{layer}", f"model.layers.{layer}"
+        fused = found[f"{ours}.self_attention.linear_qkv.linear.weight"].view(2, -1, 48)
+        for group in range(2):
+            query = kept[f"{theirs}.self_attn.q_proj.weight"].view(2, 24, 48)
+            key = kept[f"{theirs}.self_attn.k_proj.weight"].view(2, 12, 48)
+            value = kept[f"{theirs}.self_attn.v_proj.weight"].view(2, 12, 48)
+            rows = torch.cat([query[group], key[group], value[group]])
+            assert torch.equal(fused[group, :48], rows)
+            assert not fused[group, 48:].any()  # gates of one half
+        factor = 2 if layer == 1 else 1
+        output = kept[f"{theirs}.self_attn.o_proj.weight"]
+        assert torch.equal(found[f"{ours}.self_attention.linear_proj.weight"], factor * output)
+        gate_up = torch.cat([kept[f"{theirs}.mlp.{name}_proj.weight"] for name in ("gate", "up")])
+        assert torch.equal(found[f"{ours}.mlp.linear_fc1.weight"], gate_up)
+    assert found["decoder.layers.1.self_attention.sparse_sink"].dtype == torch.float32
+    assert torch.equal(found["output_layer.weight"][:IDS], kept["lm_head.weight"])
+
+
+def test_trains_on(tmp_path: Path, states: list[TrainingState]) -> None:
+    fresh_seed()
+    original("llama", tmp_path / "original")
+    module = start(adopt(tmp_path / "original", tmp_path / "start", "F S S F", *SMALL), states)
+    module.train()
+    tokens = torch.randint(0, IDS, (2, LENGTH + 1)).to(DEVICE)
+    parameters = list(module.parameters())
+    optimizer = torch.optim.Adam(parameters, lr=1e-2)
+    before = [parameter.detach().clone() for parameter in parameters]
+    losses = []
+    for _ in range(8):
+        loss = module(tokens[:, :-1], None, None, labels=tokens[:, 1:].contiguous()).mean()
+        # megatron-core's wrapper would take them for its own optimizer.
+        for parameter, gradient in zip(
+            parameters, torch.autograd.grad(loss, parameters), strict=True
+        ):
+            parameter.grad = gradient
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    # Gates and sinks too.
+    assert not any(map(torch.equal, parameters, before))
+
+
+def edit(folder: Path, **settings: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "layout", "said"),
+    [
+        ({"model_type": "gpt2"}, "4*F", "type gpt2 cannot be adopted; allowed llama, mistral"),
+        ({"model_type": "qwen2"}, "4*F", "those of qwen2 have biases"),
+        ({"attention_bias": True}, "4*F", "attention_bias; allowed are models without biases"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4}},
+            "4*F",
+            "scaled by yarn",
+        ),
+        ({"hidden_act": "gelu"}, "4*F", "hidden_act gelu"),
+        ({"sliding_window": 8}, "4*F", "sliding window"),
+        ({}, "F 2*S", "has 3 layers, but the model"),
+        ({}, "S 3*F", "before any full layer"),
+        ({"intermediate_size": 44}, "4*F", "mlp.gate_proj.weight is [40, 48], not [44, 48]"),
+        ({"num_attention_heads": 3}, "4*F", "model.num_attention_heads"),
+    ],
+)
+def test_what_cannot_be_adopted_is_said(
+    settings: dict,
+    layout: str,
+    said: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    original("llama", tmp_path / "original")
+    edit(tmp_path / "original", **settings)
+    target = str(tmp_path / "start")
+    assert main(["adopt", str(tmp_path / "original"), target, "--layout", layout]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "start").exists()
