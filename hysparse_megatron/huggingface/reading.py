@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,63 +18,72 @@ INDEX = "model.safetensors.index.json"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
+@dataclass(frozen=True)
+class _Place:
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
 class TensorFolder:
-    """The tensors of all shards by name.
+    """The tensors of all shards by name. Files are open only while they are read.
 
     Raises ConfigError for a folder without safetensors, and CheckpointError, with its path, for a
     shard that is missing, truncated or lacks what the index says.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._files: dict[Path, Any] = {}
+        files = [SINGLE]
+        named: dict[str, str] = {}
         if (folder / INDEX).is_file():
-            self._names = {
-                name: folder / file for name, file in read_json(folder, INDEX)["weight_map"].items()
-            }
-        elif (folder / SINGLE).is_file():
-            self._names = dict.fromkeys(self._open(folder / SINGLE).keys(), folder / SINGLE)
-        else:
+            named = read_json(folder, INDEX).get("weight_map", {})
+            files = sorted(set(named.values()))
+        elif not (folder / SINGLE).is_file():
             raise ConfigError(
                 f"{folder} holds neither {SINGLE} nor {INDEX}; transformers writes them: "
                 "model.save_pretrained(folder)"
             )
-        for path in set(self._names.values()):
-            held = set(self._open(path).keys())
-            lost = [name for name, file in self._names.items() if file == path and name not in held]
-            if lost:
-                raise CheckpointError(f"{path} lacks {lost[0]}, which {INDEX} says it holds")
-
-    def _open(self, path: Path) -> Any:
-        if path not in self._files:
-            try:
-                self._files[path] = safe_open(path, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{path} is missing or damaged: {error}") from error
-        return self._files[path]
+        self._places: dict[str, _Place] = {}
+        for file in files:
+            self._places |= _places(folder / file)
+        for name, file in named.items():
+            if name not in self._places or self._places[name].file.name != file:
+                raise CheckpointError(f"{folder / file} lacks {name}, which {INDEX} says it holds")
 
     @property
     def names(self) -> set[str]:
         """Of all tensors."""
-        return set(self._names)
+        return set(self._places)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor, which is not read."""
-        return tuple(self._slice(name).get_shape())
+        """Of a tensor."""
+        return self._places[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """Likewise. Raises ConfigError for one that weights cannot have here."""
-        found = self._slice(name).get_dtype()
+        """Of a tensor. Raises ConfigError for one that weights cannot have here."""
+        found = self._places[name].dtype
         if found not in _DTYPES:
             raise ConfigError(f"{name} is {found}; allowed {', '.join(_DTYPES)}: not quantised")
         return _DTYPES[found]
 
-    def _slice(self, name: str) -> Any:
-        return self._open(self._names[name]).get_slice(name)
-
     def read(self, name: str) -> Tensor:
         """A whole tensor, on the CPU."""
-        path = self._names[name]
+        file = self._places[name].file
         try:
-            return self._open(path).get_tensor(name)
-        except SafetensorError as error:
-            raise CheckpointError(f"{path}: {name} cannot be read: {error}") from error
+            # The file is mapped: what was read of it would stay in memory while it is open.
+            with safe_open(file, framework="pt") as opened:
+                return opened.get_tensor(name).clone()
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{file}: {name} cannot be read: {error}") from error
+
+
+def _places(file: Path) -> dict[str, _Place]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            return {
+                name: _Place(file, tuple(found.get_shape()), found.get_dtype())
+                for name, found in slices.items()
+            }
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} is missing or damaged: {error}") from error

@@ -1,0 +1,329 @@
+"""`python -m tools.convert`: what it refuses, its memory, and what loading a folder needs."""
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hysparse_megatron.checkpoint.assemble import Source, save_weights
+from hysparse_megatron.config.compose import compose
+from hysparse_megatron.config.frozen import freeze
+from hysparse_megatron.data.bulk.tokenizers import bytes_tokenizer
+from hysparse_megatron.huggingface.weights import model_weights
+from tests.unit.model.tiny_models import tiny_config
+from tests.unit.single_process import fresh_seed
+from tools.convert import main
+
+ROOT = Path(__file__).resolve().parents[3]
+IDS, ROWS = 257, 384
+
+
+def make_run(path: Path, *overrides: str, identity: dict | None = None) -> Path:
+    """A run directory with random weights after step 0, no model built."""
+    config = tiny_config(f"model.vocab_size={IDS}", f"data.cache_dir={path}/cache", *overrides)
+    sources = {
+        weight.name: Source(weight.shape, torch.float32, lambda w=weight: torch.randn(w.shape))
+        for weight in model_weights(config.model, ROWS)
+    }
+    save_weights(path / "checkpoints", sources, {} if identity is None else {"data": identity})
+    freeze(config, path)
+    bytes_tokenizer().save(str(path / "tokenizer.json"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run, and what is exported of it in several shards."""
+    fresh_seed()
+    folder = tmp_path_factory.mktemp("convert")
+    make_run(folder / "run", "model.layout=F S W F")
+    assert export(folder / "run", folder / "out", "--shard-size", "30KB") == 0
+    return folder
+
+
+@pytest.fixture
+def run(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made / "run", tmp_path / "run"))
+
+
+@pytest.fixture
+def exported(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made / "out", tmp_path / "out"))
+
+
+def export(run_dir: Path, folder: Path, *options: str) -> int:
+    tokenizer = [] if "--tokenizer" in options else ["--tokenizer", str(run_dir / "tokenizer.json")]
+    return main(["export", "--run-dir", str(run_dir), *options, *tokenizer, str(folder)])
+
+
+Capture = pytest.CaptureFixture[str]
+
+
+class TestExportRefuses:
+    def test_what_is_no_run(self, tmp_path: Path, capsys: Capture) -> None:
+        assert export(tmp_path, tmp_path / "out") == 2
+        assert "is no run directory: no config.yaml" in capsys.readouterr().err
+
+    def test_a_run_without_checkpoint(self, run: Path, tmp_path: Path, capsys: Capture) -> None:
+        shutil.rmtree(run / "checkpoints")
+        assert export(run, tmp_path / "out") == 6
+        assert "no valid checkpoint" in capsys.readouterr().err
+
+    def test_a_step_that_is_not_there(self, run: Path, tmp_path: Path, capsys: Capture) -> None:
+        assert export(run, tmp_path / "out", "--checkpoint", "7") == 6
+        assert "step-00000007 is damaged or missing" in capsys.readouterr().err
+        assert export(run, tmp_path / "out", "--checkpoint", "last") == 2
+        assert export(run, tmp_path / "out", "--checkpoint", "0") == 0
+
+    def test_a_damaged_checkpoint(self, run: Path, tmp_path: Path, capsys: Capture) -> None:
+        path = next((run / "checkpoints").rglob("__0_9.distcp"))
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+        assert export(run, tmp_path / "out") == 6
+        assert f"{path} has another content" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+    def test_another_model(self, run: Path, tmp_path: Path, capsys: Capture) -> None:
+        freeze(tiny_config("model.layout=F S W S", f"model.vocab_size={IDS}"), run)
+        assert export(run, tmp_path / "out") == 6
+        error = capsys.readouterr().err
+        assert "does not fit the model of the run's settings" in error
+        assert "layers.3.self_attention.linear_qkv.linear.weight is [64, 24], not [72, 24]" in error
+
+    def test_a_folder_that_is_taken(self, run: Path, tmp_path: Path, capsys: Capture) -> None:
+        (tmp_path / "out").mkdir()
+        assert export(run, tmp_path / "out") == 0  # an empty one is not
+        assert export(run, tmp_path / "out") == 2
+        assert "exists and is not written over" in capsys.readouterr().err
+
+    def test_another_tokenizer(self, tmp_path: Path, capsys: Capture) -> None:
+        run = make_run(tmp_path / "run", "model.layout=F", identity={"vocab_size": 300})
+        assert export(run, tmp_path / "out") == 2
+        assert "has 257 token ids, but the run trained with 300" in capsys.readouterr().err
+        tokenizer = bytes_tokenizer()
+        tokenizer.add_tokens([f"<{index}>" for index in range(200)])
+        tokenizer.save(str(tmp_path / "large.json"))
+        assert export(run, tmp_path / "out", "--tokenizer", str(tmp_path / "large.json")) == 2
+        assert "has 457 token ids, but the model 384" in capsys.readouterr().err
+        assert export(run, tmp_path / "out", "--tokenizer", str(tmp_path / "none.json")) == 2
+        assert "cannot read the tokenizer" in capsys.readouterr().err
+
+    def test_a_tokenizer_that_is_gone(self, run: Path, tmp_path: Path, capsys: Capture) -> None:
+        assert main(["export", "--run-dir", str(run), str(tmp_path / "out")]) == 2
+        assert "name its tokenizer.json with --tokenizer" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        "option", [("--shard-size", "5"), ("--shard-size", "0GB"), ("--dtype", "fp8")]
+    )
+    def test_odd_options(self, option: tuple[str, str], run: Path, tmp_path: Path) -> None:
+        with pytest.raises(SystemExit) as ended:
+            export(run, tmp_path / "out", *option)
+        assert ended.value.code == 2
+
+
+def test_the_tokenizer_is_found_by_its_hash(tmp_path: Path, capsys: Capture) -> None:
+    from hysparse_megatron.checkpoint.store import digest_of
+
+    bytes_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    identity = {"tokenizer_sha256": digest_of(tmp_path / "tokenizer.json"), "vocab_size": IDS}
+    run = make_run(tmp_path / "run", "model.layout=F", identity=identity)
+    for name, content in (("a", "{}"), ("b", (tmp_path / "tokenizer.json").read_text())):
+        (run / "cache" / name).mkdir(parents=True)
+        (run / "cache" / name / "tokenizer.json").write_text(content)
+    assert main(["export", "--run-dir", str(run), str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "tokenizer.json").read_text() != "{}"
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == 256
+    assert generation["suppress_tokens"] == list(range(IDS, ROWS))
+
+
+def test_types_and_shards(made: Path, run: Path, tmp_path: Path) -> None:
+    index = json.loads((made / "out" / "model.safetensors.index.json").read_text())
+    shards = sorted(set(index["weight_map"].values()))
+    assert len(shards) > 3
+    assert shards[0] == f"model-00001-of-{len(shards):05}.safetensors"
+    held = {name: load_file(made / "out" / name) for name in shards}
+    assert {n: file for file, found in held.items() for n in found} == index["weight_map"]
+    sizes = [sum(t.nbytes for t in found.values()) for found in held.values()]
+    assert sum(sizes) == index["metadata"]["total_size"]
+    assert all(
+        size <= 30_000 or len(found) == 1 for size, found in zip(sizes, held.values(), strict=True)
+    )
+
+    assert export(run, tmp_path / "out", "--dtype", "bf16") == 0
+    narrow = load_file(tmp_path / "out" / "model.safetensors")
+    wide = {name: tensor for found in held.values() for name, tensor in found.items()}
+    assert narrow.keys() == wide.keys()
+    for name, tensor in wide.items():
+        expected = tensor if name.endswith("_sink") else tensor.bfloat16()
+        assert torch.equal(narrow[name], expected), name
+        assert narrow[name].dtype == expected.dtype
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+class TestImportRefuses:
+    def refused(self, source: Path, code: int, said: str, capsys: Capture) -> None:
+        target = source.parent / "start"
+        assert main(["import", str(source), str(target)]) == code
+        assert said in capsys.readouterr().err
+        assert not target.exists()
+        assert not list(source.parent.glob("start*"))
+
+    def test_what_is_no_model(self, tmp_path: Path, capsys: Capture) -> None:
+        (tmp_path / "none").mkdir()
+        self.refused(tmp_path / "none", 2, "is no Hugging Face folder: it has no config", capsys)
+
+    def test_another_architecture(self, exported: Path, capsys: Capture) -> None:
+        edit(exported, model_type="llama")
+        self.refused(exported, 2, "is a model of type llama, not hysparse", capsys)
+
+    def test_settings_that_are_not_there_or_cannot_be(
+        self, exported: Path, capsys: Capture
+    ) -> None:
+        edit(exported, num_attention_heads=3)
+        self.refused(exported, 2, "model.num_attention_heads", capsys)
+        edit(exported, num_attention_heads=8)
+        self.refused(exported, 2, "the tensors do not fit config.json", capsys)
+        settings = json.loads((exported / "config.json").read_text())
+        del settings["block_size"]
+        (exported / "config.json").write_text(json.dumps(settings))
+        self.refused(exported, 2, "lacks block_size", capsys)
+        (exported / "config.json").write_text("{")
+        self.refused(exported, 2, "config.json cannot be read", capsys)
+
+    def test_shards_that_are_missing_or_truncated(self, exported: Path, capsys: Capture) -> None:
+        path = sorted(exported.glob("*.safetensors"))[1]
+        content = path.read_bytes()
+        path.write_bytes(content[:-100])
+        self.refused(exported, 6, f"{path} is missing or damaged", capsys)
+        path.unlink()
+        self.refused(exported, 6, f"{path} is missing or damaged", capsys)
+        save_file({"other": torch.zeros(1)}, path)
+        self.refused(exported, 6, "which model.safetensors.index.json says it holds", capsys)
+        (exported / "model.safetensors.index.json").unlink()
+        self.refused(exported, 2, "holds neither model.safetensors nor", capsys)
+
+    def test_quantised_weights(self, run: Path, tmp_path: Path, capsys: Capture) -> None:
+        assert export(run, tmp_path / "out") == 0
+        path = tmp_path / "out" / "model.safetensors"
+        tensors = load_file(path)
+        tensors["lm_head.weight"] = tensors["lm_head.weight"].to(torch.int8)
+        save_file(tensors, path)
+        self.refused(tmp_path / "out", 2, "lm_head.weight is I8; allowed F32", capsys)
+
+    def test_another_tokenizer(self, exported: Path, capsys: Capture) -> None:
+        tokenizer = bytes_tokenizer()
+        tokenizer.add_tokens([f"<{index}>" for index in range(200)])
+        tokenizer.save(str(exported / "tokenizer.json"))
+        self.refused(exported, 2, "has 457 token ids, but the model 384", capsys)
+
+
+def edit(folder: Path, **settings: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+LOAD = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("hysparse_megatron", "hysparse_kernels", "megatron"):
+            raise ImportError(f"{name} must not be needed")
+
+sys.meta_path.insert(0, Refuse())
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+folder, expected = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+saved = torch.load(expected)
+with torch.no_grad():
+    torch.testing.assert_close(model(saved["tokens"]).logits, saved["logits"])
+assert tokenizer.decode(tokenizer("Größe").input_ids) == "Größe"
+said = pipeline("text-generation", model=model, tokenizer=tokenizer)("Once", max_new_tokens=3)
+print(type(model).__name__, repr(said[0]["generated_text"]))
+"""
+
+
+@pytest.mark.slow
+def test_loading_needs_nothing_of_ours(made: Path, tmp_path: Path) -> None:
+    from tests.unit.huggingface.exports import load
+
+    tokens = torch.randint(0, IDS, (2, 20))
+    with torch.no_grad():
+        logits = load(made / "out")(tokens).logits
+    torch.save({"tokens": tokens, "logits": logits}, tmp_path / "expected.pt")
+    result = subprocess.run(
+        [sys.executable, "-c", LOAD, str(made / "out"), str(tmp_path / "expected.pt")],
+        cwd=tmp_path,
+        env={"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("HySparseForCausalLM 'Once")
+
+
+MEASURE = """
+import resource, sys
+import safetensors.torch
+import hysparse_megatron.huggingface.export
+import hysparse_megatron.huggingface.importing
+from tools.convert import main
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+before = peak()
+assert main(sys.argv[1:]) == 0
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux")
+def test_memory_is_that_of_a_shard(tmp_path: Path) -> None:
+    """273 MB of weights, 20 MB in a shard, both ways."""
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    config = compose(
+        [
+            "model.layout=12*(F S)",
+            "model.hidden_size=512",
+            "model.ffn_hidden_size=1408",
+            "model.num_attention_heads=8",
+            "model.num_query_groups=2",
+            "model.head_dim=64",
+            "model.vocab_size=1024",
+        ]
+    )
+    sources = {
+        weight.name: Source(weight.shape, torch.float32, lambda w=weight: torch.randn(w.shape))
+        for weight in model_weights(config.model, 1024)
+    }
+    assert sum(torch.Size(source.shape).numel() * 4 for source in sources.values()) > 270e6
+    save_weights(tmp_path / "run" / "checkpoints", sources, {})
+    freeze(config, tmp_path / "run")
+    bytes_tokenizer().save(str(tmp_path / "run" / "tokenizer.json"))
+    tokenizer = ["--tokenizer", str(tmp_path / "run" / "tokenizer.json"), "--shard-size", "20MB"]
+    for command in (
+        ["export", "--run-dir", str(tmp_path / "run"), *tokenizer, str(tmp_path / "out")],
+        ["import", str(tmp_path / "out"), str(tmp_path / "start")],
+    ):
+        result = subprocess.run(
+            [sys.executable, "-c", MEASURE, *command],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        grown = int(result.stdout.split()[-1]) * 1024
+        assert grown < 120e6, command[0]
