@@ -476,10 +476,12 @@ class TrackingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DebugConfig:
-    """Checks that cost time; all off in a normal run."""
+    """What helps to find a fault and costs something; all off in a normal run."""
 
     detect_anomaly: bool = False
     """Let autograd name the forward operation behind a NaN gradient; several times slower."""
+    log_sample_ids: bool = False
+    """Write the ids of every step's samples into `metrics.jsonl`, not only of skipped steps."""
 
 
 @dataclass(frozen=True, kw_only=True)

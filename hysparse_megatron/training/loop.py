@@ -71,7 +71,8 @@ def train(
         guard.record(result.loss, result.grad_norm, result.skipped)
         seconds = time.monotonic() - started
         watch.deadline.saw_step(seconds)
-        ids = batches.sample_ids(step).tolist() if result.skipped else []
+        told = result.skipped or state.config.debug.log_sample_ids
+        ids = batches.sample_ids(step).tolist() if told else []
         _report(state, done, result, seconds, guard, ids, hooks)
         hooks.poll()
         if step == progress.step:
@@ -127,7 +128,9 @@ def _report(
         **result.model_metrics,
     }
     if result.skipped:
-        row |= {"bad": result.bad, "skipped_steps": guard.skipped, "sample_ids": sample_ids}
+        row |= {"bad": result.bad, "skipped_steps": guard.skipped}
+    if sample_ids:
+        row["sample_ids"] = sample_ids
     for hook in hooks.on_row:
         hook(row)
 

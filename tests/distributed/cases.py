@@ -15,16 +15,19 @@ import torch
 from torch import Tensor
 
 from hysparse_megatron.config.schema import (
+    Balancing,
     Config,
     DataConfig,
     MatmulPrecision,
     ModelConfig,
+    MoeConfig,
     MuonConfig,
     MuonTensorParallel,
     OptimConfig,
     OptimizerName,
     ParallelConfig,
     Recompute,
+    RouterScore,
     TrainConfig,
 )
 from hysparse_megatron.config.validate import check
@@ -73,6 +76,19 @@ MUON: dict[str, Any] = {
     ),
 }
 """Muon with the update of one process on every layout."""
+
+EXPERTS: dict[str, Any] = {
+    "moe": MoeConfig(
+        num_experts=8,
+        num_active_experts=2,
+        expert_ffn_hidden_size=32,
+        shared_expert_ffn_hidden_size=16,
+        num_dense_first_layers=1,
+        router_score=RouterScore.sigmoid,
+        balancing=Balancing.bias,
+        bias_update_rate=0.01,
+    )
+}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Checkpoints: any layout can load them, and the same layout continues bit by bit."""
+"""Checkpoints: any layout can load them; how several ranks write them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from hysparse_megatron.checkpoint.store import (
     read_manifest,
     step_directory,
 )
-from hysparse_megatron.config.schema import Balancing, MoeConfig, Precision, RouterScore
+from hysparse_megatron.config.schema import Precision
 from tests.distributed.cases import (
+    EXPERTS,
     HALF_BATCH,
     INSIDE,
     INTERLEAVED,
@@ -23,8 +24,7 @@ from tests.distributed.cases import (
     Case,
     random_tokens,
 )
-from tests.distributed.comparison import ReferenceFor
-from tests.distributed.jobs import (
+from tests.distributed.checkpoint_jobs import (
     Continuation,
     fail_in_background,
     load_and_train,
@@ -32,13 +32,12 @@ from tests.distributed.jobs import (
     load_weights,
     save_beyond_limit,
     train_and_save,
-    train_while_saving,
     weights_without_pickle,
     write_and_fail,
     write_files,
 )
+from tests.distributed.comparison import ReferenceFor
 from tests.distributed.pool import WorkerPool
-from tests.distributed.reassemble import whole
 
 pytestmark = pytest.mark.distributed
 
@@ -116,71 +115,6 @@ def test_chain_of_layouts_returns_to_the_first(
     assert runs[0].eval_loss == original.eval_loss
     assert runs[0].losses == original.losses
     assert runs[0].grad_norms == original.grad_norms
-
-
-DROPOUT = {"hidden_dropout": 0.1}
-BF16 = {**HALF_BATCH, "precision": Precision.bf16}
-SAME_LAYOUT = [
-    Case("one-process", model=DROPOUT, train=HALF_BATCH),
-    Case("tp2-pp2-sp", INSIDE, tp=2, pp=2, sp=True, model=DROPOUT, train=HALF_BATCH),
-    Case("tp2-dp2", tp=2, dp=2, model=DROPOUT, train=HALF_BATCH),
-    Case("bf16", model=DROPOUT, train=BF16),
-    Case("muon-one-process", model=DROPOUT, train=HALF_BATCH, optim=MUON),
-    Case("muon-dp2", dp=2, model=DROPOUT, train=HALF_BATCH, optim=MUON),
-    Case("muon-bf16-tp2-dp2", tp=2, dp=2, model=DROPOUT, train=BF16, optim=MUON),
-]
-
-
-@pytest.mark.parametrize("case", SAME_LAYOUT, ids=lambda case: case.name)
-def test_same_layout_continues_bit_by_bit(
-    case: Case, pool: WorkerPool, session_seed: int, tmp_path: Path
-) -> None:
-    sequences = HALF_BATCH["global_batch_size"]
-    tokens = [
-        random_tokens(session_seed, step, sequences=sequences).numpy() for step in range(STEPS)
-    ]
-    job = {"config": case.config(), "tokens": tokens, "run_dir": tmp_path}
-    through = pool.run(case.world_size, train_and_save, save_after=SAVE_AFTER, **job)
-    resumed = pool.run(case.world_size, load_and_train, **job)
-    for expected, actual in zip(through, resumed, strict=True):
-        assert actual.eval_loss == expected.eval_loss
-        assert actual.losses == expected.losses
-        assert actual.grad_norms == expected.grad_norms
-        assert len(expected.losses) == STEPS - SAVE_AFTER
-        assert actual.parameters.keys() == expected.parameters.keys()
-        for name, piece in expected.parameters.items():
-            assert np.array_equal(piece.value, actual.parameters[name].value), name
-        assert len(actual.optimizer) == len(expected.optimizer) > 0
-        for one, other in zip(expected.optimizer, actual.optimizer, strict=True):
-            assert np.array_equal(one, other)
-    # Without this, equal could mean untouched.
-    final = whole([(run.place, run.parameters) for run in resumed])
-    again = pool.run(case.world_size, load_and_train, **{**job, "tokens": tokens[:SAVE_AFTER]})
-    loaded = whole([(run.place, run.parameters) for run in again])
-    changed = [name for name in final if not np.array_equal(final[name], loaded[name])]
-    assert "embedding.word_embeddings.weight" in changed
-
-
-BESIDE_TRAINING = [SAME_LAYOUT[index] for index in (1, 2, 3, 6)]
-
-
-@pytest.mark.parametrize("case", BESIDE_TRAINING, ids=lambda case: case.name)
-def test_a_save_beside_training_holds_what_was_when_it_began(
-    case: Case, pool: WorkerPool, session_seed: int, tmp_path: Path
-) -> None:
-    """Bit by bit, though every weight and moment changes before the first is written."""
-    sequences = HALF_BATCH["global_batch_size"]
-    tokens = [
-        random_tokens(session_seed, step, sequences=sequences).numpy() for step in range(STEPS)
-    ]
-    job = {"config": case.config(), "tokens": tokens, "run_dir": tmp_path}
-    through = pool.run(case.world_size, train_while_saving, save_after=SAVE_AFTER, **job)
-    resumed = pool.run(case.world_size, load_and_train, **job)
-    for expected, actual in zip(through, resumed, strict=True):
-        assert actual.losses == expected.losses
-        assert actual.grad_norms == expected.grad_norms
-        for one, other in zip(expected.optimizer, actual.optimizer, strict=True):
-            assert np.array_equal(one, other)
 
 
 def test_weights_need_no_pickle(
@@ -280,18 +214,6 @@ def test_leftover_of_a_killed_write_is_replaced(pool: WorkerPool, checkpoints: P
     assert sorted(files) == ["__0_0.distcp", "__1_0.distcp"]
 
 
-EXPERTS = {
-    "moe": MoeConfig(
-        num_experts=8,
-        num_active_experts=2,
-        expert_ffn_hidden_size=32,
-        shared_expert_ffn_hidden_size=16,
-        num_dense_first_layers=1,
-        router_score=RouterScore.sigmoid,
-        balancing=Balancing.bias,
-        bias_update_rate=0.01,
-    )
-}
 SAVED_EXPERTS = Case("ep2-tp2-sp", tp=2, sp=True, ep=2, model=EXPERTS, train=HALF_BATCH)
 LOADED_EXPERTS = [
     Case("one-process", model=EXPERTS, train=HALF_BATCH),
@@ -369,6 +291,9 @@ def saved_muon(
 def test_muon_continues_at_any_size(case: Case, pool: WorkerPool, saved_muon: SavedRun) -> None:
     """Momentum too: its slices, its matrices dealt to other ranks, and those of experts."""
     assert_goes_on(case, SAVED_MUON, pool, saved_muon)
+
+
+BF16 = {**HALF_BATCH, "precision": Precision.bf16}
 
 
 @pytest.mark.parametrize("into_muon", [True, False])

@@ -29,6 +29,8 @@ STEPS = 12
 
 SETTINGS = [
     *TINY,
+    "model.hidden_dropout=0.1",
+    "debug.log_sample_ids=true",
     f"train.steps={STEPS}",
     "train.eval_interval=4",
     "checkpoint.interval=4",
@@ -118,6 +120,10 @@ class FaultyRun:
     def row(self, step: int) -> dict[str, Any]:
         """The last row of a training step."""
         return next(r for r in reversed(rows(self.run_dir)) if r["step"] == step and "loss" in r)
+
+    def sample_ids(self) -> list[list[int]]:
+        """Of every step of a run that is done."""
+        return [self.row(step)["sample_ids"] for step in range(1, STEPS + 1)]
 
     def checkpoint(self, step: int) -> Path:
         return step_directory(self.run_dir / "checkpoints", step)

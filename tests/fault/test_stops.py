@@ -14,7 +14,7 @@ NewRun = Callable[..., FaultyRun]
 
 
 def test_three_resumes_repeat_the_straight_run(straight: FaultyRun, new_run: NewRun) -> None:
-    """A signal in mid-step, a signal in an evaluation, a kill: bit-equal all the same."""
+    """A signal in mid-step, one in an evaluation, a kill, in one epoch: bit-equal all the same."""
     run = new_run()
     output = run.run(code=3, fault="sigterm@1:3")
     assert "stopped by SIGTERM on rank 1 after step 3; saved at step 3" in output
@@ -34,6 +34,7 @@ def test_three_resumes_repeat_the_straight_run(straight: FaultyRun, new_run: New
     output = run.run(code=0)
     assert "resuming after step 8" in output
     assert facts(run.run_dir) == facts(straight.run_dir)
+    assert len({number for ids in run.sample_ids() for number in ids}) == 4 * STEPS, "each once"
     assert_equal(run.tensors(STEPS), straight.tensors(STEPS))
     status = run.status()
     assert (status["state"], status["restarts"], status["step"]) == ("finished", 3, STEPS)
@@ -51,6 +52,7 @@ def test_a_longer_run_with_other_evaluations_sees_the_same_samples(
     before, after = facts(straight.run_dir), facts(run.run_dir)
     for step in (5, 6, 7, 8):  # the learning rate begins to differ after that
         assert after[step, False] == before[step, False]
+        assert len(after[step, False]["sample_ids"]) == 4
 
 
 def test_a_second_signal_during_the_save_is_ignored(new_run: NewRun) -> None:
