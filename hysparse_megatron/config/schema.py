@@ -452,6 +452,8 @@ class TrackingConfig:
     straggler_factor: float = 1.5
     """A rank is named as slow when it takes more than so many times the median of its pipeline
     stage; the ranks of a stage do the same work, so that smaller differences are noise."""
+    architecture: bool = True
+    """Let evaluations also measure selections, gates and sinks, on one micro-batch of theirs."""
 
     mode: TrackingMode = TrackingMode.off
     """off, offline (files to sync later) or online; a failing tracker never stops a run."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,11 @@ class Hooks:
     """After every step and every evaluation, with a row for `metrics.jsonl`."""
     on_first_step: Callable[[], None] = lambda: None
     """After the first step of this start: everything has been built and compiled."""
+    observe: Callable[[int], AbstractContextManager[Callable[[], dict[str, Any]]]] = lambda step: (
+        nullcontext(dict)
+    )
+    """Around an evaluation after so many steps; what it gives is called after it, on all ranks, for
+    more fields of its row. Collective."""
     measure: Callable[[int, float], dict[str, Any]] = lambda step, seconds: {}
     """After every step, which took so many seconds: more fields for its row. Collective."""
     save: Callable[[int, dict[str, Any]], None] = lambda step, facts: None
@@ -153,10 +159,12 @@ def _evaluate(
         return watch.stopping is None
 
     batches = (list(evaluation.microbatches(index)) for index in range(evaluation.num_batches))
-    loss = evaluate(state, batches, go_on)
+    with hooks.observe(done) as observed:
+        loss = evaluate(state, batches, go_on)
     if loss is None:
         return False
-    row = {"step": done, "eval_loss": loss, "eval_seconds": time.monotonic() - started}
+    row: dict[str, Any] = {"step": done, "eval_loss": loss, **observed()}
+    row["eval_seconds"] = time.monotonic() - started
     for hook in hooks.on_row:
         hook(row)
     return True

@@ -37,6 +37,7 @@ from hysparse_megatron.errors import (
 )
 from hysparse_megatron.model.layers import describe_layers
 from hysparse_megatron.model.pipeline import describe_traffic
+from hysparse_megatron.model.probe import Probe
 from hysparse_megatron.rundir import RunDirectory, amend_status, versions
 from hysparse_megatron.runtime import device as runtime_device
 from hysparse_megatron.runtime import faults, flight_recorder, last_words, rendezvous
@@ -48,6 +49,7 @@ from hysparse_megatron.runtime.agreement import (
 )
 from hysparse_megatron.runtime.launcher import Rank
 from hysparse_megatron.status import STATES
+from hysparse_megatron.tracking.architecture import ArchitectureWatch
 from hysparse_megatron.tracking.meter import Meter
 from hysparse_megatron.tracking.records import describe_run, recorded
 from hysparse_megatron.tracking.summary import write_summary
@@ -198,6 +200,8 @@ def _run_in(
             save=saver.save,
             poll=saver.poll,
         )
+        if config.tracking.architecture:
+            hooks.observe = _architecture_watch(state, directory).observe
         try:
             train(state, batches, evaluation, progress, watch, hooks)
         except (Preempted, NumericalStop):
@@ -208,6 +212,14 @@ def _run_in(
     if directory is not None:
         directory.status.write("finished", exit_code=0, step=config.train.steps)
         say(write_summary(config, directory, corpus.tokenizer_path, rank.world_size, overrides))
+
+
+def _architecture_watch(state: TrainingState, directory: RunDirectory | None) -> ArchitectureWatch:
+    config = state.config
+    sequence = config.train.seq_length
+    probe = Probe(state.chunks, state.megatron, state.groups, sequence, state.device)
+    run_path = directory.path if directory else None
+    return ArchitectureWatch(probe, config.model.block_size, run_path)
 
 
 def _note_checkpoint(directory: RunDirectory, checkpoint: Path) -> None:

@@ -22,7 +22,13 @@ from hysparse_kernels.dispatch import (
 from hysparse_kernels.gating import gated_sum
 from hysparse_kernels.key_value_cache import FP8, Chunk, TokenCache, WindowCache
 from hysparse_kernels.reference import OracleOutput, ReduceScores
-from hysparse_kernels.selection import neighbour_agreement, selected_mass
+from hysparse_kernels.selection import (
+    has_a_choice,
+    neighbour_agreement,
+    selected_mass,
+    selected_mass_of_sample,
+    shared_blocks,
+)
 
 __all__ = [
     "BACKENDS",
@@ -43,10 +49,13 @@ __all__ = [
     "cached_sparse_attention",
     "cached_window_attention",
     "gated_sum",
+    "has_a_choice",
     "neighbour_agreement",
     "oracle_attention",
     "prepare_selection",
     "resolve_backend",
     "selected_mass",
+    "selected_mass_of_sample",
+    "shared_blocks",
     "sliding_window_attention",
 ]

@@ -21,6 +21,7 @@ from run_commands import (
 )
 
 from hysparse_megatron.config.compose import compose, load_frozen
+from hysparse_megatron.tracking.architecture import read_selections
 
 pytestmark = pytest.mark.distributed
 
@@ -39,6 +40,7 @@ def test_files_of_a_run(finished) -> None:
         "metrics.jsonl",
         "checkpoints",
         "logs",
+        "selections.jsonl",
         "summary.md",
     }
     config = compose(finished.arguments)
@@ -82,6 +84,16 @@ def test_metrics_of_a_run(finished) -> None:
     assert rates[-4:] == pytest.approx([7.75e-4, 5.5e-4, 3.25e-4, 1e-4])
     evaluations = [row for row in found if "eval_loss" in row]
     assert [row["step"] for row in evaluations] == [0, 10, 20, 30, 40]
+    for row in evaluations:  # layout F S F: the last oracle has no reader
+        assert 0 < row["oracle_mass/layer_000"] < 1
+        assert 0 < row["neighbour_agreement/layer_000"] <= 1
+        assert 0 < row["sparse_gate/layer_001"] < 1
+        assert "oracle_mass/layer_002" not in row
+        assert 0 < row["architecture_seconds"] < row["eval_seconds"]
+    assert evaluations[0]["window_sink/layer_001"] == 0 != evaluations[-1]["window_sink/layer_001"]
+    selections = read_selections(finished.run_dir)
+    assert sorted(selections) == [0, 10, 20, 30, 40]
+    assert all(len(blocks) <= 2 for blocks in selections[40]["layers"][0])
     assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"] - 0.2, "it must learn"
 
 

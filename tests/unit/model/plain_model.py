@@ -34,8 +34,14 @@ def token_losses(
     picks: Mapping[int, Tensor],
     tokens: Tensor,
     labels: Tensor,
+    seen: dict[int, dict[str, Tensor]] | None = None,
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """Cross-entropy per token [B, S], and each full layer's block scores [B, G, S, N]."""
+    """Cross-entropy per token [B, S], and each full layer's block scores [B, G, S, N].
+
+    Into `seen` go, by layer, the `probability` [B, H, S, S] of full and the `sparse_gate` and
+    `window_gate` [B, S, H, 1 or V] of sparse layers.
+    """
+    seen = {} if seen is None else seen
     hidden = weights["embedding.word_embeddings.weight"][tokens]
     scores: dict[int, Tensor] = {}
     shared = None
@@ -49,6 +55,7 @@ def token_losses(
             probability = _softmax(settings, query, key, _causal(hidden.shape[1]))
             mixed = _mix(settings, probability, value)
             scores[layer] = _block_scores(settings, probability)
+            seen[layer] = {"probability": probability}
             shared = key, value, picks.get(layer)
         else:
             shared_sink = attention.get("shared_sink")
@@ -66,10 +73,10 @@ def token_losses(
                     _picked(settings, shared[2], hidden.shape[1]),
                     attention.get("sparse_sink", shared_sink),
                 )
-                mixed = (
-                    torch.sigmoid(parts["sparse_gate"]) * sparse
-                    + torch.sigmoid(parts["window_gate"]) * mixed
-                )  # Eq. 8 and 9
+                seen[layer] = {  # Eq. 8
+                    name: torch.sigmoid(parts[name]) for name in ("sparse_gate", "window_gate")
+                }
+                mixed = seen[layer]["sparse_gate"] * sparse + seen[layer]["window_gate"] * mixed
         hidden = hidden + mixed.flatten(2) @ attention["linear_proj.weight"].T
         normed = _rms_norm(hidden, mine["pre_mlp_layernorm.weight"], settings.epsilon)
         gate, up = (normed @ mine["mlp.linear_fc1.weight"].T).chunk(2, dim=-1)

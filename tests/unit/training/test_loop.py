@@ -1,7 +1,8 @@
 """The loop: when it evaluates, saves and stops. Steps themselves are scripted."""
 
+import contextlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -84,10 +85,20 @@ class Script:
         evaluation: Any = SimpleNamespace(
             num_batches=2, microbatches=lambda index: iter([f"held out {index}"])
         )
-        hooks = loop.Hooks(on_row=[self.rows.append], save=self._save)
+        hooks = loop.Hooks(
+            on_row=[self.rows.append], save=self._save, observe=self._observe, measure=self._measure
+        )
         progress = loop.Progress(first_step, facts or {})
         loop.train(self.state, batches, evaluation, progress, self.watch, hooks)
         return self
+
+    @contextlib.contextmanager
+    def _observe(self, step: int) -> Iterator[Callable[[], dict[str, Any]]]:
+        started = len(self.events)
+        yield lambda: {"seen": [step, *self.events[started:]]}
+
+    def _measure(self, step: int, seconds: float) -> dict[str, Any]:
+        return {"measured": [step, seconds]}
 
     def _save(self, step: int, facts: dict[str, Any]) -> None:
         self.events.append(f"save {step}")
@@ -153,7 +164,11 @@ def test_rows(script: Callable[..., Script]) -> None:
         "bad",
         "skipped_steps",
         "sample_ids",
+        "measured",
     }
+    assert start.keys() == {"step", "eval_loss", "eval_seconds", "seen"}
+    assert (start["seen"], end["seen"]) == ([0, "evaluate 0"], [2, "evaluate 2"])
+    assert second["measured"] == [2, second["step_seconds"]]
     assert first["bad"] == "loss not finite on rank 0"
     assert (first["skipped_steps"], first["sample_ids"]) == (1, [0, 1])
     assert "sample_ids" not in second

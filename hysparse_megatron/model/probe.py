@@ -1,0 +1,251 @@
+"""What the attention layers do in one forward pass: how good selections are, and what gates open.
+
+A probe hooks into the attention layers of a rank, looks at their first micro-batch, at a few dozen
+queries of it, and takes its hooks away again. It runs no layer and changes nothing. What the ranks
+found is added up by two all-reduces, whatever each of them holds.
+
+Shapes: S sequence, B batch, P queries of the sample, HQ query heads and HKV KV groups on this rank,
+D head dim, K selected blocks, L layers of the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from hysparse_kernels import has_a_choice, selected_mass_of_sample, shared_blocks
+from hysparse_kernels.documents import document_starts_in_rows
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from hysparse_megatron.model.attention import FullAttention, SparseAttention, WindowAttention
+from hysparse_megatron.model.megatron_config import HySparseConfig
+from hysparse_megatron.runtime.clock import ForwardClock
+from hysparse_megatron.runtime.random import derive_seed
+
+NUM_QUERIES = 32
+"""Queries looked at in every sequence, one in each 32nd of it."""
+
+QUANTITIES = (
+    "oracle_mass",
+    "neighbour_agreement",
+    "sparse_gate",
+    "window_gate",
+    "sparse_sink",
+    "window_sink",
+    "shared_sink",
+)
+"""What is measured, each a mean per layer:
+
+oracle_mass: share of an oracle's softmax that falls on the blocks it selects, over heads and those
+queries that see more blocks than they may select;
+neighbour_agreement: share of these queries' blocks that the query before selects too, over groups;
+the gates of a sparse layer, over heads (and channels) and queries; the sinks, over heads."""
+
+_NOT_HERE = -2
+"""Below every block id, -1 included."""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the ranks found; the same on all of them."""
+
+    values: dict[str, float]
+    """`quantity/layer_007` to its mean."""
+    positions: list[int]
+    """The P queries, ascending."""
+    document_starts: list[int]
+    """Of each query: where its document starts, from which its blocks count."""
+    selections: dict[int, list[list[int]]]
+    """By oracle layer, for its first KV group and the first sequence of the first data-parallel
+    rank: the blocks of each query, ascending, without padding."""
+    seconds: float
+    """What looking took, on the rank where it took longest, and adding up on this one."""
+
+
+class Probe:
+    """Hooks of one rank, and what they found."""
+
+    def __init__(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        config: HySparseConfig,
+        groups: ProcessGroupCollection,
+        sequence: int,
+        device: torch.device,
+    ) -> None:
+        """`chunks` are the rank's model chunks, `sequence` the length of every sequence."""
+        self._layers = [
+            module
+            for chunk in chunks
+            for module in chunk.modules()
+            if isinstance(module, FullAttention | SparseAttention | WindowAttention)
+        ]
+        self._config = config
+        self._device = device
+        self._speaks = groups.dp.rank() == groups.tp.rank() == 0
+        self._sequence = sequence
+        self.positions = sample_positions(config.init_seed, sequence)
+        self._positions = torch.tensor(self.positions, device=device)
+        layers = config.plan.layout.num_layers
+        self._oracles = [layer for layer in range(layers) if config.plan.is_read(layer)]
+        self._clock = ForwardClock(device)
+        self._clear()
+
+    def _clear(self) -> None:
+        layers = self._config.plan.layout.num_layers
+        # Of every layer and quantity the sum and the number of what was summed.
+        self._sums = torch.zeros(
+            layers, len(QUANTITIES), 2, dtype=torch.float64, device=self._device
+        )
+        count, kept = len(self.positions), self._config.num_selected_blocks
+        self._starts = torch.full((count,), _NOT_HERE, dtype=torch.int32, device=self._device)
+        self._blocks = torch.full(
+            (len(self._oracles), count, kept), _NOT_HERE, dtype=torch.int32, device=self._device
+        )
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Look at the next micro-batch that each layer computes within this context."""
+        self._clear()
+        handles: list[RemovableHandle] = []
+        for layer in self._layers:
+            handles += self._hook(layer)
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, layer: torch.nn.Module) -> list[RemovableHandle]:
+        parts: dict[str, Tensor] = {}
+
+        def keep(module: Any, arguments: tuple, projected: dict[str, Tensor]) -> None:
+            parts.update(projected)
+
+        def look(module: Any, arguments: tuple, result: tuple) -> None:
+            for handle in handles:
+                handle.remove()
+            with torch.no_grad(), self._clock.running():
+                self._look(module, parts, arguments[2], arguments[3], result[1])
+            parts.clear()
+
+        handles = [
+            layer.get_submodule("linear_qkv").register_forward_hook(keep),
+            layer.register_forward_hook(look),
+        ]
+        return handles
+
+    def _look(
+        self,
+        layer: Any,
+        parts: dict[str, Tensor],
+        rotary: Tensor | None,
+        documents: Tensor | None,
+        shared: Any,
+    ) -> None:
+        """At what a layer made of its first micro-batch; `parts` [S, B, heads or groups, width]."""
+        index = layer.layer_number - 1
+        for name in ("sparse_gate", "window_gate"):
+            if name in parts:
+                self._add(index, name, torch.sigmoid(parts[name][self._positions].float()))
+        for name in layer.sink_names:
+            self._add(index, name, getattr(layer, name))
+        if isinstance(layer, FullAttention) and layer.is_read:
+            self._look_at_oracle(layer, parts, rotary, documents, shared)
+
+    def _look_at_oracle(
+        self,
+        layer: FullAttention,
+        parts: dict[str, Tensor],
+        rotary: Tensor | None,
+        documents: Tensor | None,
+        shared: Any,
+    ) -> None:
+        index, at = layer.layer_number - 1, self._positions
+        sample = {name: parts[name][at] for name in ("query", "key")}
+        query, _ = layer._query_and_key(sample, None if rotary is None else rotary[at])
+        indices: Tensor = shared.block_indices
+        batch = indices.shape[0]
+        chosen = has_a_choice(
+            at,
+            self._config.num_selected_blocks,
+            block_size=self._config.block_size,
+            batch=batch,
+            sequence=self._sequence,
+            cu_seqlens=documents,
+        ).unsqueeze(1)
+        mass = selected_mass_of_sample(
+            query.transpose(0, 1),
+            shared.key.transpose(0, 1),
+            indices[:, :, at],
+            at,
+            block_size=self._config.block_size,
+            cu_seqlens=documents,
+        )
+        self._add(index, "oracle_mass", mass, chosen)
+        # Whoever has a choice is not the first of its document.
+        agreement = shared_blocks(indices[:, :, (at - 1).clamp(min=0)], indices[:, :, at])
+        self._add(index, "neighbour_agreement", agreement, chosen)
+        if self._speaks:
+            self._blocks[self._oracles.index(index)] = indices[0, 0, at]
+            self._starts.zero_()
+            if documents is not None:
+                starts = document_starts_in_rows(documents, batch, self._sequence)
+                self._starts.copy_(starts[0, at])
+
+    def _add(
+        self, layer: int, quantity: str, values: Tensor, counted: Tensor | None = None
+    ) -> None:
+        """Add the values to the sum, of [B, heads, P] those where `counted` [B, 1, P] is true."""
+        values = values.double()
+        counted = torch.ones_like(values, dtype=torch.bool) if counted is None else counted
+        total = torch.where(counted, values, 0.0).sum()
+        summed = torch.stack([total, counted.expand_as(values).sum().double()])
+        self._sums[layer, QUANTITIES.index(quantity)] += summed
+
+    def gather(self) -> Findings:
+        """What all ranks saw since `watching`. Collective over the default group."""
+        started = time.monotonic()
+        looked = self._starts.new_tensor([round(1e6 * self._clock.take())])
+        seen = torch.cat([looked, self._starts, self._blocks.flatten()])
+        dist.all_reduce(seen, op=dist.ReduceOp.MAX)
+        dist.all_reduce(self._sums)
+        sums, (microseconds, *numbers) = self._sums.tolist(), seen.tolist()
+        values = {
+            f"{quantity}/layer_{layer:03}": total / count
+            for layer, row in enumerate(sums)
+            for quantity, (total, count) in zip(QUANTITIES, row, strict=True)
+            if count > 0
+        }
+        count, kept = self._blocks.shape[1:]
+        starts, blocks = numbers[:count], iter(numbers[count:])
+        selections = {
+            layer: [
+                [block for block in itertools.islice(blocks, kept) if block >= 0]
+                for _ in range(count)
+            ]
+            for layer in self._oracles
+        }
+        seconds = microseconds / 1e6 + time.monotonic() - started
+        return Findings(values, self.positions, starts, selections, seconds)
+
+
+def sample_positions(seed: int, sequence: int) -> list[int]:
+    """One position in each of `NUM_QUERIES` equal parts of a sequence; all of a short one.
+
+    Drawn, because equal steps would always meet the same place inside a block.
+    """
+    count = min(NUM_QUERIES, sequence)
+    edges = [sequence * part // count for part in range(count + 1)]
+    return [
+        start + derive_seed(seed, "probe", part) % (stop - start)
+        for part, (start, stop) in enumerate(itertools.pairwise(edges))
+    ]
