@@ -21,7 +21,7 @@ from run_commands import (
 )
 
 from hysparse_megatron.config.compose import compose, load_frozen
-from hysparse_megatron.tracking.architecture import read_selections
+from hysparse_megatron.tracking.selections import read_selections
 
 pytestmark = pytest.mark.distributed
 

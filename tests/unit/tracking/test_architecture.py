@@ -7,11 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from hysparse_megatron.model.probe import Findings
-from hysparse_megatron.tracking.architecture import (
-    SELECTIONS_FILE,
-    ArchitectureWatch,
-    read_selections,
-)
+from hysparse_megatron.tracking.architecture import ArchitectureWatch
+from hysparse_megatron.tracking.selections import SELECTIONS_FILE, read_selections
 
 FOUND = Findings({"oracle_mass/layer_004": 0.9}, [3, 70], [0, 64], {4: [[0], [0, 2]]}, 0.25)
 

@@ -1,0 +1,37 @@
+"""`selections.jsonl`: what the sampled queries of each evaluation read. Imports no torch.
+
+One line an evaluation: `step`, `block_size`, `positions` of the queries in their sequence,
+`document_starts` from which their blocks count, and `layers`, by oracle layer the blocks of each
+query. As in `metrics.jsonl` the last line of a step counts.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+SELECTIONS_FILE = "selections.jsonl"
+"""In the run directory."""
+
+
+def write_selections(run_path: Path, line: dict[str, Any]) -> None:
+    """Append a line."""
+    with (run_path / SELECTIONS_FILE).open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def read_selections(run_path: Path) -> dict[int, dict[str, Any]]:
+    """All lines by step, their layers as numbers; empty where there is no file."""
+    path = run_path / SELECTIONS_FILE
+    if not path.exists():
+        return {}
+    found = {}
+    for line in path.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # the last line of a killed run
+        row["layers"] = {int(layer): rows for layer, rows in row["layers"].items()}
+        found[row["step"]] = row
+    return found

@@ -1,0 +1,196 @@
+"""`python -m tools.report`: one page with everything, for runs in any state, in a real browser."""
+
+import base64
+import re
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from made_runs import evaluation_row, make_run, rows, step_row
+
+from tools.report import main
+
+Capture = pytest.CaptureFixture[str]
+SLOW_RANKS = [{"rank": 5, "host": "node-9", "seconds": 0.5, "medians": 2.25}]
+
+
+def eventful() -> list[dict]:
+    """A restart, a skipped step, GPUs, slow ranks."""
+    found = rows(4)
+    for step in (5, 6, 7, 8):
+        told = {
+            "forward_seconds_min": 0.1,
+            "forward_seconds_median": 0.2,
+            "forward_seconds_max": 0.5,
+            "slowest_ranks": SLOW_RANKS,
+        }
+        bad = {"skipped": True, "loss": float("nan")} if step == 6 else {}
+        found.append(step_row(step, restarts=1, mfu=0.4, **(told if step > 6 else {}), **bad))
+    return [*found, evaluation_row(8)]
+
+
+def report(run: Path, capsys: Capture) -> str:
+    assert main([str(run)]) == 0, capsys.readouterr().err
+    assert capsys.readouterr().out.strip() == str(run / "report.html")
+    return (run / "report.html").read_text()
+
+
+def titles(page: str) -> list[str]:
+    return re.findall(r'<img alt="([^"]*)"', page)
+
+
+class Balance(HTMLParser):
+    """Fails on a tag that is closed and not open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def check(page: str) -> None:
+    """Well formed, nothing from elsewhere, and no picture empty."""
+    balance = Balance()
+    balance.feed(page)
+    assert balance.open == []
+    assert not re.search(r"<script|<link|src=\"(?!data:)|url\(", page)
+    for encoded in re.findall(r"base64,([\w+/=]+)", page):
+        root = ElementTree.fromstring(base64.b64decode(encoded))
+        assert len(list(root.iter("{http://www.w3.org/2000/svg}path"))) > 5
+
+
+def test_everything_is_told(tmp_path: Path, capsys: Capture) -> None:
+    run = make_run(tmp_path / "run", eventful(), "name=mine", starts=2)
+    page = report(run, capsys)
+    check(page)
+    assert titles(page) == [
+        "Loss",
+        "Gradient norm",
+        "Learning rate",
+        "Tokens a second",
+        "Model FLOPs of a rank",
+        "Model FLOPs utilisation",
+        "Forward passes of the ranks, a step",
+        "Oracle mass inside the selection",
+        "Gate of the sparse branch",
+        "Sink of the window branch",
+        "Oracle at layer 0",
+    ]
+    for expected in (
+        "8 of 12",
+        "4,096",
+        "3.00 GiB",
+        "40.0 %",
+        "node-9",
+        "2.25",
+        "c0ffeec0ffee, changed: code.diff",
+        "4711",
+        "complete",
+        "2,048",
+        "layout: ",
+    ):
+        assert expected in page, expected
+    assert re.search(r"restarts</span>1<", page)
+    assert re.search(r"skipped steps</span>1<", page)
+
+
+def test_a_run_that_has_just_begun(tmp_path: Path, capsys: Capture) -> None:
+    run = make_run(tmp_path / "run", [])
+    shutil.rmtree(run / "checkpoints")
+    (run / "selections.jsonl").unlink()
+    (run / "status.json").unlink()
+    page = report(run, capsys)
+    check(page)
+    assert titles(page) == []
+    for expected in ("No step is done yet", "No evaluation measured it", "None.", "unknown"):
+        assert expected in page
+
+
+def test_text_is_escaped(tmp_path: Path, capsys: Capture) -> None:
+    run = make_run(tmp_path / "run", rows(4), "tracking.name='<b>&'")
+    assert "<b>" not in report(run, capsys)
+
+
+def test_a_long_run_of_a_deep_model_stays_small(tmp_path: Path, capsys: Capture) -> None:
+    noise = np.random.default_rng().normal(size=20_000)
+    made = [step_row(step + 1, loss=float(value)) for step, value in enumerate(noise)]
+    gates = {f"sparse_gate/layer_{layer:03}": layer / 50 for layer in range(1, 49)}
+    made += [evaluation_row(step, **gates) for step in (0, 10_000, 20_000)]
+    page = report(make_run(tmp_path / "run", made), capsys)
+    check(page)
+    assert len(page) < 2_000_000
+
+
+def test_mistakes(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main([str(tmp_path)]) == 2
+    assert "is no run directory" in capsys.readouterr().err
+    run = make_run(tmp_path / "run", rows(4))
+    assert main([str(run), "--output", str(tmp_path / "nowhere" / "page.html")]) == 2
+    assert "cannot write" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main([str(run)]) == 2
+    assert "drawing needs matplotlib: pip install" in capsys.readouterr().err
+
+
+def browser() -> str:
+    found = shutil.which("chromium") or shutil.which("chromium-browser")
+    if found is None:
+        pytest.skip("chromium is not installed")
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_in_a_browser(scheme: str, tmp_path: Path, capsys: Capture) -> None:
+    """Pictures are decoded and not blank, nothing is wider than the window, text is readable."""
+    program = browser()
+    run = make_run(tmp_path / "run", eventful())
+    page = report(run, capsys)
+    probe = """<script>addEventListener("load", () => {
+        const images = [...document.images];
+        const style = getComputedStyle(document.body);
+        document.title = JSON.stringify([
+            images.length, images.filter(i => i.complete && i.naturalWidth > 300).length,
+            document.documentElement.scrollWidth <= innerWidth, style.color,
+            style.backgroundColor]);
+    })</script>"""
+    probed = tmp_path / "probed.html"
+    probed.write_text(page.replace("</body>", probe + "</body>"))
+    command = [
+        program,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        f"--blink-settings=preferredColorScheme={'0' if scheme == 'dark' else '1'}",
+        "--window-size=1300,4000",
+        "--virtual-time-budget=5000",
+    ]
+    address = probed.as_uri()
+    done = subprocess.run(
+        [*command, "--dump-dom", address], capture_output=True, text=True, check=True, timeout=120
+    )
+    found = re.search(r"<title>(.*?)</title>", done.stdout)
+    assert found is not None
+    assert found[1] == '[11,11,true,"rgb(26, 26, 26)","rgb(255, 255, 255)"]'
+    picture = tmp_path / "page.png"
+    subprocess.run(
+        [*command, f"--screenshot={picture}", address], capture_output=True, check=True, timeout=120
+    )
+    image = pytest.importorskip("PIL.Image").open(picture)
+    pixels = np.asarray(image.convert("L"), dtype=float)
+    assert (pixels > 250).mean() > 0.5, "a light page"
+    # Every band of the page that holds charts has ink on it.
+    for band in np.array_split(pixels[:2400], 8):
+        assert (band < 200).sum() > 300

@@ -1,0 +1,258 @@
+"""Are these runs the same, and where do they part? `python -m tools.compare_runs RUN RUN ...`
+
+    python -m tools.compare_runs runs/straight runs/resumed
+    python -m tools.compare_runs runs/hysparse runs/full runs/windows --output comparison.html
+
+Compares every run with the first: settings, data, and bit for bit what each step and evaluation
+computed, in the fields that both have, but not how fast it was. Prints a table and, with --output,
+draws loss and gradient norm with their differences on one self-contained HTML page, which needs the
+extra `report`.
+
+Ends with 0 if all rows of all runs are equal, with 1 if not, with 2 if a path is no run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hysparse_megatron.errors import HySparseError
+from hysparse_megatron.tracking.metrics import results
+from tools.charts import Line, line_chart
+from tools.page import Page
+from tools.run_data import Row, RunData, flat, load_run, points
+
+NOT_COMPARED = ("name", "run_dir")
+"""Settings in which even equal runs differ."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where two runs part, or how far apart they get."""
+
+    first: str | None
+    """The first row that is not equal, in words; None if all are."""
+    largest: dict[str, tuple[float, int]]
+    """The largest absolute difference of a field, and the step where it is."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Do what `argv` says, the command line without the program's name."""
+    given = _parse(argv)
+    try:
+        runs = [load_run(path) for path in given.runs]
+        differences = [compare(runs[0], other) for other in runs[1:]]
+        print("\n".join(_table(runs, differences)))
+        for other, difference in zip(runs[1:], differences, strict=True):
+            print(f"\n{label(runs, runs[0])} and {label(runs, other)}:")
+            print("\n".join(f"  {line}" for line in verdict(runs[0], other, difference)))
+        if given.output is not None:
+            _draw(runs, differences, given.output)
+            print(f"\ndrawn: {given.output}")
+    except HySparseError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    return 1 if any(difference.first for difference in differences) else 0
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.compare_runs",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__,
+        allow_abbrev=False,
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="HTML page to draw")
+    given = parser.parse_args(list(argv))
+    if len(given.runs) < 2:
+        parser.error("got one run; allowed two or more")
+    return given
+
+
+def label(runs: Sequence[RunData], run: RunData) -> str:
+    """The run's name, or its path where names are not enough."""
+    alike = [other for other in runs if other.name == run.name]
+    return run.name if len(alike) == 1 else str(run.path)
+
+
+def compare(one: RunData, other: RunData) -> Difference:
+    """Step by step, training before evaluation."""
+    ours, theirs = _by_place(one), _by_place(other)
+    first = None
+    for place in sorted(ours.keys() | theirs.keys()):
+        first = _row_difference(place, ours.get(place), theirs.get(place))
+        if first is not None:
+            break
+    largest: dict[str, tuple[float, int]] = {}
+    for (step, _), row in sorted(ours.items()):
+        for key, value in row.items():
+            found = theirs.get((step, "eval_loss" in row), {}).get(key)
+            if key in ("loss", "grad_norm", "eval_loss") and isinstance(found, float):
+                distance = abs(value - found)
+                if distance > largest.get(key, (-1.0, 0))[0]:
+                    largest[key] = (distance, step)
+    return Difference(first, largest)
+
+
+def _by_place(run: RunData) -> dict[tuple[int, bool], Row]:
+    """Results by step and by whether they are of an evaluation."""
+    rows = [*run.steps, *run.evaluations]
+    return {(row["step"], "eval_loss" in row): results(row) for row in rows}
+
+
+def _row_difference(place: tuple[int, bool], ours: Row | None, theirs: Row | None) -> str | None:
+    step, is_evaluation = place
+    where = f"{'the evaluation after ' if is_evaluation else ''}step {step}"
+    if ours is None or theirs is None:
+        return f"{where} is only in the {'second' if ours is None else 'first'}"
+    for key in (key for key in ours if key in theirs):
+        one, other = ours[key], theirs[key]
+        if json.dumps(one) != json.dumps(other):  # so that NaN equals NaN and 0.0 is not -0.0
+            return (
+                f"{where}: {key} {json.dumps(one)} and {json.dumps(other)}{_distance(one, other)}"
+            )
+    return None
+
+
+def _distance(one: Any, other: Any) -> str:
+    both = isinstance(one, float) and isinstance(other, float)
+    return f" (difference {other - one:+.3e})" if both and math.isfinite(other - one) else ""
+
+
+def verdict(one: RunData, other: RunData, difference: Difference) -> list[str]:
+    """What two runs have in common, in words."""
+    same_id = one.record.get("id") == other.record.get("id")
+    lines = []
+    if difference.first is None:
+        kind = "the same run" if same_id else "two runs with equal results"
+        lines.append(f"{kind}: all {len(one.steps)} steps and all evaluations are bit-equal")
+    else:
+        lines.append(f"first difference: {difference.first}")
+        if same_id:
+            lines.append(f"although both have the id {one.record.get('id')}")
+    settings = setting_differences(one, other)
+    lines += [f"{key}: {old} and {new}" for key, (old, new) in settings.items()]
+    if not settings:
+        lines.append("equal settings" + _hashes(one, other))
+    known = one.data is not None and other.data is not None
+    if known and one.data != other.data:
+        lines.append(f"data: {json.dumps(one.data)} and {json.dumps(other.data)}")
+    else:
+        lines.append("equal data" if known else "data not known: one has no checkpoint")
+    for key, (distance, step) in difference.largest.items():
+        if distance > 0:
+            lines.append(f"{key}: largest difference {distance:.3e}, at step {step}")
+    return lines
+
+
+def _hashes(one: RunData, other: RunData) -> str:
+    """The configuration's hash, where it is the same; names and folders are in it."""
+    same = one.config_hash is not None and one.config_hash == other.config_hash
+    return f", configuration {one.config_hash}" if same else ""
+
+
+def setting_differences(one: RunData, other: RunData) -> dict[str, tuple[Any, Any]]:
+    """Keys that differ, with both values."""
+    ours, theirs = dict(flat(one.config)), dict(flat(other.config))
+    keys = [*ours, *(key for key in theirs if key not in ours)]
+    return {
+        key: (ours.get(key, "unset"), theirs.get(key, "unset"))
+        for key in keys
+        if key not in NOT_COMPARED and ours.get(key, "unset") != theirs.get(key, "unset")
+    }
+
+
+_HEADER = ("run", "id", "steps", "tokens", "loss", "eval loss", "tokens/s", "max |d loss|", "equal")
+
+
+def _table(runs: Sequence[RunData], differences: Sequence[Difference]) -> list[str]:
+    rows = [_HEADER, *table_rows(runs, differences)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
+    lines = []
+    for row in rows:
+        cells = (f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def table_rows(runs: Sequence[RunData], differences: Sequence[Difference]) -> list[tuple[str, ...]]:
+    """One row of text for each run, the first of which the others are compared with."""
+    found: list[tuple[str, ...]] = []
+    for run, difference in zip(runs, [None, *differences], strict=True):
+        last = run.steps[-1] if run.steps else {}
+        speeds = points(run.steps, "tokens_per_second")[1]
+        largest = "" if difference is None else f"{difference.largest.get('loss', (0.0, 0))[0]:.1e}"
+        equal = "" if difference is None else ("yes" if difference.first is None else "no")
+        losses = points(run.evaluations, "eval_loss")[1]
+        found.append(
+            (
+                label(runs, run),
+                str(run.record.get("id", "")),
+                str(last.get("step", 0)),
+                f"{last.get('tokens', 0):,}",
+                f"{last['loss']:.4f}" if last else "",
+                f"{losses[-1]:.4f}" if losses else "",
+                f"{statistics.median(speeds):,.0f}" if speeds else "",
+                largest,
+                equal,
+            )
+        )
+    return found
+
+
+def _draw(runs: Sequence[RunData], differences: Sequence[Difference], path: Path) -> None:
+    page = Page("Runs compared")
+    page.table(_HEADER, table_rows(runs, differences))
+    for other, difference in zip(runs[1:], differences, strict=True):
+        page.heading(f"{label(runs, runs[0])} and {label(runs, other)}")
+        for line in verdict(runs[0], other, difference):
+            page.note(line)
+    page.heading("Curves")
+    images = []
+    for key, name, of_evaluations in (
+        ("loss", "loss", False),
+        ("grad_norm", "gradient norm", False),
+        ("eval_loss", "evaluation loss", True),
+    ):
+        lines = [
+            Line(
+                label(runs, run),
+                *points(_rows(run, of_evaluations), key),
+                colour=number,
+                markers=of_evaluations,
+            )
+            for number, run in enumerate(runs)
+        ]
+        apart = [_apart(runs, number, key, of_evaluations) for number in range(1, len(runs))]
+        scale = key == "grad_norm"
+        images.append(line_chart(name.capitalize(), lines, y_label=name, logarithmic=scale))
+        title = f"Difference of {name} from {label(runs, runs[0])}"
+        images.append(line_chart(title, apart, y_label="difference"))
+    page.charts(images)
+    page.write(path)
+
+
+def _rows(run: RunData, of_evaluations: bool) -> list[Row]:
+    return run.evaluations if of_evaluations else run.steps
+
+
+def _apart(runs: Sequence[RunData], number: int, key: str, of_evaluations: bool) -> Line:
+    """That run minus the first, at the steps that both have."""
+    other = runs[number]
+    ours = dict(zip(*points(_rows(runs[0], of_evaluations), key), strict=True))
+    theirs = dict(zip(*points(_rows(other, of_evaluations), key), strict=True))
+    steps = sorted(ours.keys() & theirs.keys())
+    values = [theirs[step] - ours[step] for step in steps]
+    return Line(label(runs, other), steps, values, colour=number, markers=of_evaluations)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,85 @@
+"""One self-contained HTML page: no script, no network, readable in a light and a dark browser."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from pathlib import Path
+
+_HEAD = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light; }}
+body {{ margin: 2rem auto; max-width: 78rem; padding: 0 1rem; background: #fff; color: #1a1a1a;
+  font: 15px/1.5 system-ui, sans-serif; }}
+h1 {{ margin-bottom: 0.2rem; }}
+h2 {{ margin-top: 2.2rem; border-bottom: 1px solid #ddd; }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
+th, td {{ padding: 0.2rem 0.9rem 0.2rem 0; text-align: left; vertical-align: top;
+  border-bottom: 1px solid #eee; overflow-wrap: anywhere; }}
+.wide {{ overflow-x: auto; }}
+.charts {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(30rem, 1fr)); gap: 1rem; }}
+.charts img {{ width: 100%; height: auto; }}
+.facts {{ display: flex; flex-wrap: wrap; gap: 0.6rem 2.2rem; margin: 1rem 0; }}
+.facts div {{ font-size: 1.25rem; }}
+.facts span {{ display: block; font-size: 0.8rem; color: #666; }}
+pre {{ background: #f6f6f6; padding: 0.8rem; overflow-x: auto; }}
+.note {{ color: #555; }}
+@media (max-width: 34rem) {{ .charts {{ grid-template-columns: 1fr; }} }}
+</style>
+</head>
+<body>
+"""
+
+
+class Page:
+    """Collects the parts of a page, escaping what is text."""
+
+    def __init__(self, title: str) -> None:
+        self._parts = [_HEAD.format(title=html.escape(title)), f"<h1>{html.escape(title)}</h1>\n"]
+
+    def heading(self, text: str) -> None:
+        """Start a section."""
+        self._parts.append(f"<h2>{html.escape(text)}</h2>\n")
+
+    def note(self, text: str) -> None:
+        """A paragraph."""
+        self._parts.append(f'<p class="note">{html.escape(text)}</p>\n')
+
+    def facts(self, facts: Sequence[tuple[str, str]]) -> None:
+        """Large numbers, each under its name."""
+        cells = "".join(
+            f"<div><span>{html.escape(name)}</span>{html.escape(value)}</div>"
+            for name, value in facts
+        )
+        self._parts.append(f'<div class="facts">{cells}</div>\n')
+
+    def table(self, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """A table; None is an empty cell."""
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
+        body = "".join(
+            "<tr>"
+            + "".join(f"<td>{'' if cell is None else html.escape(str(cell))}</td>" for cell in row)
+            + "</tr>\n"
+            for row in rows
+        )
+        self._parts.append(f'<div class="wide"><table><tr>{head}</tr>\n{body}</table></div>\n')
+
+    def charts(self, images: Sequence[str]) -> None:
+        """Images side by side, as `charts.py` makes them."""
+        self._parts.append('<div class="charts">\n' + "\n".join(images) + "\n</div>\n")
+
+    def fold(self, summary: str, text: str) -> None:
+        """A long text that opens when it is asked for."""
+        self._parts.append(
+            f"<details><summary>{html.escape(summary)}</summary>"
+            f"<pre>{html.escape(text)}</pre></details>\n"
+        )
+
+    def write(self, path: Path) -> None:
+        """Write the whole page."""
+        path.write_text("".join(self._parts) + "</body>\n</html>\n", encoding="utf-8")

@@ -1,0 +1,136 @@
+"""What a run directory says, read without torch and without the run's own code version.
+
+Configurations are plain trees here, so that runs of other versions can be looked at.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from hysparse_megatron.checkpoint import store
+from hysparse_megatron.config.frozen import CONFIG_FILE
+from hysparse_megatron.errors import CheckpointError, ConfigError
+from hysparse_megatron.status import read_status
+from hysparse_megatron.tracking.metrics import read_metrics
+
+Row = dict[str, Any]
+Points = tuple[list[int], list[float]]
+"""Steps, and a value at each."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint of a run, as far as its manifest tells."""
+
+    step: int
+    num_bytes: int
+    manifest: dict[str, Any]
+    problem: str | None
+    """What is wrong with it by names and sizes; None if nothing is."""
+
+
+@dataclass(frozen=True)
+class RunData:
+    """A run directory."""
+
+    path: Path
+    config: dict[str, Any]
+    record: dict[str, Any]
+    """`run.json`."""
+    status: dict[str, Any]
+    """`status.json`; empty if there is none."""
+    steps: list[Row]
+    evaluations: list[Row]
+    checkpoints: list[Checkpoint]
+    """Ascending."""
+
+    @property
+    def name(self) -> str:
+        """That of the configuration."""
+        return str(self.config.get("name", self.path.name))
+
+    @property
+    def starts(self) -> list[dict[str, Any]]:
+        """Records of all starts."""
+        return self.record.get("starts", [])
+
+    @property
+    def config_hash(self) -> str | None:
+        """Of the last start."""
+        return self.starts[-1].get("config_hash") if self.starts else None
+
+    @property
+    def data(self) -> Any:
+        """Identity of the data by the newest checkpoint; None without one."""
+        known = [c.manifest["data"] for c in self.checkpoints if "data" in c.manifest]
+        return known[-1] if known else None
+
+    def layer_values(self) -> dict[str, dict[int, Points]]:
+        """Architecture metrics of evaluations: by quantity and layer, steps and values."""
+        found: dict[str, dict[int, Points]] = {}
+        for row in self.evaluations:
+            for key, value in row.items():
+                quantity, _, layer = key.partition("/layer_")
+                if layer.isdigit():
+                    steps, values = found.setdefault(quantity, {}).setdefault(int(layer), ([], []))
+                    steps.append(row["step"])
+                    values.append(value)
+        return found
+
+
+def load_run(path: Path) -> RunData:
+    """Read a run directory. Raises ConfigError if it is none."""
+    metrics = path / "metrics.jsonl"
+    if not metrics.is_file():
+        raise ConfigError(f"{path} is no run directory: it has no metrics.jsonl")
+    rows = read_metrics(metrics)
+    checkpoints = reversed(store.published(path / "checkpoints"))
+    try:
+        config = yaml.safe_load((path / CONFIG_FILE).read_text())
+        record = json.loads((path / "run.json").read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} is no whole run directory: {error}") from error
+    if not isinstance(config, dict) or not isinstance(record, dict):
+        raise ConfigError(f"{path}: {CONFIG_FILE} and run.json must hold keys and values")
+    return RunData(
+        path=path,
+        config=config,
+        record=record,
+        status=read_status(path),
+        steps=[row for row in rows if "loss" in row],
+        evaluations=[row for row in rows if "eval_loss" in row],
+        checkpoints=[_checkpoint(found) for found in checkpoints],
+    )
+
+
+def _checkpoint(directory: Path) -> Checkpoint:
+    problems = store.problems_of(directory, content=False)
+    manifest: dict[str, Any] = {}
+    try:
+        manifest = store.read_manifest(directory)
+    except CheckpointError as error:
+        problems = problems or [str(error)]
+    files = [file for file in directory.rglob("*") if file.is_file()]
+    size = sum(file.stat().st_size for file in files)
+    return Checkpoint(store.step_of(directory), size, manifest, "; ".join(problems) or None)
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of a configuration."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def points(rows: Sequence[Row], key: str) -> Points:
+    """Steps and values of a field, of the rows that have it."""
+    having = [row for row in rows if isinstance(row.get(key), int | float)]
+    return [row["step"] for row in having], [float(row[key]) for row in having]
