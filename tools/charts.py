@@ -160,7 +160,7 @@ class Selection:
 
 def selection_chart(title: str, selection: Selection) -> str:
     """A row for each query, with a bar for each block it reads, as an `<img>`."""
-    with _figure(width=WIDTH * 0.8, height=WIDTH * 0.75) as figure:
+    with _figure(height=WIDTH * 0.9) as figure:
         axes = figure.add_subplot()
         rows = range(len(selection.positions))
         for row in rows:
@@ -182,7 +182,7 @@ def selection_chart(title: str, selection: Selection) -> str:
 
 
 @contextmanager
-def _figure(width: float = WIDTH, height: float = HEIGHT) -> Iterator[Figure]:
+def _figure(height: float = HEIGHT) -> Iterator[Figure]:
     """An empty figure in our style. Raises ConfigError without matplotlib."""
     try:
         import matplotlib
@@ -193,7 +193,7 @@ def _figure(width: float = WIDTH, height: float = HEIGHT) -> Iterator[Figure]:
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(_STYLE):
-        yield Figure(figsize=(width, height), layout="constrained")
+        yield Figure(figsize=(WIDTH, height), layout="constrained")
 
 
 def _image(figure: Figure, title: str) -> str:

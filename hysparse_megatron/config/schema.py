@@ -466,7 +466,7 @@ class TrackingConfig:
     group: str | None = None
     """Runs with the same group are shown together, such as those of a sweep."""
     tags: str = ""
-    """Labels of the run in the tracker, separated by spaces or commas."""
+    """Labels of the run in the tracker, separated by spaces (or commas, where they are quoted)."""
     tensorboard: bool = False
     """Write RUN_DIR/tensorboard too, with W&B or without; needs the extra `tensorboard`."""
 
