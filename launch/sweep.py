@@ -29,7 +29,7 @@ def points(overrides: Sequence[str]) -> list[Point]:
     """All combinations, in the order of the overrides, the last one fastest.
 
     Each is named after what it chose, and has a run directory of that name: below `run_dir` where
-    that is given. Raises ConfigError for what Hydra cannot read, and for values given twice.
+    that is given. In W&B they are one group. Raises ConfigError for what Hydra cannot read, and for values given twice.
     """
     choices = [_choices(override) for override in overrides]
     found = []
@@ -67,7 +67,8 @@ def _named(config: Config, chosen: Sequence[str], overrides: Sequence[str]) -> C
     name = f"{config.name}-{suffix}"[:_LONGEST_NAME]
     below = any(override.startswith("run_dir=") for override in overrides)
     path = f"{config.run_dir}/{suffix}" if below else f"runs/{name}"
-    return replace(config, name=name, run_dir=path)
+    tracking = replace(config.tracking, group=config.tracking.group or config.name)
+    return replace(config, name=name, run_dir=path, tracking=tracking)
 
 
 def _short(override: str) -> str:

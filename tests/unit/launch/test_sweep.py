@@ -23,6 +23,7 @@ def test_all_combinations_last_fastest() -> None:
     assert found[0].config.name == f"s-seed_{seeds[0]}-warmup_steps_1"
     assert found[0].config.run_dir == f"runs/{found[0].config.name}"
     assert len({point.config.run_dir for point in found}) == 6
+    assert {point.config.tracking.group for point in found} == {"s"}
 
 
 def test_run_directories_lie_below_a_given_one() -> None:
