@@ -29,7 +29,8 @@ def points(overrides: Sequence[str]) -> list[Point]:
     """All combinations, in the order of the overrides, the last one fastest.
 
     Each is named after what it chose, and has a run directory of that name: below `run_dir` where
-    that is given. In W&B they are one group. Raises ConfigError for what Hydra cannot read, and for values given twice.
+    that is given. In W&B they are one group. Raises ConfigError for what Hydra cannot read, and for
+    values given twice.
     """
     choices = [_choices(override) for override in overrides]
     found = []
