@@ -100,6 +100,11 @@ def train_and_save(
     return _continue(state, read, save_after, len(tokens))
 
 
+def save_initial(rank: int, config: Config, run_dir: Path) -> None:
+    """Save a model that was not trained: its weights follow from the seed alone."""
+    save(prepare(config), run_dir, 1)
+
+
 def train_while_saving(
     rank: int, config: Config, tokens: Batches, run_dir: Path, save_after: int
 ) -> Continuation:
