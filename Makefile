@@ -46,7 +46,7 @@ test-fault: $(STAMP) ## Break runs in every way and look how they end (under 10 
 	@$(PY) -m pytest -m fault tests/fault $(PYTEST_ARGS)
 
 test-slurm: $(STAMP) ## Run jobs in a private Slurm; as root installs Debian's if there is none
-	@tools/install_slurm.sh
+	@tools/install_packages.sh slurm-wlm
 	@$(PY) -m pytest -m slurm tests/slurm $(PYTEST_ARGS)
 
 check: $(STAMP) ## Lint, types and the fast tests (under 3 minutes)
