@@ -33,7 +33,7 @@ class Place:
 class Meter:
     """Measures every step; every `tracking.straggler_interval` steps all ranks tell their numbers.
 
-    That is one all-gather of two numbers per rank. The first one comes after the first step, for
+    That is one all-gather of three numbers per rank. The first one comes after the first step, for
     the memory's sake: its time, in which kernels are compiled, is not compared.
     """
 
@@ -59,11 +59,14 @@ class Meter:
         dist.all_gather_object(places, Place(socket.gethostname(), stage))
         self._places: list[Place] = places
         self._seconds = 0.0
+        self._data_seconds = 0.0
         self._steps = 0
         self._peak_bytes: int | None = None
 
-    def measure(self, step: int, step_seconds: float) -> dict[str, Any]:
+    def measure(self, step: int, step_seconds: float, data_seconds: float) -> dict[str, Any]:
         """Fields for the row of a step that took so long; equal on all ranks but `restarts`.
+
+        `data_seconds` of it this rank waited for its samples.
 
         Call it on every rank after every step. Collective in some of them.
         """
@@ -71,6 +74,7 @@ class Meter:
         is_first = self._peak_bytes is None
         if not is_first:
             self._seconds += own_seconds
+            self._data_seconds += data_seconds
             self._steps += 1
         fields: dict[str, Any] = {}
         if is_first or step % self._config.tracking.straggler_interval == 0:
@@ -91,13 +95,15 @@ class Meter:
 
     def _compare(self, step: int) -> dict[str, Any]:
         """Gather what every rank measured since the last time."""
-        own = [self._seconds / max(1, self._steps), peak_memory_bytes(self._device)]
+        steps = self._steps
+        means = [total / max(1, steps) for total in (self._seconds, self._data_seconds)]
+        own = [*means, peak_memory_bytes(self._device)]
         told = torch.tensor([own], dtype=torch.float64, device=self._device)
-        gathered = told.new_empty(dist.get_world_size(), 2)
+        gathered = told.new_empty(dist.get_world_size(), len(own))
         dist.all_gather_into_tensor(gathered, told)
-        seconds, memory = gathered.T.tolist()
+        seconds, data_seconds, memory = gathered.T.tolist()
         self._peak_bytes = int(max(memory))
-        steps, self._steps, self._seconds = self._steps, 0, 0.0
+        self._steps, self._seconds, self._data_seconds = 0, 0.0, 0.0
         if steps == 0:
             return {}
         slowest = slowest_ranks(seconds, self._places)
@@ -114,6 +120,7 @@ class Meter:
             "forward_seconds_median": statistics.median(seconds),
             "forward_seconds_max": max(seconds),
             "slowest_ranks": slowest,
+            "data_seconds_max": max(data_seconds),
         }
 
 

@@ -30,8 +30,8 @@ class Hooks:
     )
     """Around an evaluation after so many steps; what it gives is called after it, on all ranks, for
     more fields of its row. Collective."""
-    measure: Callable[[int, float], dict[str, Any]] = lambda step, seconds: {}
-    """After every step, which took so many seconds: more fields for its row. Collective."""
+    measure: Callable[[int, float, float], dict[str, Any]] = lambda step, seconds, data_seconds: {}
+    """After every step, with its seconds and those for its data: more for its row. Collective."""
     save: Callable[[int, dict[str, Any]], None] = lambda step, facts: None
     """Write a checkpoint after `step` steps, with facts for `Progress`. Collective."""
     poll: Callable[[], None] = lambda: None
@@ -72,14 +72,16 @@ def train(
         watch.stop_before_first_step()
     for step in range(progress.step, train_config.steps):
         started = time.monotonic()
-        result = train_step(state, step, list(batches.microbatches(step)), decide)
+        microbatches = list(batches.microbatches(step))
+        data_seconds = time.monotonic() - started
+        result = train_step(state, step, microbatches, decide)
         done = step + 1
         guard.record(result.loss, result.grad_norm, result.skipped)
         seconds = time.monotonic() - started
         watch.deadline.saw_step(seconds)
         told = result.skipped or state.config.debug.log_sample_ids
         ids = batches.sample_ids(step).tolist() if told else []
-        _report(state, done, result, seconds, guard, ids, hooks)
+        _report(state, done, result, seconds, data_seconds, guard, ids, hooks)
         hooks.poll()
         if step == progress.step:
             hooks.on_first_step()
@@ -115,6 +117,7 @@ def _report(
     done: int,
     result: StepResult,
     seconds: float,
+    data_seconds: float,
     guard: Guard,
     sample_ids: list[int],
     hooks: Hooks,
@@ -129,8 +132,9 @@ def _report(
         "tokens": done * tokens,
         "tokens_per_second": tokens / seconds,
         "step_seconds": seconds,
+        "data_seconds": data_seconds,
         "skipped": result.skipped,
-        **hooks.measure(done, seconds),
+        **hooks.measure(done, seconds, data_seconds),
         **result.model_metrics,
     }
     if result.skipped:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from hysparse_megatron.config.frozen import config_hash
 from hysparse_megatron.config.schema import Config
 from tests.distributed.cases import STEPS, reference_of
 from tests.distributed.comparison import GRADIENT_STEPS, ParityRow, ReferenceFor
@@ -47,12 +48,13 @@ def reference_for(
     pool: WorkerPool, session_seed: int, request: pytest.FixtureRequest
 ) -> ReferenceFor:
     """The one-process run that a configuration is compared with; made once per model."""
-    made: dict[Config, RankRun] = {}
+    made: dict[str, RankRun] = {}
 
     def get(config: Config) -> RankRun:
         alone = reference_of(config)
-        if alone not in made:
-            made[alone] = pool.run(
+        model = config_hash(alone)
+        if model not in made:
+            made[model] = pool.run(
                 1,
                 train_reference,
                 config=alone,
@@ -62,12 +64,12 @@ def reference_for(
                 least_gap=LEAST_GAP,
                 most_tries=MOST_TRIES,
             )[0]
-            run = made[alone]
+            run = made[model]
             request.config.stash[_notes].append(
                 f"reference {len(made)}: {run.redrawn} batches with near-ties drawn anew, "
                 f"smallest gap left {run.smallest_gap:.1e}"
             )
-        return made[alone]
+        return made[model]
 
     return get
 

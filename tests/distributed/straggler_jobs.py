@@ -37,5 +37,6 @@ def measured_steps(
         tokens = random_tokens(7, step, sequences=config.train.global_batch_size)
         started = time.monotonic()
         train_step(state, step, share_of(state, tokens))
-        rows.append(meter.measure(step + 1, time.monotonic() - started))
+        seconds = time.monotonic() - started
+        rows.append(meter.measure(step + 1, seconds, data_seconds=float(rank)))
     return rows, told

@@ -44,6 +44,7 @@ def test_a_slow_rank_is_named(case: Case, slow: int, pool: WorkerPool) -> None:
 
     assert ["slowest_ranks" in row for row in rows] == [False, False, True, False, False, True]
     row = rows[INTERVAL - 1]
+    assert row["data_seconds_max"] == case.world_size - 1
     named = row["slowest_ranks"]
     assert len(named) == min(3, case.world_size)
     assert (named[0]["rank"], named[0]["host"]) == (slow, socket.gethostname())

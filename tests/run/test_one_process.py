@@ -2,6 +2,7 @@
 
 import hashlib
 import signal
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -71,6 +72,7 @@ def test_metrics_of_a_run(finished) -> None:
             "tflops_per_gpu",
             "peak_memory_bytes",
             "step_seconds",
+            "data_seconds",
             "skipped",
         }
         assert row["tokens"] == row["step"] * 4 * 64
@@ -95,6 +97,33 @@ def test_metrics_of_a_run(finished) -> None:
     assert sorted(selections) == [0, 10, 20, 30, 40]
     assert all(len(blocks) <= 2 for blocks in selections[40]["layers"][0])
     assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"] - 0.2, "it must learn"
+
+
+@pytest.mark.slow
+def test_a_batch_costs_next_to_nothing_of_a_quickstart_step(
+    corpus: list[str], tmp_path: Path
+) -> None:
+    quickstart = compose(["experiment=quickstart"])
+    run_dir = tmp_path / "run"
+    settings = [
+        *corpus,
+        "experiment=quickstart",
+        "parallel=single",
+        f"model.layout={quickstart.model.layout.replace('|', ' ')}",
+        f"model.vocab_size={quickstart.data.tokenizer_vocab_size}",
+        "data.tokenizer_vocab_size=300",
+        "data.validation_fraction=0.2",
+        "train.steps=6",
+        "train.eval_batches=1",
+        "optim.warmup_steps=1",
+        "optim.decay_steps=1",
+        f"run_dir={run_dir}",
+    ]
+    code, output = run(settings)
+    assert code == 0, output
+    steps = [row for row in rows(run_dir) if "loss" in row]
+    share = statistics.median(row["data_seconds"] / row["step_seconds"] for row in steps)
+    assert 0 < share < 0.01
 
 
 def test_console_of_a_run(finished) -> None:

@@ -97,8 +97,8 @@ class Script:
         started = len(self.events)
         yield lambda: {"seen": [step, *self.events[started:]]}
 
-    def _measure(self, step: int, seconds: float) -> dict[str, Any]:
-        return {"measured": [step, seconds]}
+    def _measure(self, step: int, seconds: float, data_seconds: float) -> dict[str, Any]:
+        return {"measured": [step, seconds, data_seconds]}
 
     def _save(self, step: int, facts: dict[str, Any]) -> None:
         self.events.append(f"save {step}")
@@ -160,6 +160,7 @@ def test_rows(script: Callable[..., Script]) -> None:
         "tokens",
         "tokens_per_second",
         "step_seconds",
+        "data_seconds",
         "skipped",
         "bad",
         "skipped_steps",
@@ -168,7 +169,7 @@ def test_rows(script: Callable[..., Script]) -> None:
     }
     assert start.keys() == {"step", "eval_loss", "eval_seconds", "seen"}
     assert (start["seen"], end["seen"]) == ([0, "evaluate 0"], [2, "evaluate 2"])
-    assert second["measured"] == [2, second["step_seconds"]]
+    assert second["measured"] == [2, second["step_seconds"], second["data_seconds"]]
     assert first["bad"] == "loss not finite on rank 0"
     assert (first["skipped_steps"], first["sample_ids"]) == (1, [0, 1])
     assert "sample_ids" not in second
