@@ -101,7 +101,7 @@ class FaultyRun:
 
     def assert_nothing_left(self) -> None:
         """No process of this run is alive."""
-        end = time.monotonic() + 2
+        end = time.monotonic() + 5
         while (left := processes_naming(f"run_dir={self.run_dir}")) and time.monotonic() < end:
             time.sleep(0.05)
         assert left == []

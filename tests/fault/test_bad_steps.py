@@ -64,17 +64,17 @@ def test_what_one_rank_sees_decides_for_all(pool: WorkerPool) -> None:
 
 def test_nans_in_a_row_stop_the_run_and_keep_the_last_good_checkpoint(new_run: NewRun) -> None:
     run = new_run()
-    bad = "nan@0:3,nan@1:6,nan@0:7,nan@1:8"
+    bad = "nan@0:3,nan@1:7,nan@0:8,nan@1:9"
     output = run.run("train.guard.max_bad_steps=3", code=4, fault=bad)
-    assert "NumericalStop: 3 bad steps in a row up to step 8: loss not finite on rank 1" in output
-    run.assert_ended("numerical_stop", 4, None, "3 bad steps in a row up to step 8")
-    assert run.checkpoints() == [4]
+    assert "NumericalStop: 3 bad steps in a row up to step 9: loss not finite on rank 1" in output
+    run.assert_ended("numerical_stop", 4, None, "3 bad steps in a row up to step 9")
+    assert run.checkpoints() == [4], "none after step 8, the second bad one"
     assert run.status()["checkpoint_step"] == 4
-    ids = [run.row(step)["sample_ids"] for step in (3, 6, 7, 8)]
+    ids = [run.row(step)["sample_ids"] for step in (3, 7, 8, 9)]
     assert len({number for step in ids for number in step}) == 4 * 4, "each sample once"
     assert str(ids[-1]) in output
-    assert run.row(8)["skipped_steps"] == 4
-    assert not run.row(5)["skipped"]
+    assert run.row(9)["skipped_steps"] == 4
+    assert not run.row(6)["skipped"]
 
 
 def test_a_spike_is_skipped_also_right_after_a_resume(new_run: NewRun) -> None:

@@ -84,6 +84,7 @@ def test_junk_that_appears_where_the_next_checkpoint_belongs(new_run: NewRun) ->
     run.assert_nothing_left()
     told = f"{run.checkpoint(8)} exists already and is not written over"
     assert f"CheckpointError: {told}" in command.output
+    assert "RankFailure" not in command.output, "no rank had to lose another one"
     run.assert_ended("failed", 6, None, told)
     assert run.checkpoints() == [4]
     assert list(run.checkpoint(8).iterdir()) == []

@@ -24,6 +24,8 @@ from tests.run.run_commands import LOCAL, run
 
 NewRun = Callable[..., FaultyRun]
 
+SECONDS_OF_A_BUSY_MACHINE = 5
+
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_a_killed_rank(ranks: int, new_run: NewRun) -> None:
@@ -51,7 +53,7 @@ def test_a_stopped_rank(ranks: int, new_run: NewRun) -> None:
     layout = FOUR_RANKS if ranks == 4 else []
     stopped = ranks // 2
     command = run.start(*layout, fault=f"sigstop@{stopped}:3")
-    limit = SECONDS_TO_DETECT + SECONDS_TO_FOLLOW
+    limit = SECONDS_TO_DETECT + SECONDS_TO_FOLLOW + SECONDS_OF_A_BUSY_MACHINE
     assert TIMEOUT - 3 < seconds_of_the_end(command, "step  2/") < limit
     assert command.finish() == 1
     run.assert_nothing_left()
@@ -89,26 +91,30 @@ def test_nothing_outlives_a_killed_launcher_and_its_lock_is_stale(new_run: NewRu
     assert "ended without giving up" in third
 
 
+IMPORTED = "| hysparse_megatron.training.run"
+"""The last of the imports, which take longer than anything here, told on request."""
+
+
 def test_a_missing_rank(new_run: NewRun) -> None:
     run = new_run()
+    limit = "parallel.timeout_seconds=5"
+    command = run.start_rank(0, free_port(), limit, PYTHONPROFILEIMPORTTIME="1")
+    command.wait_for(IMPORTED)
     started = time.monotonic()
-    command = run.start_rank(0, free_port(), "parallel.timeout_seconds=5")
     assert command.finish() == 1, command.output
+    assert time.monotonic() - started < 2 * 5
     assert "1/2 joined within 5 s; missing: rank 1" in command.output
     run.assert_ended("failed", 1, 1, "1/2 joined")
-    ended = time.monotonic() - started
-    imports = min_seconds_of_imports(run)
-    assert ended - imports < 2 * 5
     run.assert_nothing_left()
 
 
-def min_seconds_of_imports(run: FaultyRun) -> float:
-    """What a rank needs before it can wait for anybody: it ends at once here, nobody listens."""
-    started = time.monotonic()
-    command = run.start_rank(1, free_port(), "parallel.timeout_seconds=1")
-    assert command.finish() == 1
+def test_a_missing_rank_zero(new_run: NewRun) -> None:
+    run = new_run()
+    command = run.start_rank(1, free_port(), "parallel.timeout_seconds=2")
+    assert command.finish() == 1, command.output
     assert "found nobody at" in command.output
-    return time.monotonic() - started - 3
+    assert not run.run_dir.exists()
+    run.assert_nothing_left()
 
 
 def test_a_port_in_use(new_run: NewRun) -> None:
