@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from hysparse_megatron.checkpoint.assemble import Source, save_weights
 from hysparse_megatron.config.frozen import freeze
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.data.bulk.tokenizers import bytes_tokenizer
+from hysparse_megatron.huggingface.weights import model_weights
 from hysparse_megatron.runtime.process_groups import destroy_process_groups
 from hysparse_megatron.training.state import TrainingState, build_state
 from tests.checkpoints import save
@@ -20,8 +22,8 @@ from tests.unit.model.tiny_models import SEQUENCE, randomize, tiny_config
 from tests.unit.single_process import DEVICE
 from tools.convert import main
 
-IDS = 257
-"""Of the tokenizer, which has one per byte; the embedding has 384 rows."""
+IDS, ROWS = 257, 384
+"""Of the tokenizer, which has one per byte, and of the embedding."""
 LEAST_GAP = 1e-4
 """In log score. Blocks that are closer may be told apart by rounding alone."""
 
@@ -89,6 +91,22 @@ def saved_run(path: Path, *overrides: str, step: int = 1) -> Iterator[Run]:
         yield Run(path, config, state)
     finally:
         destroy_process_groups()
+
+
+def random_run(path: Path, *overrides: str, identity: dict | None = None) -> Path:
+    """A run directory with random weights after step 0; no model is built.
+
+    `identity` is what the manifest says of the data.
+    """
+    config = tiny_config(f"model.vocab_size={IDS}", f"data.cache_dir={path}/cache", *overrides)
+    sources = {
+        weight.name: Source(weight.shape, torch.float32, lambda w=weight: torch.randn(w.shape))
+        for weight in model_weights(config.model, ROWS)
+    }
+    save_weights(path / "checkpoints", sources, {} if identity is None else {"data": identity})
+    freeze(config, path)
+    bytes_tokenizer().save(str(path / "tokenizer.json"))
+    return path
 
 
 def load(folder: Path, **options: object) -> PreTrainedModel:

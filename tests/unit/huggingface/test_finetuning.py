@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from hysparse_megatron.huggingface import attention_hysparse
 from hysparse_megatron.huggingface.weights import model_weights
-from tests.unit.huggingface.exports import MOE, Run, load, saved_run
+from tests.unit.huggingface.exports import MOE, ROWS, Run, load, saved_run
 from tests.unit.single_process import DEVICE, default_group, fresh_seed
 
 
@@ -37,7 +37,7 @@ def our_gradients(run: Run, tokens: Tensor) -> tuple[float, dict[str, Tensor]]:
                 stacked = torch.stack([found.pop(name) for name in names])
                 found[f"{begin}experts.linear_{projection}.weight"] = stacked
     gradients: dict[str, Tensor] = {}
-    for weight in model_weights(run.config.model, 384):
+    for weight in model_weights(run.config.model, ROWS):
         if weight.name in found:
             gradients |= weight.split(found[weight.name].cpu())
     return float(loss), gradients

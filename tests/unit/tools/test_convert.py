@@ -12,29 +12,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hysparse_megatron.checkpoint.assemble import Source, save_weights
+from hysparse_megatron.checkpoint.store import digest_of
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.config.frozen import freeze
 from hysparse_megatron.data.bulk.tokenizers import bytes_tokenizer
 from hysparse_megatron.huggingface.weights import model_weights
+from tests.unit.huggingface.exports import IDS, ROWS, load, random_run
 from tests.unit.model.tiny_models import tiny_config
 from tests.unit.single_process import fresh_seed
 from tools.convert import main
 
 ROOT = Path(__file__).resolve().parents[3]
-IDS, ROWS = 257, 384
-
-
-def make_run(path: Path, *overrides: str, identity: dict | None = None) -> Path:
-    """A run directory with random weights after step 0, no model built."""
-    config = tiny_config(f"model.vocab_size={IDS}", f"data.cache_dir={path}/cache", *overrides)
-    sources = {
-        weight.name: Source(weight.shape, torch.float32, lambda w=weight: torch.randn(w.shape))
-        for weight in model_weights(config.model, ROWS)
-    }
-    save_weights(path / "checkpoints", sources, {} if identity is None else {"data": identity})
-    freeze(config, path)
-    bytes_tokenizer().save(str(path / "tokenizer.json"))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +30,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run, and what is exported of it in several shards."""
     fresh_seed()
     folder = tmp_path_factory.mktemp("convert")
-    make_run(folder / "run", "model.layout=F S W F")
+    random_run(folder / "run", "model.layout=F S W F")
     assert export(folder / "run", folder / "out", "--shard-size", "30KB") == 0
     return folder
 
@@ -104,7 +92,7 @@ class TestExportRefuses:
         assert "exists and is not written over" in capsys.readouterr().err
 
     def test_another_tokenizer(self, tmp_path: Path, capsys: Capture) -> None:
-        run = make_run(tmp_path / "run", "model.layout=F", identity={"vocab_size": 300})
+        run = random_run(tmp_path / "run", "model.layout=F", identity={"vocab_size": 300})
         assert export(run, tmp_path / "out") == 2
         assert "has 257 token ids, but the run trained with 300" in capsys.readouterr().err
         tokenizer = bytes_tokenizer()
@@ -129,11 +117,9 @@ class TestExportRefuses:
 
 
 def test_the_tokenizer_is_found_by_its_hash(tmp_path: Path, capsys: Capture) -> None:
-    from hysparse_megatron.checkpoint.store import digest_of
-
     bytes_tokenizer().save(str(tmp_path / "tokenizer.json"))
     identity = {"tokenizer_sha256": digest_of(tmp_path / "tokenizer.json"), "vocab_size": IDS}
-    run = make_run(tmp_path / "run", "model.layout=F", identity=identity)
+    run = random_run(tmp_path / "run", "model.layout=F", identity=identity)
     for name, content in (("a", "{}"), ("b", (tmp_path / "tokenizer.json").read_text())):
         (run / "cache" / name).mkdir(parents=True)
         (run / "cache" / name / "tokenizer.json").write_text(content)
@@ -256,8 +242,6 @@ print(type(model).__name__, repr(said[0]["generated_text"]))
 
 @pytest.mark.slow
 def test_loading_needs_nothing_of_ours(made: Path, tmp_path: Path) -> None:
-    from tests.unit.huggingface.exports import load
-
     tokens = torch.randint(0, IDS, (2, 20))
     with torch.no_grad():
         logits = load(made / "out")(tokens).logits

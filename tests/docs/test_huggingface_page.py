@@ -1,0 +1,56 @@
+"""The commands of docs/huggingface.md are understood, and its program runs."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from hysparse_megatron.huggingface.adopt import ARCHITECTURES, NEUTRAL_SINK
+from hysparse_megatron.huggingface.export import CODE
+from hysparse_megatron.huggingface.importing import EXPERIMENT
+from tests.unit.huggingface.exports import random_run
+from tools.convert import _parser, main
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = (ROOT / "docs" / "huggingface.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^    python -m tools\.convert (.*)$", TEXT, flags=re.M)
+[PROGRAM] = re.findall(r"```python\n(.*?)```", TEXT, flags=re.S)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_are_understood(command: str) -> None:
+    assert _parser().parse_args(shlex.split(command)).action
+
+
+def test_every_option_exists() -> None:
+    named = set(re.findall(r"`(--[a-z-]+)", TEXT))
+    assert {"--checkpoint", "--shard-size", "--window", "--sparse-sink"} <= named
+    commands = next(a for a in _parser()._actions if a.choices).choices
+    options = {
+        name for made in commands.values() for a in made._actions for name in a.option_strings
+    }
+    assert named <= options
+
+
+def test_what_is_named_is_so() -> None:
+    [listed] = re.findall(r"`model_type` ([a-z0-9, ]+)\)", TEXT)
+    assert listed.split(", ") == list(ARCHITECTURES)
+    assert all(f"`{name}`" in TEXT for name in (*CODE, EXPERIMENT))
+    assert f"start at {NEUTRAL_SINK:.0f}" in TEXT
+
+
+@pytest.mark.slow
+def test_the_program_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = random_run(tmp_path / "run", "model.layout=F S W F")
+    monkeypatch.chdir(tmp_path)
+    tokenizer = ["--tokenizer", str(run / "tokenizer.json")]
+    assert main(["export", "--run-dir", str(run), *tokenizer, "exported/quickstart"]) == 0
+    found: dict = {}
+    exec(PROGRAM, found)
+    said = capsys.readouterr().out
+    assert "def main():" in said
+    assert all(p.grad is not None for p in found["model"].parameters())
+    assert main(["import", "exported/tuned", "starts/tuned"]) == 0
