@@ -143,6 +143,7 @@ class FullAttention(BaseAttention):
             step.chunk,
             **self._selection_rule(),
             select=self.is_read,
+            backend=self.config.attention_backend_name,
         )
         return output, None if indices is None else CachedSelection(cache, indices)
 
@@ -192,6 +193,7 @@ class WindowAttention(BaseAttention):
                 step.chunk,
                 window=self.config.window,
                 sink=sink,
+                backend=self.config.attention_backend_name,
             )
             return self._project(attention), shared
         attend = functools.partial(self._attend, documents)
@@ -343,6 +345,7 @@ class SparseAttention(BaseAttention):
             window=self.config.window,
             sparse_sink=sinks[0],
             window_sink=sinks[-1],
+            backend=self.config.attention_backend_name,
         )
 
 

@@ -7,6 +7,7 @@ from hysparse_kernels.cached_attention import (
     cached_full_attention,
     cached_sparse_attention,
     cached_window_attention,
+    resolve_cached_backend,
 )
 from hysparse_kernels.dispatch import (
     BACKENDS,
@@ -54,6 +55,7 @@ __all__ = [
     "oracle_attention",
     "prepare_selection",
     "resolve_backend",
+    "resolve_cached_backend",
     "selected_mass",
     "selected_mass_of_sample",
     "shared_blocks",

@@ -80,14 +80,18 @@ def select_blocks(rule: SelectionRule, scores: Tensor, own: Tensor) -> Tensor:
 
     ``own`` is the block of every query, broadcast to [B, HKV, C, 1]: none after it is selected.
     """
+    return block_topk(offered_scores(rule, scores, own), rule.num_selected)
+
+
+def offered_scores(rule: SelectionRule, scores: Tensor, own: Tensor) -> Tensor:
+    """What ``select_blocks`` picks from: reduced, inf where forced, -inf where not visible."""
     if rule.reduce_scores is not None:
         scores = rule.reduce_scores(scores)
     blocks = torch.arange(scores.shape[-1], device=scores.device)
     forced = (blocks < rule.forced_first_blocks) | (blocks > own - rule.forced_recent_blocks)
     scores = scores.masked_fill(forced, torch.inf)
     # Last, so that neither a forced block nor a NaN ever selects what lies in the future.
-    scores = scores.masked_fill(blocks > own, -torch.inf)
-    return block_topk(scores, rule.num_selected)
+    return scores.masked_fill(blocks > own, -torch.inf)
 
 
 class BlockSelector:

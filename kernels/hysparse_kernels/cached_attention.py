@@ -1,9 +1,10 @@
-"""Attention of new tokens to a cache, in plain PyTorch: one operation per kind of layer.
+"""Attention of new tokens to a cache: one operation per kind of layer, no gradients.
 
 Each operation stores the new tokens' keys and values in the layer's cache, then attends: so a
 token reads of its own chunk what later ones will read, and the cut into chunks changes no result
-beyond rounding. Scores, softmax and accumulation are fp32 (fp64 for fp64 queries), and the
-selection is by the code that the training operations use. No gradients.
+beyond rounding. What follows is the specification, in plain PyTorch: scores, softmax and
+accumulation are fp32 (fp64 for fp64 queries), and the selection is by the code that the training
+operations use. Steps of one token a row may run on the kernels of triton_decode.py.
 
 Shapes: A rows of the step, C columns, HQ query heads, HKV KV groups, G = HQ // HKV heads per
 group, D query/key head dim, DV value head dim, N blocks of the longest row, K selected, L keys, M
@@ -33,6 +34,7 @@ from hysparse_kernels._reference_selection import (
     group_scores,
     select_blocks,
 )
+from hysparse_kernels.dispatch import BackendChoice, choose
 from hysparse_kernels.gating import gated_sum
 from hysparse_kernels.key_value_cache import Chunk, TokenCache, WindowCache
 
@@ -46,6 +48,37 @@ class CachedFullOutput(NamedTuple):
 
     output: Tensor
     block_indices: Tensor | None
+
+
+def resolve_cached_backend(
+    backend: str,
+    query: Tensor,
+    chunk: Chunk,
+    *caches: TokenCache | WindowCache,
+    block_size: int | None = None,
+) -> BackendChoice:
+    """Which backend ``backend`` means for query [A, C, HQ, D], what it reads, and why.
+
+    "auto" takes triton for steps of one token a row (C = 1) where it can run, else the reference.
+    "triton" takes it for the same steps. Chunks of more tokens always run on the reference: there
+    is nothing else that could.
+
+    Raises:
+        ValueError: ``backend`` is none of `BACKENDS`.
+        BackendUnavailable: ``backend`` is "triton", and C = 1, which it cannot take.
+    """
+
+    def why_not() -> str | None:
+        try:
+            from hysparse_kernels import triton_decode
+        except ImportError as error:
+            return f"Triton cannot be imported ({error})"
+        return triton_decode.why_not(query, caches, block_size)
+
+    if chunk.width == 1 or backend not in ("auto", "triton"):
+        return choose(backend, why_not, lambda: f"Triton decode kernels on {query.device.type}")
+    reason = f"the Triton kernels take one new token a row, not {chunk.width}"
+    return BackendChoice("reference", f"plain PyTorch: {reason}")
 
 
 @torch.no_grad()
@@ -64,6 +97,7 @@ def cached_full_attention(
     forced_recent_blocks: int = 0,
     select: bool = True,
     query_chunk: int = 256,
+    backend: str = "auto",
 ) -> CachedFullOutput:
     """Causal attention to all tokens of a sequence (P1 Eq. 2), selecting K blocks (Eq. 3).
 
@@ -75,13 +109,27 @@ def cached_full_attention(
         block_size, num_selected, softmax_scale, reduce_scores, forced_first_blocks,
         forced_recent_blocks, select: as those of `oracle_attention`.
         query_chunk: queries of one row worked on at a time.
+        backend: see ``resolve_cached_backend``.
 
     Returns:
         Output and selection; columns without a token are 0 and hold any valid selection.
 
     Raises:
         ValueError: the cache has no room.
+        BackendUnavailable: the backend cannot be used.
     """
+    rule = SelectionRule(
+        block_size, num_selected, forced_first_blocks, forced_recent_blocks, reduce_scores
+    )
+    read = block_size if select else None
+    if _uses_triton(backend, query, chunk, cache, block_size=read):
+        from hysparse_kernels import triton_decode
+
+        scale = _scale(query, softmax_scale)
+        result = triton_decode.full_attention(
+            query, key, value, cache, chunk, rule=rule if select else None, scale=scale
+        )
+        return CachedFullOutput(*result)
     cache.append(chunk, key, value)
     dtype = compute_dtype(query.dtype)
     heads, groups = query.shape[2], key.shape[2]
@@ -105,9 +153,6 @@ def cached_full_attention(
                 scores[i, :, start:stop] = group_scores(maxima, lse)[0]
     if not select:
         return CachedFullOutput(output, None)
-    rule = SelectionRule(
-        block_size, num_selected, forced_first_blocks, forced_recent_blocks, reduce_scores
-    )
     own = chunk.positions[:, None, :, None] // block_size
     return CachedFullOutput(output, select_blocks(rule, scores, own))
 
@@ -130,6 +175,7 @@ def cached_sparse_attention(
     window_sink: Tensor | None = None,
     softmax_scale: float | None = None,
     query_chunk: int = 256,
+    backend: str = "auto",
 ) -> Tensor:
     """The gated sum of attention to selected blocks and to a window (P1 Eq. 5-9): [A, C, HQ, DV].
 
@@ -145,7 +191,28 @@ def cached_sparse_attention(
         sparse_sink, window_sink: [HQ] or None.
         softmax_scale: default D ** -0.5.
         query_chunk: queries of one row worked on at a time.
+        backend: see ``resolve_cached_backend``.
+
+    Raises:
+        BackendUnavailable: the backend cannot be used.
     """
+    if _uses_triton(backend, query, chunk, oracle, cache, block_size=block_size):
+        from hysparse_kernels import triton_decode
+
+        return triton_decode.sparse_attention(
+            query,
+            key,
+            value,
+            (sparse_gate, window_gate),
+            oracle,
+            block_indices,
+            cache,
+            chunk,
+            block_size=block_size,
+            window=window,
+            sinks=(sparse_sink, window_sink),
+            scale=_scale(query, softmax_scale),
+        )
     sparse = _block_sparse(
         query, oracle, block_indices, chunk, block_size, sparse_sink, softmax_scale
     )
@@ -159,6 +226,7 @@ def cached_sparse_attention(
         sink=window_sink,
         softmax_scale=softmax_scale,
         query_chunk=query_chunk,
+        backend="reference",
     )
     return gated_sum(sparse, near, sparse_gate, window_gate, backend="reference").to(query.dtype)
 
@@ -175,12 +243,26 @@ def cached_window_attention(
     sink: Tensor | None = None,
     softmax_scale: float | None = None,
     query_chunk: int = 256,
+    backend: str = "auto",
 ) -> Tensor:
     """Causal attention to the last `window` tokens (P1 Eq. 5): [A, C, HQ, DV].
 
     Arguments as those of `cached_sparse_attention`. The ring may be shorter than the window if no
     sequence grows beyond it.
     """
+    if _uses_triton(backend, query, chunk, cache):
+        from hysparse_kernels import triton_decode
+
+        return triton_decode.window_attention(
+            query,
+            key,
+            value,
+            cache,
+            chunk,
+            window=window,
+            sink=sink,
+            scale=_scale(query, softmax_scale),
+        )
     dtype = compute_dtype(query.dtype)
     heads, groups = query.shape[2], key.shape[2]
     scale = _scale(query, softmax_scale)
@@ -240,6 +322,17 @@ def _block_sparse(
             mixed, _ = softmax_mix(logits, values, sink_logit)
             output[i, start:stop] = ungroup_rows(mixed, heads)[:, 0]
     return output
+
+
+def _uses_triton(
+    backend: str,
+    query: Tensor,
+    chunk: Chunk,
+    *caches: TokenCache | WindowCache,
+    block_size: int | None = None,
+) -> bool:
+    choice = resolve_cached_backend(backend, query, chunk, *caches, block_size=block_size)
+    return choice.name == "triton"
 
 
 def _scale(query: Tensor, softmax_scale: float | None) -> float:

@@ -5,6 +5,7 @@ belongs to group h // G), D query/key head dim, DV value head dim (may differ fr
 N = ceil(S / block_size) blocks, K selected. P1 = HySparse, arXiv 2602.03560.
 """
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -57,12 +58,26 @@ def resolve_backend(
         ValueError: ``backend`` is none of the three.
         BackendUnavailable: ``backend`` is "triton", which cannot take such inputs.
     """
+    device = torch.device(device)
+    return choose(
+        backend,
+        lambda: _why_no_triton(device, dtype, head_dim, block_size),
+        lambda: f"Triton kernels on {device.type}{_on_hopper(device, hopper_shape)}",
+    )
+
+
+def choose(
+    backend: str, why_no_triton: Callable[[], str | None], kernels: Callable[[], str]
+) -> BackendChoice:
+    """The choice, given why Triton cannot take a call, or None, and what its kernels are called.
+
+    Raises as ``resolve_backend``.
+    """
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(BACKENDS)}")
     if backend == "reference":
         return BackendChoice("reference", "asked for by name")
-    device = torch.device(device)
-    reason = _why_no_triton(device, dtype, head_dim, block_size)
+    reason = why_no_triton()
     if backend == "triton":
         if reason is not None:
             raise BackendUnavailable(
@@ -70,9 +85,7 @@ def resolve_backend(
             )
         return BackendChoice("triton", "asked for by name")
     if reason is None:
-        return BackendChoice(
-            "triton", f"Triton kernels on {device.type}{_on_hopper(device, hopper_shape)}"
-        )
+        return BackendChoice("triton", kernels())
     return BackendChoice("reference", f"plain PyTorch: {reason}")
 
 

@@ -48,22 +48,29 @@ class Chunk:
         return list(zip(itertools.count(), self.rows, self.past, self.new, strict=False))
 
     @cached_property
+    def on_device(self) -> Tensor:
+        """int64 [3, A]: rows, past and new. Sent once; the host does not wait for it."""
+        numbers = torch.tensor([self.rows, self.past, self.new])
+        if self.device.type != "cuda":
+            return numbers.to(self.device)
+        return numbers.pin_memory().to(self.device, non_blocking=True)
+
+    @cached_property
     def positions(self) -> Tensor:
         """int64 [A, C]: where each column stands in its sequence, from 0."""
         columns = torch.arange(self.width, device=self.device)
-        return torch.tensor(self.past, device=self.device).unsqueeze(1) + columns
+        return self.on_device[1].unsqueeze(1) + columns
 
     @cached_property
     def is_token(self) -> Tensor:
         """bool [A, C]: whether a column brings a token."""
         columns = torch.arange(self.width, device=self.device)
-        return columns < torch.tensor(self.new, device=self.device).unsqueeze(1)
+        return columns < self.on_device[2].unsqueeze(1)
 
     @cached_property
     def token_rows(self) -> Tensor:
         """int64 [tokens]: the cache row of each new token, in the order of `is_token`."""
-        rows = torch.tensor(self.rows, device=self.device).unsqueeze(1)
-        return rows.expand(-1, self.width)[self.is_token]
+        return self.on_device[0].unsqueeze(1).expand(-1, self.width)[self.is_token]
 
     @cached_property
     def token_positions(self) -> Tensor:
@@ -91,7 +98,7 @@ class TokenCache:
     ) -> None:
         self.capacities = tuple(capacities)
         self.starts = (0, *itertools.accumulate(capacities))
-        self._starts = torch.tensor(self.starts, device=device)
+        self.starts_on_device = torch.tensor(self.starts, device=device)
         total = self.starts[-1]
         self.key = torch.empty(total, num_groups, key_dim, dtype=dtype, device=device)
         self.value = torch.empty(total, num_groups, value_dim, dtype=dtype, device=device)
@@ -113,13 +120,8 @@ class TokenCache:
 
         Raises ValueError where a row has no room for them.
         """
-        for _, row, past, new in chunk.spans:
-            if past + new > self.capacities[row]:
-                raise ValueError(
-                    f"row {row} of the cache has room for {self.capacities[row]} tokens: "
-                    f"{past} are there and {new} more were given"
-                )
-        places = self._starts[chunk.token_rows] + chunk.token_positions
+        self.check_room(chunk)
+        places = self.starts_on_device[chunk.token_rows] + chunk.token_positions
         for given, kept, exponent in (
             (key, self.key, self.key_exponent),
             (value, self.value, self.value_exponent),
@@ -129,6 +131,15 @@ class TokenCache:
                 kept[places] = tokens.to(kept.dtype)
             else:
                 kept[places], exponent[places] = to_fp8(tokens)
+
+    def check_room(self, chunk: Chunk) -> None:
+        """Raises ValueError where a row has no room for the new tokens."""
+        for _, row, past, new in chunk.spans:
+            if past + new > self.capacities[row]:
+                raise ValueError(
+                    f"row {row} of the cache has room for {self.capacities[row]} tokens: "
+                    f"{past} are there and {new} more were given"
+                )
 
     def read(self, row: int, stop: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Key [1, HKV, stop, D] and value [1, HKV, stop, DV] of a row's first `stop` tokens."""
@@ -173,9 +184,7 @@ class WindowCache:
 
     def append(self, chunk: Chunk, key: Tensor, value: Tensor) -> None:
         """Store the last of the new tokens' key [A, C, HKV, D] and value [A, C, HKV, DV]."""
-        total = torch.tensor(chunk.past, device=chunk.device) + torch.tensor(
-            chunk.new, device=chunk.device
-        )
+        total = chunk.on_device[1] + chunk.on_device[2]
         stays = chunk.is_token & (chunk.positions >= total.unsqueeze(1) - self.entries)
         of_tokens = stays[chunk.is_token]
         places = (

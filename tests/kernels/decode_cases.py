@@ -1,0 +1,308 @@
+"""Triton decode kernels against `cached_attention` in fp64, on fresh random caches.
+
+`python -m tests.kernels.decode_cases SEED` runs all cases, without a GPU, in Triton's interpreter
+(TRITON_INTERPRET=1): in fp32, where rounding cannot hide a mistake, and in fp16. Its products of
+bf16 numbers are wrong, so that bf16 is left to tests/gpu.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hysparse_kernels import (
+    FP8,
+    Chunk,
+    TokenCache,
+    WindowCache,
+    cached_full_attention,
+    cached_sparse_attention,
+    cached_window_attention,
+    triton_decode,
+)
+from torch import Tensor
+
+from tests.kernels.triton_cases import poisoned_memory
+
+TOLERANCE = {torch.float32: 5e-6, torch.float16: 3e-3, torch.bfloat16: 1.5e-2}
+"""Of the largest number of an output."""
+NEAR_TIE = 1e-3
+"""In log score: more than rounding of any type here moves a score of these sizes."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of one comparison; see `cached_attention` for the letters."""
+
+    lengths: tuple[int, ...]
+    """Tokens in each row of the cache, before the step."""
+    rows: tuple[int, ...]
+    """Of the step, in any order."""
+    heads: int
+    groups: int
+    head_dim: int
+    value_dim: int
+    block_size: int
+    selected: int
+    window: int
+    dtype: torch.dtype
+    full_dtype: torch.dtype
+    forced: tuple[int, int] = (0, 0)
+    has_sinks: bool = True
+    gate_per_channel: bool = False
+    programs: int = 8
+    """That keep the device busy, for the number of splits."""
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        return self.groups, self.head_dim, self.value_dim
+
+
+def draw(rng: random.Random, dtype: torch.dtype, on_gpu: bool = False) -> Case:
+    """Odd head counts and dims, ragged rows, lengths about the borders of blocks and window."""
+    groups = rng.choice([1, 2, 3])
+    dims = [64, 96, 128, 192, 256] if on_gpu else [5, 16, 24, 40]
+    block_size = rng.choice([32, 64, 128] if on_gpu else [16, 32, 64])
+    window = rng.choice([1, 5, block_size, 2 * block_size + 3, 400])
+    near = rng.choice([block_size, 2 * block_size, window])
+    longest = 3000 if on_gpu else 6 * block_size
+    some = [0, near - 2, near - 1, near, near + 1, rng.randint(0, longest), longest - 1]
+    lengths = tuple(max(0, rng.choice(some)) for _ in range(rng.randint(1, 4)))
+    selected = rng.choice([1, 2, 3, 5])
+    forced = rng.randint(0, selected)
+    return Case(
+        lengths,
+        tuple(rng.sample(range(len(lengths)), rng.randint(1, len(lengths)))),
+        groups * rng.choice([1, 2, 3, 4, 7, 16, 20]),
+        groups,
+        rng.choice(dims),
+        rng.choice(dims),
+        block_size,
+        selected,
+        window,
+        dtype,
+        rng.choice([dtype, FP8]),
+        (forced, rng.randint(0, selected - forced)),
+        rng.random() < 0.7,
+        rng.random() < 0.3,
+        rng.choice([1, 5, 8, 40]),
+    )
+
+
+class Caches:
+    """An oracle's and a window's, with NaN in all places that hold no token."""
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        capacities = [length + 2 for length in case.lengths]
+        self.oracle = TokenCache(capacities, *case.widths, case.full_dtype, device)
+        entries = min(case.window, max(capacities))
+        self.ring = WindowCache(len(capacities), entries, *case.widths, case.dtype, device)
+        for tensor in (*self.oracle.tensors, *self.ring.tensors):
+            tensor.fill_(torch.nan if tensor.is_floating_point() else 127)
+
+    @property
+    def all(self) -> tuple[TokenCache, WindowCache]:
+        return self.oracle, self.ring
+
+    @property
+    def bits(self) -> list[Tensor]:
+        tensors = (*self.oracle.tensors, *self.ring.tensors)
+        return [tensor.view(torch.uint8).clone() for tensor in tensors]
+
+
+class Step:
+    """Filled caches, once for each backend, and the tokens that come next."""
+
+    def __init__(self, case: Case, device: torch.device, seed: int) -> None:
+        self.case = case
+        self.generator = torch.Generator(device=device).manual_seed(seed)
+        self.ours, self.theirs = Caches(case, device), Caches(case, device)
+        for row, length in enumerate(case.lengths):
+            if length:
+                prompt = Chunk((row,), (0,), (length,), device)
+                # Another window cache than the oracle's: a mix-up of the two would show.
+                for kind in range(2):
+                    tokens = self.normal(length, "key"), self.normal(length, "value")
+                    for caches in (self.ours, self.theirs):
+                        caches.all[kind].append(prompt, *tokens)
+        past = tuple(case.lengths[row] for row in case.rows)
+        self.chunk = Chunk(case.rows, past, (1,) * len(past), device)
+        self.query, self.key, self.value = (self.new(x) for x in ("query", "key", "value"))
+        self.near_key, self.near_value = self.new("key"), self.new("value")
+        width = case.value_dim if case.gate_per_channel else 1
+        shape = (2, 1, len(past), case.heads, width)
+        gates = torch.randn(shape, generator=self.generator, device=device)
+        self.gates = [gate.to(case.dtype).transpose(0, 1) for gate in gates]
+        sinks = torch.randn(2, case.heads, generator=self.generator, device=device)
+        self.sinks = list(sinks) if case.has_sinks else [None, None]
+
+    def normal(self, tokens: int, name: str) -> Tensor:
+        case = self.case
+        count, width = {
+            "query": (case.heads, case.head_dim),
+            "key": (case.groups, case.head_dim),
+            "value": (case.groups, case.value_dim),
+        }[name]
+        device = self.generator.device
+        shape = (1, tokens, count, width)
+        return torch.randn(shape, generator=self.generator, device=device).to(case.dtype)
+
+    def new(self, name: str) -> Tensor:
+        """[A, 1, ...], strided as parts of a fused projection are."""
+        tokens = self.normal(len(self.chunk.rows), name)
+        fused = torch.cat([tokens, torch.full_like(tokens, torch.nan)], dim=-1)
+        return fused.transpose(0, 1)[..., : tokens.shape[-1]]
+
+    def full(self, backend: str, caches: Caches, **options: Any) -> Any:
+        case = self.case
+        return cached_full_attention(
+            self.query if backend == "triton" else self.query.double(),
+            self.key,
+            self.value,
+            caches.oracle,
+            self.chunk,
+            block_size=case.block_size,
+            num_selected=case.selected,
+            forced_first_blocks=case.forced[0],
+            forced_recent_blocks=case.forced[1],
+            backend=backend,
+            **options,
+        )
+
+    def sparse(self, backend: str, caches: Caches, picks: Tensor) -> Tensor:
+        case = self.case
+        return cached_sparse_attention(
+            self.query if backend == "triton" else self.query.double(),
+            self.near_key,
+            self.near_value,
+            *self.gates,
+            caches.oracle,
+            picks,
+            caches.ring,
+            self.chunk,
+            block_size=case.block_size,
+            window=case.window,
+            sparse_sink=self.sinks[0],
+            window_sink=self.sinks[1],
+            backend=backend,
+        )
+
+    def window(self, backend: str, caches: Caches) -> Tensor:
+        return cached_window_attention(
+            self.query if backend == "triton" else self.query.double(),
+            self.near_key,
+            self.near_value,
+            caches.ring,
+            self.chunk,
+            window=self.case.window,
+            sink=self.sinks[0],
+            softmax_scale=0.3,
+            backend=backend,
+        )
+
+
+def compare(case: Case, device: torch.device, seed: int) -> None:
+    """Assert outputs, selections and what stands in the caches, of every kind of layer."""
+    step = Step(case, device, seed)
+    ours, theirs = step.ours, step.theirs
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def reduce(scores: Tensor) -> Tensor:
+            seen[name] = scores.double()
+            return scores
+
+        return reduce
+
+    exact = step.full("reference", theirs, reduce_scores=keep("reference"))
+    with poisoned_memory():
+        got = step.full("triton", ours, reduce_scores=keep("triton"))
+        bare = step.full("triton", ours)
+        alone = step.full("triton", ours, select=False)
+    _assert_near(got.output, exact.output, f"full layer of {case}")
+    assert torch.equal(got.output, bare.output), f"full layer of {case} does not repeat"
+    assert torch.equal(got.block_indices, bare.block_indices), f"{case}: picks do not repeat"
+    assert alone.block_indices is None
+    _assert_near(alone.output, exact.output, f"full layer without selection of {case}")
+    there = seen["reference"] > -torch.inf
+    assert torch.equal(there, seen["triton"] > -torch.inf), f"{case}: visible blocks"
+    # Ours are in base 2.
+    scores = seen["triton"][there] * 0.6931471805599453
+    assert (scores - seen["reference"][there]).abs().max() < NEAR_TIE / 4, f"{case}: scores"
+    wrong = (got.block_indices != exact.block_indices).any(-1)
+    assert not (wrong & ~_has_near_tie(seen["reference"], case, step.chunk)).any(), (
+        f"{case}: selection\n{got.block_indices}\n{exact.block_indices}"
+    )
+
+    with poisoned_memory():
+        found = [step.sparse("triton", ours, exact.block_indices) for _ in range(2)]
+    assert torch.equal(*found), f"sparse layer of {case} does not repeat"
+    wanted = step.sparse("reference", theirs, exact.block_indices)
+    _assert_near(found[0], wanted, f"sparse layer of {case}")
+    nothing = torch.full_like(exact.block_indices, -1)
+    found[0] = step.sparse("triton", ours, nothing)
+    wanted = step.sparse("reference", theirs, nothing)
+    _assert_near(found[0], wanted, f"sparse layer without blocks of {case}")
+    with poisoned_memory():
+        found = [step.window("triton", ours) for _ in range(2)]
+    assert torch.equal(*found), f"window layer of {case} does not repeat"
+    _assert_near(found[0], step.window("reference", theirs), f"window layer of {case}")
+    for kept, expected in zip(ours.bits, theirs.bits, strict=True):
+        assert torch.equal(kept, expected), f"{case}: the caches differ"
+
+
+def _assert_near(found: Tensor, expected: Tensor, what: str) -> None:
+    assert not found.isnan().any(), f"{what}: NaN"
+    error = (found.double() - expected).abs().max() / expected.abs().max().clamp(min=0.1)
+    assert error < TOLERANCE[found.dtype], f"{what} is off by {error:.1e} of the largest"
+
+
+def _has_near_tie(scores: Tensor, case: Case, chunk: Chunk) -> Tensor:
+    """bool [A, HKV, 1]: whether rounding may change which blocks are the K best."""
+    own = chunk.positions[:, None, :, None] // case.block_size
+    block = torch.arange(scores.shape[-1], device=scores.device)
+    forced = (block < case.forced[0]) | (block > own - case.forced[1])
+    free = scores.masked_fill(forced, torch.inf).masked_fill(block > own, -torch.inf)
+    best = free.sort(-1, descending=True).values
+    if case.selected >= best.shape[-1]:
+        return torch.zeros_like(best[..., 0], dtype=torch.bool)
+    last, next_one = best[..., case.selected - 1], best[..., case.selected]
+    return (last - next_one < NEAR_TIE) & (next_one > -torch.inf)
+
+
+def run(case: Case, device: torch.device, seed: int) -> None:
+    """`compare`, with the number of splits that the case asks for."""
+    real = triton_decode._programs
+    triton_decode._programs = lambda device: case.programs
+    try:
+        compare(case, device, seed)
+    finally:
+        triton_decode._programs = real
+
+
+def main(seed: int) -> None:
+    """Run all cases for one seed."""
+    rng = random.Random(seed)
+    cpu = torch.device("cpu")
+    fp32, fp16 = torch.float32, torch.float16
+    fixed = [
+        # One token alone; no row has a block more than it may select.
+        Case((0,), (0,), 1, 1, 16, 16, 16, 3, 4, fp32, fp32),
+        # The first token of a block, the last of a window; more splits than keys.
+        Case((64, 127), (1, 0), 6, 2, 24, 16, 64, 1, 128, fp32, fp32, programs=100),
+        # Long blocks in pieces: head dims 192/128 need tiles of 32 keys in fp32.
+        Case((300, 3), (0, 1), 4, 1, 192, 128, 128, 2, 70, fp32, FP8),
+        # More splits than the second kernel adds up at a time.
+        Case((1100,), (0,), 2, 1, 16, 16, 16, 4, 700, fp32, fp32, programs=45),
+    ]
+    for case in [*fixed, *(draw(rng, rng.choice([fp32, fp32, fp16])) for _ in range(8))]:
+        run(case, cpu, rng.randrange(2**31))
+        print(f"{case} agrees", flush=True)
+    print("all cases agree")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
