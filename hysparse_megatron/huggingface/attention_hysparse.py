@@ -102,8 +102,9 @@ def window_attention(
         return (_mix(logits, value[:, :, inside], sink, query),)
 
     batch, heads = query.shape[:2]
-    per_query = batch * heads * min(places.total, 2 * window)
-    chunks = _in_chunks(attend, query, per_query, places.past, key, value, limit=window)
+    limit = max(window, 128)  # more queries at once would see more keys that most must not see
+    per_query = batch * heads * min(places.total, window + limit)
+    chunks = _in_chunks(attend, query, per_query, places.past, key, value, limit)
     return torch.cat([output for (output,) in chunks], dim=2)
 
 
@@ -196,7 +197,7 @@ def _outside(tokens: Tensor, queries: Tensor, places: Places) -> Tensor:
     hidden = tokens > queries[:, None]
     if places.start is None:
         return hidden
-    return hidden | (tokens < places.start[:, None])[:, None, None, None]
+    return hidden | (tokens < places.first(tokens.device)[:, None])[:, None, None, None]
 
 
 def _product(first: Tensor, second: Tensor) -> Tensor:
@@ -242,7 +243,7 @@ def _select(logits: Tensor, start: int, places: Places, rule: SelectionRule) -> 
         best = padded.unflatten(-1, (-1, size)).amax(-1)
     else:
         tokens = torch.arange(length, device=logits.device)
-        block = (tokens - places.start[:, None]).clamp(min=0) // size
+        block = (tokens - places.first(logits.device)[:, None]).clamp(min=0) // size
         block = block[:, None, None, None].expand_as(logits)
         best = torch.full_like(logits[..., : len(blocks)], _LOWEST)
         best = best.scatter_reduce(-1, block, logits, "amax")

@@ -1,5 +1,6 @@
 """A full-attention model of transformers, taken over: equal at the start, and it trains on."""
 
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,12 +40,18 @@ SIZES = {
     "max_position_embeddings": 64,
 }
 ROTARY = {"rope_type": "default", "rope_theta": 5000.0}
+FP32, BF16 = torch.float32, torch.bfloat16
 MODELS = {
-    "llama": (LlamaForCausalLM, LlamaConfig(**SIZES, rope_parameters=ROTARY)),
-    "llama tied": (LlamaForCausalLM, LlamaConfig(**SIZES, tie_word_embeddings=True, head_dim=8)),
-    "mistral": (MistralForCausalLM, MistralConfig(**SIZES, sliding_window=None)),
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES, rope_parameters=ROTARY, head_dim=16)),
+    "llama": (LlamaForCausalLM, LlamaConfig(**SIZES, rope_parameters=ROTARY), FP32),
+    "llama tied": (
+        LlamaForCausalLM,
+        LlamaConfig(**SIZES, tie_word_embeddings=True, head_dim=8),
+        FP32,
+    ),
+    "mistral": (MistralForCausalLM, MistralConfig(**SIZES, sliding_window=None), BF16),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES, rope_parameters=ROTARY, head_dim=16), FP32),
 }
+"""Class, settings, and the type in which the weights are saved."""
 COVERING = ["--window", "64", "--block-size", "4", "--num-selected", "16"]
 SMALL = ["--window", "5", "--block-size", "4", "--num-selected", "2"]
 
@@ -57,10 +64,12 @@ def group() -> Iterator[None]:
 
 def original(name: str, folder: Path) -> PreTrainedModel:
     """A random model, saved in `folder` with a tokenizer."""
-    kind, config = MODELS[name]
+    kind, config, dtype = MODELS[name]
     model = kind(config).eval()
     randomize(model)
-    model.save_pretrained(folder)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype).float()
+    copy.deepcopy(model).to(dtype).save_pretrained(folder)
     bytes_tokenizer().save(str(folder / "tokenizer.json"))
     return model
 

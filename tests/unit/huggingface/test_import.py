@@ -1,8 +1,10 @@
 """Back from a Hugging Face folder: the same checkpoint, and training that starts from it."""
 
 import dataclasses
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +12,12 @@ import yaml
 
 from hysparse_megatron.checkpoint import store, tensors
 from hysparse_megatron.checkpoint.state import load_state
+from hysparse_megatron.config import compose
 from hysparse_megatron.config.frozen import load_frozen
-from tests.unit.huggingface.exports import IDS, MOE, Run, load, saved_run
+from hysparse_megatron.config.validate import validate
+from hysparse_megatron.errors import CheckpointError
+from hysparse_megatron.training.run import _resume
+from tests.unit.huggingface.exports import IDS, MOE, Run, load, random_run, saved_run
 from tests.unit.model.tiny_models import SEQUENCE
 from tests.unit.single_process import default_group, fresh_seed
 from tools.checkpoint import main as checkpoint_main
@@ -103,3 +109,30 @@ def test_a_model_that_transformers_trained_and_resized(tmp_path: Path) -> None:
         assert torch.equal(
             weights["decoder.layers.3.self_attention.sparse_sink"], attention.sparse_sink
         )
+
+
+def test_a_run_starts_with_the_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copied to conf/experiment/ it is the model, the weights and the tokenizer."""
+    random_run(tmp_path / "run", *HEAVY)
+    tokenizer = ["--tokenizer", str(tmp_path / "run" / "tokenizer.json")]
+    assert (
+        main(["export", "--run-dir", str(tmp_path / "run"), *tokenizer, str(tmp_path / "out")]) == 0
+    )
+    folder = import_folder(tmp_path / "out", tmp_path / "start")
+    shutil.copytree(compose.config_directory(), tmp_path / "conf")
+    shutil.copy(folder / "experiment.yaml", tmp_path / "conf" / "experiment" / "tuned.yaml")
+    monkeypatch.setattr(compose, "config_directory", lambda: tmp_path / "conf")
+    config = compose.compose(
+        ["experiment=tuned", "parallel.tp=2", "parallel.sequence_parallel=true"]
+    )
+    assert config.model == load_frozen(folder / "config.yaml").model
+    assert config.checkpoint.load == str(folder)
+    assert config.data.tokenizer == str(folder / "tokenizer.json")
+    assert not validate(config, world_size=2)
+
+
+def test_weights_alone_are_not_continued(tmp_path: Path) -> None:
+    random_run(tmp_path / "run", "model.layout=F")
+    checkpoint = store.resolve_checkpoint(tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"new run_dir with checkpoint\.load="):
+        _resume(SimpleNamespace(), checkpoint, SimpleNamespace(), print)
