@@ -74,7 +74,11 @@ class _Run:
         self._prepare(problems)
         for problem in () if self.options.captured_only else problems:
             for table in self.options.only:
-                self._table(table, problem)
+                if table != "decode":
+                    self._table(table, problem)
+        if "decode" in self.options.only and not self.options.captured_only:
+            for problem in self.options.decode_problems:
+                self._table("decode", problem)
         if self.captured is not None:
             self._captured(problems[0])
         self.report.say()
@@ -121,6 +125,8 @@ class _Run:
             self.bench.attention(table, problem)
         elif table == "topk":
             self.bench.topk(problem)
+        elif table == "decode":
+            self.bench.decode(problem)
         else:
             # Clustered last: longer sequences keep what a peer's autotuner chose for it.
             for selection in ("clustered",) if table == "block" else ("random", "clustered"):

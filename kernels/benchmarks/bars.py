@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from benchmarks.problem import Problem
-from benchmarks.rows import BACKWARD, BOTH, FORWARD, Rows
+from benchmarks.rows import BACKWARD, BOTH, FORWARD, REPLAYED, Rows
 
 MAIN, WIDE, MANY_GROUPS = "64/4/128/128", "64/4/192/128", "32/8/128/128"
 SHORT, LONG = 32768, 131072
@@ -44,7 +44,7 @@ def bars(rows: Rows) -> list[Bar]:
     problems: dict[Problem, None] = dict.fromkeys(row.problem for row in rows.all)
     result: list[Bar] = []
     for problem in problems:
-        for rule in (_oracle, _memory, _sparse, _lists, _window, _block, _topk):
+        for rule in (_oracle, _memory, _sparse, _lists, _window, _block, _topk, _decode):
             result += rule(rows, problem)
     return [*result, *_growth(rows)]
 
@@ -129,6 +129,16 @@ def _topk(rows: Rows, problem: Problem) -> Iterator[Bar]:
     ratio = _ratio(ours, rows.median_ms("topk", "torch", FORWARD, problem))
     if ratio is not None:
         yield Bar(f"block_topk / torch.topk {_where(problem)}", ratio)
+
+
+def _decode(rows: Rows, problem: Problem) -> Iterator[Bar]:
+    for step in (FORWARD, REPLAYED):
+        full = rows.median_ms("decode", "sdpa_block", step, problem)
+        ratio = _ratio(full, rows.median_ms("decode", "hysparse", step, problem))
+        if ratio is not None:
+            how = "as a graph, " if step == REPLAYED else ""
+            where = f"{_where(problem)}, batch {problem.batch}"
+            yield Bar(f"decode, hybrid block of 12 layers, {how}times faster {where}", ratio)
 
 
 def _growth(rows: Rows) -> Iterator[Bar]:

@@ -13,15 +13,16 @@ from torch import Tensor
 
 from benchmarks import fla_peer, hybrid_block
 from benchmarks.checks import first_line
+from benchmarks.decode import DecodeStep, Measured, as_graph
 from benchmarks.hybrid_block import HybridBlock
 from benchmarks.peers import BY_TABLE, ORACLE, Call, Peer, Refused, output_of
 from benchmarks.problem import FORWARD_TO_BACKWARD, Inputs, Problem
 from benchmarks.rates import Rates
-from benchmarks.rows import BACKWARD, BOTH, FORWARD, Row
+from benchmarks.rows import BACKWARD, BOTH, FORWARD, REPLAYED, Row
 from benchmarks.selections import visible_pairs
 from benchmarks.timing import Timer, Timing
 
-TABLES = ("oracle", "sparse", "window", "block", "topk", "lists")
+TABLES = ("oracle", "sparse", "window", "block", "topk", "lists", "decode")
 
 RETUNE_UP_TO = 65536
 """Longest sequence for which a peer's autotuner is asked again for every selection."""
@@ -205,6 +206,40 @@ class Bench:
             how = "all backwards last" if at_once else "each backward right after its forward"
             row = replace(row, label=f"{row.label}, {how}")
             self.emit(replace(row, timing=self.timer.measure(lambda: block.run(at_once))))
+
+    def decode(self, problem: Problem) -> None:
+        """One new token a sequence: layers alone, and hybrid blocks beside full layers."""
+        for dtype in (torch.bfloat16, hk.FP8):
+            with _free_memory():
+                template = Row("decode", problem, None, "hysparse", "decode step", FORWARD)
+                with self._reporting(template):
+                    step = DecodeStep.random(problem, self.timer.device, self.backend, dtype)
+                    for measured in step.rows():
+                        self._decode_row(template, measured)
+
+    def _decode_row(self, template: Row, measured: Measured) -> None:
+        """Launched one by one and, on a GPU, replayed as a graph."""
+        batch = template.problem.batch
+        row = replace(
+            template,
+            name=measured.name,
+            label=measured.label,
+            bytes_per_token=measured.layers * measured.read_bytes,
+        )
+        steps = [FORWARD, REPLAYED] if self.timer.device.type == "cuda" else [FORWARD]
+        for step in steps:
+            with self._reporting(row):
+                call = as_graph(measured.call) if step == REPLAYED else measured.call
+                timing = _times(self.timer.measure(call), measured.layers)
+                self.emit(
+                    replace(
+                        row,
+                        step=step,
+                        timing=timing,
+                        floor_ms=self.rates.floor_ms(0, batch * (row.bytes_per_token or 0)),
+                        tokens_per_second=1e3 * batch / timing.median_ms,
+                    )
+                )
 
     @contextmanager
     def _reporting(self, row: Row) -> Iterator[None]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import hysparse_kernels as hk
 
 from benchmarks.bars import LONG, MAIN, MANY_GROUPS, SHORT, WIDE
+from benchmarks.decode import BATCHES
 from benchmarks.measure import TABLES
 from benchmarks.preparation import default_processes
 from benchmarks.problem import Problem, parse_shape
@@ -24,6 +26,10 @@ exit codes: 0 measured, whatever the numbers; 1 a result of ours is wrong; 2 no 
 
 DEFAULT_PROBLEMS = ((SHORT, MAIN), (LONG, MAIN), (SHORT, WIDE), (SHORT, MANY_GROUPS))
 """Lengths in tokens and shapes, the most telling first: see `--limit-seconds`."""
+
+
+DECODE_PROBLEMS = tuple((s, shape) for shape in (MAIN, WIDE) for s in (8192, SHORT, LONG))
+"""Those of the decode table, which has batches of its own."""
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace | None:
@@ -52,6 +58,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace | None:
     parser.add_argument("--backend", default="triton", choices=hk.BACKENDS)
     parser.add_argument("--block-size", type=int, default=64)
     parser.add_argument("--num-selected", type=int, default=16)
+    parser.add_argument(
+        "--decode-batch", type=int, nargs="+", default=BATCHES, help="sequences of a decode step"
+    )
     parser.add_argument("--peak-tflops", type=float, default=790.0, help="bf16, for the floors")
     parser.add_argument(
         "--processes",
@@ -72,21 +81,28 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace | None:
     if unknown := sorted(set(options.only) - set(TABLES)):
         print(f"--only: {', '.join(unknown)}: expected some of {','.join(TABLES)}", file=sys.stderr)
         return None
-    wanted = list(DEFAULT_PROBLEMS)
+    wanted, decode = list(DEFAULT_PROBLEMS), list(DECODE_PROBLEMS)
     if options.sequence or options.shapes:
         sequences = options.sequence or [SHORT, LONG]
         wanted = [(s, shape) for s in sequences for shape in options.shapes or [MAIN]]
+        decode = wanted
     try:
-        options.problems = [
-            Problem(
-                sequence,
-                *parse_shape(shape),
-                block_size=options.block_size,
-                num_selected=options.num_selected,
-            )
-            for sequence, shape in wanted
+        options.problems = [_problem(options, *sizes) for sizes in wanted]
+        options.decode_problems = [
+            replace(_problem(options, *sizes), batch=batch)
+            for sizes in decode
+            for batch in options.decode_batch
         ]
     except ValueError as error:
         print(f"--shapes: {error}", file=sys.stderr)
         return None
     return options
+
+
+def _problem(options: argparse.Namespace, sequence: int, shape: str) -> Problem:
+    return Problem(
+        sequence,
+        *parse_shape(shape),
+        block_size=options.block_size,
+        num_selected=options.num_selected,
+    )

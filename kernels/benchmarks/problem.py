@@ -46,7 +46,8 @@ class Problem:
 
     def __str__(self) -> str:
         dims = f"{self.head_dim}/{self.value_dim}"
-        return f"S {self.sequence}, heads {self.heads}/{self.groups}, dims {dims}"
+        batch = f", batch {self.batch}" if self.batch > 1 else ""
+        return f"S {self.sequence}, heads {self.heads}/{self.groups}, dims {dims}{batch}"
 
     def causal_pairs(self) -> float:
         """(query head, key) pairs of full causal attention: half of S x S, as usual."""

@@ -9,6 +9,8 @@ from benchmarks.problem import Problem
 from benchmarks.timing import Timing
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "both"
+REPLAYED = "graph"
+"""A forward recorded as a CUDA graph, without the time that its launches take."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,10 @@ class Row:
     floor_ms: float | None = None
     extra_bytes: int | None = None
     """Peak memory beyond inputs and outputs."""
+    tokens_per_second: float | None = None
+    """Of a decode step; attention alone."""
+    bytes_per_token: int | None = None
+    """That it must read."""
     note: str = ""
 
     def as_json(self) -> dict[str, Any]:

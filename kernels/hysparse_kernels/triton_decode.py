@@ -5,8 +5,8 @@ device even for one long row, and the splits are added up by a second kernel. No
 device: what kernels need of a step is one small tensor, sent once for all layers.
 
 Shapes: A rows of the step, HQ query heads, HKV KV groups, G = HQ // HKV heads per group, D
-query/key head dim, DV value head dim, N blocks of the longest row, K selected, X splits, L = A * HKV
-lines, U tiles of keys.
+query/key head dim, DV value head dim, N blocks of the longest row, K selected, X splits,
+L = A * HKV lines, U tiles of keys.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def why_not(
     device = query.device
     if device.type != "cuda" and not interpreted:
         return f"the Triton kernels need a CUDA device, the tensors are on {device.type}"
-    heads = query.shape[2] // caches[0].key.shape[2]
+    heads = query.shape[2] // caches[0].key.shape[-2]
     if heads > _MAX_HEADS:
         return f"the Triton kernels take up to {_MAX_HEADS} query heads per KV group, not {heads}"
     if block_size is not None and block_size not in _BLOCK_SIZES:
@@ -197,7 +197,8 @@ class _Step:
             "PRECISION": "ieee" if fine else "tf32",
         }
         widths = constants["WIDTH"] + constants["VALUE_WIDTH"]
-        most = 64 if widths * dot.itemsize <= 1024 else 32
+        # fp32 products are unrolled into so much code that large ones take minutes to compile.
+        most = 64 if widths * dot.itemsize <= 1024 else 16
         return cls(
             query if query.stride(-1) == 1 else query.contiguous(),
             chunk, oracle, ring, groups, query.shape[2] // groups,
@@ -216,11 +217,11 @@ class _Step:
 
     @property
     def stages(self) -> int:
-        """Software-pipeline depth whose tiles fit into shared memory."""
+        """Software-pipeline depth: one tile less than that waits in shared memory."""
         caches = [cache for cache in (self.oracle, self.ring) if cache is not None]
         numbers = self.keys * (self.constants["WIDTH"] + self.constants["VALUE_WIDTH"])
         largest = max(cache.key.dtype.itemsize for cache in caches)
-        return max(1, min(4, _SHARED_MEMORY_BYTES // (numbers * largest)))
+        return min(4, 1 + _SHARED_MEMORY_BYTES // (numbers * largest))
 
     def splits(self, tiles: int, least: int = 1) -> int:
         """Into how many programs to cut `tiles`, each of at least `least` if there are as many."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from benchmarks import preparation, selections
 from benchmarks.__main__ import main
-from benchmarks.bars import MAIN, SHORT, bars
+from benchmarks.bars import MAIN, SHORT, WIDE, bars
 from benchmarks.measure import TABLES
 from benchmarks.options import parse
 from benchmarks.problem import Problem, parse_shape
@@ -27,6 +27,7 @@ def test_every_table_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     selections.Captured({"block_size": 16}, {3: indices}).save(captured)
     output = tmp_path / "folder" / "results.txt"
     sizes = ["--sequence", "128", "--shapes", "4/2/8/8", "--block-size", "16"]
+    sizes += ["--decode-batch", "1", "3"]
     code = main([*ON_CPU, *sizes, "--captured", str(captured), "--output", str(output)])
     printed = capsys.readouterr().out
     assert code == 0, printed
@@ -40,6 +41,20 @@ def test_every_table_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert {row["selection"] for row in timed} == {None, "random", "clustered", "captured:3"}
     lengths = {row["problem"]["sequence"] for row in timed if row["selection"] == "captured:3"}
     assert lengths == {256}
+    steps = {
+        (row["name"], row["problem"]["batch"]): row
+        for row in results["rows"]
+        if row["table"] == "decode"
+    }
+    assert {batch for _, batch in steps} == {1, 3}
+    for batch in (1, 3):
+        full, block = steps["sdpa", batch], steps["hysparse", batch]
+        assert full["bytes_per_token"] == 128 * 2 * (8 + 8) * 2
+        # All blocks of 128 tokens are selected, and the window of as many holds all of them.
+        assert block["bytes_per_token"] == full["bytes_per_token"] * (1 + 11 * 2)
+        assert steps["full_fp8", batch]["bytes_per_token"] == 128 * 2 * (8 + 8 + 2)
+        seconds = full["median_ms"] / 1e3
+        assert full["tokens_per_second"] == pytest.approx(batch / seconds)
     refused = {row["name"]: row["note"] for row in results["rows"] if row.get("median_ms") is None}
     assert "needs a CUDA device" in refused["cudnn"]
     assert "needs a CUDA device" in refused["fla"]
@@ -80,6 +95,12 @@ def test_default_problems_are_those_with_goals() -> None:
         (131072, "64/4/128/128"),
         (32768, "64/4/192/128"),
         (32768, "32/8/128/128"),
+    ]
+    assert [(p.sequence, p.shape, p.batch) for p in options.decode_problems] == [
+        (sequence, shape, batch)
+        for shape in (MAIN, WIDE)
+        for sequence in (8192, 32768, 131072)
+        for batch in (1, 16)
     ]
 
 

@@ -9,7 +9,7 @@ import torch
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cases", ["triton_cases", "gating_cases"])
+@pytest.mark.parametrize("cases", ["triton_cases", "gating_cases", "decode_cases"])
 def test_triton_kernels_agree_with_the_reference(cases: str, seed: int) -> None:
     # A process of its own: the interpreter is chosen when the kernels are imported.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([".", "kernels"])}
@@ -27,11 +27,12 @@ def test_triton_kernels_agree_with_the_reference(cases: str, seed: int) -> None:
 
 
 @pytest.mark.slow
-def test_hopper_kernels_compile_without_a_gpu() -> None:
+@pytest.mark.parametrize(("kernels", "number"), [("hopper_compiles", 18), ("decode_compiles", 238)])
+def test_kernels_compile_without_a_gpu(kernels: str, number: int) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([".", "kernels"])}
     environment.pop("TRITON_INTERPRET", None)
     result = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.hopper_compiles"],
+        [sys.executable, "-m", f"tests.kernels.{kernels}"],
         env=environment,
         capture_output=True,
         text=True,
@@ -39,4 +40,4 @@ def test_hopper_kernels_compile_without_a_gpu() -> None:
         check=False,
     )
     assert result.returncode == 0, result.stderr[-4000:]
-    assert "18 compiled" in result.stdout
+    assert f"{number} compiled" in result.stdout

@@ -1,6 +1,8 @@
 """Tokens that come in one by one, or in chunks, give what they give all at once."""
 
+import contextlib
 import random
+from unittest import mock
 
 import pytest
 import torch
@@ -9,6 +11,8 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from hysparse_megatron.config.schema import Config
+from hysparse_megatron.inference.forward import advance
+from hysparse_megatron.model import attention
 from tests.unit.model.tiny_models import VOCABULARY, randomize, tiny_config, tiny_model
 
 BLOCK, WINDOW = 4, 5
@@ -154,3 +158,16 @@ def test_no_room_is_said(groups: ProcessGroupCollection) -> None:
         ValueError, match="sequence 0 has room for 4 tokens: 0 are in the cache and"
     ):
         step_by_step(model, cache, [torch.arange(5), torch.arange(9)], [5, 9], chunk=5)
+
+
+def test_layers_hand_their_backend_on(groups: ProcessGroupCollection, seed: int) -> None:
+    config, model = random_model(["model.layout=F S W", "model.backend=reference"], groups)
+    names = [f"cached_{kind}_attention" for kind in ("full", "sparse", "window")]
+    with contextlib.ExitStack() as stack:
+        watched = [
+            stack.enter_context(mock.patch.object(attention, name, wraps=getattr(attention, name)))
+            for name in names
+        ]
+        advance(model, make_cache(config, [8]), [0], [[1, 2, 3]])
+    for name, operation in zip(names, watched, strict=True):
+        assert [call.kwargs["backend"] for call in operation.call_args_list] == ["reference"], name
