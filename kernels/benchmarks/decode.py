@@ -139,8 +139,9 @@ class DecodeStep:
     def sparse(self) -> Tensor:
         """A sparse layer, both branches and gates."""
         return hk.cached_sparse_attention(
-            self.query, self.key, self.value, *self.gates, self.oracle, self.picks, self.ring,
-            self.chunk, block_size=self.problem.block_size, window=self.problem.window,
+            self.query, self.key, self.value, self.gates[0], self.gates[1], self.oracle,
+            self.picks, self.ring, self.chunk,
+            block_size=self.problem.block_size, window=self.problem.window,
             sparse_sink=self.sink, window_sink=self.sink, backend=self.backend,
         )  # fmt: skip
 
