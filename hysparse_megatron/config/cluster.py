@@ -43,11 +43,11 @@ class SlurmConfig:
     time_limit: str | None = None
     """`12:00:00` or `2-00:00:00`, in quotes, or YAML reads a number; null leaves it to the
     partition."""
-    options: list[str] = field(default_factory=list)
+    options: list[str] = field(default_factory=list, hash=False)
     """Further lines for sbatch, each like `--gres=gpu:8` or `--partition=NAME`."""
-    setup: list[str] = field(default_factory=list)
+    setup: list[str] = field(default_factory=list, hash=False)
     """Lines of bash before anything runs, such as `module load cuda` and exports."""
-    srun_options: list[str] = field(default_factory=list)
+    srun_options: list[str] = field(default_factory=list, hash=False)
     """Further options of srun, such as `--container-image=IMAGE`."""
     command_prefix: str = ""
     """Put before Python in every task, such as `apptainer exec --nv IMAGE`."""

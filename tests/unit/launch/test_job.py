@@ -79,3 +79,10 @@ def test_ranks() -> None:
     assert (num_ranks(on_slurm), ranks_per_node(on_slurm)) == (24, 8)
     fewer = config_of("cluster=slurm", "cluster.nodes=3", "cluster.ranks_per_node=4")
     assert (num_ranks(fewer), ranks_per_node(fewer)) == (12, 4)
+
+
+def test_a_configuration_is_a_key_of_tables() -> None:
+    """Its lists of options compare, and do not keep it from being hashed."""
+    same, other = config_of("cluster=slurm"), config_of("cluster=slurm", "cluster.slurm.options=[]")
+    assert {config_of("cluster=slurm"): 1} == {same: 1}
+    assert same != other
