@@ -62,14 +62,15 @@ def decide(
     saved = max(int(status.get("checkpoint_step") or 0), before)
     failures = int(record.get("failures", 0))
     state, code = status.get("state"), status.get("exit_code")
+    # A finished run that is started again leaves its status as it was.
+    if state == "finished" and (is_of_this_start or not told):
+        return Decision(False, "finished", 0, saved)
     if not is_of_this_start:
         if told:
             return Decision(True, "told to stop before it had begun", failures, saved)
         return Decision(False, "it ended before it had begun: see its log", failures + 1, saved)
     if state == "preempted":
         return Decision(True, f"pre-empted: {status.get('cause')}", 0, saved)
-    if state == "finished":
-        return Decision(False, "finished", 0, saved)
     if code in _FINAL:
         return Decision(False, f"exit code {code} would come again", failures + 1, saved)
     failed = f"failed: {status.get('cause')}"

@@ -161,8 +161,8 @@ def _run_in(
             _note_checkpoint(directory, latest)
         done = store.read_manifest(latest)["step"]
         if done >= config.train.steps:
-            if directory is not None:
-                directory.status.write("finished", exit_code=0, step=done)
+            if directory is not None and directory.state() != "finished":
+                directory.status.write("finished", exit_code=0, step=done)  # killed at its very end
             say(f"{config.run_path} is finished: step {done} of {config.train.steps}, {latest}")
             say("train on with a larger train.steps, or start anew with another run_dir")
             return

@@ -65,7 +65,11 @@ def test_what_would_come_again_stops(code: int) -> None:
 
 
 def test_finished_is_finished() -> None:
-    assert not after({"state": "finished", "exit_code": 0, "checkpoint_step": 100}).goes_on
+    status = {"state": "finished", "exit_code": 0, "checkpoint_step": 100}
+    assert after(status) == after(status, this_start=False)
+    assert after(status).reason == "finished"
+    # Of a run that was to be trained on nobody knows yet what this start would have done.
+    assert after(status, this_start=False, told=True).goes_on
 
 
 @pytest.mark.parametrize("told", [True, False])
