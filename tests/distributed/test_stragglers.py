@@ -13,7 +13,7 @@ from tests.distributed.straggler_jobs import measured_steps
 
 pytestmark = pytest.mark.distributed
 
-STEPS, INTERVAL, SLEEP = 6, 3, 1.5
+STEPS, INTERVAL, SLEEP = 6, 3, 2.5
 MEMORY = "peak_memory_bytes"
 
 
@@ -59,7 +59,7 @@ def test_a_slow_rank_is_named(case: Case, slow: int, pool: WorkerPool) -> None:
     # Later steps take milliseconds, which the machine's other work may make uneven.
     (line,) = [line for line in ranks[0][1] if "steps 2-3" in line]
     assert re.fullmatch(
-        rf"WARNING: rank {slow} on {socket.gethostname()} is slow: 0\.\d+ s of forward passes a "
+        rf"WARNING: rank {slow} on {socket.gethostname()} is slow: [\d.]+ s of forward passes a "
         r"step, [\d.]+ times the median of its pipeline stage \(mean of steps 2-3\)",
         line,
     )
