@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     exporting.add_argument("--dtype", choices=DTYPES, help="of the weights; the checkpoint's")
     exporting.add_argument(
-        "--shard-size", type=_size, default=5 * 10**9, metavar="5GB", help="largest file"
+        "--shard-size", type=_size, default="5GB", help="largest file (%(default)s)"
     )
     exporting.add_argument(
         "--tokenizer", type=Path, help="tokenizer.json or its folder; the run's if left out"
@@ -80,13 +80,14 @@ def _parser() -> argparse.ArgumentParser:
         ("--block-size", 64, "tokens in a block"),
         ("--num-selected", 16, "blocks a query reads of its oracle"),
     ):
+        text += " (%(default)s)"
         adopting.add_argument(option, type=_positive, default=default, metavar="N", help=text)
     adopting.add_argument(
         "--sparse-sink",
         type=float,
         default=4.0,
-        metavar="4.0",
-        help="logit that leaves the sparse branch a small share at the start",
+        metavar="LOGIT",
+        help="leaves the sparse branch a small share at the start (%(default)s)",
     )
     return parser
 

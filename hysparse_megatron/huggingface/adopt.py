@@ -23,7 +23,7 @@ from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.huggingface import settings
 from hysparse_megatron.huggingface.importing import check_names, padded, write_start
 from hysparse_megatron.huggingface.reading import TensorFolder
-from hysparse_megatron.huggingface.weights import KEPT_IN_FP32, Fused, model_weights
+from hysparse_megatron.huggingface.weights import Fused, model_weights
 from hysparse_megatron.layout import LayerKind, parse_layout
 
 ARCHITECTURES = {"llama": False, "mistral": False, "qwen3": True}
@@ -74,10 +74,9 @@ def adopt(source: Path, folder: Path, choices: Choices, say: Say) -> None:
     sources = {}
     for weight in weights:
         kind = kinds[int(weight.name.split(".")[2])] if ".layers." in weight.name else None
-        read = functools.partial(_read, weight, kind, tensors, choices)
-        dtype = tensors.dtype(next((n for n, _ in weight.parts if n in kept), next(iter(kept))))
-        if weight.name.endswith(KEPT_IN_FP32):
-            dtype = torch.float32
+        of_the_original = [name for name, _ in weight.parts if name in kept]
+        dtype = torch.float32 if not of_the_original else tensors.dtype(of_the_original[0])
+        read = functools.partial(_read, weight, kind, tensors, choices, dtype)
         sources[weight.name] = padded(weight.name, Source(weight.shape, dtype, read))
     length = described.get("max_position_embeddings") or 2
     write_start(source, folder, model, sources, length, say)
@@ -87,7 +86,13 @@ _NEW = ("sparse_gate.weight", "window_gate.weight", "sparse_sink", "window_sink"
 """Ends of names of weights that the original does not have."""
 
 
-def _read(weight: Fused, kind: LayerKind | None, tensors: TensorFolder, choices: Choices) -> Tensor:
+def _read(
+    weight: Fused,
+    kind: LayerKind | None,
+    tensors: TensorFolder,
+    choices: Choices,
+    dtype: torch.dtype,
+) -> Tensor:
     made = {"sparse_sink": choices.sparse_sink, "window_sink": NEUTRAL_SINK}
     parts = {}
     for name, shape in weight.shapes.items():
@@ -95,9 +100,9 @@ def _read(weight: Fused, kind: LayerKind | None, tensors: TensorFolder, choices:
         if last in made:
             parts[name] = torch.full(shape, made[last])
         elif name.endswith(_NEW):
-            parts[name] = torch.zeros(shape, dtype=tensors.dtype(weight.parts[0][0]))
+            parts[name] = torch.zeros(shape, dtype=dtype)
         else:
-            parts[name] = tensors.read(name)
+            parts[name] = tensors.read(name).to(dtype)
     whole = weight.join(parts)
     # Exact in every float format: it only moves the exponent.
     doubled = kind is LayerKind.SPARSE and weight.name.endswith("linear_proj.weight")
