@@ -135,7 +135,9 @@ class Step:
         width = case.value_dim if case.gate_per_channel else 1
         shape = (2, 1, len(past), case.heads, width)
         gates = torch.randn(shape, generator=self.generator, device=device)
-        self.gates = [gate.to(case.dtype).transpose(0, 1) for gate in gates]
+        first, second = (gate.to(case.dtype).transpose(0, 1) for gate in gates)
+        apart = torch.cat([second, torch.full_like(second, torch.nan)], dim=-1)
+        self.gates = [first, apart[..., :width]]
         sinks = torch.randn(2, case.heads, generator=self.generator, device=device)
         self.sinks = list(sinks) if case.has_sinks else [None, None]
 
@@ -220,8 +222,9 @@ def compare(case: Case, device: torch.device, seed: int) -> None:
     exact = step.full("reference", theirs, reduce_scores=keep("reference"))
     with poisoned_memory():
         got = step.full("triton", ours, reduce_scores=keep("triton"))
-        bare = step.full("triton", ours)
         alone = step.full("triton", ours, select=False)
+    with poisoned_memory(1e30):
+        bare = step.full("triton", ours)
     _assert_near(got.output, exact.output, f"full layer of {case}")
     assert torch.equal(got.output, bare.output), f"full layer of {case} does not repeat"
     assert torch.equal(got.block_indices, bare.block_indices), f"{case}: picks do not repeat"

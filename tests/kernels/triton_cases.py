@@ -92,14 +92,17 @@ def draw(generator: random.Random, interpreted: bool, packed: bool) -> Case:
 
 
 @contextlib.contextmanager
-def poisoned_memory() -> Iterator[None]:
-    """New tensors hold NaN or huge integers: what is read but was never written shows."""
+def poisoned_memory(number: float = torch.nan) -> Iterator[None]:
+    """New tensors hold `number` or huge integers: what is read but was never written shows.
+
+    A maximum passes over NaN: there a large number shows.
+    """
 
     def poison(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def made(*args: Any, **kwargs: Any) -> Tensor:
             tensor = make(*args, **kwargs)
             if tensor.dtype.is_floating_point:
-                return tensor.fill_(torch.nan)
+                return tensor.fill_(min(number, torch.finfo(tensor.dtype).max))
             return tensor.fill_(torch.iinfo(tensor.dtype).max // 2)
 
         return made
