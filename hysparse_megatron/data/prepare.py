@@ -133,7 +133,8 @@ def is_validation(name: str, *, seed: int, validation_fraction: float) -> bool:
 
 
 def _load_given(path: str, tokenizer_path: str | None) -> PreparedCorpus:
-    prepared = load_prepared(path)
+    # Every rank would read every token, for hours: ids are looked at as samples are read.
+    prepared = load_prepared(path, check_tokens=False)
     if tokenizer_path is not None and _hash_file(tokenizer_path) != prepared.tokenizer_sha256:
         raise DataError(
             f"{tokenizer_path}: is not the tokenizer that {path} was prepared with; "

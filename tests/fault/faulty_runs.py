@@ -16,7 +16,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
-from hysparse_megatron.checkpoint.store import step_directory
+from hysparse_megatron.checkpoint.store import MANIFEST, published, step_directory, step_of
 from hysparse_megatron.runtime.faults import VARIABLE
 from hysparse_megatron.runtime.last_words import WAIT_SECONDS
 from tests.run.run_commands import LOCAL, TINY, TRAIN, Command, processes_naming, read_json, rows
@@ -47,8 +47,8 @@ def short(steps: int) -> list[str]:
 
 FOUR_RANKS = ["parallel=tp2_pp2", "model.layout=F S | S F"]
 
-SECONDS_TO_DETECT = TIMEOUT + 2
-"""From a rank's end or stop to the end of all others."""
+SECONDS_TO_NOTICE = 2
+"""From the timeout after a rank's end or stop to the end of all others."""
 
 
 class FaultyRun:
@@ -130,8 +130,8 @@ class FaultyRun:
 
     def checkpoints(self) -> list[int]:
         """Steps of the checkpoints that are complete."""
-        found = (self.run_dir / "checkpoints").glob("step-*[0-9]/manifest.json")
-        return sorted(int(path.parent.name.removeprefix("step-")) for path in found)
+        found = published(self.run_dir / "checkpoints")
+        return sorted(step_of(path) for path in found if (path / MANIFEST).exists())
 
     def tensors(self, step: int) -> dict[str, torch.Tensor]:
         """Everything in a checkpoint that is a tensor: parameters, moments, step counts."""
@@ -160,6 +160,13 @@ def _tensors(tree: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
     elif isinstance(tree, dict):
         for key, value in tree.items():
             yield from _tensors(value, f"{name}/{key}")
+
+
+def assert_equal(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Bit by bit."""
+    assert len(tensors) > 30
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
 
 
 def rank_pids(run: FaultyRun) -> list[int]:

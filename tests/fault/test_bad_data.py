@@ -112,8 +112,9 @@ def cut(folder: Path) -> str:
 
 
 def spoil_a_token(folder: Path) -> str:
-    put_token(folder / "validation.bin", 700)
-    return f"{folder}/validation.bin: token id 65535 at offset 1400 is outside the vocabulary"
+    """One that the first evaluation reads."""
+    put_token(folder / "validation.bin", 70)
+    return f"{folder}/validation.bin: token id 65535 at offset 140 is outside the vocabulary"
 
 
 def put_token(path: Path, place: int) -> None:
@@ -122,14 +123,7 @@ def put_token(path: Path, place: int) -> None:
     tokens.flush()
 
 
-def change_the_tokenizer(folder: Path) -> str:
-    """Not in size, and not even in what it does."""
-    tokenizer = folder / "tokenizer.json"
-    tokenizer.write_text(tokenizer.read_text().replace(" ", "\t", 1))
-    return f"{tokenizer}: contents differ from the hash in dataset.json"
-
-
-@pytest.mark.parametrize("damage", [cut, spoil_a_token, change_the_tokenizer])
+@pytest.mark.parametrize("damage", [cut, spoil_a_token])
 def test_a_damaged_folder_is_refused_by_file_and_offset(
     damage: Callable[[Path], str], prepared: Path, new_run: NewRun, tmp_path: Path
 ) -> None:
@@ -166,7 +160,7 @@ def test_bad_text_is_refused_by_file_and_offset(name: str, new_run: NewRun, tmp_
 
 
 def test_a_token_that_one_rank_alone_reads(new_run: NewRun, tmp_path: Path) -> None:
-    """In the middle of training: the tokens of a cache are first looked at when they are read."""
+    """In the middle of training: tokens are first looked at when they are read."""
     run, cache = new_run(), f"data.cache_dir={tmp_path}/cache"
     config = compose([*run.settings, cache])
     corpus = load_data(config.data, config.train.seed)

@@ -1,12 +1,12 @@
 """Faults 8, 11 to 16 and 18: checkpoints that are damaged, in the way, cut off or not deleted."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from hysparse_megatron.checkpoint.store import problems_of
-from tests.fault.faulty_runs import FOUR_RANKS, STEPS, FaultyRun
+from tests.fault.faulty_runs import FOUR_RANKS, STEPS, FaultyRun, assert_equal
 from tests.run.run_commands import contents, facts
 
 NewRun = Callable[..., FaultyRun]
@@ -33,26 +33,24 @@ def test_a_signal_during_a_save_beside_training_waits_for_it(
     assert facts(run.run_dir) == facts(straight.run_dir)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_killed_between_the_files_and_the_manifest(
-    ranks: int, new_run: NewRun, request: pytest.FixtureRequest
-) -> None:
-    straight: FaultyRun = request.getfixturevalue("straight" if ranks == 2 else "straight_four")
-    layout = FOUR_RANKS if ranks == 4 else []
-    run = new_run(ranks)
-    run.run(*layout, code=1, fault="kill_before_manifest@0:8")
+def test_killed_between_the_files_and_the_manifest(straight: FaultyRun, new_run: NewRun) -> None:
+    run = new_run()
+    run.run(code=1, fault="kill_before_manifest@0:8")
     run.assert_ended("failed", 1, 0, "rank 0 was killed by SIGKILL")
-    complete, unfinished = names(run)
-    assert complete == "step-00000004"
-    assert unfinished.startswith("step-00000008.tmp-")
-    # Of data-parallel ranks the first writes for all.
-    writers = range(4) if ranks == 4 else range(1)
-    written = {path.name for path in (run.run_dir / "checkpoints" / unfinished).iterdir()}
-    assert written >= {f"__{rank}_0.distcp" for rank in writers}, "all but the manifest"
-    output = run.run(*layout, code=0)
+    assert_unfinished(run, 8, writers=[0])  # of data-parallel ranks the first writes for all
+    output = run.run(code=0)
     assert "resuming after step 4" in output
     assert names(run) == ["step-00000004", "step-00000008", "step-00000012"]
     assert facts(run.run_dir) == facts(straight.run_dir)
+
+
+def assert_unfinished(run: FaultyRun, step: int, writers: Sequence[int]) -> None:
+    """The newest checkpoint has everything but its manifest and its name."""
+    unfinished = names(run)[-1]
+    assert unfinished.startswith(f"{run.checkpoint(step).name}.tmp-")
+    written = {path.name for path in (run.run_dir / "checkpoints" / unfinished).iterdir()}
+    assert written >= {f"__{rank}_0.distcp" for rank in writers}
+    assert "manifest.json" not in written
 
 
 def test_junk_where_checkpoints_belong(straight: FaultyRun, new_run: NewRun) -> None:
@@ -123,7 +121,7 @@ def fill_the_manifest(checkpoint: Path) -> Path:
 DAMAGES = [flip_a_byte, cut, lose_the_manifest, empty_the_manifest, fill_the_manifest]
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", [flip_a_byte, cut, fill_the_manifest])
 def test_a_damaged_checkpoint_that_was_asked_for(
     damage: Callable[[Path], Path], straight: FaultyRun, new_run: NewRun
 ) -> None:
@@ -152,19 +150,36 @@ def test_all_damaged_ones_are_named_and_the_one_before_is_taken(new_run: NewRun)
     assert facts(run.run_dir) == {key: row for key, row in expected.items() if key[0] > 2}
 
 
-def test_a_flipped_byte_in_four_ranks(straight_four: FaultyRun, new_run: NewRun) -> None:
+def test_four_ranks_stopped_then_killed_in_a_save_then_damaged(
+    straight_four: FaultyRun, new_run: NewRun
+) -> None:
+    """Tensor parallel 2, pipeline parallel 2: faults 6, 11 and 13, bit-equal all the same."""
     run = new_run(ranks=4)
-    run.take_over(straight_four, 8)
-    damaged = flip_a_byte(run.checkpoint(8))
+    run.run(*FOUR_RANKS, code=3, fault="sigterm@2:6")
+    run.assert_ended("preempted", 3, 2, "SIGTERM on rank 2 after step 6; saved at step 6")
+
+    output = run.run(*FOUR_RANKS, code=1, fault="kill_before_manifest@0:8")
+    assert "resuming after step 6" in output
+    expected = facts(straight_four.run_dir)
+    assert (8, True) in facts(run.run_dir)
+    assert facts(run.run_dir).items() <= expected.items()
+    assert run.checkpoints() == [4, 6]
+    assert_unfinished(run, 8, writers=range(4))
+
+    damaged = flip_a_byte(run.checkpoint(6))
     assert damaged.name == "__3_0.distcp"
     told = f"{damaged} has another content than the manifest says"
-    output = run.run(*FOUR_RANKS, "checkpoint.step=8", code=6)
+    output = run.run(*FOUR_RANKS, "checkpoint.step=6", code=6)
     assert told in output
     run.assert_ended("failed", 6, None, told)
+
     output = run.run(*FOUR_RANKS, code=0)
     assert f"WARNING: a newer checkpoint is damaged and left out: {told}" in output
     assert "resuming after step 4" in output
-    assert facts(run.run_dir) == facts(straight_four.run_dir)
+    assert run.checkpoints() == [4, 8, STEPS]
+    assert list((run.run_dir / "checkpoints").glob("*.tmp-*")) == []
+    assert facts(run.run_dir) == expected
+    assert_equal(run.tensors(STEPS), straight_four.tensors(STEPS))
 
 
 def test_only_damaged_checkpoints_are_no_fresh_start(straight: FaultyRun, new_run: NewRun) -> None:
@@ -181,11 +196,10 @@ def test_only_damaged_checkpoints_are_no_fresh_start(straight: FaultyRun, new_ru
     assert (run.run_dir / "metrics.jsonl").read_bytes() == metrics
 
 
-@pytest.mark.parametrize("asynchronous", ["true", "false"])
-def test_a_full_disk_during_a_save(asynchronous: str, new_run: NewRun) -> None:
-    """Of the second rank's machine; both write."""
+def test_a_full_disk_during_a_save(new_run: NewRun) -> None:
+    """Of the second rank's machine, beside training; both write."""
     run = new_run()
-    settings = ["parallel.tp=2", f"checkpoint.asynchronous={asynchronous}"]
+    settings = ["parallel.tp=2", "checkpoint.asynchronous=true"]
     output = run.run(*settings, code=6, fault="full_disk@1:8:write")
     told = "step-00000008 was not written; rank 1: OSError: [Errno 27] File too large"
     assert told in output

@@ -5,9 +5,7 @@ import signal
 import time
 from collections.abc import Callable
 
-import torch
-
-from tests.fault.faulty_runs import FOUR_RANKS, STEPS, FaultyRun, rank_pids
+from tests.fault.faulty_runs import FOUR_RANKS, STEPS, FaultyRun, assert_equal, rank_pids
 from tests.run.run_commands import facts
 
 NewRun = Callable[..., FaultyRun]
@@ -83,24 +81,6 @@ def test_the_launcher_passes_a_signal_on(new_run: NewRun) -> None:
     run.assert_ended("preempted", 3, run.status()["rank"], "SIGUSR1 on rank")
     assert run.checkpoints()[-1] == run.status()["step"]
     assert run.row(2)["bad"] == "loss not finite on rank 3"
-
-
-def test_a_signal_on_one_of_four_ranks(straight_four: FaultyRun, new_run: NewRun) -> None:
-    run = new_run(ranks=4)
-    run.run(*FOUR_RANKS, code=3, fault="sigterm@2:6")
-    run.assert_ended("preempted", 3, 2, "SIGTERM on rank 2 after step 6; saved at step 6")
-    assert run.checkpoints() == [4, 6]
-    output = run.run(*FOUR_RANKS, code=0)
-    assert "resuming after step 6" in output
-    assert facts(run.run_dir) == facts(straight_four.run_dir)
-    assert_equal(run.tensors(STEPS), straight_four.tensors(STEPS))
-
-
-def assert_equal(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """Bit by bit."""
-    assert len(tensors) > 30
-    assert tensors.keys() == expected.keys()
-    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
 
 
 def test_the_deadline(new_run: NewRun) -> None:
