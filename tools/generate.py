@@ -19,8 +19,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hysparse_megatron.errors import CheckpointError, ConfigError, HySparseError
-from hysparse_megatron.runtime.launcher import rank_from_environment
+from hysparse_megatron.config.frozen import CONFIG_FILE
+from hysparse_megatron.errors import CheckpointError, ConfigError, DataError, HySparseError
+from hysparse_megatron.runtime.launcher import Rank, rank_from_environment
 from hysparse_megatron.runtime.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -37,23 +38,39 @@ def main(argv: Sequence[str]) -> int:
         rank = rank_from_environment()
         rank_number = rank.rank
         prompts = _prompts(given)
+        _require_run(given.run_dir)
         # Imported late: a wrong command must fail before seconds of imports.
         quiet_libraries()
-        from hysparse_megatron.inference.load import inference_config, load_model
-        from hysparse_megatron.runtime import device as runtime_device
-
-        config = inference_config(given.run_dir, rank.world_size)
-        device = runtime_device.start(rank, config.parallel)
-        loaded = load_model(
-            config, device, given.run_dir, given.checkpoint, verify=not given.no_verify
-        )
-        _generate(given, loaded, prompts, is_first=rank.rank == 0)
-        runtime_device.stop()
+        _run(given, prompts, rank)
     except HySparseError as error:
         if rank_number == 0:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
     return 0
+
+
+def _run(given: argparse.Namespace, prompts: Sequence[str], rank: Rank) -> None:
+    from hysparse_megatron.inference.load import inference_config, load_model
+    from hysparse_megatron.runtime import device as runtime_device
+
+    config = inference_config(given.run_dir, rank.world_size)
+    device = runtime_device.start(rank, config.parallel)
+    try:
+        verify = not given.no_verify
+        loaded = load_model(config, device, given.run_dir, given.checkpoint, verify)
+        _generate(given, loaded, prompts, is_first=rank.rank == 0)
+    except HySparseError:  # of all ranks together; after a crash nobody may wait for anybody
+        _leave()
+        raise
+    _leave()
+
+
+def _leave() -> None:
+    from hysparse_megatron.runtime import device as runtime_device
+    from hysparse_megatron.runtime.process_groups import destroy_process_groups
+
+    destroy_process_groups()
+    runtime_device.stop()
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -159,14 +176,20 @@ def _prompts(given: argparse.Namespace) -> list[str]:
     return prompts
 
 
+def _require_run(run_dir: Path) -> None:
+    if not (run_dir / CONFIG_FILE).is_file():
+        raise ConfigError(f"--run-dir: {run_dir} is no run directory: no {CONFIG_FILE} in it")
+
+
 def _generate(
     given: argparse.Namespace, loaded: LoadedModel, prompts: Sequence[str], is_first: bool
 ) -> None:
     from hysparse_megatron.inference.generate import CacheDtype, Settings, generate
     from hysparse_megatron.inference.report import report
     from hysparse_megatron.inference.sampling import Sampling
+    from hysparse_megatron.runtime.agreement import on_every_rank
 
-    tokenizer = _tokenizer(given, loaded)
+    tokenizer = on_every_rank(lambda: _tokenizer(given, loaded), os_error=DataError)
     # An empty prompt starts a document, as whatever follows the end of another.
     ids = [tokenizer.encode(prompt) or [tokenizer.end_of_document] for prompt in prompts]
     settings = Settings(

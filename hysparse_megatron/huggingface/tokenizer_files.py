@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,9 @@ from tokenizers import Tokenizer
 
 from hysparse_megatron.checkpoint.store import digest_of
 from hysparse_megatron.config.schema import DataConfig
-from hysparse_megatron.data.blend import parse_blend
 from hysparse_megatron.data.card import SENTENCEPIECE_NAME, TOKENIZER_NAME
-from hysparse_megatron.data.tokenizer import load_tokenizer, tokenizer_file
+from hysparse_megatron.data.run_tokenizer import tokenizer_places
+from hysparse_megatron.data.tokenizer import load_tokenizer
 from hysparse_megatron.errors import ConfigError, DataError
 
 CONFIG_NAME = "tokenizer_config.json"
@@ -28,7 +27,7 @@ def find_tokenizer(data: DataConfig, identity: dict[str, Any]) -> Path:
     `identity` is what the manifest says of the data. Raises ConfigError if it is not found.
     """
     wanted = identity.get("tokenizer_sha256")
-    for path in _candidates(data):
+    for path in tokenizer_places(data):
         if path.is_file() and wanted in (None, digest_of(path)):
             if path.name == SENTENCEPIECE_NAME:
                 raise ConfigError(
@@ -40,18 +39,6 @@ def find_tokenizer(data: DataConfig, identity: dict[str, Any]) -> Path:
         "the tokenizer that the run trained with is not where its settings say; name its "
         f"{TOKENIZER_NAME} with --tokenizer"
     )
-
-
-def _candidates(data: DataConfig) -> Iterator[Path]:
-    if data.tokenizer is not None:
-        yield Path(tokenizer_file(data.tokenizer))
-    folders = [Path(path) for _, path in parse_blend(data.blend)] if data.blend else []
-    folders += [Path(data.path)] if data.path is not None else []
-    if Path(data.cache_dir).is_dir():
-        folders += sorted(Path(data.cache_dir).iterdir())
-    for folder in folders:
-        yield folder / TOKENIZER_NAME
-        yield folder / SENTENCEPIECE_NAME
 
 
 def check_vocabulary(path: Path, rows: int, trained: int | None = None) -> int:

@@ -92,7 +92,7 @@ def generate(
     settings: Settings,
     on_token: OnToken = lambda number, token: False,
 ) -> Generated:
-    """Continue each of `prompts` (token ids, at least one each). Collective over tensor ranks.
+    """Continue `prompts` (at least one, of token ids, at least one each). Collective.
 
     A sequence ends with a stop token, when `on_token` says so, or after `max_new_tokens`.
 
@@ -170,7 +170,7 @@ def _require_memory(
         free = psutil.virtual_memory().available // loaded.groups.tp.size()
     if needed > free:
         raise ConfigError(
-            f"{len(capacities)} sequences of up to {max(capacities):,} tokens need a cache of "
+            f"{len(capacities)} sequence(s) of up to {max(capacities):,} tokens need a cache of "
             f"{needed:,} bytes, but {free:,} are free: give a shorter prompt, fewer at once, fewer "
             "new tokens, or the cache dtype fp8"
         )

@@ -6,6 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
+from hysparse_kernels import FP8
 from incremental import assert_equal, at_once, make_cache, step_by_step, without_near_ties
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -69,10 +70,11 @@ VARIANTS: dict[str, list[str]] = {
 
 
 def random_model(
-    overrides: list[str], groups: ProcessGroupCollection
+    overrides: list[str], groups: ProcessGroupCollection, seed: int
 ) -> tuple[Config, HybridModel]:
     config = tiny_config(*overrides)
     model = tiny_model(config, groups)
+    torch.manual_seed(seed)  # initial weights come from a stream of their own
     randomize(model)
     model.eval()
     return config, model
@@ -89,7 +91,7 @@ def lengths_at_borders(rng: random.Random, count: int) -> list[int]:
 def test_step_by_step_is_at_once(variant: str, groups: ProcessGroupCollection, seed: int) -> None:
     """Sequences of different lengths, from prompts of different lengths, in random chunks."""
     rng = random.Random(seed)
-    config, model = random_model(VARIANTS[variant], groups)
+    config, model = random_model(VARIANTS[variant], groups, seed)
     lengths = lengths_at_borders(rng, count=4)
     sequences, expected = without_near_ties(model, lengths, VOCABULARY)
     prompts = [rng.randint(1, length) for length in lengths]
@@ -101,7 +103,7 @@ def test_step_by_step_is_at_once(variant: str, groups: ProcessGroupCollection, s
 
 @pytest.mark.parametrize("chunk", [1, 2, BLOCK, WINDOW, 7, 64])
 def test_any_chunk_of_the_prompt(chunk: int, groups: ProcessGroupCollection, seed: int) -> None:
-    config, model = random_model(["model.layout=F S W F"], groups)
+    config, model = random_model(["model.layout=F S W F"], groups, seed)
     lengths = [29, 8]
     sequences, expected = without_near_ties(model, lengths, VOCABULARY)
     found = step_by_step(model, make_cache(config, lengths), sequences, lengths, chunk)
@@ -111,7 +113,7 @@ def test_any_chunk_of_the_prompt(chunk: int, groups: ProcessGroupCollection, see
 def test_a_long_text_in_the_paper_s_proportions(groups: ProcessGroupCollection, seed: int) -> None:
     """Windows of two blocks, many more blocks than are selected, room to spare in the cache."""
     overrides = ["model.layout=F S S F S", "model.window=8", "model.num_selected_blocks=4"]
-    config, model = random_model(overrides, groups)
+    config, model = random_model(overrides, groups, seed)
     lengths = [151, 120]
     sequences, expected = without_near_ties(model, lengths, VOCABULARY)
     cache = make_cache(config, [200, 120])
@@ -119,9 +121,34 @@ def test_a_long_text_in_the_paper_s_proportions(groups: ProcessGroupCollection, 
     assert_equal(found, expected)
 
 
+@pytest.mark.parametrize("storage", [torch.bfloat16, FP8], ids=["bf16", "fp8"])
+def test_a_coarser_cache(storage: torch.dtype, groups: ProcessGroupCollection, seed: int) -> None:
+    """Moves logits by less than a number of it may be off; weights are as they are drawn."""
+    config = tiny_config("model.layout=F S W F", "model.init_std=0.1")
+    model = tiny_model(config, groups).eval()
+    torch.manual_seed(seed)
+    tokens = torch.randint(0, VOCABULARY, (29,))
+    exact = at_once(model, tokens)
+    cache = make_cache(config, [29], full_dtype=storage)
+    (found,) = step_by_step(model, cache, [tokens], [20], chunk=6)
+    error = (found.logits - exact.logits).abs().max() / exact.logits.abs().max()
+    assert 1e-6 < error < 1 / 16
+
+
+def test_a_model_in_bf16(groups: ProcessGroupCollection, seed: int) -> None:
+    """Up to its own noise; without oracles, whose picks noise would change."""
+    config, model = random_model(["model.layout=F W F W", "train.precision=bf16"], groups, seed)
+    tokens = torch.randint(0, VOCABULARY, (29,))
+    exact = at_once(model, tokens)
+    bf16 = {"full_dtype": torch.bfloat16, "window_dtype": torch.bfloat16}
+    (found,) = step_by_step(model, make_cache(config, [29], **bf16), [tokens], [9], chunk=4)
+    error = (found.logits - exact.logits).abs().max() / exact.logits.abs().max()
+    assert error < 0.05
+
+
 def test_nothing_stays_on_a_module(groups: ProcessGroupCollection, seed: int) -> None:
     """Two caches in turn, over one model, do not know of each other."""
-    config, model = random_model(["model.layout=F S W F"], groups)
+    config, model = random_model(["model.layout=F S W F"], groups, seed)
     lengths = [18, 23]
     sequences, expected = without_near_ties(model, lengths, VOCABULARY)
     caches = [make_cache(config, [length]) for length in lengths]
@@ -144,15 +171,15 @@ def test_nothing_stays_on_a_module(groups: ProcessGroupCollection, seed: int) ->
 
 def test_training_goes_on_as_before(groups: ProcessGroupCollection, seed: int) -> None:
     """Generation between two forward passes changes no bit of the second."""
-    config, model = random_model(["model.layout=F S W F"], groups)
+    config, model = random_model(["model.layout=F S W F"], groups, seed)
     tokens = torch.randint(0, VOCABULARY, (29,))
     before = at_once(model, tokens)
     step_by_step(model, make_cache(config, [29]), [tokens], [12], chunk=5)
     assert torch.equal(at_once(model, tokens).logits, before.logits)
 
 
-def test_no_room_is_said(groups: ProcessGroupCollection) -> None:
-    config, model = random_model(["model.layout=W"], groups)
+def test_no_room_is_said(groups: ProcessGroupCollection, seed: int) -> None:
+    config, model = random_model(["model.layout=W"], groups, seed)
     cache = make_cache(config, [4, 9])
     with pytest.raises(
         ValueError, match="sequence 0 has room for 4 tokens: 0 are in the cache and"

@@ -1,0 +1,86 @@
+"""The tokenizer of a finished run is found by its hash."""
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import pytest
+from bulk_corpora import make_texts, prepare, save_tokenizer, write_lines
+from test_bulk_tokenizers import save_sentencepiece
+
+from hysparse_megatron.config.schema import DataConfig
+from hysparse_megatron.data.run_tokenizer import load_run_tokenizer
+from hysparse_megatron.errors import DataError
+
+TEXT = make_texts(3)[2]
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def settings(folder: Path, **changes: str) -> DataConfig:
+    return DataConfig(**{"cache_dir": str(folder / "cache"), **changes})
+
+
+def test_in_the_cache_among_others(tmp_path: Path) -> None:
+    for size in (300, 320, 340):
+        (tmp_path / "cache" / str(size)).mkdir(parents=True)
+        save_tokenizer(tmp_path / "cache" / str(size) / "tokenizer.json", size)
+    wanted = digest(tmp_path / "cache" / "320" / "tokenizer.json")
+    found = load_run_tokenizer(settings(tmp_path, path="gone"), wanted)
+    assert found.vocab_size == 320
+    assert found.decode(found.encode(TEXT)) == TEXT
+
+
+@pytest.mark.parametrize("key", ["tokenizer", "path", "blend"])
+def test_where_the_settings_say(key: str, tmp_path: Path) -> None:
+    save_tokenizer(tmp_path / "tokenizer.json", 300)
+    folder = f"1 {tmp_path}" if key == "blend" else str(tmp_path)
+    found = load_run_tokenizer(
+        settings(tmp_path, **{key: folder}), digest(tmp_path / "tokenizer.json")
+    )
+    assert found.vocab_size == 300
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "tokenizers"])
+def test_of_prepared_data(kind: str, tmp_path: Path) -> None:
+    """Text and back, and the end that its documents were closed with."""
+    made = tmp_path / "prepared"
+    given = tmp_path / ("given.model" if kind == "sentencepiece" else "given.json")
+    (save_sentencepiece if kind == "sentencepiece" else save_tokenizer)(given)
+    corpus = write_lines(tmp_path / "a.jsonl", make_texts(30))
+    prepared = prepare(made, corpus, tokenizer=given)
+    found = load_run_tokenizer(settings(tmp_path, path=str(made)), digest(given))
+    assert found.end_of_document == prepared.end_of_document
+    assert found.vocab_size == prepared.vocab_size
+    ids = found.encode(TEXT)
+    assert len(ids) > 3
+    assert found.decode(ids).split() == TEXT.split()
+
+
+def test_the_card_knows_another_end(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path / "tokenizer.json", 300)
+    (tmp_path / "dataset.json").write_text('{"end_of_document": 77}')
+    wanted = digest(tmp_path / "tokenizer.json")
+    assert load_run_tokenizer(settings(tmp_path, path=str(tmp_path)), wanted).end_of_document == 77
+
+
+def test_another_one_is_refused(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path / "tokenizer.json", 300)
+    with pytest.raises(DataError, match="is not the tokenizer that this run was trained with"):
+        load_run_tokenizer(settings(tmp_path), "0" * 64, given=str(tmp_path))
+    with pytest.raises(DataError, match=r"name the tokenizer\.json beside the prepared data"):
+        load_run_tokenizer(settings(tmp_path), "0" * 64, given="bytes")
+    with pytest.raises(DataError, match="name its file with --tokenizer"):
+        load_run_tokenizer(settings(tmp_path, path=str(tmp_path)), "0" * 64)
+
+
+def test_given_by_hand(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path / "tokenizer.json", 300)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.move(tmp_path / "tokenizer.json", elsewhere / "moved.json")
+    wanted = digest(elsewhere / "moved.json")
+    found = load_run_tokenizer(settings(tmp_path), wanted, given=str(elsewhere / "moved.json"))
+    assert found.vocab_size == 300
