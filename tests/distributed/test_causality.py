@@ -36,7 +36,7 @@ CASES = [
     Case("pp2-vpp2", INTERLEAVED, pp=2, vpp=2, train=HALF_BATCH),
     Case("tp2-pp2-sp-inside", INSIDE, tp=2, pp=2, sp=True, train=HALF_BATCH),
 ]
-TOLERANCE = 1e-6
+TOLERANCE, SEEN = 5e-6, 1e-4
 
 MIXED = "F S W F S | S W F"
 EXPERTS = {"moe": MoeConfig(num_experts=8, num_active_experts=2, expert_ffn_hidden_size=32)}
@@ -60,7 +60,7 @@ def test_the_past_does_not_change(case: Case, pool: WorkerPool, session_seed: in
         change = np.abs(after - before)
         assert change[..., :position].max(initial=0.0) <= TOLERANCE
         # Every sequence notices at once: the changed token's own logits come from it.
-        assert change[..., position].min() > 100 * TOLERANCE
+        assert change[..., position].min() > SEEN
         for run in runs:
             for layer, indices in run[0].selections.items():
                 other = run[number].selections[layer]
@@ -75,7 +75,7 @@ def test_documents_do_not_see_one_another(case: Case, pool: WorkerPool, session_
     for change, start, stop, position in changes_by_document(case, pool, session_seed):
         assert change[:position].max(initial=0.0) <= TOLERANCE
         assert change[stop:].max(initial=0.0) <= TOLERANCE
-        assert change[position] > 100 * TOLERANCE
+        assert change[position] > SEEN
         assert start <= position < stop
         later += len(change[stop:]) > 0
     assert later, "every changed document was the last one"
@@ -88,7 +88,7 @@ def test_without_masks_they_do(letters: str, pool: WorkerPool, session_seed: int
         change[stop:].max(initial=0.0)
         for change, _, stop, _ in changes_by_document(case, pool, session_seed)
     ]
-    assert max(seen) > 100 * TOLERANCE
+    assert max(seen) > SEEN
 
 
 def changes_by_document(
@@ -110,7 +110,7 @@ def test_a_leak_is_found(pool: WorkerPool, session_seed: int) -> None:
     positions, runs = change_tokens(CASES[0], pool, session_seed, leak=True)
     for number, position in enumerate(positions, start=1):
         change = np.abs(losses_of(runs, number) - losses_of(runs, 0))
-        assert change[..., :position].max() > 100 * TOLERANCE
+        assert change[..., :position].max() > SEEN
 
 
 def change_tokens(
