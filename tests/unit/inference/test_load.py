@@ -1,0 +1,51 @@
+"""The configuration with which a run generates."""
+
+from pathlib import Path
+
+import pytest
+
+from hysparse_megatron.config.compose import compose
+from hysparse_megatron.config.frozen import freeze
+from hysparse_megatron.config.schema import Fp8, Recompute
+from hysparse_megatron.errors import ConfigError
+from hysparse_megatron.inference.load import inference_config
+
+EXPERTS = ["model.moe.num_experts=6", "model.moe.num_active_experts=2"]
+TRAINED = [
+    "model=tiny_hysparse",
+    "model.layout=F 2*S | S F",
+    "model.fp8=tensorwise",
+    "train.recompute=selective",
+    "parallel.tp=4",
+    "parallel.pp=2",
+    "parallel.sequence_parallel=true",
+]
+
+
+def frozen(run_dir: Path, *overrides: str) -> Path:
+    freeze(compose([*TRAINED, *overrides]), run_dir)
+    return run_dir
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_all_ranks_are_tensor_ranks(ranks: int, tmp_path: Path) -> None:
+    config = inference_config(frozen(tmp_path), ranks)
+    parallel = config.parallel
+    assert (parallel.tp, parallel.pp, parallel.vpp, parallel.ep) == (ranks, 1, None, 1)
+    assert not parallel.sequence_parallel
+    assert config.model.layout == "FSSSF"
+    assert config.model.fp8 is Fp8.none
+    assert config.train.recompute is Recompute.none
+
+
+def test_experts_are_spread_if_they_can_be(tmp_path: Path) -> None:
+    frozen(tmp_path, *EXPERTS, "parallel.ep=2")
+    assert inference_config(tmp_path, 2).parallel.ep == 2
+    assert inference_config(tmp_path, 4).parallel.ep == 1
+
+
+def test_a_split_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"heads: got 4; +allowed a multiple of parallel.tp = 3"):
+        inference_config(frozen(tmp_path), 3)
+    with pytest.raises(ConfigError, match=r"cannot read the configuration .*nowhere"):
+        inference_config(tmp_path / "nowhere", 1)
