@@ -18,8 +18,8 @@ if [[ $(id -u) != 0 ]] || ! command -v apt-get > /dev/null; then
 fi
 echo "installing ${missing[*]}"
 export DEBIAN_FRONTEND=noninteractive
-install=(apt-get install --yes --quiet=2 --no-install-recommends "${missing[@]}")
+install=(timeout 240 apt-get install --yes --quiet=2 --no-install-recommends "${missing[@]}")
 "${install[@]}" > /dev/null 2>&1 ||
-  { apt-get update --quiet=2 && "${install[@]}" > /dev/null; } ||
+  { timeout 120 apt-get update --quiet=2 && "${install[@]}" > /dev/null; } ||
   echo "note: ${missing[*]} could not be installed"
 exit 0
