@@ -28,10 +28,16 @@ def advance(
     padded = torch.zeros(len(rows), chunk.width, dtype=torch.int64)
     for line, of_row in zip(padded, tokens, strict=True):
         line[: len(of_row)] = torch.tensor(of_row)
-    hidden = model.embedding(padded.to(cache.device), chunk.positions)
-    hidden = model.decoder(hidden, None, _rotary(model, chunk), steps=cache.steps(chunk))
+    hidden = forward(model, cache, chunk, padded.to(cache.device))
     cache.advance(chunk)
     return hidden
+
+
+@torch.no_grad()
+def forward(model: HybridModel, cache: KvCache, chunk: Chunk, tokens: Tensor) -> Tensor:
+    """`advance` with tokens [A, C] on the device, which the cache stores but does not count."""
+    hidden = model.embedding(tokens, chunk.positions)
+    return model.decoder(hidden, None, _rotary(model, chunk), steps=cache.steps(chunk))
 
 
 @torch.no_grad()
@@ -46,6 +52,6 @@ def logits_of(model: HybridModel, hidden: Tensor) -> Tensor:
 def _rotary(model: HybridModel, chunk: Chunk) -> Tensor:
     """Angles [C, A, 1, rotated channels] at each token's own position, as megatron-core lays them
     out."""
-    frequencies = model.rotary_pos_emb.inv_freq.to(chunk.device)
+    frequencies = model.rotary_pos_emb.inv_freq.to(chunk.device)  # there already, if loaded
     angles = chunk.positions.transpose(0, 1).unsqueeze(-1) * frequencies
     return torch.cat([angles, angles], dim=-1).unsqueeze(2)

@@ -18,8 +18,12 @@ from hysparse_megatron.inference.forward import advance, logits_of
 from hysparse_megatron.inference.kv_cache import KvCache
 from hysparse_megatron.inference.load import LoadedModel
 from hysparse_megatron.inference.sampling import Sampler, Sampling
+from hysparse_megatron.inference.steps import EagerSteps, GraphedSteps, why_no_graph
 from hysparse_megatron.layout import LayerKind
 from hysparse_megatron.runtime.agreement import on_every_rank
+
+_LEAST_STEPS_OF_A_GRAPH = 16
+"""Recording takes about as long as so few steps would save."""
 
 
 class CacheDtype(enum.Enum):
@@ -45,6 +49,8 @@ class Settings:
     prefill_chunk: int = 512
     """Tokens of each prompt taken in at a time: bounds the memory of long prompts."""
     cache_dtype: CacheDtype = CacheDtype.model
+    cuda_graph: bool = True
+    """Record the decode step as a CUDA graph where that can be and pays."""
 
 
 @dataclass
@@ -129,11 +135,14 @@ def generate(
     generated.prefill_seconds = time.perf_counter() - started
 
     started = time.perf_counter()
+    steps: EagerSteps | GraphedSteps = EagerSteps(loaded, cache)
+    pays = rows and settings.max_new_tokens >= _LEAST_STEPS_OF_A_GRAPH
+    if settings.cuda_graph and pays and why_no_graph(loaded, cache) is None:
+        steps = GraphedSteps(loaded, cache)
     while rows:
-        given = [[generated.tokens[row][-1]] for row in rows]
-        hidden = advance(loaded.model, cache, rows, given)
+        logits = steps.logits(rows, [generated.tokens[row][-1] for row in rows])
         generated.decode_tokens += len(rows)
-        rows = choose(logits_of(loaded.model, hidden)[0], rows)
+        rows = choose(logits, rows)
     generated.decode_seconds = time.perf_counter() - started
     return generated
 

@@ -100,18 +100,29 @@ def load_model(
     vocab_size = data.get("vocab_size") or config.model.vocab_size
     if vocab_size is None:
         raise CheckpointError(f"{directory}: neither its manifest nor model.vocab_size has a size")
+    model, groups = build_model(config, device, config.model.vocab_size or vocab_size)
+    load_weights([model], groups, directory)
+    return LoadedModel(
+        config, model, groups, device, vocab_size, directory, data.get("tokenizer_sha256")
+    )
+
+
+def build_model(
+    config: Config, device: torch.device, vocab_size: int
+) -> tuple[HybridModel, ProcessGroupCollection]:
+    """The model that `config` describes, in evaluation mode, with weights of any kind. Collective.
+
+    Arguments as those of `load_model`; `vocab_size` before padding.
+    """
     groups = build_process_groups(config.parallel, config.model.num_query_groups)
     layers = resolve_layers(config.model, device)
     megatron = make_megatron_config(config, plan_pipeline(config.model, config.parallel), layers)
     megatron.perform_initialization = False  # all of it is loaded
     megatron.apply_rope_fusion = False  # the fused rotation knows one position a row of tokens
-    rows = config.model.vocab_size or vocab_size
-    (model,) = build_chunks(config, megatron, rows, groups, layers)
-    model = model.to(device).eval()
-    load_weights([model], groups, directory)
-    return LoadedModel(
-        config, model, groups, device, vocab_size, directory, data.get("tokenizer_sha256")
-    )
+    (model,) = build_chunks(config, megatron, vocab_size, groups, layers)
+    # No buffer, which `to` would move; a step that is recorded must not copy it.
+    model.rotary_pos_emb.inv_freq = model.rotary_pos_emb.inv_freq.to(device)
+    return model.to(device).eval(), groups
 
 
 def _choose(run_dir: Path, checkpoint: str, verify: bool) -> Path:

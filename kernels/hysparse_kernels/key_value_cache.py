@@ -36,6 +36,23 @@ class Chunk:
     past: tuple[int, ...]
     new: tuple[int, ...]
     device: torch.device
+    numbers: Tensor | None = None
+    """See `replayed`."""
+
+    @classmethod
+    def replayed(
+        cls, rows: Sequence[int], capacities: Sequence[int], device: torch.device
+    ) -> Chunk:
+        """One token for each row, in a step that a CUDA graph records once and replays.
+
+        How many tokens a row has at a replay stands on the device alone, in `numbers` [3, A] (rows,
+        past, new) of the result, which starts at 0 past: whoever replays counts them up. Sizes of
+        launches are those of full rows: `capacities[i]` tokens, the new one included. Only for what
+        reads `numbers`, as the Triton kernels do.
+        """
+        ones = (1,) * len(rows)
+        numbers = torch.tensor([list(rows), [0] * len(rows), ones], device=device)
+        return cls(tuple(rows), tuple(most - 1 for most in capacities), ones, device, numbers)
 
     @property
     def width(self) -> int:
@@ -50,6 +67,8 @@ class Chunk:
     @cached_property
     def on_device(self) -> Tensor:
         """int64 [3, A]: rows, past and new. Sent once; the host does not wait for it."""
+        if self.numbers is not None:
+            return self.numbers
         numbers = torch.tensor([self.rows, self.past, self.new])
         if self.device.type != "cuda":
             return numbers.to(self.device)

@@ -247,12 +247,28 @@ def compare(case: Case, device: torch.device, seed: int) -> None:
     _assert_near(found[0], wanted, f"sparse layer of {case}")
     nothing = torch.full_like(exact.block_indices, -1)
     found[0] = step.sparse("triton", ours, nothing)
-    wanted = step.sparse("reference", theirs, nothing)
+    wanted = without_blocks = step.sparse("reference", theirs, nothing)
     _assert_near(found[0], wanted, f"sparse layer without blocks of {case}")
     with poisoned_memory():
         found = [step.window("triton", ours) for _ in range(2)]
     assert torch.equal(*found), f"window layer of {case} does not repeat"
     _assert_near(found[0], step.window("reference", theirs), f"window layer of {case}")
+
+    # As a graph replays it: the host knows the room of every row, the device how much it has.
+    past = step.chunk.past
+    room = [case.lengths[row] + 2 for row in case.rows]
+    step.chunk = Chunk.replayed(case.rows, room, device)
+    assert step.chunk.past == tuple(most - 1 for most in room)
+    step.chunk.on_device[1] = torch.tensor(past, device=device)
+    with poisoned_memory():
+        again = step.full("triton", ours)
+    _assert_near(again.output, exact.output, f"replayed full layer of {case}")
+    wrong = (again.block_indices != exact.block_indices).any(-1)
+    assert not (wrong & ~_has_near_tie(seen["reference"], case, step.chunk)).any(), (
+        f"{case}: replayed selection\n{again.block_indices}\n{exact.block_indices}"
+    )
+    sparse = step.sparse("triton", ours, nothing)  # the reference would read the host's numbers
+    _assert_near(sparse, without_blocks, f"replayed sparse layer of {case}")
     for kept, expected in zip(ours.bits, theirs.bits, strict=True):
         assert torch.equal(kept, expected), f"{case}: the caches differ"
 
