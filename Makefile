@@ -35,11 +35,13 @@ train: $(STAMP) ## Train EXPERIMENT on NPROC local ranks, or resume it; add over
 	@$(PY) -m launch.local --nproc $(NPROC) $(if $(EXPERIMENT),experiment=$(EXPERIMENT)) $(ARGS)
 
 # Tests in one process each share the cores; those that start processes need them. 5: none chosen.
-FAST := -m "not slow and not distributed and not fault and not slurm" -n auto --maxprocesses 4 --dist loadfile
+SHARED := -n auto --maxprocesses 4 --dist loadfile
+ALONE := not slow and not distributed and not fault and not slurm
+FAST := -m "$(ALONE) and not thorough" $(SHARED)
 SLOW := -m "(slow or distributed) and not fault and not slurm"
 
 test: $(STAMP) ## Run all tests but those of faults (under 25 minutes on two cores)
-	@$(PY) -m pytest -q $(FAST) $(PYTEST_ARGS) || test $$? = 5
+	@$(PY) -m pytest -q -m "$(ALONE)" $(SHARED) $(PYTEST_ARGS) || test $$? = 5
 	@$(PY) -m pytest $(SLOW) $(PYTEST_ARGS) || test $$? = 5
 
 test-fault: $(STAMP) ## Break runs in every way and look how they end (under 10 minutes)

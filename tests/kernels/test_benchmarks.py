@@ -17,6 +17,8 @@ from benchmarks.problem import Problem, parse_shape
 from benchmarks.rows import BACKWARD, FORWARD, Row, Rows
 from benchmarks.timing import Timing
 
+pytestmark = pytest.mark.thorough
+
 ON_CPU = ["--device", "cpu", "--backend", "reference", "--quick"]
 PROBLEM = Problem(256, 4, 2, 8, 8, block_size=16, num_selected=4)
 

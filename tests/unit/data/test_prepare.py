@@ -124,6 +124,7 @@ def test_prepared_folder_as_path_is_used_as_it_is(tmp_path: Path) -> None:
         prepare(moved, tmp_path / "unused", tokenizer_path=str(tokenizer))
 
 
+@pytest.mark.thorough
 def test_concurrent_callers_build_once_and_agree(tmp_path: Path) -> None:
     source = write_json_lines(tmp_path / "corpus.jsonl", 400)
     code = (

@@ -23,6 +23,8 @@ from tests.unit.single_process import default_group, fresh_seed
 from tools.checkpoint import main as checkpoint_main
 from tools.convert import main
 
+pytestmark = pytest.mark.thorough
+
 HEAVY = [
     "model.layout=F S W S F",
     "model.qk_norm=true",

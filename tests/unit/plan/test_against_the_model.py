@@ -28,6 +28,8 @@ from hysparse_megatron.plan.topology import plan_pipeline
 from hysparse_megatron.runtime import megatron_on_cpu
 from hysparse_megatron.runtime.process_groups import build_process_groups, destroy_process_groups
 
+pytestmark = pytest.mark.thorough
+
 SIZES = ("7b", "80b_a3b")
 FAMILIES = ("hysparse", "full", "hybrid_swa")
 MODELS = [f"{family}_{size}" for family, size in itertools.product(FAMILIES, SIZES)]

@@ -18,6 +18,8 @@ from hysparse_megatron.training.optimizer import distributed_parts
 from hysparse_megatron.training.state import TrainingState, build_state
 from tests.unit.single_process import default_group
 
+pytestmark = pytest.mark.thorough
+
 SEQUENCE, HIDDEN, VOCAB = 256, 64, 128
 SMALL = [
     f"model.hidden_size={HIDDEN}",

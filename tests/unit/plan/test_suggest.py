@@ -13,6 +13,8 @@ from hysparse_megatron.plan.memory import GIB
 from hysparse_megatron.plan.overview import make_overview
 from hysparse_megatron.plan.suggest import check, nearest, suggest
 
+pytestmark = pytest.mark.thorough
+
 BASE = [
     "cluster=h100",
     "train.precision=bf16",

@@ -36,6 +36,8 @@ from tools.step_benchmark.trace import (
     family_of,
 )
 
+pytestmark = pytest.mark.thorough
+
 OF_80B, OF_7B = "4*(F 11*S) F", "8*(F 3*S) F 2*S F"
 BIG = "--layers 12 --experts 64 --vocab 8192 --set train.recompute=full train.precision=bf16"
 MINI = "--model hysparse_80b_a3b_mini --vocab 256 --lengths 64 --device cpu"

@@ -10,6 +10,8 @@ from made_runs import evaluation_row, make_run, rows, step_row
 
 from tools.compare_runs import main
 
+pytestmark = pytest.mark.thorough
+
 Capture = pytest.CaptureFixture[str]
 STEPS = 8
 

@@ -17,6 +17,8 @@ from hysparse_megatron.training.step import train_step
 from tests.unit.single_process import DEVICE
 from tests.unit.training.test_step import SETTINGS, VOCABULARY, parameters, random_batches
 
+pytestmark = pytest.mark.thorough
+
 MODEL = [
     "model.layout=F S W",
     "model.full_gate=head",

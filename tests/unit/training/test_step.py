@@ -181,6 +181,7 @@ EXPERTS = [
 ]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_no_activation_outlives_its_step(group: None, recompute: str) -> None:
     state = build_state(
