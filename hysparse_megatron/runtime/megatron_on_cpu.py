@@ -1,7 +1,7 @@
 """Lets megatron-core train on a machine without CUDA.
 
 megatron-core names the CUDA device in a few dozen places (`device="cuda"`, `.cuda()`,
-`torch.cuda.current_device()`, the type name `torch.cuda.FloatTensor`). Five adaptations answer all
+`torch.cuda.current_device()`, the type name `torch.cuda.FloatTensor`). Six adaptations answer all
 of them with the CPU. They live in this one file, are installed by `install()`, and `install()` does
 nothing where CUDA is used.
 
@@ -15,7 +15,9 @@ nothing where CUDA is used.
    real: forked, different between ranks, restored by activation recompute.
 4. Experts are sent split sizes as NumPy arrays, which megatron-core makes of CUDA tensors only and
    the collective does not take otherwise.
-5. The distributed optimizer with PyTorch's AdamW cannot load its own checkpoints (it looks for a
+5. PyTorch's AdamW, and norms and scaling of gradients by loops over plain PyTorch, as where neither
+   Transformer Engine nor Apex is installed: their kernels take CUDA tensors only.
+6. The distributed optimizer with PyTorch's AdamW cannot load its own checkpoints (it looks for a
    `step` tensor among the loaded parameter state): see `checkpoint/state.py`, needed on GPUs too.
 """
 
@@ -184,9 +186,21 @@ def install() -> bool:
     torch.cuda.nvtx.range_push = lambda message: None  # type: ignore[assignment,return-value]
     torch.cuda.nvtx.range_pop = lambda: None  # type: ignore[assignment,return-value]
 
+    from megatron.core import optimizer as megatron_optimizer
+    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads, distrib_optimizer
     from megatron.core.tensor_parallel import random as megatron_random
     from megatron.core.transformer.moe import token_dispatcher
 
+    megatron_optimizer.Adam = distrib_optimizer.Adam = torch.optim.AdamW
+    megatron_optimizer.SGD = torch.optim.SGD
+    megatron_optimizer.USING_PYTORCH_OPTIMIZER = True
+    distrib_optimizer.HAVE_APEX_OR_TE = False
+    distrib_optimizer.USING_TE_OPTIMIZER = distrib_optimizer.USING_APEX_OPTIMIZER = False
+    clip_grads.multi_tensor_applier = utils.local_multi_tensor_applier
+    clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm
+    clip_grads.multi_tensor_scale_impl = utils.local_multi_tensor_scale
+    clip_grads.multi_tensor_scale_tensor_impl = None
     token_dispatcher.maybe_move_tensor_to_cpu = _to_numpy
     megatron_random._get_cuda_rng_state = _cpu_generator_state
     megatron_random._set_cuda_rng_state = _set_cpu_generator_state

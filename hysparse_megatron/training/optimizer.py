@@ -9,10 +9,11 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import (
     OptimizerConfig,
     ParamKey,
+    distrib_optimizer,
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
-from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 
@@ -66,7 +67,7 @@ def build_optimizer(
     if with_muon:
         muon.allow_checkpoints_in_fp32(optimizer)
     for part in distributed_parts(optimizer):
-        if not HAVE_APEX_OR_TE:
+        if not distrib_optimizer.HAVE_APEX_OR_TE:
             _allow_checkpoints_of_torch_adam(part)
     return optimizer
 

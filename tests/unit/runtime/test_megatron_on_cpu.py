@@ -1,5 +1,7 @@
 """What lets megatron-core run without CUDA: devices that turn into the CPU, random streams."""
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -206,3 +208,31 @@ def test_recompute_repeats_the_random_numbers_of_both_streams() -> None:
     assert torch.equal(second, again_second)
     assert torch.equal(x.grad, first * second)
     assert torch.equal(torch.get_rng_state(), after), "the backward pass must not shift the stream"
+
+
+def test_the_kernels_of_installed_packages_are_left_alone() -> None:
+    """As if megatron-core had found Transformer Engine, whose kernels take CUDA tensors only."""
+    code = """
+from megatron.core import optimizer, utils
+from megatron.core.optimizer import clip_grads, distrib_optimizer
+import torch
+found = object()
+for name in ("multi_tensor_applier", "l2_norm_impl", "multi_tensor_scale_impl",
+             "multi_tensor_scale_tensor_impl"):
+    setattr(clip_grads, name, found)
+optimizer.Adam = distrib_optimizer.Adam = optimizer.SGD = found
+optimizer.USING_PYTORCH_OPTIMIZER = False
+distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_TE_OPTIMIZER = True
+from hysparse_megatron.runtime import megatron_on_cpu
+assert megatron_on_cpu.install()
+norm, _ = clip_grads.multi_tensor_applier(
+    clip_grads.l2_norm_impl, None, [[torch.full((4,), 3.0)]], False)
+assert float(norm) == 6.0, norm
+assert clip_grads.multi_tensor_scale_tensor_impl is None
+assert optimizer.Adam is distrib_optimizer.Adam is torch.optim.AdamW
+assert optimizer.SGD is torch.optim.SGD
+assert optimizer.USING_PYTORCH_OPTIMIZER
+assert not (distrib_optimizer.HAVE_APEX_OR_TE or distrib_optimizer.USING_TE_OPTIMIZER)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
