@@ -25,6 +25,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch import Tensor
 
 from hysparse_megatron.model.layers import LayerModules
@@ -111,12 +112,43 @@ def _own_optimizer(experts: torch.nn.Module) -> None:
         parameter.allreduce = False  # type: ignore[attr-defined]
 
 
+class _OneRankDispatcher(MoEAlltoAllTokenDispatcher):
+    """The dispatcher where one rank has all experts.
+
+    What is permuted by expert is then in the order of the experts already. megatron-core sorts it
+    once more before and after them: 59 of 820 ms of a step of 12 layers of 32,768 tokens, 8 of 16
+    experts each, on one H100.
+    """
+
+    def dispatch_postprocess(
+        self, global_input_tokens: Tensor, global_probs: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens and probabilities as they are, and the tokens of every expert [E]."""
+        counts: Tensor = self.tokens_per_expert  # type: ignore[has-type]
+        for point in ("before_permutation_2", "before_finish"):
+            counts = self._maybe_dtoh_and_synchronize(point, counts)
+        self.tokens_per_expert = None
+        return global_input_tokens, counts, global_probs
+
+    def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
+        """Results as they are."""
+        return hidden_states
+
+
 class _MoELayer(MoELayer):
-    """megatron-core's layer, that lets go of what it routed by.
+    """megatron-core's layer, that sorts once on one rank and lets go of what it routed by.
 
     The dispatcher would keep the probabilities until the next forward pass and with them the graph
     behind them: with recompute the input of every layer, and its gradient, from step to step.
     """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        dispatcher = self.token_dispatcher
+        assert isinstance(dispatcher, MoEAlltoAllTokenDispatcher)
+        if dispatcher.ep_size == dispatcher.tp_size == 1:
+            # All state is the same, also what its constructor may come to be given.
+            dispatcher.__class__ = _OneRankDispatcher
 
     def forward(self, *arguments: Any, **options: Any) -> Any:
         result = super().forward(*arguments, **options)
