@@ -11,6 +11,7 @@ from hysparse_megatron.config.compose import compose
 from hysparse_megatron.inference.kv_cache import KvCache
 from hysparse_megatron.layout import LayerKind, parse_layout
 from hysparse_megatron.plan.kv_cache import all_full
+from tools import benchmark_decode
 from tools.generate import make_parser
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,7 +33,13 @@ def test_commands_are_understood() -> None:
 
 def test_options_are_those_there_are() -> None:
     options = {option for action in make_parser()._actions for option in action.option_strings}
-    named = set(re.findall(r"(?<![\w-])--[a-z]+(?:-[a-z]+)*", TEXT)) - {"--nproc-per-node"}
+    (measured,) = re.findall(
+        r"^    .*-m tools\.benchmark_decode (.*)$", TEXT.replace("\\\n", " "), flags=re.M
+    )
+    given = benchmark_decode.make_parser().parse_args(shlex.split(measured))
+    assert given.lengths == (8192, 32768, 131072)
+    others = {"--nproc-per-node", *re.findall(r"--[a-z]+", measured)}
+    named = set(re.findall(r"(?<![\w-])--[a-z]+(?:-[a-z]+)*", TEXT)) - others
     assert named == options - {"-h", "--help"}
 
 
