@@ -40,7 +40,7 @@ ALONE := not slow and not distributed and not fault and not slurm
 FAST := -m "$(ALONE) and not thorough" $(SHARED)
 SLOW := -m "(slow or distributed) and not fault and not slurm"
 
-test: $(STAMP) ## Run all tests but those of faults (under 25 minutes on two cores)
+test: $(STAMP) ## Run all tests but those of faults and Slurm (half an hour on two cores)
 	@$(PY) -m pytest -q -m "$(ALONE)" $(SHARED) $(PYTEST_ARGS) || test $$? = 5
 	@$(PY) -m pytest $(SLOW) $(PYTEST_ARGS) || test $$? = 5
 
