@@ -28,12 +28,12 @@ from hysparse_megatron.config.compose import compose
 from hysparse_megatron.config.schema import Config, Precision
 from hysparse_megatron.config.validate import check
 from hysparse_megatron.errors import ConfigError, HySparseError
-from hysparse_megatron.layout import LayerKind, parse_layout
 from hysparse_megatron.plan.kv_cache import kv_cache_bytes
 from hysparse_megatron.plan.memory import GIB
 from hysparse_megatron.runtime.launcher import Rank
 from hysparse_megatron.runtime.quiet import quiet_libraries
 from tools.step_benchmark.report import Report, environment
+from tools.step_benchmark.slices import FULL, HYSPARSE, SWA
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from hysparse_megatron.inference.kv_cache import KvCache
     from hysparse_megatron.inference.load import LoadedModel
 
-LAYOUTS = ("hysparse", "swa", "full")
+LAYOUTS = (HYSPARSE, SWA, FULL)
 _LEFT_FREE = 0.08
 """Share of the free memory that no cache is given: a step needs some for itself."""
 _MOST_SEQUENCES = 1024
@@ -118,13 +118,11 @@ def _config(given: argparse.Namespace, name: str) -> Config:
     """The configuration of one layout of the model. Raises ConfigError."""
     overrides = [override for group in given.set for override in group]
     config = compose([f"model={given.model}", f"model.vocab_size={given.vocab}", *overrides])
-    kinds = [plan.kind for plan in parse_layout(config.model.layout).layers]
-    others = {
-        "hysparse": {},
-        "swa": {LayerKind.SPARSE: LayerKind.WINDOW},
-        "full": dict.fromkeys((LayerKind.SPARSE, LayerKind.WINDOW), LayerKind.FULL),
-    }[name]
-    layout = "".join(others.get(kind, kind).value for kind in kinds)
+    layout = config.model.layout.replace("|", " ")
+    if name != HYSPARSE:
+        layout = layout.replace("S", "W" if name == SWA else "F")
+    if name == FULL:
+        layout = layout.replace("W", "F")
     precision = Precision.bf16 if given.device == "cuda" else Precision.fp32
     length = max(given.lengths) + given.steps + _WARMUP_STEPS
     config = dataclasses.replace(
@@ -157,7 +155,7 @@ def _measure(given: argparse.Namespace, configs: dict[str, Config], argv: Sequen
         loaded = _random_model(config, device)
         report.say()
         report.say(
-            f"{name}: {_runs(config)}, hidden {config.model.hidden_size}, "
+            f"{name}: {config.model.layout}, hidden {config.model.hidden_size}, "
             f"{sum(p.numel() for p in loaded.model.parameters()):,} parameters, {loaded.dtype}"
         )
         report.say(_TABLE)
@@ -180,16 +178,6 @@ def _measure(given: argparse.Namespace, configs: dict[str, Config], argv: Sequen
         report.say(line)
     report.write({"rows": rows})
     return 0 if any("note" not in row for row in rows) else 1
-
-
-def _runs(config: Config) -> str:
-    """`F 11*S F`: the layout in runs of equal layers."""
-    parts: list[tuple[str, int]] = []
-    for plan in parse_layout(config.model.layout).layers:
-        letter = plan.kind.value
-        count = parts.pop()[1] if parts and parts[-1][0] == letter else 0
-        parts.append((letter, count + 1))
-    return " ".join(letter if count == 1 else f"{count}*{letter}" for letter, count in parts)
 
 
 def _random_model(config: Config, device: torch.device) -> LoadedModel:
@@ -335,12 +323,12 @@ def _line(row: dict[str, Any]) -> str:
 def _ratios(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Full layers against the others, length by length."""
     good = [row for row in rows if "note" not in row]
-    full = [row for row in good if row["layout"] == "full"]
+    full = [row for row in good if row["layout"] == FULL]
     for base in full:
         same = [
             row
             for row in good
-            if row is not base and row["layout"] != "full" and row["length"] == base["length"]
+            if row is not base and row["layout"] != FULL and row["length"] == base["length"]
             and (row["batch"] == 1) == (base["batch"] == 1)
         ]  # fmt: skip
         for row in same:

@@ -23,7 +23,7 @@ from hysparse_megatron.layout import LayerKind
 from hysparse_megatron.runtime.agreement import on_every_rank
 
 _LEAST_STEPS_OF_A_GRAPH = 16
-"""Recording takes about as long as so few steps would save."""
+"""New tokens; with fewer steps go kernel by kernel, as recording takes two of them."""
 
 
 class CacheDtype(enum.Enum):
@@ -65,6 +65,8 @@ class Generated:
     decode_tokens: int = 0
     """Those of steps after the prefill, which gives every sequence its first one."""
     decode_seconds: float = 0.0
+    launched: str = "kernel by kernel"
+    """How the steps after the prefill were, and why not as a CUDA graph if that was asked for."""
 
 
 OnToken = Callable[[int, int], bool]
@@ -136,9 +138,11 @@ def generate(
 
     started = time.perf_counter()
     steps: EagerSteps | GraphedSteps = EagerSteps(loaded, cache)
-    pays = rows and settings.max_new_tokens >= _LEAST_STEPS_OF_A_GRAPH
-    if settings.cuda_graph and pays and why_no_graph(loaded, cache) is None:
-        steps = GraphedSteps(loaded, cache)
+    if settings.cuda_graph and rows and settings.max_new_tokens >= _LEAST_STEPS_OF_A_GRAPH:
+        reason = why_no_graph(loaded, cache)
+        if reason is None:
+            steps = GraphedSteps(loaded, cache)
+        generated.launched = "a CUDA graph a step" if reason is None else f"no graph: {reason}"
     while rows:
         logits = steps.logits(rows, [generated.tokens[row][-1] for row in rows])
         generated.decode_tokens += len(rows)

@@ -38,7 +38,8 @@ def report(loaded: LoadedModel, generated: Generated, settings: Settings) -> str
     kept = ", ".join(f"{_NAMES[kind]} {size:,}" for kind, size in of_kind.items() if size)
     lines = [
         _speed("prefill", generated.prefill_tokens, generated.prefill_seconds),
-        _speed("decode", generated.decode_tokens, generated.decode_seconds),
+        _speed("decode", generated.decode_tokens, generated.decode_seconds)
+        + f" ({generated.launched})",
         f"cache for {sum(cache.capacities):,} tokens of {len(cache.capacities)} sequence(s): "
         f"{measured:,} bytes measured ({kept} layers)",
         f"  planner: {planned:,} bytes{_exponents(storage)}",

@@ -161,18 +161,15 @@ class _Attention(torch.autograd.Function):
         accumulate: KeyValueGradients | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         query, key, value = (_unit_stride(tensor) for tensor in (query, key, value))
-        if walk.mode == kernels.CAUSAL and _cudnn_is_faster(query, key, value, walk, selector):
-            output, lse = _cudnn_forward(query, key, value, scale)
-            ctx.hopper = False
-            ctx.mark_non_differentiable(lse)
-            ctx.save_for_backward(query, key, value, sink, output, lse)
-            ctx.walk, ctx.scale, ctx.accumulate = walk, scale, accumulate
-            return output, lse, None
-        ctx.hopper = hopper.why_not(query, key, value, walk, selector) is None
+        by_cudnn = _cudnn_is_faster(query, key, value, walk, selector)
+        ctx.hopper = not by_cudnn and hopper.why_not(query, key, value, walk, selector) is None
         if ctx.hopper:
             query, key, value = (hopper.aligned(tensor) for tensor in (query, key, value))
-        run = hopper.forward if ctx.hopper else forward
-        output, lse, indices = run(query, key, value, sink, walk, scale, selector)
+        if by_cudnn:
+            output, lse, indices = _cudnn_forward(query, key, value, scale)
+        else:
+            run = hopper.forward if ctx.hopper else forward
+            output, lse, indices = run(query, key, value, sink, walk, scale, selector)
         ctx.mark_non_differentiable(*([lse] if indices is None else [lse, indices]))
         ctx.save_for_backward(query, key, value, sink, output, lse)
         ctx.walk, ctx.scale, ctx.accumulate = walk, scale, accumulate
@@ -226,13 +223,15 @@ _MANY_HEADS = 16
 def _cudnn_is_faster(
     query: Tensor, key: Tensor, value: Tensor, walk: Walk, selector: Selector | None
 ) -> bool:
-    """Whether cuDNN's forward pass of causal attention can run and beats ours.
+    """Whether this is causal attention that cuDNN's forward pass can run and beats ours at.
 
     It makes no selection. Measured on one H100, ours / cuDNN's time at 2,048, 4,096, 8,192, 16,384
     and 32,768 tokens: 64 heads in 4 groups 1.28 1.07 0.97 0.89 0.92, 32 in 8 groups 1.52 1.40 1.33
     1.05 0.96, 32 in 32 groups 2.0 0.93 0.91 1.07 0.93, 64 in 4 of 192/128 1.14 0.97 0.94 0.83 0.84.
     """
-    if selector is not None or walk.packed or not _cudnn_takes(query, value):
+    if walk.mode != kernels.CAUSAL or walk.packed or selector is not None:
+        return False
+    if not _cudnn_takes(query, value):
         return False
     many_heads = query.shape[2] // key.shape[2] >= _MANY_HEADS
     return not (many_heads and query.shape[1] >= _LONG)
@@ -240,13 +239,13 @@ def _cudnn_is_faster(
 
 def _cudnn_forward(
     query: Tensor, key: Tensor, value: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Output [B, S, HQ, DV] and lse [B, HQ, S]."""
+) -> tuple[Tensor, Tensor, None]:
+    """Output [B, S, HQ, DV] and lse [B, HQ, S], fp32; no selection."""
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
     output, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
         query, key, value, None, True, 0.0, True, False, scale=scale
     )
-    return output.transpose(1, 2), lse.squeeze(-1)
+    return output.transpose(1, 2), lse.squeeze(-1), None
 
 
 def _cudnn_backward(

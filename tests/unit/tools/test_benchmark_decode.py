@@ -38,7 +38,7 @@ def test_caches_are_measured_and_compared(tmp_path: Path) -> None:
         assert "graph_seconds" not in row
     text = output.read_text()
     assert "hysparse: F 3*S W F, hidden 32" in text
-    assert "full: 6*F" in text
+    assert "full: F 3*F F F, hidden 32" in text
     assert f"full / hysparse {6 * 94 / (2 * 94 + 4 * 8):.2f}; tokens/s" in text
 
 
