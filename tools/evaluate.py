@@ -22,21 +22,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hysparse_megatron.errors import CheckpointError, ConfigError, DataError, HySparseError
+from hysparse_megatron.errors import CheckpointError, HySparseError
 from hysparse_megatron.evaluation.scores import Score, ask, require_room
 from hysparse_megatron.evaluation.tasks import TASKS
+from hysparse_megatron.files import require_writable
 from hysparse_megatron.runtime.launcher import rank_from_environment
 from hysparse_megatron.runtime.quiet import quiet_libraries
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from hysparse_megatron.data.run_tokenizer import Tokenizer
     from hysparse_megatron.evaluation.positions import Bin
     from hysparse_megatron.inference.load import LoadedModel
@@ -51,19 +49,16 @@ def main(argv: Sequence[str]) -> int:
     try:
         rank = rank_from_environment()
         rank_number = rank.rank
-        _require_writable(given.json)
+        require_writable(given.json, "--json")
         # Imported late: a wrong command must fail before seconds of imports.
         quiet_libraries()
-        from hysparse_megatron.inference.load import inference_config, load_model
-        from hysparse_megatron.runtime import device as runtime_device
+        from hysparse_megatron.inference.load import inference_config, loaded_run
 
-        config = inference_config(given.run_dir, rank.world_size)
-        device = runtime_device.start(rank, config.parallel)
-        loaded = load_model(config, device, given.run_dir, given.checkpoint)
-        results = _evaluate(given, loaded, is_first=rank_number == 0)
+        config = inference_config(given.run_dir, rank.world_size, given.data)
+        with loaded_run(rank, config, given.run_dir, given.checkpoint) as loaded:
+            results = _evaluate(given, loaded, is_first=rank_number == 0)
         if rank_number == 0 and given.json is not None:
             given.json.write_text(json.dumps(results, indent=1) + "\n")
-        runtime_device.stop()
     except HySparseError as error:
         if rank_number == 0:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -107,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-size", type=_positive, default=8, metavar="N", help="sequences at a time")
     add("--seed", type=int, default=0, metavar="N", help="of the questions (default 0)")
     add("--tokenizer", metavar="PATH", help="its file or folder (default: found by its hash)")
+    add("--data", metavar="PATH", help="held-out text or prepared dataset, in place of the run's")
     add("--json", type=Path, metavar="FILE", help="also write all numbers there")
     return parser
 
@@ -115,16 +111,6 @@ def _positive(text: str) -> int:
     if not text.isdigit() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"got {text}; allowed a whole number from 1")
     return int(text)
-
-
-def _require_writable(path: Path | None) -> None:
-    """Find out before minutes of work."""
-    if path is None:
-        return
-    try:
-        path.open("a").close()
-    except OSError as error:
-        raise ConfigError(f"--json: cannot write {path} ({error.strerror})") from error
 
 
 def _evaluate(given: argparse.Namespace, loaded: LoadedModel, is_first: bool) -> dict[str, Any]:
@@ -201,50 +187,12 @@ def _tokenizer(given: argparse.Namespace, loaded: LoadedModel) -> Tokenizer:
 
 
 def _loss(given: argparse.Namespace, loaded: LoadedModel, length: int) -> tuple[Bin, list[Bin]]:
-    """Over the first sequences of the run's validation split, cut to `length` tokens each."""
-    from hysparse_megatron.data.batches import evaluation_batches
-    from hysparse_megatron.data.sources import load_data, open_samples
+    """Over the first sequences of the validation split, cut to `length` tokens each."""
+    from hysparse_megatron.evaluation.held_out import held_out_batches, token_losses
     from hysparse_megatron.evaluation.positions import loss_by_position
-    from hysparse_megatron.runtime.agreement import on_every_rank
 
-    config = loaded.config
-    corpus = on_every_rank(lambda: load_data(config.data, config.train.seed), os_error=DataError)
-    if corpus.identity()["tokenizer_sha256"] != loaded.tokenizer_sha256:
-        raise DataError(
-            "the run's data have another tokenizer now than its checkpoint was made with"
-        )
-    samples = open_samples(corpus, "validation", length)
-    size = min(given.batch_size, samples.num_held_out)
-    batches = evaluation_batches(
-        samples,
-        num_batches=math.ceil(given.sequences / max(size, 1)),
-        global_batch_size=max(size, 1),
-        micro_batch_size=max(size, 1),
-        data_parallel_size=1,
-        data_parallel_rank=0,
-        document_mask=config.data.document_mask,
-    )
-    return loss_by_position(_token_losses(loaded, batches), given.bins)
-
-
-def _token_losses(loaded: LoadedModel, batches: Any) -> Iterator[Tensor]:
-    """Loss of every held-out token, [B, S]; NaN where it does not count."""
-    import torch
-
-    from hysparse_megatron.training.step import documents_of
-
-    for number in range(batches.num_batches):
-        for batch in batches.microbatches(number):
-            given = {name: tensor.to(loaded.device) for name, tensor in batch.items()}
-            with torch.no_grad():
-                losses = loaded.model(
-                    given["tokens"],
-                    given["position_ids"],
-                    None,
-                    labels=given["labels"],
-                    packed_seq_params=documents_of(given),
-                )
-            yield losses.float().masked_fill(given["loss_mask"] == 0, math.nan)
+    batches = held_out_batches(loaded, length, given.sequences, given.batch_size)
+    return loss_by_position(token_losses(loaded, batches), given.bins)
 
 
 def _loss_table(length: int, whole: Bin, bins: Sequence[Bin]) -> str:

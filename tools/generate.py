@@ -50,27 +50,12 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run(given: argparse.Namespace, prompts: Sequence[str], rank: Rank) -> None:
-    from hysparse_megatron.inference.load import inference_config, load_model
-    from hysparse_megatron.runtime import device as runtime_device
+    from hysparse_megatron.inference.load import inference_config, loaded_run
 
     config = inference_config(given.run_dir, rank.world_size)
-    device = runtime_device.start(rank, config.parallel)
-    try:
-        verify = not given.no_verify
-        loaded = load_model(config, device, given.run_dir, given.checkpoint, verify)
+    verify = not given.no_verify
+    with loaded_run(rank, config, given.run_dir, given.checkpoint, verify) as loaded:
         _generate(given, loaded, prompts, is_first=rank.rank == 0)
-    except HySparseError:  # of all ranks together; after a crash nobody may wait for anybody
-        _leave()
-        raise
-    _leave()
-
-
-def _leave() -> None:
-    from hysparse_megatron.runtime import device as runtime_device
-    from hysparse_megatron.runtime.process_groups import destroy_process_groups
-
-    destroy_process_groups()
-    runtime_device.stop()
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -143,6 +143,14 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"cannot read the manifest: {error}") from error
 
 
+def tokenizer_facts(manifest: dict[str, Any]) -> dict[str, Any]:
+    """`tokenizer_sha256` and `vocab_size` of what a model reads, as far as its manifest says.
+
+    A run remembers them among its data; weights that come from elsewhere have no data.
+    """
+    return manifest.get("data") or manifest.get("tokenizer") or {}
+
+
 def is_checkpoint(path: Path) -> bool:
     """Whether a user who names `path` means one checkpoint, and not a run."""
     return (path / MANIFEST).exists() or bool(_PUBLISHED.fullmatch(path.name))

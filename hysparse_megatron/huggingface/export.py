@@ -49,7 +49,7 @@ def export(request: Request, folder: Path, say: Say) -> None:
     index = {name: e for name, e in index.items() if not name.startswith(tensors.OPTIMIZER)}
     weights = _fitting(request, index)
     rows = index[EMBEDDING]["shape"][0]
-    identity = store.read_manifest(request.checkpoint).get("data", {})
+    identity = store.tokenizer_facts(store.read_manifest(request.checkpoint))
     tokenizer = request.tokenizer
     if tokenizer is None:
         tokenizer = tokenizer_files.find_tokenizer(request.config.data, identity)

@@ -13,6 +13,7 @@ import yaml  # type: ignore[import-untyped]
 from torch import Tensor
 
 from hysparse_megatron.checkpoint.assemble import Source, save_weights
+from hysparse_megatron.checkpoint.store import digest_of
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.config.frozen import freeze, to_yaml
 from hysparse_megatron.config.schema import Config, ModelConfig
@@ -125,14 +126,17 @@ def write_start(
     `source` is the Hugging Face folder with the tokenizer, `length` what it was trained on.
     """
     tokenizer = source / TOKENIZER_NAME
+    facts: dict[str, Any] = {"tokens": 0, "made_from": str(source), "versions": versions()}
     if tokenizer.is_file():
-        tokenizer_files.check_vocabulary(tokenizer, model.vocab_size or 0)
+        facts["tokenizer"] = {
+            "tokenizer_sha256": digest_of(tokenizer),
+            "vocab_size": tokenizer_files.check_vocabulary(tokenizer, model.vocab_size or 0),
+        }
     else:
         say(f"WARNING: {source} has no {TOKENIZER_NAME}: name the run's with data.tokenizer")
     config = _config(model, folder, length, tokenizer.is_file())
 
     def write(target: Path) -> None:
-        facts = {"tokens": 0, "made_from": str(source), "versions": versions()}
         checkpoint = save_weights(target / "checkpoints", sources, facts)
         say(f"{len(sources)} tensors in {checkpoint.relative_to(target)}")
         if tokenizer.is_file():

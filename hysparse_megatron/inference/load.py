@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,14 +18,16 @@ from hysparse_megatron.config.frozen import CONFIG_FILE, load_frozen
 from hysparse_megatron.config.problems import as_error
 from hysparse_megatron.config.schema import Config, Fp8, Recompute
 from hysparse_megatron.config.validate import plan_problems
-from hysparse_megatron.errors import CheckpointError
+from hysparse_megatron.errors import CheckpointError, HySparseError
 from hysparse_megatron.layout import LayerKind, parse_layout
 from hysparse_megatron.model.builder import build_chunks
 from hysparse_megatron.model.layers import resolve_layers
 from hysparse_megatron.model.megatron_config import make_megatron_config
 from hysparse_megatron.plan.topology import plan_pipeline
+from hysparse_megatron.runtime import device as runtime_device
 from hysparse_megatron.runtime.agreement import on_rank_zero
-from hysparse_megatron.runtime.process_groups import build_process_groups
+from hysparse_megatron.runtime.launcher import Rank
+from hysparse_megatron.runtime.process_groups import build_process_groups, destroy_process_groups
 
 
 @dataclass(frozen=True)
@@ -52,10 +56,16 @@ class LoadedModel:
         return self.model.config.params_dtype
 
 
-def inference_config(run_dir: Path, world_size: int) -> Config:
+def inference_config(run_dir: Path, world_size: int, data: str | None = None) -> Config:
     """The configuration of a run with all ranks tensor parallel, experts spread over them.
 
-    Raises ConfigError if there is none or the model cannot be split so.
+    Args:
+        run_dir: of the run, or of weights to start from.
+        world_size: ranks.
+        data: text or prepared dataset in place of the run's.
+
+    Raises:
+        ConfigError: there is no configuration, or the model cannot be split so.
     """
     config = load_frozen(run_dir / CONFIG_FILE)
     experts = config.model.moe.num_experts
@@ -69,6 +79,9 @@ def inference_config(run_dir: Path, world_size: int) -> Config:
             config.parallel, tp=world_size, pp=1, vpp=None, cp=1, ep=spread, sequence_parallel=False
         ),
     )
+    if data is not None:
+        elsewhere = dataclasses.replace(config.data, path=data, blend=None)
+        config = dataclasses.replace(config, data=elsewhere)
     problems = [
         problem
         for problem in plan_problems(config, world_size=world_size)
@@ -78,6 +91,29 @@ def inference_config(run_dir: Path, world_size: int) -> Config:
     if problems:
         raise as_error(problems)
     return config
+
+
+@contextlib.contextmanager
+def loaded_run(
+    rank: Rank,
+    config: Config,
+    run_dir: Path,
+    checkpoint: str = "newest",
+    verify: bool = True,
+) -> Iterator[LoadedModel]:
+    """Join the ranks, load a run's model, and leave again. Arguments and errors: `load_model`."""
+    device = runtime_device.start(rank, config.parallel)
+    try:
+        yield load_model(config, device, run_dir, checkpoint, verify)
+    except HySparseError:  # of all ranks together; after a crash nobody may wait for anybody
+        _leave()
+        raise
+    _leave()
+
+
+def _leave() -> None:
+    destroy_process_groups()
+    runtime_device.stop()
 
 
 def load_model(
@@ -96,14 +132,15 @@ def load_model(
         CheckpointError: there is no such checkpoint, it is damaged or of another model.
     """
     directory = _choose(run_dir, checkpoint, verify)
-    data = on_rank_zero(lambda: store.read_manifest(directory), CheckpointError).get("data", {})
-    vocab_size = data.get("vocab_size") or config.model.vocab_size
+    manifest = on_rank_zero(lambda: store.read_manifest(directory), CheckpointError)
+    known = store.tokenizer_facts(manifest)
+    vocab_size = known.get("vocab_size") or config.model.vocab_size
     if vocab_size is None:
         raise CheckpointError(f"{directory}: neither its manifest nor model.vocab_size has a size")
     model, groups = build_model(config, device, config.model.vocab_size or vocab_size)
     load_weights([model], groups, directory)
     return LoadedModel(
-        config, model, groups, device, vocab_size, directory, data.get("tokenizer_sha256")
+        config, model, groups, device, vocab_size, directory, known.get("tokenizer_sha256")
     )
 
 

@@ -10,6 +10,7 @@ from hysparse_megatron.huggingface.adopt import ARCHITECTURES, NEUTRAL_SINK
 from hysparse_megatron.huggingface.export import CODE
 from hysparse_megatron.huggingface.importing import EXPERIMENT
 from tests.unit.huggingface.exports import random_run
+from tools import choose_full_layers, measure_adoption
 from tools.convert import _parser, main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,6 +22,35 @@ COMMANDS = re.findall(r"^    python -m tools\.convert (.*)$", TEXT, flags=re.M)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_are_understood(command: str) -> None:
     assert _parser().parse_args(shlex.split(command)).action
+
+
+def test_commands_of_other_tools_are_understood() -> None:
+    joined = " ".join(TEXT.split())
+    [chosen] = re.findall(r"python -m tools\.choose_full_layers (.*?) It runs", joined)
+    given = choose_full_layers._parser().parse_args(shlex.split(chosen))
+    assert (str(given.run_dir), given.count) == ("starts/windows", 9)
+    [measured] = re.findall(r"`python -m tools\.measure_adoption (.*?)`", joined)
+    given = measure_adoption._parser().parse_args(shlex.split(measured))
+    assert given.seeds == [1, 2, 3]
+
+
+def test_what_training_brings_back_is_what_was_logged() -> None:
+    """The table's rows are those of the log, rounded."""
+    log = (ROOT / "tools" / "adoption_results" / "2026-11-26-h100.txt").read_text()
+    logged = re.findall(
+        r"^seed (\d), (.*): original ([\d.]+), after 100 steps ([\d.]+); adopted ([\d.]+), "
+        r"after 100 steps ([\d.]+); of the gap of ([\d.]+) .* gone, ([\d.]+)% beside", log, flags=re.M,
+    )  # fmt: skip
+    rows = re.findall(
+        r"^\| (\d) \| (?:chosen, )?`(.*)` \| (.*) \| (.*) \| (.*) \| (.*) \| (.*) \| (\d+) % \|$",
+        TEXT, flags=re.M,
+    )  # fmt: skip
+    assert len(rows) == len(logged) == 6
+    for row, (seed, layout, was, became, start, end, gap, share) in zip(rows, logged, strict=True):
+        assert row[:2] == (seed, layout)
+        told = [float(text) for text in row[2:7]]
+        assert told == pytest.approx(list(map(float, (was, start, gap, became, end))), abs=6e-4)
+        assert float(row[7]) == pytest.approx(float(share), abs=0.6)
 
 
 def test_every_option_exists() -> None:

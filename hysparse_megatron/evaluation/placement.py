@@ -1,0 +1,93 @@
+"""Which layers of a model with full attention should stay full, by held-out loss.
+
+Layers differ in how much they need of what is far away, and a hybrid layout keeps a few full. The
+first one has to be: what is sparse reads an oracle before it. Each further one is chosen greedily:
+the layer that, made full again beside those chosen before, lowers the loss most while all others
+see a window alone. A sparse branch can make up for much of the rest, but only by training.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from hysparse_megatron.data import EvaluationBatches
+from hysparse_megatron.errors import ConfigError
+from hysparse_megatron.evaluation.held_out import token_losses
+from hysparse_megatron.evaluation.positions import loss_by_position
+from hysparse_megatron.inference.load import LoadedModel
+from hysparse_megatron.layout import LayerKind
+from hysparse_megatron.model.attention import WindowAttention
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One layer chosen, and what else there was."""
+
+    layer: int
+    """Counted from 0."""
+    losses: dict[int, float]
+    """Held-out loss in nats with this layer full beside those chosen before, for every layer."""
+
+
+class Placement:
+    """A model of window layers, some of which see everything for the moment.
+
+    Args:
+        loaded: a model that has window layers alone.
+        batches: held-out sequences.
+
+    Raises:
+        ConfigError: the model has other layers.
+    """
+
+    def __init__(self, loaded: LoadedModel, batches: EvaluationBatches) -> None:
+        others = {kind.value for kind in loaded.kinds} - {LayerKind.WINDOW.value}
+        if others:
+            raise ConfigError(
+                f"the model has layers of kind {', '.join(sorted(others))}; allowed is W alone: "
+                f'adopt the original with --layout "{len(loaded.kinds)}*W" and the window wanted'
+            )
+        self._loaded = loaded
+        self._batches = batches
+
+    def loss(self, full: Sequence[int]) -> float:
+        """Held-out loss in nats per token when the layers `full` see everything."""
+        changed = [self._attention(layer) for layer in full]
+        windowed = [attention.config for attention in changed]
+        for attention in changed:
+            attention.config = copy.copy(attention.config)
+            attention.config.window = self._loaded.config.train.seq_length
+        try:
+            whole, _ = loss_by_position(token_losses(self._loaded, self._batches), num_bins=1)
+        finally:
+            for attention, config in zip(changed, windowed, strict=True):
+                attention.config = config
+        return whole.loss
+
+    def choose(self, count: int) -> Iterator[Choice]:
+        """The layers that stay full, `count` with the first, best first.
+
+        Runs the model once for every layer and choice. All ranks choose the same: they have the
+        same losses.
+        """
+        chosen = [0]
+        for _ in range(count - 1):
+            left = [n for n in range(len(self._loaded.kinds)) if n not in chosen]
+            losses = {layer: self.loss([*chosen, layer]) for layer in left}
+            best = min(losses, key=losses.__getitem__)
+            chosen.append(best)
+            yield Choice(best, losses)
+
+    def _attention(self, layer: int) -> WindowAttention:
+        return cast(WindowAttention, self._loaded.model.decoder.layers[layer].self_attention)
+
+
+def layout_of(full: Sequence[int], num_layers: int) -> str:
+    """The layout with the layers `full`, all others sparse, in the layout language."""
+    kinds = ("F" if layer in full else "S" for layer in range(num_layers))
+    runs = [(letter, len(list(run))) for letter, run in itertools.groupby(kinds)]
+    return " ".join(letter if length == 1 else f"{length}*{letter}" for letter, length in runs)

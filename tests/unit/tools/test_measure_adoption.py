@@ -1,0 +1,79 @@
+"""`tools.measure_adoption` on the smallest models: what it trains, and how it counts."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hysparse_megatron.config.frozen import load_frozen
+from hysparse_megatron.layout import LayerKind, parse_layout
+from hysparse_megatron.tracking.metrics import read_metrics
+from tools.measure_adoption import main
+
+SMALL = ["--layers", "3", "--full-layers", "2", "--length", "64", "--original-steps", "4"]
+SHORT = ["--steps", "3", "--decay", "1", "--sequences", "2", "--held-out", "4"]
+
+
+@pytest.mark.slow
+def test_shares_are_of_the_losses_of_the_two_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, folder = tmp_path / "adoption.json", tmp_path / "kept"
+    kept = ["--output", str(output), "--folder", str(folder)]
+    assert main([*SMALL, *SHORT, *kept, "--seeds", "7"]) == 0
+    told = capsys.readouterr().out
+    [row] = json.loads(output.read_text())["seeds"]
+    assert row["seed"] == 7
+
+    configs = {}
+    for name in ("full", "adopted"):
+        run = folder / "seed-7" / f"{name}-run"
+        rows = [row for row in read_metrics(run / "metrics.jsonl") if "eval_loss" in row]
+        configs[name] = load_frozen(run / "config.yaml")
+        losses = [rows[0]["eval_loss"], rows[-1]["eval_loss"]]
+        assert [rows[0]["step"], rows[-1]["step"]] == [0, 3]
+        of_name = "original" if name == "full" else "adopted"
+        assert losses == [row[of_name], row[f"{of_name}_trained_on"]]
+    # The same data, split, order and schedule; layers alone differ.
+    full, adopted = configs["full"], configs["adopted"]
+    assert (full.train, full.optim) == (adopted.train, adopted.optim)
+    assert full.train.seed == 7
+    kinds = [plan.kind for plan in parse_layout(adopted.model.layout).layers]
+    assert [kinds.count(kind) for kind in (LayerKind.FULL, LayerKind.SPARSE)] == [2, 1]
+    assert parse_layout(row["layout"]).layers == parse_layout(adopted.model.layout).layers
+    assert {plan.kind for plan in parse_layout(full.model.layout).layers} == {LayerKind.FULL}
+
+    gap = row["adopted"] - row["original"]
+    left = row["adopted_trained_on"] - row["original_trained_on"]
+    assert row["of_original"] == (row["adopted"] - row["adopted_trained_on"]) / gap
+    assert row["of_trained_on"] == 1 - left / gap
+    assert f"of the gap of {gap:.4f} {row['of_original']:.1%} gone" in told
+    assert "gap to the original trained on: " in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--layout", "F X"], "X"),
+        (["--output", "no/such/folder/x.json"], "--output: cannot write"),
+        (["--steps", "10", "--decay", "10"], "--decay: got 10; allowed 1 to 9"),
+    ],
+)
+def test_mistakes_end_with_2(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = main(arguments)
+    except SystemExit as error:  # argparse's own
+        code = error.code
+    assert code == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.thorough
+def test_a_command_that_fails_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = ["--folder", str(tmp_path), "--layers", "2", "--layout", "F S", "--window", "0"]
+    assert main([*SMALL, *SHORT, *kept, "--seeds", "1"]) == 2
+    told = capsys.readouterr().err
+    assert "--window" in told
+    assert "ended with exit code 2: tools.convert adopt" in told

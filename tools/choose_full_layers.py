@@ -1,0 +1,112 @@
+"""Which layers to keep full when a model is adopted: `python -m tools.choose_full_layers`.
+
+    python -m tools.convert adopt models/llama starts/windows --layout "32*W" --window 128
+    python -m tools.choose_full_layers --run-dir starts/windows --count 9 --data data/web
+    torchrun --nproc-per-node 4 -m tools.choose_full_layers --run-dir starts/windows --count 9
+
+Starts from the model with windows alone and its first layer full, and makes one layer after the
+other full again, each time the one that lowers the held-out loss most. Prints every choice, and the
+layout for `tools.convert adopt`. Runs the model once for every layer and choice. Ends with 0, with
+2 for settings that cannot be, with 5 if data are not there, with 6 if there is no valid checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hysparse_megatron.errors import ConfigError, HySparseError
+from hysparse_megatron.files import require_writable
+from hysparse_megatron.runtime.launcher import rank_from_environment
+from hysparse_megatron.runtime.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from hysparse_megatron.inference.load import LoadedModel
+
+
+def main(argv: Sequence[str]) -> int:
+    """Choose as `argv` says, the command line without the program's name."""
+    given = _parser().parse_args(list(argv))
+    is_first = True
+    try:
+        rank = rank_from_environment()
+        is_first = rank.rank == 0
+        require_writable(given.json, "--json")
+        # Imported late: a wrong command must fail before seconds of imports.
+        quiet_libraries()
+        from hysparse_megatron.inference.load import inference_config, loaded_run
+
+        config = inference_config(given.run_dir, rank.world_size, given.data)
+        if given.length is not None:
+            train = dataclasses.replace(config.train, seq_length=given.length)
+            config = dataclasses.replace(config, train=train)
+        with loaded_run(rank, config, given.run_dir) as loaded:
+            results = _choose(given, loaded, is_first)
+        if is_first and given.json is not None:
+            given.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    except HySparseError as error:
+        if is_first:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.choose_full_layers",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--run-dir", type=Path, required=True, metavar="DIR", help="adopted with windows alone")
+    add("--count", type=_positive, required=True, metavar="N", help="full layers, the first too")
+    add("--data", metavar="PATH", help="text or prepared dataset (default: the sample text)")
+    add("--length", type=_positive, metavar="N", help="tokens of a sequence (default: the model's)")
+    add("--sequences", type=_positive, default=64, metavar="N", help="held-out ones (%(default)s)")
+    add("--batch-size", type=_positive, default=8, metavar="N", help="at a time (%(default)s)")
+    add("--json", type=Path, metavar="FILE", help="also write all losses there")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"got {text}; allowed a whole number from 1")
+    return int(text)
+
+
+def _choose(given: argparse.Namespace, loaded: LoadedModel, is_first: bool) -> dict[str, Any]:
+    from hysparse_megatron.evaluation.held_out import held_out_batches
+    from hysparse_megatron.evaluation.placement import Placement, layout_of
+
+    def say(text: str) -> None:
+        if is_first:
+            print(text, flush=True)
+
+    num_layers = len(loaded.kinds)
+    if given.count > num_layers:
+        raise ConfigError(f"--count: got {given.count}; allowed at most the {num_layers} layers")
+    length = loaded.config.train.seq_length
+    batches = held_out_batches(loaded, length, given.sequences, given.batch_size)
+    placement = Placement(loaded, batches)
+    whole, first = placement.loss(range(num_layers)), placement.loss([0])
+    say(f"held-out loss with full attention {whole:.4f}; with windows but for layer 0 {first:.4f}")
+    full, choices = [0], []
+    for choice in placement.choose(given.count):
+        full.append(choice.layer)
+        choices.append(dataclasses.asdict(choice))
+        best, *others = sorted(choice.losses.items(), key=lambda pair: pair[1])
+        after = ", ".join(f"{layer}: {loss:.4f}" for layer, loss in others[:3])
+        say(f"layer {best[0]:>3} full too: {best[1]:.4f}" + (f"  (next {after})" if after else ""))
+    layout = layout_of(full, num_layers)
+    say(f'--layout "{layout}"')
+    return {"layout": layout, "full": whole, "first_alone": first, "choices": choices}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

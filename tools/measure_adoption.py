@@ -1,0 +1,278 @@
+"""What training brings back after `tools.convert adopt`: `python -m tools.measure_adoption`.
+
+    python -m tools.measure_adoption --seeds 1 2 3 --output adoption.json
+    python -m tools.measure_adoption --layout "F 3*S F 2*S F" --window 16 --steps 200
+
+For each seed: trains a small Llama of transformers on the sample text, chooses the layers that stay
+full with tools.choose_full_layers (or takes --layout), adopts it twice, once with that layout and
+once with full attention everywhere, trains both on with the same settings and batches, and prints
+their held-out losses. The gap is what the adopted model loses more than the original; how much of
+it is gone after the steps is said twice:
+
+    of the gap to the original as it was when it was adopted (training helps, whatever the layout)
+    of the gap to the original trained on for as long
+
+Takes a GPU if there is one: the defaults are for a CPU, half an hour for a seed. Ends with 0,
+whatever the numbers, or as the first command that failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hysparse_megatron.config.compose import compose, load_frozen
+from hysparse_megatron.config.frozen import CONFIG_FILE, freeze
+from hysparse_megatron.config.schema import Config, Schedule
+from hysparse_megatron.errors import HySparseError
+from hysparse_megatron.files import require_writable
+from hysparse_megatron.layout import parse_layout
+from hysparse_megatron.runtime.quiet import quiet_libraries
+from hysparse_megatron.tracking.metrics import read_metrics
+
+_ROOT = Path(__file__).resolve().parents[1]
+_FULL, _SPARSE = "full", "adopted"
+_ORIGINAL_PEAK_RATE = 1.5e-3
+_ORIGINAL_WARMUP_STEPS = 20
+_ORIGINAL_DECAY_SHARE = 0.3
+# Another order than that of the runs that train on, which would repeat the first batches.
+_ORIGINAL_ORDER = 1
+_HELD_OUT_SHARE = 0.2
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure as `argv` says, the command line without the program's name."""
+    parser = _parser()
+    given = parser.parse_args(list(argv))
+    if not 0 < given.decay < given.steps:
+        parser.error(f"--decay: got {given.decay}; allowed 1 to {given.steps - 1}, below --steps")
+    quiet_libraries()
+    try:
+        if given.layout is not None:
+            given.layers = len(parse_layout(given.layout).layers)
+        require_writable(given.output, "--output")
+        with tempfile.TemporaryDirectory(prefix="measure-adoption-") as name:
+            folder = given.folder or Path(name)
+            rows = [_measure(given, seed, folder / f"seed-{seed}") for seed in given.seeds]
+    except HySparseError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    except subprocess.CalledProcessError as error:
+        print(f"ended with exit code {error.returncode}: {error.cmd}", file=sys.stderr)
+        return error.returncode
+    for text, name in (("as it was", "of_original"), ("trained on", "of_trained_on")):
+        shares = [row[name] for row in rows]
+        print(
+            f"gap to the original {text}: {statistics.mean(shares):.1%} gone (mean of "
+            f"{len(shares)}, {min(shares):.1%} to {max(shares):.1%})"
+        )
+    if given.output is not None:
+        settings = {name: str(value) for name, value in vars(given).items()}
+        content = json.dumps({"settings": settings, "seeds": rows}, indent=1)
+        given.output.write_text(content + "\n", encoding="utf-8")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.measure_adoption",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__,
+        allow_abbrev=False,
+    )
+
+    def add(option: str, default: Any, text: str, kind: Any = int) -> None:
+        text += "" if default is None else " (%(default)s)"
+        metavar = option.removeprefix("--").replace("-", "_").upper()
+        parser.add_argument(option, type=kind, default=default, metavar=metavar, help=text)
+
+    add("--layout", None, "of the adopted model; chosen if left out", str)
+    add("--layers", 8, "of the models, if no layout is given")
+    add("--full-layers", 3, "that stay full, if no layout is given")
+    add("--window", 4, "tokens a query sees of its own layer")
+    add("--block-size", 8, "tokens in a block")
+    add("--num-selected", 4, "blocks a query reads of its oracle")
+    add("--sparse-sink", 4.0, "logit that closes the sparse branch at the start", float)
+    add("--length", 256, "tokens of a sequence")
+    add("--original-steps", 600, "of the original's training, 8 sequences each")
+    add("--steps", 100, "of training on")
+    add("--sequences", 16, "of a step of training on")
+    add("--rate", 2e-3, "peak learning rate of training on", float)
+    add("--decay", 40, "last steps of training on, in which the rate falls to 0")
+    add("--held-out", 256, "sequences of an evaluation, at least")
+    add("--folder", None, "keep models and runs there; it must not have them", Path)
+    add("--output", None, "JSON file for all numbers", Path)
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[1], metavar="N", help="of weights, data and split"
+    )
+    return parser
+
+
+def _measure(given: argparse.Namespace, seed: int, folder: Path) -> dict[str, Any]:
+    folder.mkdir(parents=True)
+    original = _train_original(given, seed, folder / "original")
+    chosen = given.layout or _choose(given, original, folder)
+    losses = {}
+    for name, layout in ((_FULL, f"{given.layers}*F"), (_SPARSE, chosen)):
+        start = _adopt(given, original, folder / f"{name}-start", layout)
+        config = _run_config(given, seed, start, folder / f"{name}-run")
+        freeze(config, folder / f"{name}-settings")
+        settings = folder / f"{name}-settings" / CONFIG_FILE
+        _command("hysparse_megatron", "--config", str(settings))
+        found = read_metrics(config.run_path / "metrics.jsonl")
+        evaluations = [row["eval_loss"] for row in found if "eval_loss" in row]
+        losses[name] = (evaluations[0], evaluations[-1])
+    (was, became), (start_loss, end_loss) = losses[_FULL], losses[_SPARSE]
+    row = {
+        "seed": seed,
+        "layout": chosen,
+        "original": was,
+        "original_trained_on": became,
+        "adopted": start_loss,
+        "adopted_trained_on": end_loss,
+        "of_original": (start_loss - end_loss) / (start_loss - was),
+        "of_trained_on": 1 - (end_loss - became) / (start_loss - was),
+    }
+    print(
+        f"seed {seed}, {chosen}: original {was:.4f}, after {given.steps} steps {became:.4f}; "
+        f"adopted {start_loss:.4f}, after {given.steps} steps {end_loss:.4f}; of the gap of "
+        f"{start_loss - was:.4f} {row['of_original']:.1%} gone, {row['of_trained_on']:.1%} beside "
+        "the original trained on",
+        flush=True,
+    )
+    return row
+
+
+def _adopt(given: argparse.Namespace, original: Path, start: Path, layout: str) -> Path:
+    options = ("window", "block_size", "num_selected", "sparse_sink")
+    pairs = [(f"--{name.replace('_', '-')}", str(getattr(given, name))) for name in options]
+    arguments = [text for pair in pairs for text in pair]
+    _command("tools.convert", "adopt", str(original), str(start), "--layout", layout, *arguments)
+    return start
+
+
+def _choose(given: argparse.Namespace, original: Path, folder: Path) -> str:
+    """By another split than those of the runs, mostly of text that they train on."""
+    start = _adopt(given, original, folder / "windows-start", f"{given.layers}*W")
+    found = folder / "layers.json"
+    _command(
+        "tools.choose_full_layers", "--run-dir", str(start), "--count", str(given.full_layers),
+        "--json", str(found),
+    )  # fmt: skip
+    return json.loads(found.read_text())["layout"]
+
+
+def _command(module: str, *arguments: str) -> None:
+    """Run a command of this project; its output is shown only if it fails."""
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(done.stdout, done.stderr, sep="\n", file=sys.stderr)
+        raise subprocess.CalledProcessError(done.returncode, f"{module} {' '.join(arguments)}")
+
+
+def _run_config(given: argparse.Namespace, seed: int, start: Path, run_dir: Path) -> Config:
+    """Of training on from the adopted model in `start`."""
+    import torch
+
+    config = load_frozen(start / CONFIG_FILE)
+    train = dataclasses.replace(
+        config.train,
+        steps=given.steps,
+        seq_length=given.length,
+        global_batch_size=given.sequences,
+        micro_batch_size=math.gcd(given.sequences, 128 if torch.cuda.is_available() else 8),
+        seed=seed,
+        eval_interval=0,
+        eval_batches=-(-given.held_out // given.sequences),
+    )
+    optim = dataclasses.replace(
+        config.optim,
+        learning_rate=given.rate,
+        min_learning_rate=0.0,
+        schedule=Schedule.wsd,
+        warmup_steps=min(5, given.steps - given.decay),
+        decay_steps=given.decay,
+    )
+    return dataclasses.replace(
+        config,
+        name=run_dir.name,
+        run_dir=str(run_dir),
+        train=train,
+        optim=optim,
+        data=dataclasses.replace(config.data, validation_fraction=_HELD_OUT_SHARE),
+    )
+
+
+def _train_original(given: argparse.Namespace, seed: int, folder: Path) -> Path:
+    """A Llama of about two million parameters, trained on the training split of the sample text."""
+    # Imported late: mistakes must not wait for it.
+    import shutil
+
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from hysparse_megatron.data import BatchSource
+    from hysparse_megatron.data.sources import load_data, open_samples
+
+    settings = dataclasses.replace(compose([]).data, validation_fraction=_HELD_OUT_SHARE)
+    data = load_data(settings, seed)
+    batches = BatchSource(
+        open_samples(data, "train", given.length),
+        seed=seed + _ORIGINAL_ORDER,
+        fingerprint=data.fingerprint,
+        global_batch_size=8,
+        micro_batch_size=8,
+        data_parallel_size=1,
+        data_parallel_rank=0,
+    )
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=data.vocab_size,
+            hidden_size=128,
+            intermediate_size=352,
+            num_hidden_layers=given.layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            max_position_embeddings=given.length,
+            tie_word_embeddings=True,
+        )
+    )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device).train()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=_ORIGINAL_PEAK_RATE, betas=(0.9, 0.95), weight_decay=0.1
+    )
+    steps = given.original_steps
+    decay = max(1, round(_ORIGINAL_DECAY_SHARE * steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min(1.0, (step + 1) / _ORIGINAL_WARMUP_STEPS, (steps - step) / decay),
+    )
+    for step in range(steps):
+        [batch] = batches.microbatches(step)
+        logits = model(input_ids=batch["tokens"].to(device)).logits
+        labels = batch["labels"].to(device)
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    model.cpu().save_pretrained(folder)
+    shutil.copy(data.tokenizer_path, folder / "tokenizer.json")
+    return folder
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
