@@ -39,7 +39,8 @@ def test_what_training_brings_back_is_what_was_logged() -> None:
     log = (ROOT / "tools" / "adoption_results" / "2026-11-26-h100.txt").read_text()
     logged = re.findall(
         r"^seed (\d), (.*): original ([\d.]+), after 100 steps ([\d.]+); adopted ([\d.]+), "
-        r"after 100 steps ([\d.]+); of the gap of ([\d.]+) .* gone, ([\d.]+)% beside", log, flags=re.M,
+        r"after 100 steps ([\d.]+); of the gap of ([\d.]+) .* gone, ([\d.]+)% beside",
+        log, flags=re.M,
     )  # fmt: skip
     rows = re.findall(
         r"^\| (\d) \| (?:chosen, )?`(.*)` \| (.*) \| (.*) \| (.*) \| (.*) \| (.*) \| (\d+) % \|$",
