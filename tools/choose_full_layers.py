@@ -6,8 +6,9 @@
 
 Starts from the model with windows alone and its first layer full, and makes one layer after the
 other full again, each time the one that lowers the held-out loss most. Prints every choice, and the
-layout for `tools.convert adopt`. Runs the model once for every layer and choice. Ends with 0, with
-2 for settings that cannot be, with 5 if data are not there, with 6 if there is no valid checkpoint.
+layout for `tools.convert adopt`. Runs the model once for every layer not chosen yet and choice.
+Ends with 0, with 2 for settings that cannot be or do not fit into memory, with 5 if data are not
+there, with 6 if there is no valid checkpoint.
 """
 
 from __future__ import annotations
@@ -22,11 +23,18 @@ from typing import TYPE_CHECKING, Any
 
 from hysparse_megatron.errors import ConfigError, HySparseError
 from hysparse_megatron.files import require_writable
+from hysparse_megatron.layout import parse_layout
 from hysparse_megatron.runtime.launcher import rank_from_environment
 from hysparse_megatron.runtime.quiet import quiet_libraries
 
 if TYPE_CHECKING:
+    from hysparse_megatron.config.schema import Config
     from hysparse_megatron.inference.load import LoadedModel
+
+MOST_TOKENS = 4096
+"""Of a sequence, unless asked for: logits of longer ones fill a card, and layers differ soon."""
+BROKEN_NATS = 1.0
+"""Windows that cost more than this leave a model whose layers say little about the whole one."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -39,14 +47,20 @@ def main(argv: Sequence[str]) -> int:
         require_writable(given.json, "--json")
         # Imported late: a wrong command must fail before seconds of imports.
         quiet_libraries()
+        import torch
+
         from hysparse_megatron.inference.load import inference_config, loaded_run
 
-        config = inference_config(given.run_dir, rank.world_size, given.data)
-        if given.length is not None:
-            train = dataclasses.replace(config.train, seq_length=given.length)
-            config = dataclasses.replace(config, train=train)
-        with loaded_run(rank, config, given.run_dir) as loaded:
-            results = _choose(given, loaded, is_first)
+        config = inference_config(given.run_dir, rank.world_size)
+        length = _length(given, config)
+        try:
+            with loaded_run(rank, config, given.run_dir) as loaded:
+                results = _choose(given, loaded, length, is_first)
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"{given.batch_size} sequences of {length:,} tokens do not fit into memory: lower "
+                "--batch-size or --length, or split the model with torchrun"
+            ) from error
         if is_first and given.json is not None:
             given.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     except HySparseError as error:
@@ -66,10 +80,19 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--run-dir", type=Path, required=True, metavar="DIR", help="adopted with windows alone")
     add("--count", type=_positive, required=True, metavar="N", help="full layers, the first too")
-    add("--data", metavar="PATH", help="text or prepared dataset (default: the sample text)")
-    add("--length", type=_positive, metavar="N", help="tokens of a sequence (default: the model's)")
+    add(
+        "--data",
+        metavar="PATH",
+        help="text (many documents: a share is held out) or prepared dataset (default: the sample)",
+    )
+    add(
+        "--length",
+        type=_positive,
+        metavar="N",
+        help=f"tokens of a sequence (default: the model's, at most {MOST_TOKENS})",
+    )
     add("--sequences", type=_positive, default=64, metavar="N", help="held-out ones (%(default)s)")
-    add("--batch-size", type=_positive, default=8, metavar="N", help="at a time (%(default)s)")
+    add("--batch-size", type=_positive, default=1, metavar="N", help="at a time (%(default)s)")
     add("--json", type=Path, metavar="FILE", help="also write all losses there")
     return parser
 
@@ -80,7 +103,20 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _choose(given: argparse.Namespace, loaded: LoadedModel, is_first: bool) -> dict[str, Any]:
+def _length(given: argparse.Namespace, config: Config) -> int:
+    """Tokens of a sequence. Raises ConfigError for a choice that the model does not have."""
+    from hysparse_megatron.evaluation.placement import require_windows
+
+    require_windows(config.model.layout)
+    num_layers = parse_layout(config.model.layout).num_layers
+    if given.count > num_layers:
+        raise ConfigError(f"--count: got {given.count}; allowed at most the {num_layers} layers")
+    return given.length or min(config.train.seq_length, MOST_TOKENS)
+
+
+def _choose(
+    given: argparse.Namespace, loaded: LoadedModel, length: int, is_first: bool
+) -> dict[str, Any]:
     from hysparse_megatron.evaluation.held_out import held_out_batches
     from hysparse_megatron.evaluation.placement import Placement, layout_of
 
@@ -88,14 +124,22 @@ def _choose(given: argparse.Namespace, loaded: LoadedModel, is_first: bool) -> d
         if is_first:
             print(text, flush=True)
 
-    num_layers = len(loaded.kinds)
-    if given.count > num_layers:
-        raise ConfigError(f"--count: got {given.count}; allowed at most the {num_layers} layers")
-    length = loaded.config.train.seq_length
-    batches = held_out_batches(loaded, length, given.sequences, given.batch_size)
-    placement = Placement(loaded, batches)
+    def note(text: str) -> None:
+        if is_first and sys.stderr.isatty():
+            print(text, file=sys.stderr, flush=True)
+
+    num_layers, trained = len(loaded.kinds), loaded.config.train.seq_length
+    if length > trained:
+        say(f"note: {length:,} tokens, but the model was trained on {trained:,} at a time")
+    batches = held_out_batches(loaded, length, given.sequences, given.batch_size, given.data)
+    placement = Placement(loaded, batches, length, note)
     whole, first = placement.loss(range(num_layers)), placement.loss([0])
     say(f"held-out loss with full attention {whole:.4f}; with windows but for layer 0 {first:.4f}")
+    if first - whole > BROKEN_NATS:
+        say(
+            f"WARNING: {first - whole:.1f} nats more: with such windows the model hardly works, "
+            "and the first choices may say little. Compare with larger ones"
+        )
     full, choices = [0], []
     for choice in placement.choose(given.count):
         full.append(choice.layer)

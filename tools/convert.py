@@ -110,6 +110,8 @@ def _export(given: argparse.Namespace) -> int:
     if not config_file.is_file():
         raise ConfigError(f"--run-dir: {given.run_dir} is no run directory: no {CONFIG_FILE}")
     config = load_frozen(config_file)
+    own = given.run_dir / "tokenizer.json"  # of weights to start from, wherever they lie now
+    tokenizer = given.tokenizer or (own if own.is_file() else None)
     checkpoint = _checkpoint(given.run_dir, given.checkpoint, content=not given.no_verify)
     # Imported late: what is wrong with the command is said without waiting for torch.
     import torch
@@ -120,7 +122,7 @@ def _export(given: argparse.Namespace) -> int:
     request = Request(
         checkpoint,
         config,
-        Path(tokenizer_file(str(given.tokenizer))) if given.tokenizer else None,
+        Path(tokenizer_file(str(tokenizer))) if tokenizer else None,
         getattr(torch, DTYPES[given.dtype]) if given.dtype else None,
         given.shard_size,
     )

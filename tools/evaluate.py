@@ -27,7 +27,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hysparse_megatron.errors import CheckpointError, HySparseError
+from hysparse_megatron.errors import HySparseError
 from hysparse_megatron.evaluation.scores import Score, ask, require_room
 from hysparse_megatron.evaluation.tasks import TASKS
 from hysparse_megatron.files import require_writable
@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
         quiet_libraries()
         from hysparse_megatron.inference.load import inference_config, loaded_run
 
-        config = inference_config(given.run_dir, rank.world_size, given.data)
+        config = inference_config(given.run_dir, rank.world_size)
         with loaded_run(rank, config, given.run_dir, given.checkpoint) as loaded:
             results = _evaluate(given, loaded, is_first=rank_number == 0)
         if rank_number == 0 and given.json is not None:
@@ -102,7 +102,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-size", type=_positive, default=8, metavar="N", help="sequences at a time")
     add("--seed", type=int, default=0, metavar="N", help="of the questions (default 0)")
     add("--tokenizer", metavar="PATH", help="its file or folder (default: found by its hash)")
-    add("--data", metavar="PATH", help="held-out text or prepared dataset, in place of the run's")
+    add(
+        "--data",
+        metavar="PATH",
+        help="text (many documents: a share is held out) or prepared dataset, instead of the run's",
+    )
     add("--json", type=Path, metavar="FILE", help="also write all numbers there")
     return parser
 
@@ -181,8 +185,6 @@ def _scores(
 def _tokenizer(given: argparse.Namespace, loaded: LoadedModel) -> Tokenizer:
     from hysparse_megatron.data.run_tokenizer import load_run_tokenizer
 
-    if loaded.tokenizer_sha256 is None:
-        raise CheckpointError(f"{loaded.checkpoint}: its manifest does not name a tokenizer")
     return load_run_tokenizer(loaded.config.data, loaded.tokenizer_sha256, given.tokenizer)
 
 
@@ -191,7 +193,7 @@ def _loss(given: argparse.Namespace, loaded: LoadedModel, length: int) -> tuple[
     from hysparse_megatron.evaluation.held_out import held_out_batches, token_losses
     from hysparse_megatron.evaluation.positions import loss_by_position
 
-    batches = held_out_batches(loaded, length, given.sequences, given.batch_size)
+    batches = held_out_batches(loaded, length, given.sequences, given.batch_size, given.data)
     return loss_by_position(token_losses(loaded, batches), given.bins)
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hysparse_megatron.config.frozen import CONFIG_FILE
-from hysparse_megatron.errors import CheckpointError, ConfigError, DataError, HySparseError
+from hysparse_megatron.errors import ConfigError, DataError, HySparseError
 from hysparse_megatron.runtime.launcher import Rank, rank_from_environment
 from hysparse_megatron.runtime.quiet import quiet_libraries
 
@@ -202,8 +202,6 @@ def _generate(
 def _tokenizer(given: argparse.Namespace, loaded: LoadedModel) -> Tokenizer:
     from hysparse_megatron.data.run_tokenizer import load_run_tokenizer
 
-    if loaded.tokenizer_sha256 is None:
-        raise CheckpointError(f"{loaded.checkpoint}: its manifest does not name a tokenizer")
     return load_run_tokenizer(loaded.config.data, loaded.tokenizer_sha256, given.tokenizer)
 
 

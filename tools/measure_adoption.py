@@ -5,9 +5,9 @@
 
 For each seed: trains a small Llama of transformers on the sample text, chooses the layers that stay
 full with tools.choose_full_layers (or takes --layout), adopts it twice, once with that layout and
-once with full attention everywhere, trains both on with the same settings and batches, and prints
-their held-out losses. The gap is what the adopted model loses more than the original; how much of
-it is gone after the steps is said twice:
+once with full attention everywhere, trains both on with the same settings and batches, and a model
+of that layout from random weights, and prints their held-out losses. The gap is what the adopted
+model loses more than the original; how much of it is gone after the steps is said twice:
 
     of the gap to the original as it was when it was adopted (training helps, whatever the layout)
     of the gap to the original trained on for as long
@@ -33,14 +33,13 @@ from typing import Any
 from hysparse_megatron.config.compose import compose, load_frozen
 from hysparse_megatron.config.frozen import CONFIG_FILE, freeze
 from hysparse_megatron.config.schema import Config, Schedule
-from hysparse_megatron.errors import HySparseError
+from hysparse_megatron.errors import ConfigError, HySparseError
 from hysparse_megatron.files import require_writable
-from hysparse_megatron.layout import parse_layout
+from hysparse_megatron.layout import LayerKind, parse_layout
 from hysparse_megatron.runtime.quiet import quiet_libraries
 from hysparse_megatron.tracking.metrics import read_metrics
 
 _ROOT = Path(__file__).resolve().parents[1]
-_FULL, _SPARSE = "full", "adopted"
 _ORIGINAL_PEAK_RATE = 1.5e-3
 _ORIGINAL_WARMUP_STEPS = 20
 _ORIGINAL_DECAY_SHARE = 0.3
@@ -51,18 +50,19 @@ _HELD_OUT_SHARE = 0.2
 
 def main(argv: Sequence[str]) -> int:
     """Measure as `argv` says, the command line without the program's name."""
-    parser = _parser()
-    given = parser.parse_args(list(argv))
-    if not 0 < given.decay < given.steps:
-        parser.error(f"--decay: got {given.decay}; allowed 1 to {given.steps - 1}, below --steps")
+    given = _parser().parse_args(list(argv))
+    settings = {name: str(value) for name, value in vars(given).items()}
+    rows: list[dict[str, Any]] = []
     quiet_libraries()
     try:
-        if given.layout is not None:
-            given.layers = len(parse_layout(given.layout).layers)
-        require_writable(given.output, "--output")
+        _check(given)
         with tempfile.TemporaryDirectory(prefix="measure-adoption-") as name:
-            folder = given.folder or Path(name)
-            rows = [_measure(given, seed, folder / f"seed-{seed}") for seed in given.seeds]
+            folder = (given.folder or Path(name)).resolve()  # commands run elsewhere
+            for seed in given.seeds:
+                rows.append(_measure(given, seed, folder / f"seed-{seed}"))
+                if given.output is not None:  # after each: the next one may fail
+                    content = json.dumps({"settings": settings, "seeds": rows}, indent=1)
+                    given.output.write_text(content + "\n", encoding="utf-8")
     except HySparseError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
@@ -70,16 +70,33 @@ def main(argv: Sequence[str]) -> int:
         print(f"ended with exit code {error.returncode}: {error.cmd}", file=sys.stderr)
         return error.returncode
     for text, name in (("as it was", "of_original"), ("trained on", "of_trained_on")):
-        shares = [row[name] for row in rows]
-        print(
-            f"gap to the original {text}: {statistics.mean(shares):.1%} gone (mean of "
-            f"{len(shares)}, {min(shares):.1%} to {max(shares):.1%})"
-        )
-    if given.output is not None:
-        settings = {name: str(value) for name, value in vars(given).items()}
-        content = json.dumps({"settings": settings, "seeds": rows}, indent=1)
-        given.output.write_text(content + "\n", encoding="utf-8")
+        shares = [row[name] for row in rows if row[name] is not None]
+        if shares:
+            print(
+                f"gap to the original {text}: {statistics.mean(shares):.1%} gone (mean of "
+                f"{len(shares)}, {min(shares):.1%} to {max(shares):.1%})"
+            )
     return 0
+
+
+def _check(given: argparse.Namespace) -> None:
+    """Find out before minutes of work. Raises ConfigError."""
+    if given.layout is not None:
+        given.layers = parse_layout(given.layout).num_layers
+        if all(plan.kind is LayerKind.FULL for plan in parse_layout(given.layout).layers):
+            raise ConfigError(f"--layout: {given.layout} has full layers alone: there is no gap")
+    elif given.full_layers >= given.layers:
+        raise ConfigError(
+            f"--full-layers: got {given.full_layers}; allowed fewer than {given.layers}"
+        )
+    if given.decay >= given.steps:
+        raise ConfigError(f"--decay: got {given.decay}; allowed less than --steps={given.steps}")
+    if len(set(given.seeds)) < len(given.seeds):
+        raise ConfigError("--seeds: one comes twice; allowed each once")
+    for seed in given.seeds if given.folder is not None else ():
+        if (given.folder / f"seed-{seed}").exists():
+            raise ConfigError(f"--folder: {given.folder} has seed-{seed} already; name another")
+    require_writable(given.output, "--output")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -90,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
 
-    def add(option: str, default: Any, text: str, kind: Any = int) -> None:
+    def add(option: str, default: Any, text: str, kind: Any = _positive) -> None:
         text += "" if default is None else " (%(default)s)"
         metavar = option.removeprefix("--").replace("-", "_").upper()
         parser.add_argument(option, type=kind, default=default, metavar=metavar, help=text)
@@ -117,21 +134,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _positive(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"got {text}; allowed a whole number from 1")
+    return int(text)
+
+
 def _measure(given: argparse.Namespace, seed: int, folder: Path) -> dict[str, Any]:
     folder.mkdir(parents=True)
     original = _train_original(given, seed, folder / "original")
     chosen = given.layout or _choose(given, original, folder)
-    losses = {}
-    for name, layout in ((_FULL, f"{given.layers}*F"), (_SPARSE, chosen)):
-        start = _adopt(given, original, folder / f"{name}-start", layout)
-        config = _run_config(given, seed, start, folder / f"{name}-run")
-        freeze(config, folder / f"{name}-settings")
-        settings = folder / f"{name}-settings" / CONFIG_FILE
-        _command("hysparse_megatron", "--config", str(settings))
-        found = read_metrics(config.run_path / "metrics.jsonl")
-        evaluations = [row["eval_loss"] for row in found if "eval_loss" in row]
-        losses[name] = (evaluations[0], evaluations[-1])
-    (was, became), (start_loss, end_loss) = losses[_FULL], losses[_SPARSE]
+    full = _adopt(given, original, folder / "full-start", f"{given.layers}*F")
+    adopted = _adopt(given, original, folder / "adopted-start", chosen)
+    was, became = _train_on(given, seed, full, folder / "full-run")
+    start_loss, end_loss = _train_on(given, seed, adopted, folder / "adopted-run")
+    _, from_random = _train_on(given, seed, adopted, folder / "random-run", random=True)
+    gap = start_loss - was
     row = {
         "seed": seed,
         "layout": chosen,
@@ -139,17 +157,38 @@ def _measure(given: argparse.Namespace, seed: int, folder: Path) -> dict[str, An
         "original_trained_on": became,
         "adopted": start_loss,
         "adopted_trained_on": end_loss,
-        "of_original": (start_loss - end_loss) / (start_loss - was),
-        "of_trained_on": 1 - (end_loss - became) / (start_loss - was),
+        "random_trained": from_random,
+        "of_original": (start_loss - end_loss) / gap if gap > 0 else None,
+        "of_trained_on": 1 - (end_loss - became) / gap if gap > 0 else None,
     }
-    print(
+    told = (
         f"seed {seed}, {chosen}: original {was:.4f}, after {given.steps} steps {became:.4f}; "
-        f"adopted {start_loss:.4f}, after {given.steps} steps {end_loss:.4f}; of the gap of "
-        f"{start_loss - was:.4f} {row['of_original']:.1%} gone, {row['of_trained_on']:.1%} beside "
-        "the original trained on",
-        flush=True,
+        f"adopted {start_loss:.4f}, after {given.steps} steps {end_loss:.4f} (from random weights "
+        f"{from_random:.4f}); "
     )
+    if gap > 0:
+        told += (
+            f"of the gap of {gap:.4f} {row['of_original']:.1%} gone, {row['of_trained_on']:.1%} "
+            "beside the original trained on"
+        )
+    print(told if gap > 0 else f"{told}no gap", flush=True)
     return row
+
+
+def _train_on(
+    given: argparse.Namespace, seed: int, start: Path, run_dir: Path, random: bool = False
+) -> tuple[float, float]:
+    """Held-out losses before and after training the model of `start`, or one of random weights."""
+    config = _run_config(given, seed, start, run_dir)
+    if random:
+        checkpoint = dataclasses.replace(config.checkpoint, load=None)
+        config = dataclasses.replace(config, checkpoint=checkpoint)
+    settings = run_dir.with_name(f"{run_dir.name}-settings")
+    freeze(config, settings)
+    _command("hysparse_megatron", "--config", str(settings / CONFIG_FILE))
+    found = read_metrics(run_dir / "metrics.jsonl")
+    evaluations = [row["eval_loss"] for row in found if "eval_loss" in row]
+    return evaluations[0], evaluations[-1]
 
 
 def _adopt(given: argparse.Namespace, original: Path, start: Path, layout: str) -> Path:

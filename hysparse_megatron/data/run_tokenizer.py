@@ -31,27 +31,40 @@ class Tokenizer(Protocol):
         """Text of the ids."""
 
 
-def load_run_tokenizer(data: DataConfig, sha256: str, given: str | None = None) -> Tokenizer:
+def find_run_tokenizer(data: DataConfig, sha256: str) -> Path | None:
+    """The tokenizer's file with this hash, where the run's settings say, or in its cache."""
+    places = tokenizer_places(data)
+    return next((path for path in places if path.is_file() and _digest(path) == sha256), None)
+
+
+def load_run_tokenizer(data: DataConfig, sha256: str | None, given: str | None = None) -> Tokenizer:
     """The tokenizer whose file has this hash.
 
     Args:
         data: the run's settings, which say where its data lie; they need not be there any more.
-        sha256: of the tokenizer's file, as manifests of checkpoints name it.
+        sha256: of the tokenizer's file, as manifests of checkpoints name it; None if they do not:
+            then the one that the settings name is taken.
         given: the file or its folder, instead of looking for it.
 
     Raises:
         DataError: it is not found, `given` is another one, or the file is no tokenizer.
     """
-    places = list(tokenizer_places(data)) if given is None else [_file_of(given)]
-    for path in places:
-        if path.is_file() and _digest(path) == sha256:
-            return _load(path)
+    if sha256 is None:
+        named = given or data.tokenizer
+        if named is None:
+            raise DataError(
+                "the checkpoint does not say its tokenizer; name its file with --tokenizer"
+            )
+        return _load(_file_of(named))
+    path = find_run_tokenizer(data, sha256) if given is None else _file_of(given)
+    if path is not None and path.is_file() and _digest(path) == sha256:
+        return _load(path)
     if given is not None:
         raise DataError(
             f"{given} is not the tokenizer that this run was trained with: its file has another "
             f"SHA-256 than {sha256[:12]}..."
         )
-    folders = sorted({str(path.parent) for path in places})
+    folders = sorted({str(path.parent) for path in tokenizer_places(data)})
     raise DataError(
         f"the tokenizer of this run (SHA-256 {sha256[:12]}...) is in none of "
         f"{', '.join(folders) or 'the places its settings name'}; name its file with --tokenizer"

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from hysparse_megatron.config.schema import DataConfig
 from hysparse_megatron.data import EvaluationBatches, evaluation_batches
+from hysparse_megatron.data.card import CARD_NAME
+from hysparse_megatron.data.run_tokenizer import find_run_tokenizer
 from hysparse_megatron.data.sources import load_data, open_samples
 from hysparse_megatron.errors import DataError
 from hysparse_megatron.inference.load import LoadedModel
@@ -17,24 +22,40 @@ from hysparse_megatron.training.step import documents_of
 
 
 def held_out_batches(
-    loaded: LoadedModel, length: int, sequences: int, batch_size: int
+    loaded: LoadedModel, length: int, sequences: int, batch_size: int, data: str | None = None
 ) -> EvaluationBatches:
     """The first sequences of the validation split, `length` tokens each, the same on all ranks.
 
     Args:
-        loaded: its configuration names the data.
+        loaded: its configuration names the data and the seed of their split.
         length: S, in tokens.
-        sequences: how many, rounded up to whole batches; fewer if the split has no more.
+        sequences: how many, rounded up to whole batches; fewer if the split has fewer batches.
         batch_size: sequences at a time, at most.
+        data: text or a prepared dataset in place of the run's; of text, documents are held out as
+            in training, `data.validation_fraction` of them.
 
     Raises:
-        DataError: there are no such data, or they have another tokenizer than the model.
+        DataError: there are no such data, too few, or they have another tokenizer than the model.
     """
-    config = loaded.config
-    corpus = on_every_rank(lambda: load_data(config.data, config.train.seed), os_error=DataError)
-    # Of weights from elsewhere the tokenizer may be unknown.
+    config = loaded.config.data
+    if data is not None:
+        config = _with_path(loaded, data)
+    elif loaded.tokenizer_sha256 is None and config.tokenizer is None and config.blend is None:
+        # Training would make a tokenizer of the text.
+        raise DataError(_UNKNOWN.format(loaded.checkpoint))
+    seed = loaded.config.train.seed
+    corpus = on_every_rank(lambda: load_data(config, seed), os_error=DataError)
+    place = data or "the run's data"
     if loaded.tokenizer_sha256 not in (None, corpus.identity()["tokenizer_sha256"]):
-        raise DataError("the data have another tokenizer than the checkpoint was made with")
+        raise DataError(
+            f"{place}: prepared with another tokenizer than that of {loaded.checkpoint}; prepare "
+            "the text with the model's"
+        )
+    if corpus.vocab_size > loaded.vocab_size:
+        raise DataError(
+            f"{place}: {corpus.vocab_size} token ids, but the model has {loaded.vocab_size}: they "
+            "are another model's"
+        )
     samples = open_samples(corpus, "validation", length)
     size = max(1, min(batch_size, samples.num_held_out))
     return evaluation_batches(
@@ -44,12 +65,40 @@ def held_out_batches(
         micro_batch_size=size,
         data_parallel_size=1,
         data_parallel_rank=0,
-        document_mask=config.data.document_mask,
+        document_mask=config.document_mask,
     )
 
 
+_UNKNOWN = (
+    "{} does not say its tokenizer, and without it text cannot be read: put the model's "
+    "tokenizer.json beside its weights and adopt or import it again"
+)
+
+
+def _with_path(loaded: LoadedModel, data: str) -> DataConfig:
+    """The run's settings with other data, read with the tokenizer of the model."""
+    config = loaded.config.data
+    tokenizer, sha256 = config.tokenizer, loaded.tokenizer_sha256
+    if Path(data, CARD_NAME).is_file():
+        tokenizer = None  # has its own, whose hash is looked at
+    elif sha256 is not None:
+        found = find_run_tokenizer(config, sha256)
+        if found is None:
+            raise DataError(
+                f"{data}: the tokenizer of {loaded.checkpoint} is not where its settings say; "
+                "prepare the text with tools.prepare_data and the model's tokenizer"
+            )
+        tokenizer = str(found)
+    elif tokenizer is None:
+        raise DataError(_UNKNOWN.format(loaded.checkpoint))
+    return dataclasses.replace(config, path=data, blend=None, tokenizer=tokenizer)
+
+
 def token_losses(loaded: LoadedModel, batches: EvaluationBatches) -> Iterator[Tensor]:
-    """Loss of every token in nats, [B, S] for each batch; NaN where it does not count."""
+    """Loss of every token in nats, [B, S] for each batch; NaN where it does not count.
+
+    A loss that is no number comes as infinity: it must not be taken for one that does not count.
+    """
     for number in range(batches.num_batches):
         for batch in batches.microbatches(number):
             given = {name: tensor.to(loaded.device) for name, tensor in batch.items()}
@@ -61,4 +110,5 @@ def token_losses(loaded: LoadedModel, batches: EvaluationBatches) -> Iterator[Te
                     labels=given["labels"],
                     packed_seq_params=documents_of(given),
                 )
-            yield losses.float().masked_fill(given["loss_mask"] == 0, math.nan)
+            losses = losses.float().nan_to_num(nan=math.inf, posinf=math.inf)
+            yield losses.masked_fill(given["loss_mask"] == 0, math.nan)

@@ -9,8 +9,9 @@ see a window alone. A sparse branch can make up for much of the rest, but only b
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -19,8 +20,9 @@ from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.evaluation.held_out import token_losses
 from hysparse_megatron.evaluation.positions import loss_by_position
 from hysparse_megatron.inference.load import LoadedModel
-from hysparse_megatron.layout import LayerKind
+from hysparse_megatron.layout import LayerKind, parse_layout
 from hysparse_megatron.model.attention import WindowAttention
+from hysparse_megatron.runtime.agreement import on_rank_zero
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,19 @@ class Choice:
     layer: int
     """Counted from 0."""
     losses: dict[int, float]
-    """Held-out loss in nats with this layer full beside those chosen before, for every layer."""
+    """Held-out loss in nats with this layer full beside those chosen before, by layer; of all
+    layers not chosen yet."""
+
+
+def require_windows(layout: str) -> None:
+    """Raise ConfigError unless all layers see a window alone."""
+    kinds = [plan.kind.value for plan in parse_layout(layout).layers]
+    others = set(kinds) - {LayerKind.WINDOW.value}
+    if others:
+        raise ConfigError(
+            f"the model has layers of kind {', '.join(sorted(others))}; allowed is W alone: "
+            f'adopt the original with --layout "{len(kinds)}*W" and the window wanted'
+        )
 
 
 class Placement:
@@ -39,20 +53,25 @@ class Placement:
     Args:
         loaded: a model that has window layers alone.
         batches: held-out sequences.
+        length: tokens of each.
+        note: told before every run of the model, in one line.
 
     Raises:
         ConfigError: the model has other layers.
     """
 
-    def __init__(self, loaded: LoadedModel, batches: EvaluationBatches) -> None:
-        others = {kind.value for kind in loaded.kinds} - {LayerKind.WINDOW.value}
-        if others:
-            raise ConfigError(
-                f"the model has layers of kind {', '.join(sorted(others))}; allowed is W alone: "
-                f'adopt the original with --layout "{len(loaded.kinds)}*W" and the window wanted'
-            )
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        batches: EvaluationBatches,
+        length: int,
+        note: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        require_windows(loaded.config.model.layout)
         self._loaded = loaded
         self._batches = batches
+        self._length = length
+        self._note = note
 
     def loss(self, full: Sequence[int]) -> float:
         """Held-out loss in nats per token when the layers `full` see everything."""
@@ -60,7 +79,7 @@ class Placement:
         windowed = [attention.config for attention in changed]
         for attention in changed:
             attention.config = copy.copy(attention.config)
-            attention.config.window = self._loaded.config.train.seq_length
+            attention.config.window = self._length
         try:
             whole, _ = loss_by_position(token_losses(self._loaded, self._batches), num_bins=1)
         finally:
@@ -69,16 +88,19 @@ class Placement:
         return whole.loss
 
     def choose(self, count: int) -> Iterator[Choice]:
-        """The layers that stay full, `count` with the first, best first.
+        """The layers that stay full beside layer 0, so that there are `count`; best first.
 
-        Runs the model once for every layer and choice. All ranks choose the same: they have the
-        same losses.
+        Runs the model once for every layer not chosen yet and choice. Collective.
         """
         chosen = [0]
         for _ in range(count - 1):
             left = [n for n in range(len(self._loaded.kinds)) if n not in chosen]
-            losses = {layer: self.loss([*chosen, layer]) for layer in left}
-            best = min(losses, key=losses.__getitem__)
+            losses = {}
+            for layer in left:
+                self._note(f"choice {len(chosen)} of {count - 1}: layer {layer}")
+                losses[layer] = self.loss([*chosen, layer])
+            # Of rank 0: others may differ in the last bit, and all have to go on alike.
+            best = on_rank_zero(functools.partial(min, losses, key=losses.get), ConfigError)
             chosen.append(best)
             yield Choice(best, losses)
 

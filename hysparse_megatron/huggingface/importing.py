@@ -16,7 +16,7 @@ from hysparse_megatron.checkpoint.assemble import Source, save_weights
 from hysparse_megatron.checkpoint.store import digest_of
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.config.frozen import freeze, to_yaml
-from hysparse_megatron.config.schema import Config, ModelConfig
+from hysparse_megatron.config.schema import Config, ModelConfig, Precision
 from hysparse_megatron.data.card import TOKENIZER_NAME
 from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.huggingface import settings, tokenizer_files
@@ -134,7 +134,9 @@ def write_start(
         }
     else:
         say(f"WARNING: {source} has no {TOKENIZER_NAME}: name the run's with data.tokenizer")
-    config = _config(model, folder, length, tokenizer.is_file())
+    is_bf16 = sources[EMBEDDING].dtype == torch.bfloat16
+    precision = Precision.bf16 if is_bf16 else Precision.fp32
+    config = _config(model, folder, length, precision, tokenizer.is_file())
 
     def write(target: Path) -> None:
         checkpoint = save_weights(target / "checkpoints", sources, facts)
@@ -147,14 +149,16 @@ def write_start(
     write_folder(folder, write)
 
 
-def _config(model: ModelConfig, folder: Path, length: int, has_tokenizer: bool) -> Config:
+def _config(
+    model: ModelConfig, folder: Path, length: int, precision: Precision, has_tokenizer: bool
+) -> Config:
     """Of a run that starts from `folder`, as far as that follows from it."""
     config = compose([])
     return dataclasses.replace(
         config,
         name=folder.name,
         model=model,
-        train=dataclasses.replace(config.train, seq_length=length),
+        train=dataclasses.replace(config.train, seq_length=length, precision=precision),
         checkpoint=dataclasses.replace(config.checkpoint, load=str(folder)),
         data=dataclasses.replace(
             config.data, tokenizer=str(folder / TOKENIZER_NAME) if has_tokenizer else None
@@ -168,6 +172,7 @@ def _experiment(config: Config) -> str:
         del tree["model"][name]
     chosen: dict[str, Any] = {
         "model": tree["model"],
+        "train": {"precision": tree["train"]["precision"]},
         "data": {"tokenizer": tree["data"]["tokenizer"]},
         "checkpoint": {"load": tree["checkpoint"]["load"]},
     }

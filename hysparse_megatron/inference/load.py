@@ -18,6 +18,7 @@ from hysparse_megatron.config.frozen import CONFIG_FILE, load_frozen
 from hysparse_megatron.config.problems import as_error
 from hysparse_megatron.config.schema import Config, Fp8, Recompute
 from hysparse_megatron.config.validate import plan_problems
+from hysparse_megatron.data.card import TOKENIZER_NAME
 from hysparse_megatron.errors import CheckpointError, HySparseError
 from hysparse_megatron.layout import LayerKind, parse_layout
 from hysparse_megatron.model.builder import build_chunks
@@ -56,18 +57,16 @@ class LoadedModel:
         return self.model.config.params_dtype
 
 
-def inference_config(run_dir: Path, world_size: int, data: str | None = None) -> Config:
+def inference_config(run_dir: Path, world_size: int) -> Config:
     """The configuration of a run with all ranks tensor parallel, experts spread over them.
 
-    Args:
-        run_dir: of the run, or of weights to start from.
-        world_size: ranks.
-        data: text or prepared dataset in place of the run's.
-
-    Raises:
-        ConfigError: there is no configuration, or the model cannot be split so.
+    `run_dir` may also be a folder of weights to start from, which has a tokenizer of its own.
+    Raises ConfigError if there is no configuration or the model cannot be split so.
     """
     config = load_frozen(run_dir / CONFIG_FILE)
+    if (run_dir / TOKENIZER_NAME).is_file():  # its settings name where it was when it was made
+        own = dataclasses.replace(config.data, tokenizer=str(run_dir / TOKENIZER_NAME))
+        config = dataclasses.replace(config, data=own)
     experts = config.model.moe.num_experts
     spread = world_size if experts and experts % world_size == 0 else 1
     layout = "".join(plan.kind.value for plan in parse_layout(config.model.layout).layers)
@@ -79,9 +78,6 @@ def inference_config(run_dir: Path, world_size: int, data: str | None = None) ->
             config.parallel, tp=world_size, pp=1, vpp=None, cp=1, ep=spread, sequence_parallel=False
         ),
     )
-    if data is not None:
-        elsewhere = dataclasses.replace(config.data, path=data, blend=None)
-        config = dataclasses.replace(config, data=elsewhere)
     problems = [
         problem
         for problem in plan_problems(config, world_size=world_size)

@@ -16,6 +16,7 @@ from tools.convert import _parser, main
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "huggingface.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^    python -m tools\.convert (.*)$", TEXT, flags=re.M)
+JOINED = " ".join(TEXT.split())
 [PROGRAM] = re.findall(r"```python\n(.*?)```", TEXT, flags=re.S)
 
 
@@ -25,11 +26,10 @@ def test_commands_are_understood(command: str) -> None:
 
 
 def test_commands_of_other_tools_are_understood() -> None:
-    joined = " ".join(TEXT.split())
-    [chosen] = re.findall(r"python -m tools\.choose_full_layers (.*?) It runs", joined)
+    [chosen] = re.findall(r"python -m tools\.choose_full_layers (.*?) It runs the", JOINED)
     given = choose_full_layers._parser().parse_args(shlex.split(chosen))
     assert (str(given.run_dir), given.count) == ("starts/windows", 9)
-    [measured] = re.findall(r"`python -m tools\.measure_adoption (.*?)`", joined)
+    [measured] = re.findall(r"`python -m tools\.measure_adoption (.*?)`", JOINED)
     given = measure_adoption._parser().parse_args(shlex.split(measured))
     assert given.seeds == [1, 2, 3]
 
@@ -39,7 +39,8 @@ def test_what_training_brings_back_is_what_was_logged() -> None:
     log = (ROOT / "tools" / "adoption_results" / "2026-11-26-h100.txt").read_text()
     logged = re.findall(
         r"^seed (\d), (.*): original ([\d.]+), after 100 steps ([\d.]+); adopted ([\d.]+), "
-        r"after 100 steps ([\d.]+); of the gap of ([\d.]+) .* gone, ([\d.]+)% beside",
+        r"after 100 steps ([\d.]+)(?: \(from .*?\))?; of the gap of ([\d.]+) .* gone, "
+        r"([\d.]+)% beside",
         log, flags=re.M,
     )  # fmt: skip
     rows = re.findall(
@@ -52,6 +53,9 @@ def test_what_training_brings_back_is_what_was_logged() -> None:
         told = [float(text) for text in row[2:7]]
         assert told == pytest.approx(list(map(float, (was, start, gap, became, end))), abs=6e-4)
         assert float(row[7]) == pytest.approx(float(share), abs=0.6)
+    [told] = re.findall(r"random weights come to ([\d.]+), ([\d.]+) and ([\d.]+) in", JOINED)
+    of_random = re.findall(r"from random weights ([\d.]+)\)", log)
+    assert list(map(float, told)) == pytest.approx(list(map(float, of_random)), abs=6e-4)
 
 
 def test_every_option_exists() -> None:

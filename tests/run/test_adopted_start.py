@@ -3,17 +3,22 @@
 import json
 import math
 import random
+import shutil
 import string
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import yaml  # type: ignore[import-untyped]
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from hysparse_megatron.config.frozen import load_frozen
+from hysparse_megatron.config.schema import Precision
 from hysparse_megatron.data.bulk.tokenizers import bytes_tokenizer
+from hysparse_megatron.data.tokenizer import train_tokenizer
 from tests.unit.model.tiny_models import randomize
-from tools import choose_full_layers, convert, evaluate, generate
+from tools import choose_full_layers, convert, evaluate, generate, prepare_data
 
 pytestmark = pytest.mark.thorough
 
@@ -47,8 +52,8 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("text")
-    for number in range(20):
-        (folder / f"{number}.txt").write_text("".join(random.choices(string.printable, k=2000)))
+    for number in range(200):
+        (folder / f"{number}.txt").write_text("".join(random.choices(string.printable, k=500)))
     return folder
 
 
@@ -82,10 +87,10 @@ def test_layers_are_chosen_and_the_layout_adopted(
         assert evaluate.main(arguments) == 0
         return json.loads(scores.read_text())["loss"][0]["all"]["loss"]
 
-    assert found["full"] == pytest.approx(loss_of("full", f"{LAYERS}*F"), abs=1e-3)
+    assert found["full"] == pytest.approx(loss_of("full", f"{LAYERS}*F"), abs=3e-4)
     letters = "".join("F" if n in (0, choice["layer"]) else "W" for n in range(LAYERS))
     best = min(choice["losses"].values())
-    assert best == pytest.approx(loss_of("two", letters), abs=1e-3)
+    assert best == pytest.approx(loss_of("two", letters), abs=3e-4)
     assert math.isfinite(found["first_alone"])
 
 
@@ -96,10 +101,77 @@ def test_it_speaks_and_is_exported(
     capsys.readouterr()
     arguments = ["--prompt", "some words", "--max-new-tokens", "5", "--ignore-end"]
     assert generate.main(["--run-dir", str(start), *arguments]) == 0
-    assert capsys.readouterr().out
+    assert "decode: 4 tokens" in capsys.readouterr().err
     assert convert.main(["export", "--run-dir", str(start), str(tmp_path / "exported")]) == 0
     described = json.loads((tmp_path / "exported" / "generation_config.json").read_text())
     assert described["suppress_tokens"][0] == 257  # those that the tokenizer does not have
+
+
+def test_it_may_be_moved(
+    original: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The settings name the tokenizer where it was; the folder has one itself."""
+    monkeypatch.chdir(tmp_path)
+    adopt(original, Path("start"), "4*W").rename(tmp_path / "moved")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    start = ["--run-dir", str(tmp_path / "moved")]
+    assert generate.main([*start, "--prompt", "a", "--max-new-tokens", "2"]) == 0
+    assert evaluate.main([*start, "--data", str(text), "--sequences", "2"]) == 0
+    assert choose_full_layers.main([*start, "--count", "1", "--data", str(text)]) == 0
+    assert convert.main(["export", *start, "exported"]) == 0
+    assert '--layout "F 3*S"' in capsys.readouterr().out
+
+
+def test_without_a_tokenizer_text_is_refused(
+    original: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(original, "bare")
+    Path("bare", "tokenizer.json").unlink()
+    start = ["--run-dir", str(adopt(Path("bare"), Path("start"), "4*W"))]
+    assert "WARNING: bare has no tokenizer.json" in capsys.readouterr().out
+    for tool, options in (
+        (evaluate, []),
+        (evaluate, ["--data", str(text)]),
+        (choose_full_layers, ["--count", "2", "--data", str(text)]),
+    ):
+        assert tool.main([*start, *options]) == 5
+        assert "step-00000000 does not say its tokenizer" in capsys.readouterr().err
+    prompt = ["--prompt", "a", "--max-new-tokens", "2"]
+    assert generate.main([*start, *prompt]) == 5
+    assert "name its file with --tokenizer" in capsys.readouterr().err
+    assert generate.main([*start, *prompt, "--tokenizer", str(original)]) == 0
+
+
+def test_data_of_another_model_are_refused(
+    original: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    texts = [path.read_text() for path in text.iterdir()]
+    train_tokenizer(texts, 290).save("tokenizer.json")
+    prepare = ["--tokenizer", "tokenizer.json", "--output", "prepared", "--quiet", str(text)]
+    assert prepare_data.main(prepare) == 0
+    start = adopt(original, tmp_path / "start", "4*W")
+    assert evaluate.main(["--run-dir", str(start), "--data", "prepared"]) == 5
+    assert "prepared: prepared with another tokenizer" in capsys.readouterr().err
+
+
+def test_weights_in_bf16_are_trained_and_read_so(original: Path, tmp_path: Path) -> None:
+    LlamaForCausalLM.from_pretrained(original).bfloat16().save_pretrained(tmp_path / "low")
+    shutil.copy(original / "tokenizer.json", tmp_path / "low")
+    start = adopt(tmp_path / "low", tmp_path / "start", "4*W")
+    assert load_frozen(start / "config.yaml").train.precision is Precision.bf16
+    experiment = yaml.safe_load((start / "experiment.yaml").read_text())
+    assert experiment["train"] == {"precision": "bf16"}
+    high = adopt(original, tmp_path / "high", "4*W")
+    assert load_frozen(high / "config.yaml").train.precision is Precision.fp32
+    prompt = ["--prompt", "a", "--max-new-tokens", "2"]
+    assert generate.main(["--run-dir", str(start), *prompt]) == 0
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,12 @@
 """`python -m tools.evaluate` on a run: held-out loss, questions, mistakes."""
 
 import json
+import random
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from run_commands import run
+from run_commands import run, write_text
 
 from hysparse_megatron.data.run_tokenizer import load_run_tokenizer
 from hysparse_megatron.evaluation.tasks import TASKS
@@ -32,6 +33,15 @@ def test_the_loss_is_the_one_that_training_told(finished, tmp_path: Path) -> Non
     assert [one["first"] for one in found["bins"]] == [0, 16, 32, 48]
     assert sum(one["tokens"] for one in found["bins"]) == found["all"]["tokens"] == 4 * 64
     assert "perplexity" in told
+
+
+def test_other_text_is_read_with_the_tokenizer_of_the_run(finished, tmp_path: Path) -> None:
+    """Which was trained on the run's data, and is found by its hash."""
+    text = write_text(tmp_path / "text", seed=random.SystemRandom().randrange(2**31))
+    arguments = ["--run-dir", str(finished.run_dir), "--sequences", "2", "--data", str(text)]
+    code, told = run([*arguments, "--bins", "1"], entry=EVALUATE)
+    assert code == 0, told
+    assert "held-out loss in sequences of 64 tokens" in told
 
 
 def test_a_hardly_trained_model_answers_nothing(finished, tmp_path: Path) -> None:

@@ -24,7 +24,6 @@ LAYERS = 4
 
 @pytest.fixture(autouse=True)
 def group() -> Iterator[None]:
-    fresh_seed()
     with default_group():
         yield
         destroy_process_groups()
@@ -34,6 +33,7 @@ def random_model(layout: str) -> LoadedModel:
     destroy_process_groups()
     config = tiny_config(f"model.layout={layout}")
     model, groups = build_model(config, DEVICE, VOCABULARY)
+    fresh_seed()  # building a model seeds anew
     randomize(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -63,7 +63,7 @@ def loss_of(loaded: LoadedModel, batches: EvaluationBatches) -> float:
 def test_losses_are_those_of_a_model_with_these_layers_full(full: list[int]) -> None:
     windows, batches = random_model(f"{LAYERS}*W"), random_batches()
     before = loss_of(windows, batches)
-    found = Placement(windows, batches).loss(full)
+    found = Placement(windows, batches, SEQUENCE).loss(full)
     assert loss_of(windows, batches) == before  # the windows are back
     letters = "".join("F" if layer in full else "W" for layer in range(LAYERS))
     other = random_model(letters)
@@ -71,12 +71,12 @@ def test_losses_are_those_of_a_model_with_these_layers_full(full: list[int]) -> 
     assert not missing.missing_keys
     assert all(name.endswith("window_sink") for name in missing.unexpected_keys)
     assert found == pytest.approx(loss_of(other, batches), rel=1e-5)
-    assert (abs(found - before) > 1e-4) == bool(full)
+    assert (found != before) == bool(full)
 
 
 def test_the_best_layer_comes_next() -> None:
     windows, batches = random_model(f"{LAYERS}*W"), random_batches()
-    placement = Placement(windows, batches)
+    placement = Placement(windows, batches, SEQUENCE)
     first, second = placement.choose(3)
     assert set(first.losses) == {1, 2, 3}
     assert first.losses == {n: placement.loss([0, n]) for n in (1, 2, 3)}
@@ -90,7 +90,7 @@ def test_the_best_layer_comes_next() -> None:
 def test_other_layers_are_refused() -> None:
     loaded = random_model("F S W")
     with pytest.raises(ConfigError, match=r'kind F, S; allowed is W alone: .* --layout "3\*W"'):
-        Placement(loaded, random_batches())
+        Placement(loaded, random_batches(), SEQUENCE)
 
 
 def test_layouts_are_written_as_they_are_read() -> None:
