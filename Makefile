@@ -34,7 +34,7 @@ $(STAMP): pyproject.toml constraints.txt
 train: $(STAMP) ## Train EXPERIMENT on NPROC local ranks, or resume it; add overrides with ARGS
 	@$(PY) -m launch.local --nproc $(NPROC) $(if $(EXPERIMENT),experiment=$(EXPERIMENT)) $(ARGS)
 
-# Tests in one process each share the cores; those that start processes need them. 5: none chosen.
+# Tests of one process at a time share the cores; those of several need them. 5: none chosen.
 SHARED := -n auto --maxprocesses 4 --dist loadfile
 ALONE := not slow and not distributed and not fault and not slurm
 FAST := -m "$(ALONE) and not thorough" $(SHARED)

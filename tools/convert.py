@@ -14,6 +14,7 @@ asked for cannot be, or with 6 if a checkpoint is missing or damaged.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -110,19 +111,18 @@ def _export(given: argparse.Namespace) -> int:
     if not config_file.is_file():
         raise ConfigError(f"--run-dir: {given.run_dir} is no run directory: no {CONFIG_FILE}")
     config = load_frozen(config_file)
-    own = given.run_dir / "tokenizer.json"  # of weights to start from, wherever they lie now
-    tokenizer = given.tokenizer or (own if own.is_file() else None)
     checkpoint = _checkpoint(given.run_dir, given.checkpoint, content=not given.no_verify)
     # Imported late: what is wrong with the command is said without waiting for torch.
     import torch
 
+    from hysparse_megatron.data.run_tokenizer import with_own_tokenizer
     from hysparse_megatron.data.tokenizer import tokenizer_file
     from hysparse_megatron.huggingface.export import Request, export
 
     request = Request(
         checkpoint,
-        config,
-        Path(tokenizer_file(str(tokenizer))) if tokenizer else None,
+        dataclasses.replace(config, data=with_own_tokenizer(config.data, given.run_dir)),
+        Path(tokenizer_file(str(given.tokenizer))) if given.tokenizer else None,
         getattr(torch, DTYPES[given.dtype]) if given.dtype else None,
         given.shard_size,
     )

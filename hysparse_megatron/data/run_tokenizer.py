@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -29,6 +30,15 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids."""
+
+
+def with_own_tokenizer(data: DataConfig, run_dir: Path) -> DataConfig:
+    """The settings of a run, or of weights to start from: these have their tokenizer beside them.
+
+    Their settings name it where it lay when it was made.
+    """
+    own = run_dir / TOKENIZER_NAME
+    return dataclasses.replace(data, tokenizer=str(own)) if own.is_file() else data
 
 
 def find_run_tokenizer(data: DataConfig, sha256: str) -> Path | None:

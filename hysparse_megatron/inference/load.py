@@ -18,7 +18,7 @@ from hysparse_megatron.config.frozen import CONFIG_FILE, load_frozen
 from hysparse_megatron.config.problems import as_error
 from hysparse_megatron.config.schema import Config, Fp8, Recompute
 from hysparse_megatron.config.validate import plan_problems
-from hysparse_megatron.data.card import TOKENIZER_NAME
+from hysparse_megatron.data.run_tokenizer import with_own_tokenizer
 from hysparse_megatron.errors import CheckpointError, HySparseError
 from hysparse_megatron.layout import LayerKind, parse_layout
 from hysparse_megatron.model.builder import build_chunks
@@ -64,14 +64,12 @@ def inference_config(run_dir: Path, world_size: int) -> Config:
     Raises ConfigError if there is no configuration or the model cannot be split so.
     """
     config = load_frozen(run_dir / CONFIG_FILE)
-    if (run_dir / TOKENIZER_NAME).is_file():  # its settings name where it was when it was made
-        own = dataclasses.replace(config.data, tokenizer=str(run_dir / TOKENIZER_NAME))
-        config = dataclasses.replace(config, data=own)
     experts = config.model.moe.num_experts
     spread = world_size if experts and experts % world_size == 0 else 1
     layout = "".join(plan.kind.value for plan in parse_layout(config.model.layout).layers)
     config = dataclasses.replace(
         config,
+        data=with_own_tokenizer(config.data, run_dir),
         model=dataclasses.replace(config.model, layout=layout, fp8=Fp8.none),
         train=dataclasses.replace(config.train, recompute=Recompute.none),
         parallel=dataclasses.replace(

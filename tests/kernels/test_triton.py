@@ -8,7 +8,7 @@ import pytest
 import torch
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("cases", ["triton_cases", "gating_cases", "decode_cases"])
 def test_triton_kernels_agree_with_the_reference(cases: str, seed: int) -> None:
     # A process of its own: the interpreter is chosen when the kernels are imported.
@@ -26,7 +26,7 @@ def test_triton_kernels_agree_with_the_reference(cases: str, seed: int) -> None:
     assert result.returncode == 0, f"seed {seed}\n{result.stdout}\n{result.stderr[-4000:]}"
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize(("kernels", "number"), [("hopper_compiles", 18), ("decode_compiles", 238)])
 def test_kernels_compile_without_a_gpu(kernels: str, number: int) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([".", "kernels"])}

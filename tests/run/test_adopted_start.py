@@ -155,7 +155,7 @@ def test_data_of_another_model_are_refused(
     texts = [path.read_text() for path in text.iterdir()]
     train_tokenizer(texts, 290).save("tokenizer.json")
     prepare = ["--tokenizer", "tokenizer.json", "--output", "prepared", "--quiet", str(text)]
-    assert prepare_data.main(prepare) == 0
+    assert prepare_data.main([*prepare, "--validation-fraction", "0.2"]) == 0
     start = adopt(original, tmp_path / "start", "4*W")
     assert evaluate.main(["--run-dir", str(start), "--data", "prepared"]) == 5
     assert "prepared: prepared with another tokenizer" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from conftest import FinishedRun
 from run_commands import ROOT
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_selections_of_every_oracle_are_saved(finished: FinishedRun, tmp_path: Path) -> None:
     output = tmp_path / "picks.npz"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}

@@ -14,7 +14,7 @@ from hysparse_megatron.tracking.metrics import read_metrics
 from tests.unit.evaluation.copying import copy_from
 from tools import evaluate
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = pytest.mark.thorough
 
 EVALUATE = ("-m", "tools.evaluate")
 

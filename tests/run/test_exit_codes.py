@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from run_commands import LOCAL, TINY, contents, facts, read_json, run, write_text
 
-pytestmark = pytest.mark.distributed
+pytestmark = pytest.mark.thorough
 
 Copy = Callable[[int], tuple[Path, list[str]]]
 

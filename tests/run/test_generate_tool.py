@@ -11,7 +11,7 @@ from run_commands import run
 
 from tools.generate import main
 
-pytestmark = pytest.mark.distributed
+pytestmark = pytest.mark.thorough
 
 TOOL = ("-m", "tools.generate")
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", *TOOL)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from run_commands import ROOT, environment, run
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = pytest.mark.thorough
 
 
 def test_the_harness_scores_an_exported_run(finished, tmp_path: Path) -> None:

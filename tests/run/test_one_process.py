@@ -24,7 +24,7 @@ from run_commands import (
 from hysparse_megatron.config.compose import compose, load_frozen
 from hysparse_megatron.tracking.selections import read_selections
 
-pytestmark = pytest.mark.distributed
+pytestmark = pytest.mark.thorough
 
 Copy = Callable[[int], tuple[Path, list[str]]]
 
@@ -194,7 +194,6 @@ def test_more_steps_and_other_settings_continue(copy_of_finished: Copy, finished
     assert (status["state"], status["step"]) == ("finished", 44)
 
 
-@pytest.mark.slow
 def test_killed_and_preempted_runs_repeat_the_straight_one_bit_for_bit(
     finished, settings: list[str], tmp_path: Path
 ) -> None:

@@ -9,7 +9,7 @@ from run_commands import Command, contents, facts, read_json, run
 
 from hysparse_megatron.checkpoint.store import problems_of
 
-pytestmark = pytest.mark.distributed
+pytestmark = pytest.mark.thorough
 
 Copy = Callable[[int], tuple[Path, list[str]]]
 

@@ -1,6 +1,7 @@
 """A full-attention model of transformers, taken over: equal at the start, and it trains on."""
 
 import copy
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from transformers import (
 from hysparse_megatron.checkpoint import store, tensors
 from hysparse_megatron.checkpoint.state import load_state
 from hysparse_megatron.config.frozen import load_frozen
+from hysparse_megatron.config.schema import Precision
 from hysparse_megatron.data.bulk.tokenizers import bytes_tokenizer
 from hysparse_megatron.runtime.process_groups import destroy_process_groups
 from hysparse_megatron.training.state import TrainingState, build_state
@@ -89,6 +91,9 @@ def states() -> Iterator[list[TrainingState]]:
 def start(folder: Path, states: list[TrainingState]) -> torch.nn.Module:
     """Training's own model, with the weights of an adopted folder."""
     config = load_frozen(folder / "config.yaml")
+    # Weights in bf16 are trained in it; compared with the original they are in fp32.
+    train = dataclasses.replace(config.train, precision=Precision.fp32)
+    config = dataclasses.replace(config, train=train)
     state = build_state(config, 257, DEVICE)
     states.append(state)
     load_state(state, store.resolve_checkpoint(folder), weights_only=True)

@@ -104,6 +104,7 @@ class TestExportRefuses:
         assert "cannot read the tokenizer" in capsys.readouterr().err
 
     def test_a_tokenizer_that_is_gone(self, run: Path, tmp_path: Path, capsys: Capture) -> None:
+        (run / "tokenizer.json").unlink()
         assert main(["export", "--run-dir", str(run), str(tmp_path / "out")]) == 2
         assert "name its tokenizer.json with --tokenizer" in capsys.readouterr().err
 
@@ -240,7 +241,7 @@ print(type(model).__name__, repr(said[0]["generated_text"]))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_loading_needs_nothing_of_ours(made: Path, tmp_path: Path) -> None:
     tokens = torch.randint(0, IDS, (2, 20))
     with torch.no_grad():
@@ -273,7 +274,7 @@ print(peak() - before)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux")
 def test_memory_is_that_of_a_shard(tmp_path: Path) -> None:
     """273 MB of weights, 20 MB in a shard, both ways."""

@@ -14,7 +14,7 @@ SMALL = ["--layers", "3", "--full-layers", "2", "--length", "64", "--original-st
 SHORT = ["--steps", "3", "--decay", "1", "--sequences", "2", "--held-out", "4"]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_shares_are_of_the_losses_of_the_two_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
