@@ -21,9 +21,10 @@ from tests.distributed.reassemble import (
 LOSS_TOLERANCE = 1e-5
 """In nats."""
 GRAD_NORM_TOLERANCE = 1e-5
-"""Relative to the norm where that is above 1."""
+"""Of the median step, relative to the norm where that is above 1."""
 GRADIENT_TOLERANCE = 1e-4
-"""Of every parameter, relative to its largest entry."""
+"""Of every parameter, relative to its largest entry; of the norm in every step. One token whose
+backward pass is badly conditioned moves all gradients below it, now and then, in one step."""
 GRADIENT_STEPS = (0, STEPS - 1)
 """Steps whose gradients are compared, parameter by parameter."""
 
@@ -49,6 +50,7 @@ class Differences:
 
     loss: float = 0.0
     grad_norm: float = 0.0
+    median_grad_norm: float = 0.0
     gradients: dict[tuple[int, str], float] = field(default_factory=dict)
     """By step and parameter."""
     other_selection: str | None = None
@@ -62,7 +64,9 @@ class Differences:
         found += [] if self.other_routing is None else [f"routing: {self.other_routing}"]
         if not self.loss <= LOSS_TOLERANCE:
             found.append(f"loss: {self.loss:.1e}")
-        if not self.grad_norm <= GRAD_NORM_TOLERANCE:
+        if not self.median_grad_norm <= GRAD_NORM_TOLERANCE:
+            found.append(f"median grad norm: {self.median_grad_norm:.1e}")
+        if not self.grad_norm <= GRADIENT_TOLERANCE:
             found.append(f"grad norm: {self.grad_norm:.1e}")
         found += [
             f"gradient of {name} in step {step}: {value:.1e}"
@@ -99,6 +103,7 @@ def compare(
     found = Differences(
         loss=float(np.abs(losses - reference.losses).max()),
         grad_norm=float(relative_norms.max()),
+        median_grad_norm=float(np.median(relative_norms)),
     )
     for step in GRADIENT_STEPS:
         expected = whole([(reference.place, reference.gradients[step])])

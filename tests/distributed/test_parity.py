@@ -188,7 +188,10 @@ def test_differences_are_noticed(reference_for: ReferenceFor) -> None:
         run.losses[7] += 2 * LOSS_TOLERANCE
 
     def spoil_grad_norm(run: RankRun) -> None:
-        run.grad_norms[7] *= 1 + 3 * GRAD_NORM_TOLERANCE
+        run.grad_norms[7] *= 1 + 3 * GRADIENT_TOLERANCE
+
+    def spoil_all_grad_norms(run: RankRun) -> None:
+        run.grad_norms[:] = [norm * (1 + 3 * GRAD_NORM_TOLERANCE) for norm in run.grad_norms]
 
     def spoil_gradient(run: RankRun) -> None:
         gradient = run.gradients[STEPS - 1][name].value
@@ -204,6 +207,7 @@ def test_differences_are_noticed(reference_for: ReferenceFor) -> None:
     assert problems(lambda run: None) == []
     assert problems(spoil_loss) == ["loss"]
     assert problems(spoil_grad_norm) == ["grad norm"]
+    assert problems(spoil_all_grad_norms) == ["median grad norm"]
     assert problems(spoil_gradient) == [f"gradient of {name} in step {STEPS - 1}"]
     assert problems(spoil_selection) == ["selection"]
     assert problems(select_twice) == ["selection"]
