@@ -26,6 +26,7 @@ from hysparse_megatron.files import require_writable
 from hysparse_megatron.layout import parse_layout
 from hysparse_megatron.runtime.launcher import rank_from_environment
 from hysparse_megatron.runtime.quiet import quiet_libraries
+from tools.arguments import positive
 
 if TYPE_CHECKING:
     from hysparse_megatron.config.schema import Config
@@ -79,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--run-dir", type=Path, required=True, metavar="DIR", help="adopted with windows alone")
-    add("--count", type=_positive, required=True, metavar="N", help="full layers, the first too")
+    add("--count", type=positive, required=True, metavar="N", help="full layers, the first too")
     add(
         "--data",
         metavar="PATH",
@@ -87,20 +88,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--length",
-        type=_positive,
+        type=positive,
         metavar="N",
         help=f"tokens of a sequence (default: the model's, at most {MOST_TOKENS})",
     )
-    add("--sequences", type=_positive, default=64, metavar="N", help="held-out ones (%(default)s)")
-    add("--batch-size", type=_positive, default=1, metavar="N", help="at a time (%(default)s)")
+    add("--sequences", type=positive, default=64, metavar="N", help="held-out ones (%(default)s)")
+    add("--batch-size", type=positive, default=1, metavar="N", help="at a time (%(default)s)")
     add("--json", type=Path, metavar="FILE", help="also write all losses there")
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"got {text}; allowed a whole number from 1")
-    return int(text)
 
 
 def _length(given: argparse.Namespace, config: Config) -> int:

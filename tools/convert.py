@@ -22,6 +22,7 @@ from pathlib import Path
 from hysparse_megatron.checkpoint import store
 from hysparse_megatron.config.frozen import CONFIG_FILE, load_frozen
 from hysparse_megatron.errors import CheckpointError, ConfigError, HySparseError
+from tools.arguments import positive
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -82,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         ("--num-selected", 16, "blocks a query reads of its oracle"),
     ):
         text += " (%(default)s)"
-        adopting.add_argument(option, type=_positive, default=default, metavar="N", help=text)
+        adopting.add_argument(option, type=positive, default=default, metavar="N", help=text)
     adopting.add_argument(
         "--sparse-sink",
         type=float,
@@ -91,12 +92,6 @@ def _parser() -> argparse.ArgumentParser:
         help="leaves the sparse branch a small share at the start (%(default)s)",
     )
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or not int(text):
-        raise argparse.ArgumentTypeError(f"got {text}; allowed a whole number from 1")
-    return int(text)
 
 
 def _size(text: str) -> int:

@@ -33,6 +33,7 @@ from hysparse_megatron.evaluation.tasks import TASKS
 from hysparse_megatron.files import require_writable
 from hysparse_megatron.runtime.launcher import rank_from_environment
 from hysparse_megatron.runtime.quiet import quiet_libraries
+from tools.arguments import positive
 
 if TYPE_CHECKING:
     from hysparse_megatron.data.run_tokenizer import Tokenizer
@@ -92,14 +93,14 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--lengths",
         nargs="+",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="tokens of a question or held-out sequence (default: the run's train.seq_length)",
     )
-    add("--samples", type=_positive, default=20, metavar="N", help="questions a task and length")
-    add("--sequences", type=_positive, default=64, metavar="N", help="held-out ones, at most")
-    add("--bins", type=_positive, default=8, metavar="N", help="of positions, for the loss")
-    add("--batch-size", type=_positive, default=8, metavar="N", help="sequences at a time")
+    add("--samples", type=positive, default=20, metavar="N", help="questions a task and length")
+    add("--sequences", type=positive, default=64, metavar="N", help="held-out ones, at most")
+    add("--bins", type=positive, default=8, metavar="N", help="of positions, for the loss")
+    add("--batch-size", type=positive, default=8, metavar="N", help="sequences at a time")
     add("--seed", type=int, default=0, metavar="N", help="of the questions (default 0)")
     add("--tokenizer", metavar="PATH", help="its file or folder (default: found by its hash)")
     add(
@@ -109,12 +110,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--json", type=Path, metavar="FILE", help="also write all numbers there")
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"got {text}; allowed a whole number from 1")
-    return int(text)
 
 
 def _evaluate(given: argparse.Namespace, loaded: LoadedModel, is_first: bool) -> dict[str, Any]:

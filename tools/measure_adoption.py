@@ -38,6 +38,7 @@ from hysparse_megatron.files import require_writable
 from hysparse_megatron.layout import LayerKind, parse_layout
 from hysparse_megatron.runtime.quiet import quiet_libraries
 from hysparse_megatron.tracking.metrics import read_metrics
+from tools.arguments import positive
 
 _ROOT = Path(__file__).resolve().parents[1]
 _ORIGINAL_PEAK_RATE = 1.5e-3
@@ -107,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
 
-    def add(option: str, default: Any, text: str, kind: Any = _positive) -> None:
+    def add(option: str, default: Any, text: str, kind: Any = positive) -> None:
         text += "" if default is None else " (%(default)s)"
         metavar = option.removeprefix("--").replace("-", "_").upper()
         parser.add_argument(option, type=kind, default=default, metavar=metavar, help=text)
@@ -132,12 +133,6 @@ def _parser() -> argparse.ArgumentParser:
         "--seeds", type=int, nargs="+", default=[1], metavar="N", help="of weights, data and split"
     )
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or not int(text):
-        raise argparse.ArgumentTypeError(f"got {text}; allowed a whole number from 1")
-    return int(text)
 
 
 def _measure(given: argparse.Namespace, seed: int, folder: Path) -> dict[str, Any]:
@@ -252,13 +247,31 @@ def _run_config(given: argparse.Namespace, seed: int, start: Path, run_dir: Path
     )
 
 
+def _new_llama(given: argparse.Namespace, vocab_size: int) -> Any:
+    """Random weights, two million with 8 layers."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=128,
+            intermediate_size=352,
+            num_hidden_layers=given.layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            max_position_embeddings=given.length,
+            tie_word_embeddings=True,
+        )
+    )
+
+
 def _train_original(given: argparse.Namespace, seed: int, folder: Path) -> Path:
-    """A Llama of about two million parameters, trained on the training split of the sample text."""
+    """A small Llama, trained on the training split of the sample text."""
     # Imported late: mistakes must not wait for it.
     import shutil
 
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     from hysparse_megatron.data import BatchSource
     from hysparse_megatron.data.sources import load_data, open_samples
@@ -275,19 +288,7 @@ def _train_original(given: argparse.Namespace, seed: int, folder: Path) -> Path:
         data_parallel_rank=0,
     )
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=data.vocab_size,
-            hidden_size=128,
-            intermediate_size=352,
-            num_hidden_layers=given.layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=32,
-            max_position_embeddings=given.length,
-            tie_word_embeddings=True,
-        )
-    )
+    model = _new_llama(given, data.vocab_size)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).train()
     optimizer = torch.optim.AdamW(

@@ -41,10 +41,15 @@ def with_own_tokenizer(data: DataConfig, run_dir: Path) -> DataConfig:
     return dataclasses.replace(data, tokenizer=str(own)) if own.is_file() else data
 
 
-def find_run_tokenizer(data: DataConfig, sha256: str) -> Path | None:
-    """The tokenizer's file with this hash, where the run's settings say, or in its cache."""
-    places = tokenizer_places(data)
-    return next((path for path in places if path.is_file() and _digest(path) == sha256), None)
+def find_run_tokenizer(data: DataConfig, sha256: str | None) -> Path | None:
+    """The tokenizer's file with this hash, where the run's settings say, or in its cache.
+
+    Without a hash the first there is.
+    """
+    for path in tokenizer_places(data):
+        if path.is_file() and sha256 in (None, _digest(path)):
+            return path
+    return None
 
 
 def load_run_tokenizer(data: DataConfig, sha256: str | None, given: str | None = None) -> Tokenizer:

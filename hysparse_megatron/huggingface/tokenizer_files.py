@@ -9,10 +9,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from hysparse_megatron.checkpoint.store import digest_of
 from hysparse_megatron.config.schema import DataConfig
 from hysparse_megatron.data.card import SENTENCEPIECE_NAME, TOKENIZER_NAME
-from hysparse_megatron.data.run_tokenizer import tokenizer_places
+from hysparse_megatron.data.run_tokenizer import find_run_tokenizer
 from hysparse_megatron.data.tokenizer import load_tokenizer
 from hysparse_megatron.errors import ConfigError, DataError
 
@@ -26,19 +25,18 @@ def find_tokenizer(data: DataConfig, identity: dict[str, Any]) -> Path:
 
     `identity` is what the manifest says of the data. Raises ConfigError if it is not found.
     """
-    wanted = identity.get("tokenizer_sha256")
-    for path in tokenizer_places(data):
-        if path.is_file() and wanted in (None, digest_of(path)):
-            if path.name == SENTENCEPIECE_NAME:
-                raise ConfigError(
-                    f"{path} is a SentencePiece model, which this does not convert: make a "
-                    f"{TOKENIZER_NAME} of it with transformers and name it with --tokenizer"
-                )
-            return path
-    raise ConfigError(
-        "the tokenizer that the run trained with is not where its settings say; name its "
-        f"{TOKENIZER_NAME} with --tokenizer"
-    )
+    path = find_run_tokenizer(data, identity.get("tokenizer_sha256"))
+    if path is None:
+        raise ConfigError(
+            "the tokenizer that the run trained with is not where its settings say; name its "
+            f"{TOKENIZER_NAME} with --tokenizer"
+        )
+    if path.name == SENTENCEPIECE_NAME:
+        raise ConfigError(
+            f"{path} is a SentencePiece model, which this does not convert: make a "
+            f"{TOKENIZER_NAME} of it with transformers and name it with --tokenizer"
+        )
+    return path
 
 
 def check_vocabulary(path: Path, rows: int, trained: int | None = None) -> int:
