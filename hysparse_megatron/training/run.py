@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
-from hysparse_kernels import BackendChoice, BackendUnavailable, resolve_backend
 
-from hysparse_megatron.checkpoint import choice, store
+from hysparse_megatron.checkpoint import store
 from hysparse_megatron.checkpoint.saver import Saver
-from hysparse_megatron.checkpoint.state import load_state
 from hysparse_megatron.config.frozen import config_hash
-from hysparse_megatron.config.schema import Config, Precision
+from hysparse_megatron.config.schema import Config
 from hysparse_megatron.data import (
     BatchSource,
     EvaluationBatches,
     evaluation_batches,
 )
 from hysparse_megatron.data.order import Skips
-from hysparse_megatron.data.sources import TrainingData, changed_fields, load_data, open_samples
+from hysparse_megatron.data.sources import TrainingData, load_data, open_samples
 from hysparse_megatron.errors import (
-    CheckpointError,
     ConfigError,
     DataError,
     HySparseError,
@@ -35,10 +29,8 @@ from hysparse_megatron.errors import (
     Preempted,
     RankFailure,
 )
-from hysparse_megatron.model.layers import describe_layers
-from hysparse_megatron.model.pipeline import describe_traffic
 from hysparse_megatron.model.probe import Probe
-from hysparse_megatron.rundir import RunDirectory, amend_status, versions
+from hysparse_megatron.rundir import RunDirectory, amend_status
 from hysparse_megatron.runtime import device as runtime_device
 from hysparse_megatron.runtime import faults, flight_recorder, last_words, rendezvous
 from hysparse_megatron.runtime.agreement import (
@@ -54,12 +46,12 @@ from hysparse_megatron.tracking.meter import Meter
 from hysparse_megatron.tracking.records import describe_run, recorded
 from hysparse_megatron.tracking.summary import write_summary
 from hysparse_megatron.training.control import STOP_FILE, Deadline, Signals, Watch
-from hysparse_megatron.training.loop import Hooks, Progress, train
+from hysparse_megatron.training.loop import Hooks, train
+from hysparse_megatron.training.resume import choose_checkpoint, manifest_facts, resume
+from hysparse_megatron.training.startup_log import attention_backend, describe_start
 from hysparse_megatron.training.state import (
     TrainingState,
     build_state,
-    describe_optimizer,
-    rows_per_rank,
 )
 
 Say = Callable[[str], None]
@@ -93,7 +85,7 @@ def run(config: Config, rank: Rank, overrides: Sequence[str] = ()) -> None:
     directory: RunDirectory | None = None
     try:
         require_equal("the configuration", config_hash(config), ConfigError)
-        _attention_backend(config, device)
+        attention_backend(config, device)
         directory = _open_directory(config, say)
         _run_in(config, directory, device, rank, watch, say, overrides)
     except BaseException as error:
@@ -154,7 +146,7 @@ def _run_in(
     checkpoints = config.run_path / "checkpoints"
     if directory is not None:
         store.remove_leftovers(checkpoints)
-    latest = _choose(config, checkpoints, say)
+    latest = choose_checkpoint(config, checkpoints, say)
     done = 0
     if latest is not None:
         if directory is not None:
@@ -171,14 +163,14 @@ def _run_in(
     torch.autograd.set_detect_anomaly(config.debug.detect_anomaly)
     corpus = _prepare_data(config, rank, watch, say)
     state = build_state(config, corpus.vocab_size, device)
-    _describe(state, corpus, say)
-    progress = _resume(state, latest, corpus, say)
+    describe_start(state, corpus, say)
+    progress = resume(state, latest, corpus, say)
     batches, evaluation = _batches(state, corpus, watch)
 
     saver = Saver(
         state,
         checkpoints,
-        functools.partial(_facts, config, corpus),
+        functools.partial(manifest_facts, config, corpus),
         say,
         functools.partial(_published, directory, watch),
     )
@@ -284,81 +276,6 @@ def _batches(
     return _attended(watch, build)
 
 
-def _choose(config: Config, checkpoints: Path, say: Say) -> Path | None:
-    """The checkpoint of this run directory to go on from, if any. Collective."""
-    step, content = config.checkpoint.step, config.checkpoint.verify
-    if step is not None and not on_rank_zero(
-        lambda: _went_back(checkpoints, step), CheckpointError
-    ):
-        if on_rank_zero(lambda: store.published(checkpoints), CheckpointError):
-            return choice.exactly(checkpoints, step, content)
-        if config.checkpoint.load is None:
-            raise CheckpointError(f"checkpoint.step={step}, but there is none in {checkpoints}")
-    latest, rejected = choice.newest(checkpoints, content)
-    for problem in rejected:
-        say(f"WARNING: a newer checkpoint is damaged and left out: {problem}")
-    return latest
-
-
-def _went_back(checkpoints: Path, step: int) -> bool:
-    """Whether the newest checkpoint comes from an earlier start that went back to `step`.
-
-    The same command goes on then: it does not go back once more.
-    """
-    for directory in store.published(checkpoints):
-        with contextlib.suppress(CheckpointError):
-            return store.read_manifest(directory).get("went_back_to") == step
-    return False
-
-
-def _resume(state: TrainingState, latest: Path | None, corpus: TrainingData, say: Say) -> Progress:
-    """Load the newest checkpoint of the run, or foreign weights; returns where to go on."""
-    if latest is not None:
-        facts = on_rank_zero(lambda: store.read_manifest(latest), CheckpointError)
-        if "data" not in facts:
-            raise CheckpointError(
-                f"{latest} holds weights alone and cannot be continued: start a new run_dir with "
-                f"checkpoint.load={latest.parents[1]}"
-            )
-        changed = changed_fields(facts["data"], corpus.identity())
-        if changed:
-            text = f"the data changed since {latest} was written: {', '.join(changed)}"
-            if not state.config.checkpoint.accept_changed_data:
-                raise DataError(
-                    f"{text}. Restore it, go on with it by checkpoint.accept_changed_data=true, or "
-                    f"start a new run_dir with checkpoint.load={latest}"
-                )
-            say(f"WARNING: {text}. Going on with the new data as checkpoint.accept_changed_data")
-        step = load_state(state, latest)
-        checkpoints = latest.parent
-        for path in on_rank_zero(lambda: store.set_aside(checkpoints, step), CheckpointError):
-            say(f"WARNING: newer than step {step} and set aside: {path}. Delete it if of no use")
-        say(f"resuming after step {step} from {latest}")
-        return Progress(step, facts.get("progress", {}))
-    checkpoint = state.config.checkpoint
-    if checkpoint.load is not None:
-        directory = choice.named(Path(checkpoint.load), checkpoint.step, checkpoint.verify)
-        load_state(state, directory, weights_only=True)
-        say(f"starting from the weights of {directory}")
-    return Progress()
-
-
-def _facts(
-    config: Config, corpus: TrainingData, step: int, progress: dict[str, Any]
-) -> dict[str, Any]:
-    """What a manifest says beside the step and the files."""
-    return {
-        "tokens": step * config.train.global_batch_size * config.train.seq_length,
-        "progress": progress,
-        "config_hash": config_hash(config),
-        "data": corpus.identity(),
-        "parallel": dataclasses.asdict(config.parallel),
-        "world_size": dist.get_world_size(),
-        "versions": versions(),
-        "went_back_to": config.checkpoint.step,
-    }
-
-
 def _published(
     directory: RunDirectory | None, watch: Watch, checkpoint: Path, seconds: float
 ) -> None:
@@ -366,49 +283,3 @@ def _published(
     watch.deadline.saw_save(seconds)
     if directory is not None:
         _note_checkpoint(directory, checkpoint)
-
-
-def _attention_backend(config: Config, device: torch.device) -> BackendChoice:
-    """The attention implementation of this run. Raises ConfigError if the wanted one cannot run."""
-    model = config.model
-    bf16 = config.train.precision is Precision.bf16
-    try:
-        return resolve_backend(
-            model.backend.value,
-            device,
-            dtype=torch.bfloat16 if bf16 else torch.float32,
-            head_dim=max(model.head_dim, model.value_dim),
-            block_size=model.block_size,
-            hopper_shape=(
-                model.num_attention_heads // model.num_query_groups,
-                model.head_dim,
-                model.value_dim,
-            ),
-        )
-    except BackendUnavailable as error:
-        raise ConfigError(f"model.backend: {error}") from error
-
-
-def _describe(state: TrainingState, corpus: TrainingData, say: Say) -> None:
-    """The start-up log: what runs, on what, and what every pipeline cut sends."""
-    config = state.config
-    total = torch.tensor([state.num_parameters()], dtype=torch.float64, device=state.device)
-    dist.all_reduce(total, group=state.groups.mp)
-    backend = _attention_backend(config, state.device)
-    parallel = config.parallel
-    say(
-        f"{config.name}: layout {config.model.layout}, {int(total.item()):,} parameters on "
-        f"{state.groups.mp.size()} model-parallel ranks (tp {parallel.tp}, pp {parallel.pp}, vpp "
-        f"{parallel.vpp or 1}, sequence parallel {'on' if parallel.sequence_parallel else 'off'}), "
-        f"data parallel {state.groups.dp.size()}, device {state.device.type}"
-    )
-    say(f"attention backend {backend.name}: {backend.reason}")
-    say(describe_layers(state.layers, config.model))
-    say(f"optimizer: {describe_optimizer(state)}")
-    say(
-        f"data: {corpus.train_tokens:,} training and {corpus.validation_tokens:,} validation "
-        f"tokens, vocabulary {corpus.vocab_size}, fingerprint {corpus.fingerprint[:12]}"
-    )
-    say(state.megatron.plan.describe())
-    if parallel.pp > 1:
-        say(describe_traffic(state.megatron, rows_per_rank(config), config.train.micro_batch_size))

@@ -58,14 +58,14 @@ def measure(request: Request) -> dict[str, Any]:
     """Build, warm up, time, and look at one more step with the profiler."""
     from hysparse_megatron.runtime import device as runtime_device
     from hysparse_megatron.runtime.launcher import Rank
-    from hysparse_megatron.training.run import _attention_backend
+    from hysparse_megatron.training.startup_log import attention_backend
     from hysparse_megatron.training.state import build_state
     from hysparse_megatron.training.step import train_step
     from tools.step_benchmark import annotations, picks, reference
 
     config = from_yaml(request.config)
     device = runtime_device.start(Rank(0, 1, 0, 1), config.parallel)
-    backend = _attention_backend(config, device)
+    backend = attention_backend(config, device)
     facts = {"attention": reference.describe() if request.reference else f"{backend.name} backend"}
     began = time.perf_counter()
     assert config.model.vocab_size is not None

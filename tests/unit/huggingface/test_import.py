@@ -16,7 +16,7 @@ from hysparse_megatron.config import compose
 from hysparse_megatron.config.frozen import load_frozen
 from hysparse_megatron.config.validate import validate
 from hysparse_megatron.errors import CheckpointError
-from hysparse_megatron.training.run import _resume
+from hysparse_megatron.training.resume import resume
 from tests.unit.huggingface.exports import IDS, MOE, Run, load, random_run, saved_run
 from tests.unit.model.tiny_models import SEQUENCE
 from tests.unit.single_process import default_group, fresh_seed
@@ -137,4 +137,4 @@ def test_weights_alone_are_not_continued(tmp_path: Path) -> None:
     random_run(tmp_path / "run", "model.layout=F")
     checkpoint = store.resolve_checkpoint(tmp_path / "run")
     with pytest.raises(CheckpointError, match=r"new run_dir with checkpoint\.load="):
-        _resume(SimpleNamespace(), checkpoint, SimpleNamespace(), print)
+        resume(SimpleNamespace(), checkpoint, SimpleNamespace(), print)

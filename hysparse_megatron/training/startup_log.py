@@ -1,0 +1,64 @@
+"""The start-up log: what runs, on what, and what every pipeline cut sends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from hysparse_kernels import BackendChoice, BackendUnavailable, resolve_backend
+
+from hysparse_megatron.config.schema import Config, Precision
+from hysparse_megatron.data.sources import TrainingData
+from hysparse_megatron.errors import ConfigError
+from hysparse_megatron.model.layers import describe_layers
+from hysparse_megatron.model.pipeline import describe_traffic
+from hysparse_megatron.training.state import TrainingState, describe_optimizer, rows_per_rank
+
+Say = Callable[[str], None]
+
+
+def attention_backend(config: Config, device: torch.device) -> BackendChoice:
+    """The attention implementation of this run. Raises ConfigError if the wanted one cannot run."""
+    model = config.model
+    bf16 = config.train.precision is Precision.bf16
+    try:
+        return resolve_backend(
+            model.backend.value,
+            device,
+            dtype=torch.bfloat16 if bf16 else torch.float32,
+            head_dim=max(model.head_dim, model.value_dim),
+            block_size=model.block_size,
+            hopper_shape=(
+                model.num_attention_heads // model.num_query_groups,
+                model.head_dim,
+                model.value_dim,
+            ),
+        )
+    except BackendUnavailable as error:
+        raise ConfigError(f"model.backend: {error}") from error
+
+
+def describe_start(state: TrainingState, corpus: TrainingData, say: Say) -> None:
+    """The start-up log: what runs, on what, and what every pipeline cut sends."""
+    config = state.config
+    total = torch.tensor([state.num_parameters()], dtype=torch.float64, device=state.device)
+    dist.all_reduce(total, group=state.groups.mp)
+    backend = attention_backend(config, state.device)
+    parallel = config.parallel
+    say(
+        f"{config.name}: layout {config.model.layout}, {int(total.item()):,} parameters on "
+        f"{state.groups.mp.size()} model-parallel ranks (tp {parallel.tp}, pp {parallel.pp}, vpp "
+        f"{parallel.vpp or 1}, sequence parallel {'on' if parallel.sequence_parallel else 'off'}), "
+        f"data parallel {state.groups.dp.size()}, device {state.device.type}"
+    )
+    say(f"attention backend {backend.name}: {backend.reason}")
+    say(describe_layers(state.layers, config.model))
+    say(f"optimizer: {describe_optimizer(state)}")
+    say(
+        f"data: {corpus.train_tokens:,} training and {corpus.validation_tokens:,} validation "
+        f"tokens, vocabulary {corpus.vocab_size}, fingerprint {corpus.fingerprint[:12]}"
+    )
+    say(state.megatron.plan.describe())
+    if parallel.pp > 1:
+        say(describe_traffic(state.megatron, rows_per_rank(config), config.train.micro_batch_size))
