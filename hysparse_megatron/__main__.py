@@ -7,47 +7,48 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from hysparse_megatron.config.cli import load, parse_arguments
-from hysparse_megatron.config.frozen import to_yaml
-from hysparse_megatron.config.validate import warnings as config_warnings
-from hysparse_megatron.errors import HySparseError, RankFailure
-from hysparse_megatron.plan.suggest import check
-from hysparse_megatron.runtime.launcher import rank_from_environment
-from hysparse_megatron.runtime.quiet import quiet_libraries
+from hysparse_megatron.command import command
+from hysparse_megatron.errors import HySparseError
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str]) -> int:
     """Run one rank of a training run and return its exit code."""
-    rank_number = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     try:
-        arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
-        config = load(arguments)
-        if arguments.show:
-            print(to_yaml(config), end="")
-            return 0
-        try:
-            rank = rank_from_environment()
-        except HySparseError as error:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-            return error.exit_code
-        check(config, rank.world_size)
-        if rank.rank == 0:
-            for warning in config_warnings(config):
-                print(f"warning: {warning}", flush=True)
-        quiet_libraries()
-        # Imported late: a bad configuration must fail before seconds of imports.
-        from hysparse_megatron.training.run import run
-
-        run(config, rank, arguments.overrides)
-    except HySparseError as error:
-        # An error all ranks share is told once; who lost another rank cannot know who else tells.
-        if rank_number == "0" or isinstance(error, RankFailure):
-            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+        return _run(argv)
+    except HySparseError:
+        raise
     except Exception:
+        rank_number = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
         print(f"rank {rank_number} failed:", file=sys.stderr)
         traceback.print_exc()
         return 1
+
+
+def _run(argv: Sequence[str]) -> int:
+    # Imported late: Ctrl-C must find us ready for it, and a bad configuration must fail before
+    # seconds of imports.
+    from hysparse_megatron.config.cli import load, parse_arguments
+    from hysparse_megatron.config.frozen import to_yaml
+    from hysparse_megatron.config.validate import warnings as config_warnings
+    from hysparse_megatron.plan.suggest import check
+    from hysparse_megatron.runtime.launcher import rank_from_environment
+    from hysparse_megatron.runtime.quiet import quiet_libraries
+
+    arguments = parse_arguments(argv)
+    config = load(arguments)
+    if arguments.show:
+        print(to_yaml(config), end="")
+        return 0
+    rank = rank_from_environment()
+    check(config, rank.world_size)
+    if rank.rank == 0:
+        for warning in config_warnings(config):
+            print(f"warning: {warning}", flush=True)
+    quiet_libraries()
+    from hysparse_megatron.training.run import run
+
+    run(config, rank, arguments.overrides)
     return 0
 
 

@@ -1,0 +1,5 @@
+"""Commands that start training, each `python -m launch.NAME`."""
+
+from hysparse_megatron.command import expect_interrupt
+
+expect_interrupt()  # a package is imported before the slow imports of its modules

@@ -20,8 +20,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from types import FrameType
 
+from hysparse_megatron.command import command
 from hysparse_megatron.config.cli import load, parse_arguments
-from hysparse_megatron.errors import ConfigError, HySparseError
+from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.plan.suggest import check
 from hysparse_megatron.rundir import amend_status
 from hysparse_megatron.status import STATES
@@ -38,17 +39,14 @@ _FORCED = 128
 """Above this, a rank's code is that of a signal it was sent for the third time."""
 
 
+@command
 def main(argv: Sequence[str]) -> int:
     """Run with `argv`, the command line without the program's name; returns the exit code."""
-    try:
-        num_ranks, arguments = _take_nproc(list(argv))
-        parsed = parse_arguments(arguments)
-        config = load(parsed)
-        if not parsed.show:
-            check(config, num_ranks)
-    except HySparseError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+    num_ranks, arguments = _take_nproc(list(argv))
+    parsed = parse_arguments(arguments)
+    config = load(parsed)
+    if not parsed.show:
+        check(config, num_ranks)
     module = ["-m", "hysparse_megatron", *arguments]
     if parsed.show:
         return subprocess.run([sys.executable, *module], check=False).returncode
@@ -194,4 +192,4 @@ def _take_nproc(arguments: list[str]) -> tuple[int, list[str]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -13,10 +13,10 @@ import os
 import sys
 from collections.abc import Sequence
 
+from hysparse_megatron.command import command
 from hysparse_megatron.config.cli import load, parse_arguments
 from hysparse_megatron.config.schema import Config
-from hysparse_megatron.errors import HySparseError, RankFailure
-from hysparse_megatron.plan.overview import Overview
+from hysparse_megatron.errors import RankFailure
 from hysparse_megatron.plan.suggest import check, overview_of
 from hysparse_megatron.runtime.launcher import Rank, rank_from_environment
 from launch.checks import login_checks, node_checks
@@ -27,24 +27,19 @@ JOIN_SECONDS = 30.0
 """How long ranks wait for each other here, in everything they do together."""
 
 
+@command
 def main(argv: Sequence[str]) -> int:
     """Check the run of `argv`, the command line without the program's name."""
     if {"-h", "--help"} & set(argv):
         print(__doc__)
         return 0
-    try:
-        config = load(parse_arguments(argv))
-        rank = rank_from_environment()
-        if rank.world_size > 1:
-            check(config, rank.world_size)
-            return _together(config, rank)
-        check(config, num_ranks(config))
-        overview: Overview = overview_of(config, num_ranks(config))
-    except HySparseError as error:
-        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-    findings = login_checks(config, overview)
+    config = load(parse_arguments(argv))
+    rank = rank_from_environment()
+    if rank.world_size > 1:
+        check(config, rank.world_size)
+        return _together(config, rank)
+    check(config, num_ranks(config))
+    findings = login_checks(config, overview_of(config, num_ranks(config)))
     print(as_text(findings))
     return 2 if has_failed(findings) else 0
 
@@ -64,7 +59,7 @@ def _together(config: Config, rank: Rank) -> int:
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1:])
+    code = main()
     sys.stdout.flush()
     sys.stderr.flush()
     # Not sys.exit: a library's exit handler could wait for a peer that is gone.

@@ -14,7 +14,6 @@ is also kept in RUN_DIR/requeue.json.
 
 from __future__ import annotations
 
-import argparse
 import calendar
 import json
 import sys
@@ -24,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hysparse_megatron.command import command, make_parser
 from hysparse_megatron.errors import CheckpointError, ConfigError, DataError, NumericalStop
 from hysparse_megatron.rundir import amend_status
 from hysparse_megatron.status import TIME_FORMAT, read_status, write_json
@@ -83,14 +83,10 @@ def decide(
     return Decision(True, f"{failed}; it had got to step {saved}", failures, saved)
 
 
+@command
 def main(argv: Sequence[str]) -> int:
     """Decide by the run directory in `argv`, the command line without the program's name."""
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.requeue",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = make_parser("launch.requeue", __doc__)
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--max-restarts", type=int, required=True, metavar="N")
     parser.add_argument("--started", type=float, default=0.0, metavar="EPOCH", help="of this start")
@@ -128,4 +124,4 @@ def _seconds(text: str | None) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

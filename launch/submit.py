@@ -26,11 +26,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from hysparse_megatron.command import command, make_parser
 from hysparse_megatron.config.cli import load, parse_arguments
 from hysparse_megatron.config.cluster import Scheduler
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.config.validate import warnings
-from hysparse_megatron.errors import ConfigError, HySparseError
+from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.plan.report import as_text
 from hysparse_megatron.plan.suggest import check, overview_of
 from hysparse_megatron.rundir import add_job, prepare_run, submitted_jobs
@@ -42,27 +43,19 @@ from launch.sweep import Point, points
 _QUEUE_SECONDS = 30
 
 
+@command
 def main(argv: Sequence[str]) -> int:
     """Submit or run what `argv` names, the command line without the program's name."""
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.submit",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=__doc__,
-        allow_abbrev=False,
-    )
+    parser = make_parser("launch.submit", __doc__)
     parser.add_argument("--dry-run", action="store_true", help="print everything, change nothing")
     parser.add_argument("-m", "--multirun", action="store_true", help="one job per point")
     parser.add_argument("--config", type=Path, metavar="FILE", help="take this file as it is")
     parser.add_argument("overrides", nargs="*", help="group=option, key=value")
     given = parser.parse_intermixed_args(list(argv))
-    try:
-        runs = _runs(given)
-        for point in runs:
-            _check(point)
-        codes = [_launch(point, given.dry_run, len(runs) > 1) for point in runs]
-    except HySparseError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+    runs = _runs(given)
+    for point in runs:
+        _check(point)
+    codes = [_launch(point, given.dry_run, len(runs) > 1) for point in runs]
     if given.multirun:
         print(_table(runs))
     return max(codes)
@@ -176,4 +169,4 @@ def _table(runs: Sequence[Point]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -11,7 +11,6 @@ which counts the cores that writing takes from training too. The best of the rep
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import statistics
@@ -26,8 +25,9 @@ import torch
 
 from hysparse_megatron.checkpoint import store
 from hysparse_megatron.checkpoint.saver import Saver
+from hysparse_megatron.command import command, make_parser
 from hysparse_megatron.config.cli import load, parse_arguments
-from hysparse_megatron.errors import CheckpointError, HySparseError
+from hysparse_megatron.errors import CheckpointError
 from hysparse_megatron.plan.suggest import check
 from hysparse_megatron.runtime import device as runtime_device
 from hysparse_megatron.runtime.agreement import on_rank_zero
@@ -49,14 +49,10 @@ SMALL = (
 """80 million parameters: a checkpoint of 1.2 GB, which a common disk takes in a second or two."""
 
 
+@command
 def main(argv: Sequence[str]) -> int:
     """Measure; `argv` is the command line without the program's name."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.benchmark_checkpoint",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=__doc__,
-        allow_abbrev=False,
-    )
+    parser = make_parser("tools.benchmark_checkpoint", __doc__)
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="saves of each kind")
     parser.add_argument(
         "--directory", type=Path, metavar="DIR", help="where to write (default /tmp)"
@@ -64,18 +60,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("overrides", nargs="*", help="group=option, key=value")
     given = parser.parse_intermixed_args(list(argv))
-    try:
-        config = load(parse_arguments([*SMALL, *given.overrides]))
-        rank = rank_from_environment()
-        check(config, rank.world_size)
-        device = runtime_device.start(rank, config.parallel)
-        state = build_state(config, config.model.vocab_size or 0, device)
-        with tempfile.TemporaryDirectory(dir=given.directory) as made:
-            place = on_rank_zero(lambda: Path(made), CheckpointError)
-            values = measure(state, place, given.repeats)
-    except HySparseError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+    config = load(parse_arguments([*SMALL, *given.overrides]))
+    rank = rank_from_environment()
+    check(config, rank.world_size)
+    device = runtime_device.start(rank, config.parallel)
+    state = build_state(config, config.model.vocab_size or 0, device)
+    with tempfile.TemporaryDirectory(dir=given.directory) as made:
+        place = on_rank_zero(lambda: Path(made), CheckpointError)
+        values = measure(state, place, given.repeats)
     if rank.rank == 0:
         print(json.dumps(values) if given.json else as_text(values))
     runtime_device.stop()
@@ -156,4 +148,4 @@ def as_text(values: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -24,14 +24,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hysparse_megatron.command import command, make_parser
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.config.schema import Config, Precision
 from hysparse_megatron.config.validate import check
-from hysparse_megatron.errors import ConfigError, HySparseError
+from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.plan.kv_cache import kv_cache_bytes
 from hysparse_megatron.plan.memory import GIB
 from hysparse_megatron.runtime.launcher import Rank
 from hysparse_megatron.runtime.quiet import quiet_libraries
+from tools.arguments import positive
 from tools.step_benchmark.report import Report, environment
 from tools.step_benchmark.slices import FULL, HYSPARSE, SWA
 
@@ -52,32 +54,23 @@ _TABLE = (
 )
 
 
+@command
 def main(argv: Sequence[str]) -> int:
     """Measure as `argv` says, the command line without the program's name."""
-    given = make_parser().parse_args(list(argv))
-    try:
-        configs = {name: _config(given, name) for name in given.layouts}
-        quiet_libraries()
-        return _measure(given, configs, argv)
-    except HySparseError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+    given = _parser().parse_args(list(argv))
+    configs = {name: _config(given, name) for name in given.layouts}
+    quiet_libraries()
+    return _measure(given, configs, argv)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The options of the command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.benchmark_decode",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=__doc__,
-        allow_abbrev=False,
-    )
+def _parser() -> argparse.ArgumentParser:
+    parser = make_parser("tools.benchmark_decode", __doc__)
     add = parser.add_argument
     add("--model", default="hysparse_80b_a3b", metavar="PRESET", help="of conf/model")
     add("--set", action="append", default=[], nargs="+", metavar="KEY=VALUE", help="overrides")
-    add("--vocab", type=_count, default=8192, metavar="N", help="token ids (default %(default)s)")
+    add("--vocab", type=positive, default=8192, metavar="N", help="token ids (default %(default)s)")
     add("--layouts", type=_layouts, default=LAYOUTS, help=f"of {','.join(LAYOUTS)}")
-    add("--lengths", type=_counts, default=(32768,), metavar="N,N", help="tokens in the cache")
+    add("--lengths", type=_lengths, default=(32768,), metavar="N,N", help="tokens in the cache")
     add(
         "--batches",
         type=_batches,
@@ -85,26 +78,20 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N,fit",
         help="sequences of a step; fit: as many as the device has memory for (default 1,fit)",
     )
-    add("--steps", type=_count, default=20, metavar="N", help="timed steps (default %(default)s)")
+    add("--steps", type=positive, default=20, metavar="N", help="timed steps (default %(default)s)")
     add("--cache-dtype", choices=("model", "bf16", "fp8"), default="model")
     add("--device", choices=("cuda", "cpu"), default="cuda")
     add("--output", type=Path, metavar="FILE.txt", help="text file; the JSON lies beside it")
     return parser
 
 
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"got {text}; allowed a whole number from 1")
-    return int(text)
-
-
-def _counts(text: str) -> tuple[int, ...]:
-    return tuple(dict.fromkeys(map(_count, text.split(","))))
+def _lengths(text: str) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(map(positive, text.split(","))))
 
 
 def _batches(text: str) -> tuple[int | None, ...]:
     parts = dict.fromkeys(text.split(","))
-    return tuple(None if part == "fit" else _count(part) for part in parts)
+    return tuple(None if part == "fit" else positive(part) for part in parts)
 
 
 def _layouts(text: str) -> tuple[str, ...]:
@@ -352,4 +339,4 @@ def _rate(row: dict[str, Any]) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -14,8 +14,8 @@ import time
 from argparse import Namespace
 from collections.abc import Sequence
 
+from hysparse_megatron.command import command
 from hysparse_megatron.config.frozen import to_yaml
-from hysparse_megatron.errors import HySparseError
 from tools.step_benchmark import curve, request
 from tools.step_benchmark.bars import bars
 from tools.step_benchmark.cases import Case, make_cases
@@ -26,19 +26,16 @@ from tools.step_benchmark.rows import Row
 from tools.step_benchmark.slices import MEGATRON
 
 
+@command
 def main(argv: Sequence[str]) -> int:
     """Measure what `argv` asks for, the command line without the program's name."""
-    try:
-        options = parse(argv)
-        # All configurations before anything runs: a mistake in the last must not cost the others.
-        if options.compare_cpu is not None:
-            for one in curve.curve_runs(options.device):
-                curve.curve_config(options, one)
-            return curve.compare(options, _report(options, argv), request.run)
-        return _measure(options, make_cases(options), _report(options, argv))
-    except HySparseError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+    options = parse(argv)
+    # All configurations before anything runs: a mistake in the last must not cost the others.
+    if options.compare_cpu is not None:
+        for one in curve.curve_runs(options.device):
+            curve.curve_config(options, one)
+        return curve.compare(options, _report(options, argv), request.run)
+    return _measure(options, make_cases(options), _report(options, argv))
 
 
 def _report(options: Namespace, argv: Sequence[str]) -> Report:
@@ -92,4 +89,4 @@ def _run(options: Namespace, case: Case) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

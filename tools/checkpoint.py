@@ -22,44 +22,37 @@ from pathlib import Path
 from typing import Any
 
 from hysparse_megatron.checkpoint import store
+from hysparse_megatron.command import command, make_parser
 from hysparse_megatron.config.frozen import CONFIG_FILE, load_frozen
-from hysparse_megatron.errors import CheckpointError, HySparseError
+from hysparse_megatron.errors import CheckpointError
 
 
+@command
 def main(argv: Sequence[str]) -> int:
     """Do what `argv` says, the command line without the program's name."""
     given = _parser().parse_args(list(argv))
-    try:
-        return given.action(given)
-    except HySparseError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+    return given.action(given)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.checkpoint",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=__doc__,
-        allow_abbrev=False,
-    )
+    parser = make_parser("tools.checkpoint", __doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, action: Any, text: str, paths: Sequence[str] = ("path",)) -> Any:
+    def add(name: str, action: Any, text: str, paths: Sequence[str] = ("path",)) -> Any:
         made = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         made.set_defaults(action=action)
         for path in paths:
             made.add_argument(path, type=Path, help="run or step directory")
         return made
 
-    listing = command("list", _list, "step, tokens, size, age and state of a run's checkpoints")
+    listing = add("list", _list, "step, tokens, size, age and state of a run's checkpoints")
     listing.add_argument("--content", action="store_true", help="hash files, not only their sizes")
-    command("verify", _verify, "compare every file with its hash; names the damaged ones")
-    showing = command("show", _show, "manifest and tensors of a checkpoint")
+    add("verify", _verify, "compare every file with its hash; names the damaged ones")
+    showing = add("show", _show, "manifest and tensors of a checkpoint")
     showing.add_argument("--all", action="store_true", help="tensors of the optimizer too")
-    difference = command("diff", _diff, "what differs between two checkpoints", ("first", "second"))
+    difference = add("diff", _diff, "what differs between two checkpoints", ("first", "second"))
     difference.add_argument("--all", action="store_true", help="tensors of the optimizer too")
-    pruning = command("prune", _prune, "delete what the rules do not keep; never the newest valid")
+    pruning = add("prune", _prune, "delete what the rules do not keep; never the newest valid")
     pruning.add_argument("--keep", type=_count, metavar="N", help="newest to keep; 0 keeps all")
     pruning.add_argument("--keep-every", type=_count, metavar="STEPS", help="and multiples of it")
     pruning.add_argument("--dry-run", action="store_true", help="say it, and delete nothing")
@@ -198,4 +191,4 @@ def _age(seconds: float) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -21,7 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hysparse_megatron.errors import ConfigError, HySparseError
+from hysparse_megatron.command import command, make_parser
+from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.files import require_writable
 from hysparse_megatron.layout import parse_layout
 from hysparse_megatron.runtime.launcher import rank_from_environment
@@ -38,46 +39,35 @@ BROKEN_NATS = 1.0
 """Windows that cost more than this leave a model whose layers say little about the whole one."""
 
 
+@command
 def main(argv: Sequence[str]) -> int:
     """Choose as `argv` says, the command line without the program's name."""
     given = _parser().parse_args(list(argv))
-    is_first = True
+    rank = rank_from_environment()
+    require_writable(given.json, "--json")
+    # Imported late: a wrong command must fail before seconds of imports.
+    quiet_libraries()
+    import torch
+
+    from hysparse_megatron.inference.load import inference_config, loaded_run
+
+    config = inference_config(given.run_dir, rank.world_size)
+    length = _length(given, config)
     try:
-        rank = rank_from_environment()
-        is_first = rank.rank == 0
-        require_writable(given.json, "--json")
-        # Imported late: a wrong command must fail before seconds of imports.
-        quiet_libraries()
-        import torch
-
-        from hysparse_megatron.inference.load import inference_config, loaded_run
-
-        config = inference_config(given.run_dir, rank.world_size)
-        length = _length(given, config)
-        try:
-            with loaded_run(rank, config, given.run_dir) as loaded:
-                results = _choose(given, loaded, length, is_first)
-        except torch.OutOfMemoryError as error:
-            raise ConfigError(
-                f"{given.batch_size} sequences of {length:,} tokens do not fit into memory: lower "
-                "--batch-size or --length, or split the model with torchrun"
-            ) from error
-        if is_first and given.json is not None:
-            given.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    except HySparseError as error:
-        if is_first:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+        with loaded_run(rank, config, given.run_dir) as loaded:
+            results = _choose(given, loaded, length, is_first=rank.rank == 0)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"{given.batch_size} sequences of {length:,} tokens do not fit into memory: lower "
+            "--batch-size or --length, or split the model with torchrun"
+        ) from error
+    if rank.rank == 0 and given.json is not None:
+        given.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.choose_full_layers",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=__doc__,
-        allow_abbrev=False,
-    )
+    parser = make_parser("tools.choose_full_layers", __doc__)
     add = parser.add_argument
     add("--run-dir", type=Path, required=True, metavar="DIR", help="adopted with windows alone")
     add("--count", type=positive, required=True, metavar="N", help="full layers, the first too")
@@ -148,4 +138,4 @@ def _choose(
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

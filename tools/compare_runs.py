@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hysparse_megatron.errors import HySparseError
+from hysparse_megatron.command import command, make_parser
 from hysparse_megatron.tracking.metrics import results
 from tools.charts import Line, line_chart
 from tools.page import Page
@@ -43,32 +43,24 @@ class Difference:
     """The largest absolute difference of a field, and the step where it is."""
 
 
+@command
 def main(argv: Sequence[str]) -> int:
     """Do what `argv` says, the command line without the program's name."""
     given = _parse(argv)
-    try:
-        runs = [load_run(path) for path in given.runs]
-        differences = [compare(runs[0], other) for other in runs[1:]]
-        print("\n".join(_table(runs, differences)))
-        for other, difference in zip(runs[1:], differences, strict=True):
-            print(f"\n{label(runs, runs[0])} and {label(runs, other)}:")
-            print("\n".join(f"  {line}" for line in verdict(runs[0], other, difference)))
-        if given.output is not None:
-            _draw(runs, differences, given.output)
-            print(f"\ndrawn: {given.output}")
-    except HySparseError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+    runs = [load_run(path) for path in given.runs]
+    differences = [compare(runs[0], other) for other in runs[1:]]
+    print("\n".join(_table(runs, differences)))
+    for other, difference in zip(runs[1:], differences, strict=True):
+        print(f"\n{label(runs, runs[0])} and {label(runs, other)}:")
+        print("\n".join(f"  {line}" for line in verdict(runs[0], other, difference)))
+    if given.output is not None:
+        _draw(runs, differences, given.output)
+        print(f"\ndrawn: {given.output}")
     return 1 if any(difference.first for difference in differences) else 0
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.compare_runs",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=__doc__,
-        allow_abbrev=False,
-    )
+    parser = make_parser("tools.compare_runs", __doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
     parser.add_argument("--output", type=Path, metavar="FILE", help="HTML page to draw")
     given = parser.parse_args(list(argv))
@@ -255,4 +247,4 @@ def _apart(runs: Sequence[RunData], number: int, key: str, of_evaluations: bool)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

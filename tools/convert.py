@@ -20,31 +20,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hysparse_megatron.checkpoint import store
+from hysparse_megatron.command import command, make_parser
 from hysparse_megatron.config.frozen import CONFIG_FILE, load_frozen
-from hysparse_megatron.errors import CheckpointError, ConfigError, HySparseError
+from hysparse_megatron.errors import CheckpointError, ConfigError
 from tools.arguments import positive
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
+@command
 def main(argv: Sequence[str]) -> int:
     """Do what `argv` says, the command line without the program's name."""
     given = _parser().parse_args(list(argv))
-    try:
-        return given.action(given)
-    except HySparseError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+    return given.action(given)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.convert",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=__doc__,
-        allow_abbrev=False,
-    )
+    parser = make_parser("tools.convert", __doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     text = "a checkpoint as a Hugging Face folder"
     exporting = commands.add_parser("export", help=text, description=text, allow_abbrev=False)
@@ -170,4 +163,4 @@ def _checkpoint(run_dir: Path, chosen: str, content: bool) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -7,9 +7,12 @@ oracle. Dashed lines are pipeline cuts.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from xml.sax.saxutils import escape
 
+from hysparse_megatron.command import command, make_parser
+from hysparse_megatron.files import require_writable
 from hysparse_megatron.layout import LayerKind, Layout, parse_layout
 
 COLUMN, HEIGHT, TOP, LEFT = 84, 330, 92, 24
@@ -93,14 +96,18 @@ def _legend(layout: Layout) -> str:
     return "".join(lines)
 
 
-def main(argv: list[str]) -> int:
-    """Draw `argv[0]` into the file `argv[1]`."""
-    if len(argv) != 2:
-        print(__doc__, file=sys.stderr)
-        return 2
-    Path(argv[1]).write_text(draw(parse_layout(argv[0])))
+@command
+def main(argv: Sequence[str]) -> int:
+    """Draw as `argv` says, the command line without the program's name."""
+    parser = make_parser("tools.draw_layout", __doc__)
+    parser.add_argument("layout", metavar="LAYOUT")
+    parser.add_argument("output", type=Path, metavar="FILE.svg")
+    given = parser.parse_args(list(argv))
+    layout = parse_layout(given.layout)
+    require_writable(given.output, "FILE.svg")
+    given.output.write_text(draw(layout))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

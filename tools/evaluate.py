@@ -27,7 +27,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hysparse_megatron.errors import HySparseError
+from hysparse_megatron.command import command, make_parser
 from hysparse_megatron.evaluation.scores import Score, ask, require_room
 from hysparse_megatron.evaluation.tasks import TASKS
 from hysparse_megatron.files import require_writable
@@ -43,37 +43,26 @@ if TYPE_CHECKING:
 LOSS = "loss"
 
 
+@command
 def main(argv: Sequence[str]) -> int:
     """Evaluate as `argv` says, the command line without the program's name."""
     given = _parser().parse_args(list(argv))
-    rank_number = 0
-    try:
-        rank = rank_from_environment()
-        rank_number = rank.rank
-        require_writable(given.json, "--json")
-        # Imported late: a wrong command must fail before seconds of imports.
-        quiet_libraries()
-        from hysparse_megatron.inference.load import inference_config, loaded_run
+    rank = rank_from_environment()
+    require_writable(given.json, "--json")
+    # Imported late: a wrong command must fail before seconds of imports.
+    quiet_libraries()
+    from hysparse_megatron.inference.load import inference_config, loaded_run
 
-        config = inference_config(given.run_dir, rank.world_size)
-        with loaded_run(rank, config, given.run_dir, given.checkpoint) as loaded:
-            results = _evaluate(given, loaded, is_first=rank_number == 0)
-        if rank_number == 0 and given.json is not None:
-            given.json.write_text(json.dumps(results, indent=1) + "\n")
-    except HySparseError as error:
-        if rank_number == 0:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+    config = inference_config(given.run_dir, rank.world_size)
+    with loaded_run(rank, config, given.run_dir, given.checkpoint) as loaded:
+        results = _evaluate(given, loaded, is_first=rank.rank == 0)
+    if rank.rank == 0 and given.json is not None:
+        given.json.write_text(json.dumps(results, indent=1) + "\n")
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.evaluate",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=__doc__,
-        allow_abbrev=False,
-    )
+    parser = make_parser("tools.evaluate", __doc__)
     add = parser.add_argument
     add("--run-dir", type=Path, required=True, metavar="RUN", help="the run directory")
     add(
@@ -205,4 +194,4 @@ def _loss_table(length: int, whole: Bin, bins: Sequence[Bin]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

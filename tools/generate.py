@@ -19,10 +19,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hysparse_megatron.command import command, make_parser
 from hysparse_megatron.config.frozen import CONFIG_FILE
-from hysparse_megatron.errors import ConfigError, DataError, HySparseError
+from hysparse_megatron.errors import ConfigError, DataError
 from hysparse_megatron.runtime.launcher import Rank, rank_from_environment
 from hysparse_megatron.runtime.quiet import quiet_libraries
+from tools.arguments import positive
 
 if TYPE_CHECKING:
     from hysparse_megatron.data.run_tokenizer import Tokenizer
@@ -30,22 +32,16 @@ if TYPE_CHECKING:
     from hysparse_megatron.inference.load import LoadedModel
 
 
+@command
 def main(argv: Sequence[str]) -> int:
     """Generate as `argv` says, the command line without the program's name."""
-    given = make_parser().parse_args(list(argv))
-    rank_number = 0
-    try:
-        rank = rank_from_environment()
-        rank_number = rank.rank
-        prompts = _prompts(given)
-        _require_run(given.run_dir)
-        # Imported late: a wrong command must fail before seconds of imports.
-        quiet_libraries()
-        _run(given, prompts, rank)
-    except HySparseError as error:
-        if rank_number == 0:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+    given = _parser().parse_args(list(argv))
+    rank = rank_from_environment()
+    prompts = _prompts(given)
+    _require_run(given.run_dir)
+    # Imported late: a wrong command must fail before seconds of imports.
+    quiet_libraries()
+    _run(given, prompts, rank)
     return 0
 
 
@@ -58,14 +54,8 @@ def _run(given: argparse.Namespace, prompts: Sequence[str], rank: Rank) -> None:
         _generate(given, loaded, prompts, is_first=rank.rank == 0)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The options of the command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.generate",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=__doc__,
-        allow_abbrev=False,
-    )
+def _parser() -> argparse.ArgumentParser:
+    parser = make_parser("tools.generate", __doc__)
     add = parser.add_argument
     add("--run-dir", type=Path, required=True, metavar="RUN", help="the run directory")
     add(
@@ -80,7 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--prompts-file", type=Path, metavar="FILE", help="one prompt a line, beside --prompt")
     add(
         "--max-new-tokens",
-        type=_count,
+        type=positive,
         default=128,
         metavar="N",
         help="tokens to add to each prompt, at most (default %(default)s)",
@@ -110,7 +100,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add(
         "--prefill-chunk",
-        type=_count,
+        type=positive,
         default=512,
         metavar="N",
         help="tokens of a prompt taken in at a time (default %(default)s)",
@@ -118,12 +108,6 @@ def make_parser() -> argparse.ArgumentParser:
     add("--tokenizer", metavar="PATH", help="its file or folder (default: found by its hash)")
     add("--no-verify", action="store_true", help="do not compare the checkpoint with its hashes")
     return parser
-
-
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"got {text}; allowed a whole number from 1")
-    return int(text)
 
 
 def _temperature(text: str) -> float:
@@ -220,7 +204,7 @@ class _Printer:
 
         self._prompts = prompts
         self._streams = [TextStream(tokenizer.decode, stops) for _ in prompts]
-        self._counts = [0] * len(prompts)
+        self._lengths = [0] * len(prompts)
         self._settings = settings
         self._is_done = [False] * len(prompts)
         self._waiting = [""] * len(prompts)
@@ -231,10 +215,10 @@ class _Printer:
     def take(self, number: int, token: int) -> bool:
         """The next token of a prompt; whether a stop string has come."""
         stream = self._streams[number]
-        self._counts[number] += 1
+        self._lengths[number] += 1
         is_end = token in self._settings.stop_tokens
         text = "" if is_end else stream.push(token)
-        if is_end or stream.stopped or self._counts[number] == self._settings.max_new_tokens:
+        if is_end or stream.stopped or self._lengths[number] == self._settings.max_new_tokens:
             text += stream.finish()
             self._is_done[number] = True
         self._waiting[number] += text
@@ -264,4 +248,4 @@ class _Printer:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

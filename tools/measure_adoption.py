@@ -30,10 +30,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hysparse_megatron.command import command, make_parser
 from hysparse_megatron.config.compose import compose, load_frozen
 from hysparse_megatron.config.frozen import CONFIG_FILE, freeze
 from hysparse_megatron.config.schema import Config, Schedule
-from hysparse_megatron.errors import ConfigError, HySparseError
+from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.files import require_writable
 from hysparse_megatron.layout import LayerKind, parse_layout
 from hysparse_megatron.runtime.quiet import quiet_libraries
@@ -49,6 +50,7 @@ _ORIGINAL_ORDER = 1
 _HELD_OUT_SHARE = 0.2
 
 
+@command
 def main(argv: Sequence[str]) -> int:
     """Measure as `argv` says, the command line without the program's name."""
     given = _parser().parse_args(list(argv))
@@ -64,9 +66,6 @@ def main(argv: Sequence[str]) -> int:
                 if given.output is not None:  # after each: the next one may fail
                     content = json.dumps({"settings": settings, "seeds": rows}, indent=1)
                     given.output.write_text(content + "\n", encoding="utf-8")
-    except HySparseError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
     except subprocess.CalledProcessError as error:
         print(f"ended with exit code {error.returncode}: {error.cmd}", file=sys.stderr)
         return error.returncode
@@ -101,12 +100,7 @@ def _check(given: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.measure_adoption",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=__doc__,
-        allow_abbrev=False,
-    )
+    parser = make_parser("tools.measure_adoption", __doc__)
 
     def add(option: str, default: Any, text: str, kind: Any = positive) -> None:
         text += "" if default is None else " (%(default)s)"
@@ -315,4 +309,4 @@ def _train_original(given: argparse.Namespace, seed: int, folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -9,7 +9,6 @@ about 4 times the largest size on disk.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -26,6 +25,7 @@ from pathlib import Path
 import psutil
 from tokenizers import Tokenizer
 
+from hysparse_megatron.command import command, make_parser
 from hysparse_megatron.data.tokenizer import train_tokenizer
 
 _SAMPLE_BYTES = 20_000_000
@@ -33,13 +33,10 @@ _BATCH_TEXTS = 2000
 _POLL_SECONDS = 0.05
 
 
+@command
 def main(argv: Sequence[str]) -> int:
     """Measure as `argv` says, the command line without the program's name."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.measure_prepare",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=__doc__,
-    )
+    parser = make_parser("tools.measure_prepare", __doc__)
     parser.add_argument("--megabytes", type=int, nargs="+", default=[20, 100], metavar="MB")
     parser.add_argument("--vocab-size", type=int, default=32000, metavar="N")
     parser.add_argument("--repeat", type=int, default=1, metavar="N", help="times, in turns")
@@ -142,4 +139,4 @@ def _texts(corpus: Path) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -15,23 +15,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from hysparse_megatron.command import command, make_parser
 from hysparse_megatron.config.cli import load, parse_arguments
 from hysparse_megatron.config.schema import Config
-from hysparse_megatron.errors import ConfigError, HySparseError
+from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.plan.overview import make_overview
 from hysparse_megatron.plan.picture import draw
 from hysparse_megatron.plan.report import as_text, as_values
 from hysparse_megatron.plan.suggest import check, suggest
 
 
+@command
 def main(argv: Sequence[str]) -> int:
     """Print the plan of `argv`, the command line without the program's name."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.plan",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=__doc__,
-        allow_abbrev=False,
-    )
+    parser = make_parser("tools.plan", __doc__)
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="world size (default 1)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--suggest", type=int, default=0, metavar="N", help="N plans, best first")
@@ -40,12 +37,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("overrides", nargs="*", help="group=option, key=value")
     given = parser.parse_intermixed_args(list(argv))
     rest = [*(["--config", given.config] if given.config else []), *given.overrides]
-    try:
-        config = load(parse_arguments(rest))
-        return _print_plan(config, given)
-    except HySparseError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+    return _print_plan(load(parse_arguments(rest)), given)
 
 
 def _print_plan(config: Config, given: argparse.Namespace) -> int:
@@ -77,4 +69,4 @@ def _print_plan(config: Config, given: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -18,39 +18,32 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
+from hysparse_megatron.command import command, make_parser
 from hysparse_megatron.data.bulk import BulkRequest, prepare_bulk, verify_prepared
 from hysparse_megatron.data.bulk.progress import Progress
 from hysparse_megatron.data.bulk.run import MAX_DOCUMENT_BYTES
 from hysparse_megatron.data.bulk.sources import KINDS
 from hysparse_megatron.data.bulk.tokenizers import choose_tokenizer
 from hysparse_megatron.data.card import PreparedCorpus
-from hysparse_megatron.errors import ConfigError, HySparseError, Preempted
+from hysparse_megatron.errors import ConfigError, Preempted
 
 
+@command
 def main(argv: Sequence[str]) -> int:
     """Prepare or verify as `argv` says, the command line without the program's name."""
-    given = make_parser().parse_args(list(argv))
+    given = _parser().parse_args(list(argv))
     before = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         with Progress(is_quiet=given.quiet) as progress:
             _run(given, progress)
-    except HySparseError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     return 0
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The options of the command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.prepare_data",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=__doc__,
-        allow_abbrev=False,
-    )
+def _parser() -> argparse.ArgumentParser:
+    parser = make_parser("tools.prepare_data", __doc__)
     add = parser.add_argument
     add("inputs", nargs="*", metavar="INPUT", help="files and folders, read in this order")
     add("--output", required=True, metavar="DIR", help="the folder to make")
@@ -151,4 +144,4 @@ def _summary(prepared: PreparedCorpus, progress: Progress) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -11,7 +11,6 @@ Ends with 0, or with 2 if the path is no run or nothing can be drawn.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import statistics
 import sys
@@ -20,7 +19,8 @@ from pathlib import Path
 
 import yaml  # type: ignore[import-untyped]
 
-from hysparse_megatron.errors import ConfigError, HySparseError
+from hysparse_megatron.command import command, make_parser
+from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.tracking.selections import read_selections
 from tools.charts import Line, Marks, Selection, line_chart, selection_chart
 from tools.page import Page
@@ -41,26 +41,18 @@ MAX_PICTURES = 12
 """Oracles whose selections are drawn: evenly many of a deep model."""
 
 
+@command
 def main(argv: Sequence[str]) -> int:
     """Do what `argv` says, the command line without the program's name."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.report",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=__doc__,
-        allow_abbrev=False,
-    )
+    parser = make_parser("tools.report", __doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: RUN/report.html")
     given = parser.parse_args(list(argv))
     path = given.output or given.run / "report.html"
     try:
         write_report(load_run(given.run), path)
-    except HySparseError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
     except OSError as error:
-        print(f"ConfigError: cannot write {path}: {error.strerror}", file=sys.stderr)
-        return ConfigError.exit_code
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from error
     print(path)
     return 0
 
@@ -277,4 +269,4 @@ def _checkpoints(page: Page, run: RunData) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

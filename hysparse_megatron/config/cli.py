@@ -4,8 +4,8 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
+from hysparse_megatron.command import make_parser
 from hysparse_megatron.config.compose import GROUPS, compose, group_options, load_frozen
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.errors import ConfigError
@@ -39,12 +39,9 @@ class Arguments:
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
     """Read the command line without the program's name. `--help` prints and leaves with 0."""
-    parser = _Parser(
-        prog="python -m hysparse_megatron",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Train, in this process group: alone, under torchrun or under srun.",
-        allow_abbrev=False,
-    )
+    text = "Train, in this process group: alone, under torchrun or under srun."
+    parser = make_parser("hysparse_megatron", text)
+    parser.epilog = _epilog()
     parser.add_argument("overrides", nargs="*", help="group=option, key=value, +key=value, ~group")
     parser.add_argument("--config", type=Path, metavar="FILE", help="load this file as it is")
     parser.add_argument("--cfg", choices=["job"], help="print the configuration and leave")
@@ -69,14 +66,9 @@ def load(arguments: Arguments) -> Config:
     return compose(arguments.overrides)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a wrong flag like any other bad configuration, and lists the groups in its help."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (see --help)")
-
-    def format_help(self) -> str:
-        groups = [f"  {group:<11}{', '.join(group_options(group))}" for group in GROUPS]
-        keys = "keys are dotted names of settings; --cfg job prints all of them"
-        listing = "\n".join(["config groups and their options:", *groups, keys])
-        return f"{super().format_help()}\n{listing}\n\n{_EXAMPLES}\n\n{_EXIT_CODES}\n"
+def _epilog() -> str:
+    """The groups, examples and exit codes below the options."""
+    groups = [f"  {group:<11}{', '.join(group_options(group))}" for group in GROUPS]
+    keys = "keys are dotted names of settings; --cfg job prints all of them"
+    listing = "\n".join(["config groups and their options:", *groups, keys])
+    return f"{listing}\n\n{_EXAMPLES}\n\n{_EXIT_CODES}"

@@ -4,13 +4,13 @@ import re
 import shlex
 from pathlib import Path
 
-from tools.prepare_data import make_parser
+from tools.prepare_data import _parser
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
 
 
 def test_every_option_is_explained_and_no_other() -> None:
-    options = {option for action in make_parser()._actions for option in action.option_strings}
+    options = {option for action in _parser()._actions for option in action.option_strings}
     named = set(re.findall(r"(?<![\w-])--[a-z]+(?:-[a-z]+)*", TEXT))
     assert named - {"--megabytes"} == options - {"-h", "--help"}
 
@@ -19,4 +19,4 @@ def test_shown_commands_are_valid() -> None:
     lines = re.findall(r"^    \.venv/bin/python -m tools\.prepare_data (.*)$", TEXT, flags=re.M)
     assert len(lines) >= 2
     for line in lines:
-        make_parser().parse_args(shlex.split(line))
+        _parser().parse_args(shlex.split(line))

@@ -12,7 +12,7 @@ from hysparse_megatron.inference.kv_cache import KvCache
 from hysparse_megatron.layout import LayerKind, parse_layout
 from hysparse_megatron.plan.kv_cache import all_full
 from tools import benchmark_decode
-from tools.generate import make_parser
+from tools.generate import _parser
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "inference.md").read_text(encoding="utf-8")
@@ -28,15 +28,15 @@ ROWS = re.findall(
 def test_commands_are_understood() -> None:
     assert len(COMMANDS) == 3
     for command in COMMANDS:
-        assert make_parser().parse_args(shlex.split(command)).run_dir
+        assert _parser().parse_args(shlex.split(command)).run_dir
 
 
 def test_options_are_those_there_are() -> None:
-    options = {option for action in make_parser()._actions for option in action.option_strings}
+    options = {option for action in _parser()._actions for option in action.option_strings}
     (measured,) = re.findall(
         r"^    .*-m tools\.benchmark_decode (.*)$", TEXT.replace("\\\n", " "), flags=re.M
     )
-    given = benchmark_decode.make_parser().parse_args(shlex.split(measured))
+    given = benchmark_decode._parser().parse_args(shlex.split(measured))
     assert given.lengths == (8192, 32768, 131072)
     others = {"--nproc-per-node", *re.findall(r"--[a-z]+", measured)}
     named = set(re.findall(r"(?<![\w-])--[a-z]+(?:-[a-z]+)*", TEXT)) - others

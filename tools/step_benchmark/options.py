@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from hysparse_megatron.command import make_parser
 from hysparse_megatron.config.compose import group_options
 from hysparse_megatron.errors import ConfigError
 from tools.step_benchmark.picks import MODEL, PICKS
@@ -36,21 +37,9 @@ _SLICE: dict[str, Any] = {"model": "hysparse_80b_a3b", "lengths": [32768]}
 _CURVE: dict[str, Any] = {"model": "tiny_hysparse", "lengths": [512], "vocab": 4096}
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a wrong flag like any other bad configuration."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (see --help)")
-
-
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The options. Raises ConfigError; `--help` prints and leaves with 0."""
-    parser = _Parser(
-        prog="python -m tools.benchmark_step",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = make_parser("tools.benchmark_step", _DESCRIPTION)
     count = _number(int, 1)
     seconds = _number(float, 0)
     add = parser.add_argument

@@ -78,11 +78,7 @@ def test_shares_are_of_the_losses_of_the_two_runs(
 def test_mistakes_end_with_2(
     arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    try:
-        code = main(arguments)
-    except SystemExit as error:  # argparse's own
-        code = error.code
-    assert code == 2
+    assert main(arguments) == 2
     assert said in capsys.readouterr().err
 
 

@@ -1,0 +1,118 @@
+"""What all commands share: a parser, how errors and Ctrl-C end them. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from difflib import get_close_matches
+from types import TracebackType
+from typing import NoReturn, Protocol
+
+from hysparse_megatron.errors import ConfigError, HySparseError, RankFailure
+from hysparse_megatron.runtime.launcher import rank_from_environment
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C: 128 + SIGINT, as shells report it."""
+
+
+class Main(Protocol):
+    """A command: takes its line without the program's name, returns its exit code."""
+
+    def __call__(self, argv: Sequence[str] | None = None) -> int:
+        """`argv` is the command line without the program's name."""
+
+
+def command(main: Callable[[Sequence[str]], int]) -> Main:
+    """Let `main` end with the exit code of an error of `errors`, after saying it in one line.
+
+    An error all ranks share is told by the first; who lost another rank cannot know who else tells.
+    Without arguments it runs as this process, with its command line.
+    """
+
+    @functools.wraps(main)
+    def run(argv: Sequence[str] | None = None) -> int:
+        if argv is None:
+            expect_interrupt()
+            argv = sys.argv[1:]
+        try:
+            return main(argv)
+        except HySparseError as error:
+            if is_first_rank() or isinstance(error, RankFailure):
+                print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            return error.exit_code
+
+    return run
+
+
+def is_first_rank() -> bool:
+    """Whether this is rank 0, or a process alone, or one whose launcher has left it unclear."""
+    try:
+        return rank_from_environment().rank == 0
+    except ConfigError:
+        return True
+
+
+def expect_interrupt() -> None:
+    """From now on Ctrl-C ends this process in one line with code 130; what is open is closed.
+
+    Call it before the slow imports. Other exceptions are shown as before.
+    """
+    before = sys.excepthook
+
+    def hook(
+        kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> object:
+        if not issubclass(kind, KeyboardInterrupt):
+            return before(kind, error, trace)
+        if is_first_rank():
+            print("interrupted", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Not sys.exit: threads that are still at work would be waited for.
+        os._exit(INTERRUPTED)
+
+    sys.excepthook = hook
+
+
+def make_parser(module: str, description: str | None) -> CommandParser:
+    """The parser of `python -m module`; `description` is the docstring that its help shows."""
+    return CommandParser(
+        prog=f"python -m {module}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=description,
+        allow_abbrev=False,
+    )
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Reports a wrong option like any other bad setting, with the nearest one there is."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises ConfigError."""
+        raise ConfigError(f"{message}{self._nearest(message)} (see --help)")
+
+    def _nearest(self, message: str) -> str:
+        if unknown := re.fullmatch(r"unrecognized arguments: (.*)", message):
+            words = [word.partition("=")[0] for word in unknown[1].split() if word[0] == "-"]
+            return _did_you_mean(words, set(_options(self)))
+        if wrong := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
+            return _did_you_mean([wrong[1]], re.findall(r"[^\s',]+", wrong[2]))
+        return ""
+
+
+def _options(parser: argparse.ArgumentParser) -> Iterator[str]:
+    """All options of a parser and of its commands."""
+    for action in parser._actions:
+        yield from action.option_strings
+        if isinstance(action, argparse._SubParsersAction):
+            for sub in action.choices.values():
+                yield from _options(sub)
+
+
+def _did_you_mean(words: Sequence[str], known: Sequence[str] | set[str]) -> str:
+    close = [match for word in words for match in get_close_matches(word, sorted(known), n=1)]
+    return f" (did you mean {' '.join(close)}?)" if close else ""
