@@ -24,6 +24,7 @@ import yaml
 
 from hysparse_megatron import __version__
 from hysparse_megatron.checkpoint.store import published
+from hysparse_megatron.compatibility import refuse_mismatch
 from hysparse_megatron.config.frozen import CONFIG_FILE, freeze, load_frozen, to_yaml
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.errors import ConfigError, HySparseError
@@ -50,13 +51,15 @@ class RunDirectory:
     def __init__(self, config: Config) -> None:
         """Create or reopen the directory.
 
-        Raises ConfigError when another run holds it, or when it holds checkpoints that the
-        configuration says not to resume from; what is in it stays as it was then.
+        Raises ConfigError when another run holds it, or when its checkpoints are of another model
+        or those that the configuration says not to resume from, and CheckpointError when they
+        cannot be continued; what is in it stays as it was then.
         """
         self.path = config.run_path
+        refuse_start(config)
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock, self.former_owner = lock(self.path)
-        _refuse_overwriting(config, self.checkpoints)
+        _read_record(config)
         (self.path / LOG_FOLDER).mkdir(exist_ok=True)
         self.changed_keys = _changed_keys(self.path / CONFIG_FILE, config)
         self.config_hash = freeze(config, self.path)
@@ -109,13 +112,13 @@ def prepare_run(config: Config) -> list[str]:
     """Freeze the configuration before any rank starts, and give the run its id.
 
     Returns lines `key: old -> new` for what differs from the last start in this directory. Raises
-    ConfigError as `RunDirectory` does; nothing has changed then.
+    what `RunDirectory` does; nothing has changed then.
     """
     path = config.run_path
+    refuse_start(config)
     path.mkdir(parents=True, exist_ok=True)
     held, _ = lock(path)
     with held:
-        _refuse_overwriting(config, path / "checkpoints")
         changed = _changed_keys(path / CONFIG_FILE, config)
         record = _read_record(config)
         freeze(config, path)
@@ -213,14 +216,15 @@ def amend_status(run_path: Path, pid: int, cause: str | None, **facts: Any) -> N
             held.truncate(0)
 
 
-def _refuse_overwriting(config: Config, checkpoints: Path) -> None:
-    if config.checkpoint.resume:
-        return
-    for path in published(checkpoints):
-        raise ConfigError(
-            f"checkpoint.resume=false would write over {path}: choose another run_dir, or "
-            "delete its checkpoints"
-        )
+def refuse_start(config: Config) -> None:
+    """Raise the errors of `RunDirectory` that its checkpoints give cause for. Changes nothing."""
+    if not config.checkpoint.resume:
+        for path in published(config.run_path / "checkpoints"):
+            raise ConfigError(
+                f"checkpoint.resume=false would write over {path}: choose another run_dir, or "
+                "delete its checkpoints"
+            )
+    refuse_mismatch(config)
 
 
 def _changed_keys(path: Path, config: Config) -> list[str]:

@@ -24,7 +24,7 @@ from hysparse_megatron.command import command
 from hysparse_megatron.config.cli import load, parse_arguments
 from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.plan.suggest import check
-from hysparse_megatron.rundir import amend_status
+from hysparse_megatron.rundir import amend_status, refuse_start
 from hysparse_megatron.status import STATES
 
 _USAGE = "usage: python -m launch.local [--nproc RANKS] [--config FILE] [overrides]"
@@ -47,6 +47,7 @@ def main(argv: Sequence[str]) -> int:
     config = load(parsed)
     if not parsed.show:
         check(config, num_ranks)
+        refuse_start(config)
     module = ["-m", "hysparse_megatron", *arguments]
     if parsed.show:
         return subprocess.run([sys.executable, *module], check=False).returncode

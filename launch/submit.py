@@ -34,7 +34,7 @@ from hysparse_megatron.config.validate import warnings
 from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.plan.report import as_text
 from hysparse_megatron.plan.suggest import check, overview_of
-from hysparse_megatron.rundir import add_job, prepare_run, submitted_jobs
+from hysparse_megatron.rundir import add_job, prepare_run, refuse_start, submitted_jobs
 from launch import findings, local
 from launch.checks import login_checks
 from launch.job import SCRIPT_NAME, num_ranks, render_job
@@ -76,6 +76,7 @@ def _check(point: Point) -> None:
     """All points are checked before the first is submitted."""
     try:
         check(point.config, num_ranks(point.config))
+        refuse_start(point.config)
     except ConfigError as error:
         where = f"{' '.join(point.chosen)}: " if point.chosen else ""
         raise ConfigError(f"{where}{error}", error.problems) from error

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hysparse_megatron.checkpoint.assemble import Source, save_weights
 from hysparse_megatron.checkpoint.store import digest_of
+from hysparse_megatron.compatibility import compared_settings
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.config.frozen import freeze, to_yaml
 from hysparse_megatron.config.schema import Config, ModelConfig, Precision
@@ -137,6 +138,7 @@ def write_start(
     is_bf16 = sources[EMBEDDING].dtype == torch.bfloat16
     precision = Precision.bf16 if is_bf16 else Precision.fp32
     config = _config(model, folder, length, precision, tokenizer.is_file())
+    facts["model"] = compared_settings(config)["model"]
 
     def write(target: Path) -> None:
         checkpoint = save_weights(target / "checkpoints", sources, facts)

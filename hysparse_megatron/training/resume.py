@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from hysparse_megatron.checkpoint import choice, store
 from hysparse_megatron.checkpoint.state import load_state
+from hysparse_megatron.compatibility import compared_settings, weights_alone
 from hysparse_megatron.config.frozen import config_hash
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.data.sources import TrainingData, changed_fields
@@ -56,10 +57,7 @@ def resume(state: TrainingState, latest: Path | None, corpus: TrainingData, say:
     if latest is not None:
         facts = on_rank_zero(lambda: store.read_manifest(latest), CheckpointError)
         if "data" not in facts:
-            raise CheckpointError(
-                f"{latest} holds weights alone and cannot be continued: start a new run_dir with "
-                f"checkpoint.load={latest.parents[1]}"
-            )
+            raise weights_alone(latest)
         changed = changed_fields(facts["data"], corpus.identity())
         if changed:
             text = f"the data changed since {latest} was written: {', '.join(changed)}"
@@ -91,6 +89,7 @@ def manifest_facts(
         "tokens": step * config.train.global_batch_size * config.train.seq_length,
         "progress": progress,
         "config_hash": config_hash(config),
+        **compared_settings(config),
         "data": corpus.identity(),
         "parallel": dataclasses.asdict(config.parallel),
         "world_size": dist.get_world_size(),

@@ -214,8 +214,27 @@ def test_weights_of_another_model(finished, settings: list[str], tmp_path: Path)
     shutil.copytree(finished.run_dir, source)
     other = [*settings, "model.hidden_size=40", f"run_dir={tmp_path / 'run'}"]
     code, output = run([*other, f"checkpoint.load={source}"])
-    assert code == 6, output
-    assert "cannot be loaded into this model" in output
+    assert code == 2, output
+    assert "model.hidden_size: the checkpoint has 32, asked for 40" in output
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("entry", ["hysparse_megatron", "launch.local"])
+def test_another_model_in_the_directory_of_a_run(copy_of_finished: Copy, entry: str) -> None:
+    run_dir, arguments = copy_of_finished(40)
+    before = contents(run_dir)
+    other = ["model.hidden_size=40", "model.layout=F F S", "optim.name=muon"]
+    code, output = run([*arguments, *other], entry=("-m", entry))
+    assert code == 2, output
+    for expected in (
+        "step-00000040, which this run would go on from, was made with other settings:",
+        "model.hidden_size: the checkpoint has 32, asked for 40",
+        "model.layout: the checkpoint has FSF, asked for FFS",
+        "optim.name: the checkpoint has adamw, asked for muon",
+    ):
+        assert expected in output
+    assert "Traceback" not in output
+    assert contents(run_dir) == before
 
 
 SMALL_FILES_ONLY = """

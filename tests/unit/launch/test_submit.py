@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from hysparse_megatron.compatibility import compared_settings
+from hysparse_megatron.config.compose import compose
 from hysparse_megatron.config.frozen import load_frozen
 from launch.submit import main
+from tests.checkpoints import write_step
 
 ROOT = Path(__file__).resolve().parents[3]
 SMALL = ["model=tiny_hysparse", "cluster=slurm_cpu", "train.steps=20", "train.global_batch_size=8"]
@@ -185,6 +188,21 @@ def test_one_bad_point_submits_none(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
+def test_one_point_over_the_run_of_another_model_submits_none(
+    dry_run: list[str], slurm: Slurm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = slurm()
+    made = compose([*SMALL, "model.window=32"])
+    taken = tmp_path / "runs" / "seed_2"
+    write_step(taken / "checkpoints", 4, {"data": {}, **compared_settings(made)})
+    sweep = ["-m", "train.seed=1,2", f"run_dir={tmp_path / 'runs'}"]
+    assert main([*dry_run, *SMALL, *sweep]) == 2
+    assert "model.window: the checkpoint has 32, asked for 64" in capsys.readouterr().err
+    assert not asked.exists()
+    assert sorted(tmp_path.rglob("*.yaml")) == []
+
+
 def test_without_a_scheduler_it_runs_here(tmp_path: Path) -> None:
     done = subprocess.run(
         [
