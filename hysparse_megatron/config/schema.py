@@ -10,6 +10,7 @@ from enum import Enum
 from pathlib import Path
 
 from hysparse_megatron.config.cluster import ClusterConfig
+from hysparse_megatron.config.rope import RopeScalingConfig
 
 
 class GateKind(Enum):
@@ -234,6 +235,7 @@ class ModelConfig:
     """Linear layers, norms and experts; auto takes Transformer Engine where it is and can run."""
     fp8: Fp8 = Fp8.none
     """Matrix products of Transformer Engine's linear layers in FP8; attention stays in bf16."""
+    rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
     moe: MoeConfig = field(default_factory=MoeConfig)
 
     @property

@@ -16,6 +16,7 @@ from operator import attrgetter
 from hysparse_megatron.config import paths
 from hysparse_megatron.config.cluster import cluster_problems
 from hysparse_megatron.config.problems import as_error
+from hysparse_megatron.config.rope import RopeType, rope_problems
 from hysparse_megatron.config.schema import (
     Backend,
     Balancing,
@@ -57,6 +58,7 @@ AT_LEAST: dict[str, int] = {
     "model.window": 1,
     "model.forced_first_blocks": 0,
     "model.forced_recent_blocks": 0,
+    "model.rope_scaling.original_max_position_embeddings": 1,
     "model.moe.num_experts": 0,
     "model.moe.num_active_experts": 1,
     "model.moe.expert_ffn_hidden_size": 1,
@@ -103,6 +105,7 @@ AT_LEAST: dict[str, int] = {
 
 ABOVE_ZERO = (
     "model.rotary_base",
+    "model.rope_scaling.attention_factor",
     "model.norm_epsilon",
     "model.init_std",
     "model.moe.router_scaling",
@@ -237,6 +240,7 @@ def _widths(config: Config) -> Iterator[Problem]:
 
 def _rotary(config: Config) -> Iterator[Problem]:
     model = config.model
+    yield from rope_problems(model.rope_scaling)
     fraction, head_dim = model.rotary_fraction, model.head_dim
     if not 0 < fraction <= 1:
         yield Problem("model.rotary_fraction", str(fraction), "above 0 and at most 1")
@@ -245,6 +249,9 @@ def _rotary(config: Config) -> Iterator[Problem]:
     if head_dim > 0 and (model.rotary_dim % 2 or abs(channels - model.rotary_dim) > 1e-6):
         got = f"{fraction} ({channels:g} of {head_dim} channels)"
         yield Problem("model.rotary_fraction", got, "an even number of rotated channels")
+    if model.rope_scaling.type is RopeType.yarn and 0 < model.rotary_base <= 1:
+        allowed = "above 1 with model.rope_scaling.type = yarn"
+        yield Problem("model.rotary_base", str(model.rotary_base), allowed)
 
 
 def _selection(config: Config) -> Iterator[Problem]:

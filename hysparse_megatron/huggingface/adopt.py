@@ -120,8 +120,7 @@ def _tree(described: dict[str, Any], choices: Choices) -> dict[str, Any]:
     missing = [name for name in _NEEDED if name not in described]
     if missing:
         raise ConfigError(f"{settings.CONFIG_JSON} lacks {', '.join(missing)}")
-    rotary = described.get("rope_parameters") or described.get("rope_scaling") or {}
-    _refuse(described, rotary)
+    _refuse(described)
     heads = described["num_attention_heads"]
     return {
         "layout": choices.layout,
@@ -134,10 +133,7 @@ def _tree(described: dict[str, Any], choices: Choices) -> dict[str, Any]:
         "block_size": choices.block_size,
         "num_selected_blocks": choices.num_selected_blocks,
         "window": choices.window,
-        "rotary_base": rotary.get("rope_theta") or described.get("rope_theta") or 10000.0,
-        "rotary_fraction": rotary.get("partial_rotary_factor")
-        or described.get("partial_rotary_factor")
-        or 1.0,
+        **settings.from_rope_parameters(settings.merged_rope_parameters(described)),
         "tie_embeddings": bool(described.get("tie_word_embeddings", False)),
         "qk_norm": ARCHITECTURES[kind],
         "norm_epsilon": described["rms_norm_eps"],
@@ -155,12 +151,9 @@ _NEEDED = (
 )
 
 
-def _refuse(described: dict[str, Any], rotary: dict[str, Any]) -> None:
+def _refuse(described: dict[str, Any]) -> None:
     """Raise ConfigError for a setting that our layers do not have."""
-    scaling = rotary.get("rope_type", rotary.get("type", "default"))
     problems = []
-    if scaling != "default":
-        problems.append(f"rotary embedding scaled by {scaling}; allowed default")
     if described.get("hidden_act", "silu") != "silu":
         problems.append(f"hidden_act {described['hidden_act']}; allowed silu")
     problems += [

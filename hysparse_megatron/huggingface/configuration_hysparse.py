@@ -14,6 +14,7 @@ _ALLOWED = {
     "full_gate": ("none", "head", "channel"),
     "scoring_func": ("softmax", "sigmoid"),
 }
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 class HySparseConfig(PretrainedConfig):
@@ -25,10 +26,13 @@ class HySparseConfig(PretrainedConfig):
     `gate` head or channel; `sink` branch, shared or none; `full_gate` none, head or channel.
     With `num_experts` > 0 the layers from `num_dense_first_layers` on have experts;
     `scoring_func` softmax or sigmoid, and `balancing` "bias" means a learnt bias of the choice.
+    `rope_parameters` as in other models, of type default, linear, llama3 or yarn; `rope_scaling`
+    takes their place, and `rope_theta` and `partial_rotary_factor` fill in what they lack.
     """
 
     model_type = "hysparse"
     keys_to_ignore_at_inference = ("cache", "past_key_values")
+    ignore_keys_at_rope_validation = {"partial_rotary_factor"}  # noqa: RUF012
 
     def __init__(
         self,
@@ -50,6 +54,8 @@ class HySparseConfig(PretrainedConfig):
         forced_recent_blocks: int = 0,
         qk_norm: bool = False,
         rms_norm_eps: float = 1e-5,
+        rope_parameters: dict[str, Any] | None = None,
+        rope_scaling: dict[str, Any] | None = None,
         rope_theta: float = 10000.0,
         partial_rotary_factor: float = 1.0,
         max_position_embeddings: int = 4096,
@@ -98,8 +104,15 @@ class HySparseConfig(PretrainedConfig):
         self.forced_recent_blocks = forced_recent_blocks
         self.qk_norm = qk_norm
         self.rms_norm_eps = rms_norm_eps
-        self.rope_theta = rope_theta
-        self.partial_rotary_factor = partial_rotary_factor
+        rope = dict(rope_scaling or rope_parameters or {})
+        kind = rope.setdefault("rope_type", rope.pop("type", "default"))
+        if kind not in _ROPE_TYPES:
+            raise ValueError(f"rope_type: got {kind!r}, expected one of {_ROPE_TYPES}")
+        rope.setdefault("rope_theta", rope_theta)
+        rope.setdefault("partial_rotary_factor", partial_rotary_factor)
+        if kind in ("llama3", "yarn"):
+            rope.setdefault("original_max_position_embeddings", max_position_embeddings)
+        self.rope_parameters = rope
         self.max_position_embeddings = max_position_embeddings
         self.hidden_dropout = hidden_dropout
         self.initializer_range = initializer_range

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .attention_hysparse import (
     Places,
@@ -347,13 +348,22 @@ class HySparseModel(HySparsePreTrainedModel):
 
     def _rotation(self, places: Places, like: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine of the angles, both [B or 1, 1, S, rotated channels]."""
-        width = round(self.config.head_dim * self.config.partial_rotary_factor)
         # Not kept in a buffer, which transformers would not fill when it loads a model.
-        exponent = torch.arange(0, width, 2, dtype=torch.float32, device=like.device) / width
-        frequency = 1.0 / self.config.rope_theta**exponent
+        frequency, scale = rotary_frequencies(self.config)
+        frequency = frequency.to(like.device)
         angle = places.positions(like.device).float().unsqueeze(-1) * frequency
         angle = torch.cat([angle, angle], dim=-1).unsqueeze(1)
-        return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
+        return (angle.cos() * scale).to(like.dtype), (angle.sin() * scale).to(like.dtype)
+
+
+def rotary_frequencies(config: HySparseConfig) -> tuple[Tensor, float]:
+    """Radians per token, fp32 [rotated channels / 2] on the CPU, and a factor on both waves."""
+    rope = config.rope_parameters
+    if rope["rope_type"] != "default":
+        return ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))
+    width = round(config.head_dim * rope["partial_rotary_factor"])
+    exponent = torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width
+    return 1.0 / rope["rope_theta"] ** exponent, 1.0
 
 
 def row_starts(attention_mask: Tensor | None, total: int) -> Tensor | None:

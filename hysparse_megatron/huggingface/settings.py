@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.config.frozen import schema_node
 from hysparse_megatron.config.problems import as_error
+from hysparse_megatron.config.rope import PARAMETERS, RopeType
 from hysparse_megatron.config.schema import ModelConfig
 from hysparse_megatron.config.validate import validate
 from hysparse_megatron.errors import ConfigError
@@ -36,8 +39,6 @@ _MODEL = {
     "full_gate": "full_gate",
     "forced_first_blocks": "forced_first_blocks",
     "forced_recent_blocks": "forced_recent_blocks",
-    "rotary_base": "rope_theta",
-    "rotary_fraction": "partial_rotary_factor",
     "tie_embeddings": "tie_word_embeddings",
     "qk_norm": "qk_norm",
     "norm_epsilon": "rms_norm_eps",
@@ -83,6 +84,7 @@ def to_json(model: ModelConfig, vocab_rows: int, seq_length: int, dtype: str) ->
         "value_head_dim": model.value_dim,
     }
     settings |= {theirs: _plain(getattr(model, ours)) for ours, theirs in _MODEL.items()}
+    settings["rope_parameters"] = rope_parameters(model)
     if model.moe.num_experts:
         settings |= {theirs: _plain(getattr(model.moe, ours)) for ours, theirs in _MOE.items()}
         settings["moe_intermediate_size"] = model.expert_width
@@ -101,9 +103,70 @@ def from_json(settings: dict[str, Any]) -> ModelConfig:
     tree = {ours: settings[theirs] for ours, theirs in _MODEL.items()}
     tree |= {"layout": settings["layout"], "vocab_size": settings["vocab_size"]}
     tree["value_head_dim"] = settings.get("value_head_dim")
+    tree |= from_rope_parameters(merged_rope_parameters(settings))
     if settings.get("num_experts"):
         tree["moe"] = {ours: settings[name] for ours, name in _MOE.items() if name in settings}
     return model_config(tree)
+
+
+def rope_parameters(model: ModelConfig) -> dict[str, Any]:
+    """The rotary embedding as transformers 5 describes one."""
+    scaling, fraction = model.rope_scaling, model.rotary_fraction
+    if int(model.head_dim * fraction) != model.rotary_dim:
+        # transformers cuts the product off where this project rounds it.
+        fraction = model.rotary_dim / model.head_dim
+        while int(model.head_dim * fraction) < model.rotary_dim:
+            fraction = math.nextafter(fraction, 1.0)
+    kind = "default" if scaling.type is RopeType.none else scaling.type.value
+    return {
+        "rope_type": kind,
+        "rope_theta": model.rotary_base,
+        "partial_rotary_factor": fraction,
+        **scaling.parameters(),
+    }
+
+
+def from_rope_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `rope_parameters`: the three entries of a `ModelConfig`, as plain values.
+
+    `parameters` are merged as transformers would; a parameter that is null takes the default.
+    Raises ConfigError for a type that cannot be computed here and for unknown parameters.
+    """
+    given = {name: value for name, value in parameters.items() if value is not None}
+    kind = given.pop("rope_type", None) or given.get("type", "default")
+    given.pop("type", None)
+    types = {"default": RopeType.none} | {one.value: one for one in RopeType}
+    if kind not in types:
+        raise ConfigError(
+            f"rotary embedding of type {kind}; allowed default, "
+            + ", ".join(one.value for one in RopeType if one is not RopeType.none)
+        )
+    tree: dict[str, Any] = {
+        "rotary_base": given.pop("rope_theta", 10000.0),
+        "rotary_fraction": given.pop("partial_rotary_factor", 1.0),
+    }
+    read = PARAMETERS[types[kind]]
+    unknown = sorted(given.keys() - {name for names in PARAMETERS.values() for name in names})
+    if unknown:
+        raise ConfigError(f"rotary embedding with unknown parameters: {', '.join(unknown)}")
+    # transformers fills in parameters that a type does not read, and reads over them.
+    scaling = {name: value for name, value in given.items() if name in read}
+    return tree | {"rope_scaling": {"type": types[kind].value, **scaling}}
+
+
+def merged_rope_parameters(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What `config.json` says of its rotary embedding, in one place.
+
+    As transformers does: `rope_scaling` takes the place of `rope_parameters`, and what they lack
+    stands beside them.
+    """
+    found = dict(settings.get("rope_scaling") or settings.get("rope_parameters") or {})
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if name in settings:
+            found.setdefault(name, settings[name])
+    if "max_position_embeddings" in settings:
+        found.setdefault("original_max_position_embeddings", settings["max_position_embeddings"])
+    return found
 
 
 def model_config(tree: dict[str, Any]) -> ModelConfig:

@@ -109,7 +109,13 @@ class BaseAttention(MegatronModule):
         if rotary_pos_emb is None:
             return query, key
         return tuple(  # type: ignore[return-value]
-            apply_rotary_pos_emb(tensor, rotary_pos_emb, config=self.config, cp_group=self.cp_group)
+            apply_rotary_pos_emb(
+                tensor,
+                rotary_pos_emb,
+                config=self.config,
+                mscale=self.config.rotary_scale,
+                cp_group=self.cp_group,
+            )
             for tensor in (query, key)
         )
 

@@ -9,6 +9,7 @@ from hysparse_megatron.config.schema import Config
 from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.model.layers import LOCAL, LayerChoice, LayerModules
 from hysparse_megatron.model.megatron_config import HySparseConfig
+from hysparse_megatron.model.rotary import rotary_frequencies
 from hysparse_megatron.model.sharing import MAX_PAYLOAD_BLOCKS
 from hysparse_megatron.model.spec import stack_spec
 from hysparse_megatron.plan.parameters import padded_vocab_size
@@ -50,10 +51,9 @@ def build_chunks(
             post_process=stage == last,
             share_embeddings_and_output_weights=config.model.tie_embeddings,
             position_embedding_type="rope",
-            rotary_percent=config.model.rotary_fraction,
-            rotary_base=config.model.rotary_base,  # type: ignore[arg-type]
             pg_collection=groups,
             vp_stage=chunk if plan.num_chunks > 1 else None,
         )
+        model.rotary_pos_emb.inv_freq = rotary_frequencies(config.model)
         chunks.append(model)
     return chunks

@@ -96,7 +96,8 @@ def fusions(choice: LayerChoice, model: ModelConfig) -> dict[str, Any]:
         "gradient_accumulation_fusion": choice.apex_weight_gradients,
         "bias_dropout_fusion": choice.on_cuda,
         "bias_activation_fusion": choice.on_cuda,
-        "apply_rope_fusion": engine,
+        # The fused rotation has no factor on cosines and sines.
+        "apply_rope_fusion": engine and model.rope_scaling.attention_scale == 1.0,
         "cross_entropy_loss_fusion": choice.on_cuda,
         "cross_entropy_fusion_impl": "te" if engine else "native",
         "moe_grouped_gemm": engine and model.moe.num_experts > 0,

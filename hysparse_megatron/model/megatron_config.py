@@ -38,6 +38,8 @@ class HySparseConfig(TransformerConfig):
     full_gate: FullGate = FullGate.none
     forced_first_blocks: int = 0
     forced_recent_blocks: int = 0
+    rotary_scale: float = 1.0
+    """Factor on the cosines and sines of the rotary embedding."""
     attention_backend_name: str = "auto"
     """Backend of the attention math: auto, reference or triton."""
     init_seed: int = 0
@@ -192,6 +194,7 @@ def make_megatron_config(
         full_gate=model.full_gate,
         forced_first_blocks=model.forced_first_blocks,
         forced_recent_blocks=model.forced_recent_blocks,
+        rotary_scale=model.rope_scaling.attention_scale,
         attention_backend_name=model.backend.value,
         init_seed=config.train.seed,
     )

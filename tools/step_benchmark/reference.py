@@ -15,6 +15,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.model.layers import LayerChoice
 from hysparse_megatron.model.megatron_config import HySparseConfig
+from hysparse_megatron.model.rotary import rotary_frequencies
 from hysparse_megatron.plan.parameters import padded_vocab_size
 from hysparse_megatron.runtime import megatron_on_cpu
 from hysparse_megatron.runtime.random import seed_step
@@ -49,19 +50,17 @@ def build_reference_chunks(
     own = _as_by_default(megatron)
     # Layers that draw their weights on the GPU ask for its random streams.
     seed_step(config.train.seed, 0, groups)
-    return [
-        GPTModel(
-            config=own,
-            transformer_layer_spec=_layer_spec(own),
-            vocab_size=padded_vocab_size(vocab_size),
-            max_sequence_length=config.train.seq_length,
-            share_embeddings_and_output_weights=model.tie_embeddings,
-            position_embedding_type="rope",
-            rotary_percent=model.rotary_fraction,
-            rotary_base=model.rotary_base,
-            pg_collection=groups,
-        )
-    ]
+    chunk = GPTModel(
+        config=own,
+        transformer_layer_spec=_layer_spec(own),
+        vocab_size=padded_vocab_size(vocab_size),
+        max_sequence_length=config.train.seq_length,
+        share_embeddings_and_output_weights=model.tie_embeddings,
+        position_embedding_type="rope",
+        pg_collection=groups,
+    )
+    chunk.rotary_pos_emb.inv_freq = rotary_frequencies(model)
+    return [chunk]
 
 
 def _as_by_default(megatron: HySparseConfig) -> HySparseConfig:

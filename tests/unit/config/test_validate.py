@@ -10,6 +10,7 @@ import pytest
 
 from hysparse_megatron.config import validate as rules
 from hysparse_megatron.config.compose import compose
+from hysparse_megatron.config.rope import RopeScalingConfig, RopeType
 from hysparse_megatron.config.schema import (
     Backend,
     Balancing,
@@ -63,6 +64,9 @@ def test_the_base_is_valid_on_more_ranks_too(base: Config) -> None:
     for world_size in (4, 8, 16):
         assert validate(base, world_size=world_size) == []
     check(base, 4)
+
+
+YARN = RopeScalingConfig(type=RopeType.yarn, factor=4.0, original_max_position_embeddings=64)
 
 
 def experts(num_experts: int, **settings: Any) -> MoeConfig:
@@ -120,6 +124,42 @@ BAD: list[tuple[dict[str, Any], str, str, str]] = [
     ({"model.ffn_hidden_size": 351}, "model.ffn_hidden_size", "351", "parallel.tp = 2"),
     ({"model.rotary_fraction": 1.5}, "model.rotary_fraction", "1.5", "at most 1"),
     ({"model.rotary_fraction": 0.1}, "model.rotary_fraction", "3.2 of 32", "even number"),
+    (
+        {"model.rope_scaling": RopeScalingConfig(type=RopeType.llama3, factor=8.0)},
+        "model.rope_scaling.original_max_position_embeddings",
+        "null",
+        "a number with model.rope_scaling.type = llama3",
+    ),
+    (
+        {"model.rope_scaling": RopeScalingConfig(type=RopeType.linear, factor=0.5)},
+        "model.rope_scaling.factor",
+        "0.5",
+        "at least 1",
+    ),
+    (
+        {"model.rope_scaling": RopeScalingConfig(factor=4.0)},
+        "model.rope_scaling.factor",
+        "4.0",
+        "null with model.rope_scaling.type = none, which does not read it",
+    ),
+    (
+        {"model.rope_scaling": RopeScalingConfig(type=RopeType.linear, factor=2, beta_slow=2.0)},
+        "model.rope_scaling.beta_slow",
+        "2.0",
+        "1.0 with model.rope_scaling.type = linear",
+    ),
+    (
+        {"model.rope_scaling": replace(YARN, beta_fast=0.5)},
+        "model.rope_scaling.beta_slow",
+        "1.0 (and beta_fast 0.5)",
+        "below beta_fast",
+    ),
+    (
+        {"model.rope_scaling": YARN, "model.rotary_base": 1.0},
+        "model.rotary_base",
+        "1.0",
+        "above 1 with model.rope_scaling.type = yarn",
+    ),
     ({"model.block_size": 513}, "model.block_size", "513", "train.seq_length = 512"),
     (
         {"model.forced_first_blocks": 5, "model.forced_recent_blocks": 4},

@@ -31,6 +31,8 @@ from tests.unit.single_process import DEVICE, default_group, fresh_seed
 from tools.convert import main
 
 IDS, LENGTH = 300, 29
+ORIGINAL = 7
+"""Tokens that models with scaled rotary embeddings were made for: less than a quarter."""
 SIZES = {
     "vocab_size": IDS,
     "hidden_size": 48,
@@ -42,6 +44,14 @@ SIZES = {
     "max_position_embeddings": 64,
 }
 ROTARY = {"rope_type": "default", "rope_theta": 5000.0}
+
+
+def scaled(kind: str, **parameters: object) -> dict:
+    """`rope_parameters` for four times the length."""
+    return {"rope_type": kind, "rope_theta": 5000.0, "factor": 4.0, **parameters}
+
+
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 FP32, BF16 = torch.float32, torch.bfloat16
 MODELS = {
     "llama": (LlamaForCausalLM, LlamaConfig(**SIZES, rope_parameters=ROTARY), FP32),
@@ -51,6 +61,28 @@ MODELS = {
         FP32,
     ),
     "mistral": (MistralForCausalLM, MistralConfig(**SIZES, sliding_window=None), BF16),
+    "llama, linear": (
+        LlamaForCausalLM,
+        LlamaConfig(**SIZES, rope_parameters=scaled("linear")),
+        FP32,
+    ),
+    "llama, llama3": (
+        LlamaForCausalLM,
+        LlamaConfig(
+            **SIZES,
+            rope_parameters=scaled("llama3", original_max_position_embeddings=ORIGINAL, **LLAMA3),
+        ),
+        FP32,
+    ),
+    "qwen3, yarn": (
+        Qwen3ForCausalLM,
+        Qwen3Config(
+            **SIZES,
+            rope_parameters=scaled("yarn", original_max_position_embeddings=ORIGINAL),
+            head_dim=16,
+        ),
+        FP32,
+    ),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES, rope_parameters=ROTARY, head_dim=16), FP32),
 }
 """Class, settings, and the type in which the weights are saved."""
@@ -208,9 +240,9 @@ def edit(folder: Path, **settings: object) -> None:
         ({"model_type": "qwen2"}, "4*F", "those of qwen2 have biases"),
         ({"attention_bias": True}, "4*F", "attention_bias; allowed are models without biases"),
         (
-            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4}},
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}},
             "4*F",
-            "scaled by yarn",
+            "of type dynamic; allowed default, linear, llama3, yarn",
         ),
         ({"hidden_act": "gelu"}, "4*F", "hidden_act gelu"),
         ({"sliding_window": 8}, "4*F", "sliding window"),

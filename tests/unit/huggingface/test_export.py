@@ -35,6 +35,32 @@ VARIANTS: dict[str, list[str]] = {
         "model.rotary_fraction=0.5",
         "model.rotary_base=500",
     ],
+    "a third of the channels, as a decimal": [
+        "model.layout=F S F",
+        "model.head_dim=12",
+        "model.rotary_fraction=0.333333333",
+    ],
+    "frequencies divided": [
+        "model.layout=F S F",
+        "model.rope_scaling.type=linear",
+        "model.rope_scaling.factor=3",
+    ],
+    "frequencies as in Llama 3.1": [
+        "model.layout=F S W F",
+        "model.rope_scaling.type=llama3",
+        "model.rope_scaling.factor=5",
+        "model.rope_scaling.original_max_position_embeddings=7",
+    ],
+    "YaRN of a part of the channels": [
+        "model.layout=F S W F",
+        "model.head_dim=20",
+        "model.rotary_fraction=0.6",
+        "model.rope_scaling.type=yarn",
+        "model.rope_scaling.factor=4",
+        "model.rope_scaling.original_max_position_embeddings=7",
+        "model.rope_scaling.beta_fast=2.5",
+        "model.rope_scaling.truncate=false",
+    ],
     "window and blocks longer than the text": [
         "model.layout=F S F",
         "model.window=100",

@@ -1,0 +1,67 @@
+"""Frequencies of the rotary position embedding, scaled or not.
+
+megatron-core's embedding holds what is computed here: its own computation cuts fractions of a
+head's channels off to whole numbers, knows llama3 with fixed settings alone, and its YaRN rotates
+all channels. Operations and their order are those of transformers, in the same precision: an angle
+is position times frequency, and far into a text one other bit of a frequency shows.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from hysparse_megatron.config.rope import RopeScalingConfig, RopeType
+from hysparse_megatron.config.schema import ModelConfig
+
+
+def rotary_frequencies(model: ModelConfig, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Radians per token of the channel pairs of a head, `dtype` [rotary_dim / 2], on the CPU."""
+    width, scaling = model.rotary_dim, model.rope_scaling
+    period = model.rotary_base ** (torch.arange(0, width, 2, dtype=dtype, device="cpu") / width)
+    if scaling.type is RopeType.linear:
+        return 1.0 / period / _factor(scaling)
+    if scaling.type is RopeType.llama3:
+        return _llama3(1.0 / period, scaling)
+    if scaling.type is RopeType.yarn:
+        kept = 1 - _yarn_ramp(model).to(dtype)
+        return 1.0 / (_factor(scaling) * period) * (1 - kept) + 1.0 / period * kept
+    return 1.0 / period
+
+
+def _factor(scaling: RopeScalingConfig) -> float:
+    assert scaling.factor is not None  # validation wants it
+    return scaling.factor
+
+
+def _llama3(frequency: Tensor, scaling: RopeScalingConfig) -> Tensor:
+    """Llama 3.1: slow channels are divided by the factor, fast ones kept, those between blended."""
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    original, factor = scaling.original_max_position_embeddings or 0, _factor(scaling)
+    wavelength = 2 * math.pi / frequency
+    share = (original / wavelength - low) / (high - low)
+    blended = (1 - share) * frequency / factor + share * frequency
+    slow, fast = wavelength > original / low, wavelength < original / high
+    return torch.where(slow, frequency / factor, torch.where(fast, frequency, blended))
+
+
+def _yarn_ramp(model: ModelConfig) -> Tensor:
+    """YaRN (arXiv 2309.00071): how far each pair is divided, from 0 (fast) to 1 (slow); fp32."""
+    width, scaling = model.rotary_dim, model.rope_scaling
+    original = scaling.original_max_position_embeddings or 0
+
+    def pair_that_turns(times: float) -> float:
+        """Which pair turns so many times within the original length."""
+        turns = math.log(original / (times * 2 * math.pi))
+        return (width * turns) / (2 * math.log(model.rotary_base))
+
+    first, last = pair_that_turns(scaling.beta_fast), pair_that_turns(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, width - 1)
+    if first == last:
+        last += 0.001
+    pairs = torch.arange(width // 2, dtype=torch.float32, device="cpu")
+    return ((pairs - first) / (last - first)).clamp(0, 1)
