@@ -7,12 +7,12 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from types import TracebackType
 from typing import NoReturn, Protocol
 
-from hysparse_megatron.errors import ConfigError, HySparseError, RankFailure
+from hysparse_megatron.errors import ConfigError, HySparseError, RankFailure, did_you_mean
 from hysparse_megatron.runtime.launcher import rank_from_environment
 
 INTERRUPTED = 130
@@ -91,17 +91,21 @@ def make_parser(module: str, description: str | None) -> CommandParser:
 class CommandParser(argparse.ArgumentParser):
     """Reports a wrong option like any other bad setting, with the nearest one there is."""
 
+    no_option: Callable[[str], list[str]] = staticmethod(lambda word: [])
+    """What may be meant, besides options of this parser, by a word with dashes in front."""
+
     def error(self, message: str) -> NoReturn:
         """Raises ConfigError."""
-        raise ConfigError(f"{message}{self._nearest(message)} (see --help)")
+        raise ConfigError(f"{message}{did_you_mean(self._meant(message))} (see --help)")
 
-    def _nearest(self, message: str) -> str:
+    def _meant(self, message: str) -> list[str]:
         if unknown := re.fullmatch(r"unrecognized arguments: (.*)", message):
-            words = [word.partition("=")[0] for word in unknown[1].split() if word[0] == "-"]
-            return _did_you_mean(words, set(_options(self)))
+            words = [word for word in unknown[1].split() if word[0] == "-"]
+            close = _close([word.partition("=")[0] for word in words], set(_options(self)))
+            return close or [meant for word in words for meant in self.no_option(word)]
         if wrong := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
-            return _did_you_mean([wrong[1]], re.findall(r"[^\s',]+", wrong[2]))
-        return ""
+            return _close([wrong[1]], re.findall(r"[^\s',]+", wrong[2]))
+        return []
 
 
 def _options(parser: argparse.ArgumentParser) -> Iterator[str]:
@@ -113,6 +117,13 @@ def _options(parser: argparse.ArgumentParser) -> Iterator[str]:
                 yield from _options(sub)
 
 
-def _did_you_mean(words: Sequence[str], known: Sequence[str] | set[str]) -> str:
-    close = [match for word in words for match in get_close_matches(word, sorted(known), n=1)]
-    return f" (did you mean {' '.join(close)}?)" if close else ""
+def _close(words: Sequence[str], known: Iterable[str]) -> list[str]:
+    names = sorted(known)
+    return [found for word in words for found in get_close_matches(word, names, 1, cutoff=0.75)]
+
+
+def positive(text: str) -> int:
+    """A whole number from 1, as the type of an option. Raises argparse.ArgumentTypeError."""
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"got {text}; allowed a whole number from 1")
+    return int(text)

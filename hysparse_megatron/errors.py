@@ -13,7 +13,7 @@
 A rank that another one took along ends with that one's code, or as `RankFailure` with 1.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -33,6 +33,11 @@ class Problem:
 
     def __str__(self) -> str:
         return f"{self.key}: got {self.got}; allowed {self.allowed}"
+
+
+def did_you_mean(meant: Sequence[str]) -> str:
+    """The end of a message about a word nobody knows, with what may be meant; empty without."""
+    return f" (did you mean {' or '.join(meant)}?)" if meant else ""
 
 
 class ConfigError(HySparseError):

@@ -20,14 +20,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from types import FrameType
 
-from hysparse_megatron.command import command
-from hysparse_megatron.config.cli import load, parse_arguments
-from hysparse_megatron.errors import ConfigError
+from hysparse_megatron.command import command, positive
+from hysparse_megatron.config.cli import arguments_of, load, run_parser
 from hysparse_megatron.plan.suggest import check
 from hysparse_megatron.rundir import amend_status, refuse_start
 from hysparse_megatron.status import STATES
-
-_USAGE = "usage: python -m launch.local [--nproc RANKS] [--config FILE] [overrides]"
 
 SECONDS_TO_FOLLOW = 5.0
 """How long ranks may outlive one that failed: they have lost it, or will never notice."""
@@ -42,13 +39,23 @@ _FORCED = 128
 @command
 def main(argv: Sequence[str]) -> int:
     """Run with `argv`, the command line without the program's name; returns the exit code."""
-    num_ranks, arguments = _take_nproc(list(argv))
-    parsed = parse_arguments(arguments)
+    parser = run_parser("launch.local", "Train with several processes on this machine.")
+    parser.add_argument(
+        "--nproc",
+        "--nproc-per-node",
+        "--nproc_per_node",
+        type=positive,
+        default=1,
+        metavar="RANKS",
+        help="processes, the ranks of the run (default 1); torchrun's name does as well",
+    )
+    found = parser.parse_intermixed_args(list(argv))
+    num_ranks, parsed = found.nproc, arguments_of(found)
     config = load(parsed)
     if not parsed.show:
         check(config, num_ranks)
         refuse_start(config)
-    module = ["-m", "hysparse_megatron", *arguments]
+    module = ["-m", "hysparse_megatron", *parsed.words]
     if parsed.show:
         return subprocess.run([sys.executable, *module], check=False).returncode
     ranks = Ranks([sys.executable, *module], num_ranks)
@@ -179,17 +186,6 @@ def free_port(wanted: int = 0) -> int:
             print(f"note: port {wanted} cannot be used ({error.strerror}); taking another one")
             return free_port()
         return probe.getsockname()[1]
-
-
-def _take_nproc(arguments: list[str]) -> tuple[int, list[str]]:
-    """Split off `--nproc N`, which is ours; everything else belongs to the ranks."""
-    if "--nproc" not in arguments:
-        return 1, arguments
-    index = arguments.index("--nproc")
-    value = arguments[index + 1] if index + 1 < len(arguments) else ""
-    if not value.isdigit() or int(value) < 1:
-        raise ConfigError(f"--nproc: got {value or 'nothing'}; allowed a number of ranks\n{_USAGE}")
-    return int(value), arguments[:index] + arguments[index + 2 :]
 
 
 if __name__ == "__main__":

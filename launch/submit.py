@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hysparse_megatron.command import command, make_parser
-from hysparse_megatron.config.cli import load, parse_arguments
+from hysparse_megatron.config.cli import load, parse_arguments, settings_like
 from hysparse_megatron.config.cluster import Scheduler
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.config.validate import warnings
@@ -47,6 +47,7 @@ _QUEUE_SECONDS = 30
 def main(argv: Sequence[str]) -> int:
     """Submit or run what `argv` names, the command line without the program's name."""
     parser = make_parser("launch.submit", __doc__)
+    parser.no_option = settings_like
     parser.add_argument("--dry-run", action="store_true", help="print everything, change nothing")
     parser.add_argument("-m", "--multirun", action="store_true", help="one job per point")
     parser.add_argument("--config", type=Path, metavar="FILE", help="take this file as it is")

@@ -20,10 +20,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hysparse_megatron.checkpoint import store
-from hysparse_megatron.command import command, make_parser
+from hysparse_megatron.command import command, make_parser, positive
 from hysparse_megatron.config.frozen import CONFIG_FILE, load_frozen
 from hysparse_megatron.errors import CheckpointError, ConfigError
-from tools.arguments import positive
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}

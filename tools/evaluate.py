@@ -27,13 +27,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hysparse_megatron.command import command, make_parser
+from hysparse_megatron.command import command, make_parser, positive
 from hysparse_megatron.evaluation.scores import Score, ask, require_room
 from hysparse_megatron.evaluation.tasks import TASKS
 from hysparse_megatron.files import require_writable
 from hysparse_megatron.runtime.launcher import rank_from_environment
 from hysparse_megatron.runtime.quiet import quiet_libraries
-from tools.arguments import positive
 
 if TYPE_CHECKING:
     from hysparse_megatron.data.run_tokenizer import Tokenizer

@@ -19,12 +19,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hysparse_megatron.command import command, make_parser
+from hysparse_megatron.command import command, make_parser, positive
 from hysparse_megatron.config.frozen import CONFIG_FILE
 from hysparse_megatron.errors import ConfigError, DataError
 from hysparse_megatron.runtime.launcher import Rank, rank_from_environment
 from hysparse_megatron.runtime.quiet import quiet_libraries
-from tools.arguments import positive
 
 if TYPE_CHECKING:
     from hysparse_megatron.data.run_tokenizer import Tokenizer

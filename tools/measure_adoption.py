@@ -30,7 +30,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hysparse_megatron.command import command, make_parser
+from hysparse_megatron.command import command, make_parser, positive
 from hysparse_megatron.config.compose import compose, load_frozen
 from hysparse_megatron.config.frozen import CONFIG_FILE, freeze
 from hysparse_megatron.config.schema import Config, Schedule
@@ -39,7 +39,6 @@ from hysparse_megatron.files import require_writable
 from hysparse_megatron.layout import LayerKind, parse_layout
 from hysparse_megatron.runtime.quiet import quiet_libraries
 from hysparse_megatron.tracking.metrics import read_metrics
-from tools.arguments import positive
 
 _ROOT = Path(__file__).resolve().parents[1]
 _ORIGINAL_PEAK_RATE = 1.5e-3

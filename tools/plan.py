@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hysparse_megatron.command import command, make_parser
-from hysparse_megatron.config.cli import load, parse_arguments
+from hysparse_megatron.config.cli import load, parse_arguments, settings_like
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.plan.overview import make_overview
@@ -29,6 +29,7 @@ from hysparse_megatron.plan.suggest import check, suggest
 def main(argv: Sequence[str]) -> int:
     """Print the plan of `argv`, the command line without the program's name."""
     parser = make_parser("tools.plan", __doc__)
+    parser.no_option = settings_like
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="world size (default 1)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--suggest", type=int, default=0, metavar="N", help="N plans, best first")

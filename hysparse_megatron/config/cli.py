@@ -3,12 +3,14 @@
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
-from hysparse_megatron.command import make_parser
+from hysparse_megatron.command import CommandParser, make_parser
 from hysparse_megatron.config.compose import GROUPS, compose, group_options, load_frozen
+from hysparse_megatron.config.describe import all_keys, keys_like
 from hysparse_megatron.config.schema import Config
-from hysparse_megatron.errors import ConfigError
+from hysparse_megatron.errors import ConfigError, did_you_mean
 
 _EXIT_CODES = """\
 exit codes:
@@ -36,27 +38,61 @@ class Arguments:
     config_file: Path | None
     show: bool
 
+    @property
+    def words(self) -> list[str]:
+        """A command line that asks for the same."""
+        file = [] if self.config_file is None else ["--config", str(self.config_file)]
+        return [*self.overrides, *file, *(["--cfg", "job"] if self.show else [])]
+
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
     """Read the command line without the program's name. `--help` prints and leaves with 0."""
     text = "Train, in this process group: alone, under torchrun or under srun."
-    parser = make_parser("hysparse_megatron", text)
+    parser = run_parser("hysparse_megatron", text)
+    return arguments_of(parser.parse_intermixed_args(list(argv)))
+
+
+def run_parser(module: str, description: str) -> CommandParser:
+    """The parser of a command that trains. `arguments_of` takes what it has read."""
+    parser = make_parser(module, description)
+    parser.no_option = settings_like
     parser.epilog = _epilog()
-    parser.add_argument("overrides", nargs="*", help="group=option, key=value, +key=value, ~group")
+    parser.add_argument("overrides", nargs="*", help="group=option, key=value, ~group")
     parser.add_argument("--config", type=Path, metavar="FILE", help="load this file as it is")
     parser.add_argument("--cfg", choices=["job"], help="print the configuration and leave")
     parser.add_argument("--resolve", action="store_true", help="with --cfg; it always resolves")
     parser.add_argument("-m", "--multirun", action="store_true", help=argparse.SUPPRESS)
-    found = parser.parse_intermixed_args(list(argv))
+    return parser
+
+
+def arguments_of(found: argparse.Namespace) -> Arguments:
+    """What `run_parser` has read. Raises ConfigError for what cannot be together."""
     if found.multirun:
-        raise ConfigError("-m: one command trains one run; a sweep submits one job per point")
+        raise ConfigError(
+            "-m: one command trains one run; python -m launch.submit -m submits one job per point"
+        )
     for override in found.overrides:
         if "=" not in override and not override.startswith("~"):
-            raise ConfigError(f"{override}: not an override; write key=value (see --help)")
+            meant = did_you_mean(settings_like(override))
+            raise ConfigError(f"{override}: not an override; write key=value{meant} (see --help)")
     if found.config is not None and found.overrides:
         given = " ".join(found.overrides)
         raise ConfigError(f"--config takes its file as it is: leave out {given}, or the file")
     return Arguments(found.overrides, found.config, found.cfg is not None)
+
+
+def settings_like(word: str) -> list[str]:
+    """Overrides that somebody may mean who writes `word`: `--train.steps=3`, `quickstrt`."""
+    name, equals, value = word.lstrip("-").partition("=")
+    value = value or "..."
+    key = name.replace("-", "_")
+    if name in GROUPS or key in all_keys():
+        return [f"{name if name in GROUPS else key}={value}"]
+    options = [(option, group) for group in GROUPS for option in group_options(group)]
+    close = get_close_matches(name, [option for option, _ in options], n=1)
+    if close and not equals:
+        return [f"{group}={option}" for option, group in options if option == close[0]]
+    return [f"{known}={value}" for known in keys_like(key)]
 
 
 def load(arguments: Arguments) -> Config:

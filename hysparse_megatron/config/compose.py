@@ -12,12 +12,12 @@ import yaml  # type: ignore[import-untyped]
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hysparse_megatron.config import schema
-from hysparse_megatron.config.describe import allowed_values, type_of, unknown_key
+from hysparse_megatron.config.describe import allowed_values, nearest, type_of, unknown_key
 from hysparse_megatron.config.frozen import (
     build,
     config_hash,
@@ -81,7 +81,7 @@ def compose(overrides: list[str]) -> Config:
     `validate` to find.
     """
     _register_schema()
-    overrides = [_quote_layout(override) for override in overrides]
+    overrides = [_quote_layout(_without_plus(override)) for override in overrides]
     with initialize_config_dir(config_dir=str(config_directory()), version_base="1.3"):
         problems = [problem for override in overrides if (problem := _hydra_setting(override))]
         try:
@@ -121,6 +121,11 @@ def _compose_defaults() -> None:
         raise ConfigError(message) from error
 
 
+def _without_plus(override: str) -> str:
+    """A group is in the defaults already: `+group=option` can only mean that option."""
+    return override.lstrip("+") if _key(override) in GROUPS else override
+
+
 def _quote_layout(override: str) -> str:
     """Quote a layout's value: Hydra's grammar would read its parentheses as a function call."""
     key, equals, value = override.partition("=")
@@ -142,23 +147,23 @@ def _try(override: str) -> Problem | None:
     key, value = _key(override), override.partition("=")[2]
     try:
         _compose_tree([override])
-        is_group = key.split("@")[0] in GROUPS
-        return None if is_group or type_of(key) is not None else unknown_key(key)
+        return None if key in GROUPS or type_of(key) is not None else unknown_key(key)
     except OverrideParseException as error:
         allowed = "key=value, with quotes around a value that holds , ( ) [ ] { } = or quotes"
         return Problem(override, f"an unreadable override ({_condense(error)})", allowed)
-    except MissingConfigException:
-        return Problem(key, value, f"one of {', '.join(group_options(key.split('@')[0]))}")
     except _COMPOSE_ERRORS:
         if key in GROUPS and not value.startswith("{"):
-            return Problem(key, value, f"one of {', '.join(group_options(key))}")
+            options = group_options(key)
+            return Problem(key, value, f"one of {', '.join(options)}{nearest(value, options)}")
+        if (group := key.partition("@")[0]) in GROUPS:
+            return Problem(key, "a group with a package", f"{group}={value}, without @")
         if type_of(key) is None:
             return unknown_key(key)
         if override.startswith("+") and not override.startswith("++"):
             return Problem(key, "a + before a key that exists", f"{key}={value}, without the +")
         if override.startswith("~"):
             return Problem(key, "a deletion", f"{allowed_values(key)}: give it a value instead")
-        return Problem(key, value, allowed_values(key))
+        return Problem(key, value, allowed_values(key, value))
 
 
 def _key(override: str) -> str:

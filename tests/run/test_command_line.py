@@ -33,7 +33,8 @@ def test_help(entry: str) -> None:
 
 def test_the_launcher_explains_its_own_option() -> None:
     _, output = run(["--help"], entry=LOCAL)
-    assert "--nproc" in output
+    assert "--nproc RANKS" in output
+    assert "usage: python -m launch.local" in output
 
 
 def test_make_help_lists_every_target() -> None:

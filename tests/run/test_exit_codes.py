@@ -98,10 +98,11 @@ def test_a_wrong_world_size(world_size: str, message: str) -> None:
 
 
 def test_the_launcher_counts_ranks_itself() -> None:
-    code, output = run(["--nproc", "3", "parallel=tp2_pp2"], entry=LOCAL)
-    assert code == 2
-    assert "the world size, which is 3" in output
-    for wrong in (["--nproc"], ["--nproc", "two"], ["--nproc", "0"]):
+    for three in (["--nproc", "3"], ["--nproc=3"], ["--nproc-per-node=3"], ["--nproc_per_node=3"]):
+        code, output = run([*three, "parallel=tp2_pp2"], entry=LOCAL)
+        assert code == 2
+        assert "the world size, which is 3" in output
+    for wrong in (["--nproc"], ["--nproc", "two"], ["--nproc", "0"], ["--nprocs=2"]):
         code, output = run(wrong, entry=LOCAL)
         assert code == 2
         assert "--nproc" in output

@@ -54,7 +54,7 @@ def test_one_rank_tells(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> Non
     ("main", "arguments", "told"),
     [
         (plan.main, ["--gpu=2"], "--gpu=2 (did you mean --gpus?)"),
-        (plan.main, ["--quickstrt"], "unrecognized arguments: --quickstrt (see --help)"),
+        (plan.main, ["--quickstrt"], "--quickstrt (did you mean experiment=quickstart?)"),
         (checkpoint.main, ["verfy", "runs"], "verify, show, diff, prune) (did you mean verify?)"),
         (checkpoint.main, ["prune", "runs", "--kep-every", "2"], "(did you mean --keep-every?)"),
     ],

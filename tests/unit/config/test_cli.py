@@ -13,6 +13,7 @@ from hysparse_megatron.errors import ConfigError
 def test_overrides_and_flags_in_any_order() -> None:
     found = parse_arguments(["a=1", "--cfg", "job", "~b", "--resolve", "+c=2"])
     assert found == Arguments(["a=1", "~b", "+c=2"], None, show=True)
+    assert parse_arguments(found.words) == found
     assert parse_arguments([]) == Arguments([], None, show=False)
 
 
@@ -26,13 +27,19 @@ def test_a_frozen_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["-m", "train.seed=1,2"], "one job per point"),
+        (["-m", "train.seed=1,2"], "python -m launch.submit -m submits one job per point"),
         (["--multirun", "train.seed=1,2"], "one job per point"),
         (["--config", "x.yaml", "a=1"], "leave out a=1"),
         (["--cfg", "all"], "--cfg"),
         (["--stepz"], "--stepz"),
         (["--config"], "--config"),
-        (["steps"], "key=value"),
+        (["steps"], "write key=value (did you mean train.steps=...?)"),
+        (["quickstrt"], "(did you mean experiment=quickstart?)"),
+        (["--quickstart"], "(did you mean experiment=quickstart?)"),
+        (["--experiment=quickstart"], "(did you mean experiment=quickstart?)"),
+        (["--train.steps=3"], "(did you mean train.steps=3?)"),
+        (["--lr=3"], "--lr=3 (did you mean optim.learning_rate=3?)"),
+        (["--confg", "x.yaml"], "(did you mean --config?)"),
     ],
 )
 def test_wrong_command_lines(argv: list[str], message: str) -> None:

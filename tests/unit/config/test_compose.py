@@ -17,6 +17,7 @@ from hysparse_megatron.config.compose import (
     config_directory,
     group_options,
 )
+from hysparse_megatron.config.describe import ALIASES, all_keys
 from hysparse_megatron.config.schema import Precision, Schedule, TrackingMode
 from hysparse_megatron.config.validate import validate
 from hysparse_megatron.errors import ConfigError
@@ -92,6 +93,50 @@ def test_overrides_win_over_presets() -> None:
     assert config.run_dir == "runs/other"
 
 
+@pytest.mark.parametrize("plus", ["+", "++"])
+def test_a_group_may_have_a_plus(plus: str) -> None:
+    """Hydra wants one for a group that no default names, and users write it everywhere."""
+    assert compose([f"{plus}experiment=quickstart"]) == compose(["experiment=quickstart"])
+    assert compose([f"{plus}model=tiny_full"]) == compose(["model=tiny_full"])
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("lr", "optim.learning_rate"),
+        ("optim.lr", "optim.learning_rate"),
+        ("train.lr", "optim.learning_rate"),
+        ("+lr", "optim.learning_rate"),
+        ("learning_rate", "optim.learning_rate"),
+        ("learning_rat", "optim.learning_rate or optim.min_learning_rate"),
+        ("batch_size", "train.global_batch_size or train.micro_batch_size"),
+        ("seq_len", "train.seq_length"),
+        ("steps", "train.steps"),
+        ("max_steps", "train.steps"),
+        ("wandb", "tracking.mode"),
+        ("wandb_mode", "tracking.mode"),
+        ("tp", "parallel.tp"),
+        ("moe.num_experts", "model.moe.num_experts"),
+        ("num_layers", "model.layout"),
+        ("data_path", "data.path"),
+        ("train.bf16", "train.precision"),
+    ],
+)
+def test_a_key_of_elsewhere_is_led_to_its_setting(key: str, meant: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose([f"{key}=3"])
+    (problem,) = caught.value.problems
+    assert (problem.key, problem.got) == (key.lstrip("+"), "an unknown key")
+    assert problem.allowed.endswith(f" (did you mean {meant}?)")
+
+
+def test_names_of_elsewhere_lead_to_settings_that_exist() -> None:
+    for names, meant in ALIASES.items():
+        assert set(meant) <= set(all_keys())
+        for name in names.split():
+            assert name not in all_keys()
+
+
 @pytest.mark.parametrize(
     "override",
     ["model.layout=2*(F 3*S) F", "model.layout='2*(F 3*S) F'", '++model.layout="2*(F 3*S) F"'],
@@ -121,6 +166,11 @@ def test_a_layout_needs_no_quotes_of_its_own(override: str) -> None:
         ("model.gate=token", "model.gate", "token", "one of head, channel"),
         ("model=huge", "model", "huge", "tiny_full, tiny_hybrid_swa, tiny_hysparse"),
         ("experiment=none", "experiment", "none", "quickstart"),
+        ("experiment=quickstrt", "experiment", "quickstrt", "did you mean quickstart?"),
+        ("model=tiny_ful", "model", "tiny_ful", "did you mean tiny_full?"),
+        ("experiment@=quickstart", "experiment@", "a package", "experiment=quickstart, without"),
+        ("model@a.b=tiny_full", "model@a.b", "a package", "model=tiny_full, without"),
+        ("optim.schedule=cosin", "optim.schedule", "cosin", "did you mean cosine?"),
         ("train=5", "train", "5", "one of default"),
         ("a b", "a b", "unreadable override", "key=value"),
         ("name=[x", "name=[x", "unreadable override", "key=value"),
