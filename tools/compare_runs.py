@@ -14,6 +14,7 @@ Ends with 0 if all rows of all runs are equal, with 1 if not, with 2 if a path i
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -24,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from hysparse_megatron.command import command, make_parser
-from hysparse_megatron.tracking.metrics import results
+from hysparse_megatron.config.schema import VALIDATION
+from hysparse_megatron.tracking.metrics import evaluation_of, results
 from tools.charts import Line, line_chart
 from tools.page import Page
 from tools.run_data import Row, RunData, flat, load_run, points
@@ -84,25 +86,27 @@ def compare(one: RunData, other: RunData) -> Difference:
         if first is not None:
             break
     largest: dict[str, tuple[float, int]] = {}
-    for (step, _), row in sorted(ours.items()):
+    for (step, name), row in sorted(ours.items()):
         for key, value in row.items():
-            found = theirs.get((step, "eval_loss" in row), {}).get(key)
+            found = theirs.get((step, name), {}).get(key)
             if key in ("loss", "grad_norm", "eval_loss") and isinstance(found, float):
+                told = key if name in ("", VALIDATION) else f"{key} of {name}"
                 distance = abs(value - found)
-                if distance > largest.get(key, (-1.0, 0))[0]:
-                    largest[key] = (distance, step)
+                if distance > largest.get(told, (-1.0, 0))[0]:
+                    largest[told] = (distance, step)
     return Difference(first, largest)
 
 
-def _by_place(run: RunData) -> dict[tuple[int, bool], Row]:
-    """Results by step and by whether they are of an evaluation."""
-    rows = [*run.steps, *run.evaluations]
-    return {(row["step"], "eval_loss" in row): results(row) for row in rows}
+def _by_place(run: RunData) -> dict[tuple[int, str], Row]:
+    """Results by step and by the set that they are an evaluation on; see `evaluation_of`."""
+    rows = [*run.steps, *run.evaluations, *itertools.chain(*run.named_evaluations.values())]
+    return {(row["step"], evaluation_of(row)): results(row) for row in rows}
 
 
-def _row_difference(place: tuple[int, bool], ours: Row | None, theirs: Row | None) -> str | None:
-    step, is_evaluation = place
-    where = f"{'the evaluation after ' if is_evaluation else ''}step {step}"
+def _row_difference(place: tuple[int, str], ours: Row | None, theirs: Row | None) -> str | None:
+    step, name = place
+    told = "the evaluation " if name == VALIDATION else f"the evaluation on {name} "
+    where = f"{told}after step {step}" if name else f"step {step}"
     if ours is None or theirs is None:
         return f"{where} is only in the {'second' if ours is None else 'first'}"
     for key in (key for key in ours if key in theirs):
@@ -209,21 +213,23 @@ def _draw(runs: Sequence[RunData], differences: Sequence[Difference], path: Path
             page.note(line)
     page.heading("Curves")
     images = []
-    for key, name, of_evaluations in (
-        ("loss", "loss", False),
-        ("grad_norm", "gradient norm", False),
-        ("eval_loss", "evaluation loss", True),
+    sets = dict.fromkeys(name for run in runs for name in run.named_evaluations)
+    for key, name, evaluation in (
+        ("loss", "loss", ""),
+        ("grad_norm", "gradient norm", ""),
+        ("eval_loss", "evaluation loss", VALIDATION),
+        *(("eval_loss", f"evaluation loss on {name}", name) for name in sets),
     ):
         lines = [
             Line(
                 label(runs, run),
-                *points(_rows(run, of_evaluations), key),
+                *points(_rows(run, evaluation), key),
                 colour=number,
-                markers=of_evaluations,
+                markers=bool(evaluation),
             )
             for number, run in enumerate(runs)
         ]
-        apart = [_apart(runs, number, key, of_evaluations) for number in range(1, len(runs))]
+        apart = [_apart(runs, number, key, evaluation) for number in range(1, len(runs))]
         scale = key == "grad_norm"
         images.append(line_chart(name.capitalize(), lines, y_label=name, logarithmic=scale))
         title = f"Difference of {name} from {label(runs, runs[0])}"
@@ -232,18 +238,20 @@ def _draw(runs: Sequence[RunData], differences: Sequence[Difference], path: Path
     page.write(path)
 
 
-def _rows(run: RunData, of_evaluations: bool) -> list[Row]:
-    return run.evaluations if of_evaluations else run.steps
+def _rows(run: RunData, evaluation: str) -> list[Row]:
+    """Of the evaluations on this set; of the steps without a name."""
+    by_name = {"": run.steps, VALIDATION: run.evaluations, **run.named_evaluations}
+    return by_name.get(evaluation, [])
 
 
-def _apart(runs: Sequence[RunData], number: int, key: str, of_evaluations: bool) -> Line:
+def _apart(runs: Sequence[RunData], number: int, key: str, evaluation: str) -> Line:
     """That run minus the first, at the steps that both have."""
     other = runs[number]
-    ours = dict(zip(*points(_rows(runs[0], of_evaluations), key), strict=True))
-    theirs = dict(zip(*points(_rows(other, of_evaluations), key), strict=True))
+    ours = dict(zip(*points(_rows(runs[0], evaluation), key), strict=True))
+    theirs = dict(zip(*points(_rows(other, evaluation), key), strict=True))
     steps = sorted(ours.keys() & theirs.keys())
     values = [theirs[step] - ours[step] for step in steps]
-    return Line(label(runs, other), steps, values, colour=number, markers=of_evaluations)
+    return Line(label(runs, other), steps, values, colour=number, markers=bool(evaluation))
 
 
 if __name__ == "__main__":

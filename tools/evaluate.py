@@ -5,7 +5,8 @@
     torchrun --nproc-per-node 2 -m tools.evaluate --run-dir runs/long --json scores.json
 
 Tasks:
-    loss               held-out cross-entropy and perplexity, by position in the sequence
+    loss               held-out cross-entropy and perplexity, also by position in the sequence: on
+                       the same samples as the run's own evaluations, unless told otherwise
     needle, multi_key, multi_needle, variable_tracking, word_count
                        questions made on the spot whose answers stand in a long text, in the manner
                        of RULER; the score is the share of the answers in a greedy continuation
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hysparse_megatron.command import command, make_parser, positive
+from hysparse_megatron.config.schema import TrainConfig
 from hysparse_megatron.evaluation.scores import Score, ask, require_room
 from hysparse_megatron.evaluation.tasks import TASKS
 from hysparse_megatron.files import require_writable
@@ -86,7 +88,12 @@ def _parser() -> argparse.ArgumentParser:
         help="tokens of a question or held-out sequence (default: the run's train.seq_length)",
     )
     add("--samples", type=positive, default=20, metavar="N", help="questions a task and length")
-    add("--sequences", type=positive, default=64, metavar="N", help="held-out ones, at most")
+    add(
+        "--sequences",
+        type=positive,
+        metavar="N",
+        help="held-out ones, at most (default: as many as the run's own evaluations)",
+    )
     add("--bins", type=positive, default=8, metavar="N", help="of positions, for the loss")
     add("--batch-size", type=positive, default=8, metavar="N", help="sequences at a time")
     add("--seed", type=int, default=0, metavar="N", help="of the questions (default 0)")
@@ -118,10 +125,14 @@ def _evaluate(given: argparse.Namespace, loaded: LoadedModel, is_first: bool) ->
     if LOSS in names:
         results[LOSS] = []
         for length in lengths:
-            whole, bins = _loss(given, loaded, length)
-            say(_loss_table(length, whole, bins))
+            whole, bins, sequences = _loss(given, loaded, length)
+            say(_loss_table(length, sequences, whole, bins))
+            for difference in _differences(given, loaded, length):
+                say(f"  note: {difference}")
             rows = [dataclasses.asdict(one) for one in (whole, *bins)]
-            results[LOSS].append({"length": length, "all": rows[0], "bins": rows[1:]})
+            results[LOSS].append(
+                {"length": length, "sequences": sequences, "all": rows[0], "bins": rows[1:]}
+            )
     asked = [name for name in names if name != LOSS]
     if asked:
         scores = []
@@ -171,19 +182,43 @@ def _tokenizer(given: argparse.Namespace, loaded: LoadedModel) -> Tokenizer:
     return load_run_tokenizer(loaded.config.data, loaded.tokenizer_sha256, given.tokenizer)
 
 
-def _loss(given: argparse.Namespace, loaded: LoadedModel, length: int) -> tuple[Bin, list[Bin]]:
-    """Over the first sequences of the validation split, cut to `length` tokens each."""
+def _loss(
+    given: argparse.Namespace, loaded: LoadedModel, length: int
+) -> tuple[Bin, list[Bin], int]:
+    """The loss on sequences of `length` tokens, by position too, and how many they are."""
     from hysparse_megatron.evaluation.held_out import held_out_batches, token_losses
     from hysparse_megatron.evaluation.positions import loss_by_position
 
-    batches = held_out_batches(loaded, length, given.sequences, given.batch_size, given.data)
-    return loss_by_position(token_losses(loaded, batches), given.bins)
+    wanted = given.sequences or _sequences(loaded)
+    batches = held_out_batches(loaded, length, wanted, given.batch_size, given.data)
+    whole, bins = loss_by_position(token_losses(loaded, batches), given.bins)
+    return whole, bins, batches.num_samples
 
 
-def _loss_table(length: int, whole: Bin, bins: Sequence[Bin]) -> str:
+def _sequences(loaded: LoadedModel) -> int:
+    """As many as in the evaluations of the run; of one that has none, as by default."""
+    train = loaded.config.train
+    return train.num_eval_samples or TrainConfig.eval_batches * train.global_batch_size
+
+
+def _differences(given: argparse.Namespace, loaded: LoadedModel, length: int) -> Iterator[str]:
+    """Why this is not the loss that training told after this step."""
+    train = loaded.config.train
+    if not train.num_eval_samples:
+        yield "training itself never evaluated: train.eval_batches is 0"
+        return
+    if length != train.seq_length:
+        yield f"training evaluated sequences of {train.seq_length:,} tokens"
+    if given.sequences not in (None, train.num_eval_samples):
+        yield f"training evaluated {train.num_eval_samples:,} sequences, if there were as many"
+    if given.data is not None:
+        yield "training evaluated its own data"
+
+
+def _loss_table(length: int, sequences: int, whole: Bin, bins: Sequence[Bin]) -> str:
     lines = [
-        f"held-out loss in sequences of {length:,} tokens: {whole.loss:.4f}, perplexity "
-        f"{whole.perplexity:.3f} ({whole.tokens:,} tokens)"
+        f"held-out loss in {sequences:,} sequences of {length:,} tokens: {whole.loss:.4f}, "
+        f"perplexity {whole.perplexity:.3f} ({whole.tokens:,} tokens)"
     ]
     lines += [
         f"  positions {one.first:>8,} to {one.last:>8,}  {one.loss:.4f}  {one.perplexity:.3f}"

@@ -88,7 +88,11 @@ def _overview(page: Page, run: RunData) -> None:
         ("step", f"{last.get('step', 0):,} of {total}"),
         ("tokens", f"{last.get('tokens', 0):,}"),
         ("loss", f"{last['loss']:.4f}" if last else "none yet"),
-        ("evaluation loss", f"{losses[-1]:.4f}" if losses else "none yet"),
+        ("evaluation loss", f"{losses[-1]:.4f}" if losses else "none"),
+        *(
+            (f"evaluation loss, {name}", f"{rows[-1]['eval_loss']:.4f}")
+            for name, rows in run.named_evaluations.items()
+        ),
         ("tokens/s, median", f"{statistics.median(speeds):,.0f}" if speeds else "none yet"),
     ]
     if per_gpu:
@@ -122,7 +126,11 @@ def _curves(page: Page, run: RunData) -> None:
     marks = _marks(run)
     loss = [
         Line("training", *points(run.steps, "loss")),
-        Line("evaluation", *points(run.evaluations, "eval_loss"), markers=True),
+        *(
+            Line(name, *points(rows, "eval_loss"), markers=True)
+            for name, rows in {"evaluation": run.evaluations, **run.named_evaluations}.items()
+            if rows
+        ),
     ]
     norms = [Line("gradient norm", *points(run.steps, "grad_norm"))]
     rates = [Line("learning rate", *points(run.steps, "learning_rate"))]

@@ -15,9 +15,10 @@ import yaml  # type: ignore[import-untyped]
 
 from hysparse_megatron.checkpoint import store
 from hysparse_megatron.config.frozen import CONFIG_FILE
+from hysparse_megatron.config.schema import VALIDATION
 from hysparse_megatron.errors import CheckpointError, ConfigError
 from hysparse_megatron.status import read_status
-from hysparse_megatron.tracking.metrics import read_metrics
+from hysparse_megatron.tracking.metrics import by_evaluation, read_metrics
 
 Row = dict[str, Any]
 Points = tuple[list[int], list[float]]
@@ -47,6 +48,9 @@ class RunData:
     """`status.json`; empty if there is none."""
     steps: list[Row]
     evaluations: list[Row]
+    """On the run's own validation split."""
+    named_evaluations: dict[str, list[Row]]
+    """On the sets of `data.evaluation`, by name."""
     checkpoints: list[Checkpoint]
     """Ascending."""
 
@@ -98,13 +102,15 @@ def load_run(path: Path) -> RunData:
         raise ConfigError(f"{path} is no whole run directory: {error}") from error
     if not isinstance(config, dict) or not isinstance(record, dict):
         raise ConfigError(f"{path}: {CONFIG_FILE} and run.json must hold keys and values")
+    by_name = by_evaluation(rows)
     return RunData(
         path=path,
         config=config,
         record=record,
         status=read_status(path),
         steps=[row for row in rows if "loss" in row],
-        evaluations=[row for row in rows if "eval_loss" in row],
+        evaluations=by_name.pop(VALIDATION, []),
+        named_evaluations=by_name,
         checkpoints=[_checkpoint(found) for found in checkpoints],
     )
 

@@ -388,12 +388,22 @@ class TrainConfig:
     eval_interval: int = 0
     """Steps between two evaluations; 0 evaluates only at the start and the end."""
     eval_batches: int = 8
-    """Global batches per evaluation, the same ones every time."""
+    """Global batches per evaluation, the same ones every time, spread over the whole split; all of
+    it where it holds no more. 0 never evaluates, and needs no validation split."""
     deadline_minutes: float | None = None
     """Minutes after which this start must have saved and ended, with exit code 3; null takes the
     end of the Slurm job, where there is one."""
     guard: GuardConfig = field(default_factory=GuardConfig)
     """Bad steps."""
+
+    @property
+    def num_eval_samples(self) -> int:
+        """Sequences of an evaluation, over all ranks, at most."""
+        return self.eval_batches * self.global_batch_size
+
+
+VALIDATION = "validation"
+"""Name of the evaluation on the run's own validation split."""
 
 
 @dataclass(frozen=True, kw_only=True)

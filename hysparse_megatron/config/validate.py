@@ -91,7 +91,7 @@ AT_LEAST: dict[str, int] = {
     "train.seq_length": 2,
     "train.seed": 0,
     "train.eval_interval": 0,
-    "train.eval_batches": 1,
+    "train.eval_batches": 0,
     "train.guard.max_bad_steps": 1,
     "train.guard.spike_window": 0,
     "data.tokenizer_vocab_size": 1,

@@ -4,9 +4,10 @@ corpus -> tokenizer -> indexed (files) -> prepare (cached) | dataset -> order ->
 The order of samples depends on seed, data fingerprint, global batch size and step only.
 """
 
-from hysparse_megatron.data.batches import BatchSource, EvaluationBatches, evaluation_batches
+from hysparse_megatron.data.batches import BatchSource
 from hysparse_megatron.data.corpus import Corpus, Document, ReadCounts, open_corpus
 from hysparse_megatron.data.dataset import TokenSamples
+from hysparse_megatron.data.held_out import EvaluationBatches
 from hysparse_megatron.data.order import sample_ids
 from hysparse_megatron.data.prepare import PreparedCorpus, load_prepared, prepare_corpus
 from hysparse_megatron.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
@@ -20,7 +21,6 @@ __all__ = [
     "ReadCounts",
     "TextTokenizer",
     "TokenSamples",
-    "evaluation_batches",
     "load_prepared",
     "load_tokenizer",
     "open_corpus",

@@ -1,7 +1,7 @@
-"""Micro-batches of one data-parallel rank, for training and for evaluation.
+"""Micro-batches of one data-parallel rank; those of evaluations are in held_out.py.
 
-B is the micro-batch size, S the sequence length. Neither source keeps any state: a batch is asked
-for by its number, so resuming at a step is asking for that step.
+B is the micro-batch size, S the sequence length. No source keeps any state: a batch is asked for by
+its number, so resuming at a step is asking for that step.
 torch is imported where tensors are made: preparing data imports this package and needs none of it.
 """
 
@@ -14,7 +14,6 @@ import numpy as np
 
 from hysparse_megatron.data.dataset import Samples
 from hysparse_megatron.data.order import Skips
-from hysparse_megatron.errors import DataError
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 NO_SKIPS = Skips()
 
 
-class _RankShare:
+class RankShare:
     """Which places of a global batch one data-parallel rank works on.
 
     Item i of micro-batch m on rank r has place (m * data_parallel_size + r) * B + i: a global batch
@@ -59,6 +58,7 @@ class _RankShare:
     def microbatches(
         self, samples: Samples, batch_ids: np.ndarray, document_mask: bool
     ) -> Iterator[dict[str, torch.Tensor]]:
+        """This rank's share of a global batch of these samples, one for each row of `places`."""
         for places in self.places:
             batch = _to_tensors(samples.read(batch_ids[places]))
             if document_mask:
@@ -100,7 +100,7 @@ class BatchSource:
         self._seed = seed
         self._fingerprint = fingerprint
         self._global_batch_size = global_batch_size
-        self._share = _RankShare(
+        self._share = RankShare(
             global_batch_size=global_batch_size,
             micro_batch_size=micro_batch_size,
             data_parallel_size=data_parallel_size,
@@ -131,83 +131,6 @@ class BatchSource:
             DataError: a token id outside the vocabulary.
         """
         return self._share.microbatches(self._samples, self.sample_ids(step), self._document_mask)
-
-
-class EvaluationBatches:
-    """The first samples of the validation split, in order: the same at every evaluation.
-
-    Made by `evaluation_batches`. Same interface as `BatchSource`, with the number of a batch,
-    0 .. num_batches - 1, in place of the step.
-    """
-
-    def __init__(
-        self,
-        samples: Samples,
-        *,
-        num_batches: int,
-        global_batch_size: int,
-        share: _RankShare,
-        document_mask: bool,
-    ) -> None:
-        self._samples = samples
-        self._document_mask = document_mask
-        self._global_batch_size = global_batch_size
-        self._share = share
-        self.num_batches = num_batches
-        self.num_microbatches = share.num_microbatches
-
-    def sample_ids(self, batch: int) -> np.ndarray:
-        """Ids of all samples of the batch, on all ranks: int64 [global_batch_size]."""
-        if not 0 <= batch < self.num_batches:
-            raise IndexError(f"evaluation batch {batch} is outside 0 .. {self.num_batches - 1}")
-        first = batch * self._global_batch_size
-        places = np.arange(first, first + self._global_batch_size, dtype=np.int64)
-        return self._samples.held_out_ids(places)
-
-    def microbatches(self, batch: int) -> Iterator[dict[str, torch.Tensor]]:
-        """This rank's micro-batches of one batch, as `BatchSource.microbatches`."""
-        return self._share.microbatches(self._samples, self.sample_ids(batch), self._document_mask)
-
-
-def evaluation_batches(
-    samples: Samples,
-    *,
-    num_batches: int,
-    global_batch_size: int,
-    micro_batch_size: int,
-    data_parallel_size: int,
-    data_parallel_rank: int,
-    document_mask: bool = False,
-) -> EvaluationBatches:
-    """Batches for one evaluation: at most `num_batches`, limited to the whole ones in the split.
-
-    The returned `num_batches` says how many there are; no sample is seen twice.
-
-    Raises:
-        DataError: the split has fewer samples than one global batch.
-    """
-    if num_batches < 1:
-        raise ValueError(f"num_batches must be at least 1, got {num_batches}")
-    share = _RankShare(
-        global_batch_size=global_batch_size,
-        micro_batch_size=micro_batch_size,
-        data_parallel_size=data_parallel_size,
-        data_parallel_rank=data_parallel_rank,
-    )
-    available = samples.num_held_out // global_batch_size
-    if available < 1:
-        raise DataError(
-            f"the validation split has {samples.num_held_out} samples of {samples.seq_length} "
-            f"tokens, fewer than one global batch of {global_batch_size}; raise "
-            "data.validation_fraction, or lower the global batch size or the sequence length"
-        )
-    return EvaluationBatches(
-        samples,
-        num_batches=min(num_batches, available),
-        global_batch_size=global_batch_size,
-        share=share,
-        document_mask=document_mask,
-    )
 
 
 def _to_tensors(tokens: np.ndarray) -> dict[str, torch.Tensor]:

@@ -62,9 +62,14 @@ class TokenSamples:
         """How many samples an evaluation may read without seeing one twice."""
         return self.num_samples
 
-    def held_out_ids(self, positions: np.ndarray) -> np.ndarray:
-        """Which samples an evaluation reads at positions int64 [n]: the first ones, in order."""
-        return positions
+    def held_out_ids(self, count: int) -> np.ndarray:
+        """Which samples an evaluation reads that may read `count`: int64 [n], ascending.
+
+        They are spread evenly over the split, so that no part of it stands for the whole; all of
+        them where there are no more.
+        """
+        found = min(count, self.num_held_out)
+        return np.arange(found, dtype=np.int64) * self.num_samples // found
 
     def __getitem__(self, sample_id: int) -> np.ndarray:
         """Tokens of one sample, int64 [S + 1].
@@ -155,10 +160,14 @@ class BlendedSamples:
             for part, share in zip(self._parts, self.blend.shares, strict=True)
         )
 
-    def held_out_ids(self, positions: np.ndarray) -> np.ndarray:
-        """As `TokenSamples.held_out_ids`: the first ones of each, by weights."""
-        which, own = self.blend.locate(positions)
-        return self._first_ids[which] + own
+    def held_out_ids(self, count: int) -> np.ndarray:
+        """As `TokenSamples.held_out_ids`: of each dataset by its weight, spread over its split."""
+        which, _ = self.blend.locate(np.arange(min(count, self.num_held_out)))
+        ids = np.empty(len(which), dtype=np.int64)
+        for number, part in enumerate(self._parts):
+            chosen = which == number
+            ids[chosen] = self._first_ids[number] + part.held_out_ids(int(chosen.sum()))
+        return ids
 
     def _locate(self, sample_id: int) -> tuple[TokenSamples, int]:
         if not 0 <= sample_id < self.num_samples:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hysparse_megatron.config.schema import DataConfig
-from hysparse_megatron.data import EvaluationBatches, evaluation_batches
+from hysparse_megatron.data import EvaluationBatches
 from hysparse_megatron.data.card import CARD_NAME
 from hysparse_megatron.data.run_tokenizer import find_run_tokenizer
 from hysparse_megatron.data.sources import load_data, open_samples
@@ -24,12 +24,14 @@ from hysparse_megatron.training.step import documents_of
 def held_out_batches(
     loaded: LoadedModel, length: int, sequences: int, batch_size: int, data: str | None = None
 ) -> EvaluationBatches:
-    """The first sequences of the validation split, `length` tokens each, the same on all ranks.
+    """Samples of the validation split, `length` tokens each, the same on all ranks.
+
+    With the length and number of the run's own evaluations they are the samples of those.
 
     Args:
         loaded: its configuration names the data and the seed of their split.
         length: S, in tokens.
-        sequences: how many, rounded up to whole batches; fewer if the split has fewer batches.
+        sequences: how many; all of the split where it has no more.
         batch_size: sequences at a time, at most.
         data: text or a prepared dataset in place of the run's; of text, documents are held out as
             in training, `data.validation_fraction` of them.
@@ -58,9 +60,9 @@ def held_out_batches(
         )
     samples = open_samples(corpus, "validation", length)
     size = max(1, min(batch_size, samples.num_held_out))
-    return evaluation_batches(
+    return EvaluationBatches(
         samples,
-        num_batches=math.ceil(sequences / size),
+        num_samples=sequences,
         global_batch_size=size,
         micro_batch_size=size,
         data_parallel_size=1,

@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from hysparse_megatron.evaluation.loss import HeldOutLoss
+
 
 @dataclass(frozen=True)
-class Bin:
-    """Positions first .. last of a sequence, counted from 0."""
+class Bin(HeldOutLoss):
+    """The loss at positions first .. last of a sequence, counted from 0."""
 
     first: int
     last: int
-    tokens: int
-    loss: float
-    """Mean cross-entropy in nats per token."""
-
-    @property
-    def perplexity(self) -> float:
-        """Its exponential."""
-        return math.exp(self.loss)
 
 
 def loss_by_position(losses: Iterable[Tensor], num_bins: int) -> tuple[Bin, list[Bin]]:
@@ -52,4 +45,4 @@ def loss_by_position(losses: Iterable[Tensor], num_bins: int) -> tuple[Bin, list
 
 def _bin(total: Tensor, first: int, end: int) -> Bin:
     loss, tokens = total[:, first:end].sum(1).tolist()
-    return Bin(first, end - 1, int(tokens), loss / tokens)
+    return Bin(int(tokens), loss / tokens, first, end - 1)

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from hysparse_megatron.config.schema import VALIDATION
 
 MEASURED = frozenset(
     {
@@ -31,13 +34,31 @@ def results(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def evaluation_of(row: dict[str, Any]) -> str:
+    """Name of the set that the row is an evaluation on; empty for a step of training."""
+    return row.get("evaluation", VALIDATION) if "eval_loss" in row else ""
+
+
+def by_evaluation(rows: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of evaluations by the set that they are on; steps of training are left out."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if name := evaluation_of(row):
+            found.setdefault(name, []).append(row)
+    return found
+
+
 def chart_values(row: dict[str, Any]) -> dict[str, float | str]:
-    """What a tracker can show of a row: numbers and texts, their keys under `train/` or `eval/`."""
-    kind = "eval" if "eval_loss" in row else "train"
+    """What a tracker can show of a row: numbers and texts, their keys under `train/` or `eval/`.
+
+    Those of a named evaluation set end with its name, so that each has curves of its own.
+    """
+    name = evaluation_of(row)
+    kind, ending = ("eval" if name else "train"), ("" if name in ("", VALIDATION) else f"/{name}")
     return {
-        f"{kind}/{key}": value
+        f"{kind}/{key}{ending}": value
         for key, value in row.items()
-        if key != "step" and isinstance(value, bool | int | float | str)
+        if key not in ("step", "evaluation") and isinstance(value, bool | int | float | str)
     }
 
 
@@ -62,14 +83,14 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All rows, the last one of each (step, kind) only, in the order of steps."""
-    rows: dict[tuple[int, bool], dict[str, Any]] = {}
+    """All rows, the last one of each step and evaluation on a set only, in the order of steps."""
+    rows: dict[tuple[int, str], dict[str, Any]] = {}
     for line in path.read_text().splitlines():
         try:
             row = json.loads(line)
         except ValueError:
             continue  # the last line of a killed run
-        rows[row["step"], "eval_loss" in row] = row
+        rows[row["step"], evaluation_of(row)] = row
     return [rows[key] for key in sorted(rows)]
 
 

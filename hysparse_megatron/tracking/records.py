@@ -10,12 +10,12 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from hysparse_megatron.config.frozen import to_yaml
-from hysparse_megatron.config.schema import Config
+from hysparse_megatron.config.schema import VALIDATION, Config
 from hysparse_megatron.errors import HySparseError
 from hysparse_megatron.layout import parse_layout
 from hysparse_megatron.plan.parameters import count_parameters, with_vocabulary
 from hysparse_megatron.rundir import RunDirectory
-from hysparse_megatron.tracking.metrics import Console, MetricsFile
+from hysparse_megatron.tracking.metrics import Console, MetricsFile, evaluation_of
 from hysparse_megatron.tracking.tensorboard import TensorBoard
 from hysparse_megatron.tracking.wandb import Tracker
 
@@ -79,7 +79,12 @@ def describe_run(config: Config, vocab_size: int, world_size: int) -> dict[str, 
 
 def _print_row(console: Console, say: Say, row: Row) -> None:
     if "eval_loss" in row:
-        say(f"step {row['step']}: evaluation loss {row['eval_loss']:.4f}")
+        name = evaluation_of(row)
+        told = "evaluation" if name == VALIDATION else f"evaluation on {name}:"
+        say(
+            f"step {row['step']}: {told} loss {row['eval_loss']:.4f}, perplexity "
+            f"{row['eval_perplexity']:,.2f} ({row['eval_tokens']:,} tokens)"
+        )
     else:
         console.step(row)
 

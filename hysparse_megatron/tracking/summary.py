@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from typing import Any
 
 from hysparse_megatron.config.compose import compose
-from hysparse_megatron.config.schema import Config
+from hysparse_megatron.config.schema import VALIDATION, Config
 from hysparse_megatron.rundir import RunDirectory
-from hysparse_megatron.tracking.metrics import read_metrics
+from hysparse_megatron.tracking.metrics import by_evaluation, read_metrics
 
 
 def write_summary(
@@ -20,9 +21,7 @@ def write_summary(
 ) -> str:
     """Write `summary.md` and return its text. `overrides` are those of the command that ran."""
     rows = read_metrics(directory.metrics)
-    evaluations = [row for row in rows if "eval_loss" in row]
     steps = [row for row in rows if "loss" in row]
-    first, last = evaluations[0]["eval_loss"], evaluations[-1]["eval_loss"]
     seconds = sum(row["step_seconds"] for row in steps)
     speed = sorted(row["tokens_per_second"] for row in steps)[len(steps) // 2]
 
@@ -30,8 +29,7 @@ def write_summary(
 
 * {config.train.steps} steps, {steps[-1]["tokens"]:,} tokens in {seconds / 60:.1f} minutes of \
 training, median {speed:,.0f} tokens/s
-* evaluation loss {first:.4f} at step {evaluations[0]["step"]} -> {last:.4f} at step \
-{evaluations[-1]["step"]} ({100 * (last / first - 1):+.1f} %)
+{_evaluations(rows)}
 * metrics: `{directory.metrics}`, checkpoints: `{directory.checkpoints}`
 
 What to do next:
@@ -40,6 +38,22 @@ What to do next:
     text += _suggestions(config, directory, tokenizer_path, num_ranks, overrides)
     (directory.path / "summary.md").write_text(text)
     return text
+
+
+def _evaluations(rows: Sequence[dict[str, Any]]) -> str:
+    """One line for each set that was evaluated on: its first loss and its last."""
+    lines = []
+    for name, found in by_evaluation(rows).items():
+        first, last = found[0], found[-1]
+        told = "evaluation" if name == VALIDATION else f"evaluation on {name}:"
+        change = last["eval_loss"] / first["eval_loss"] - 1
+        line = f"* {told} loss {first['eval_loss']:.4f} at step {first['step']} -> "
+        line += f"{last['eval_loss']:.4f} at step {last['step']} ({100 * change:+.1f} %)"
+        if "eval_tokens" in last:
+            tokens, perplexity = last["eval_tokens"], last["eval_perplexity"]
+            line += f", perplexity {perplexity:,.2f} over {tokens:,} held-out tokens"
+        lines.append(line)
+    return "\n".join(lines) or "* no evaluation: train.eval_batches is 0"
 
 
 def _suggestions(

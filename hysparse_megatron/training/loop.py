@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+from hysparse_megatron.config.schema import VALIDATION
 from hysparse_megatron.data import BatchSource, EvaluationBatches
 from hysparse_megatron.errors import NumericalStop, Preempted
 from hysparse_megatron.runtime import faults
@@ -28,8 +29,8 @@ class Hooks:
     observe: Callable[[int], AbstractContextManager[Callable[[], dict[str, Any]]]] = lambda step: (
         nullcontext(dict)
     )
-    """Around an evaluation after so many steps; what it gives is called after it, on all ranks, for
-    more fields of its row. Collective."""
+    """Around an evaluation on the run's own split after so many steps; what it gives is called
+    after it, on all ranks, for more fields of its row. Collective."""
     measure: Callable[[int, float, float], dict[str, Any]] = lambda step, seconds, data_seconds: {}
     """After every step, with its seconds and those for its data: more for its row. Collective."""
     save: Callable[[int, dict[str, Any]], None] = lambda step, facts: None
@@ -51,12 +52,12 @@ class Progress:
 def train(
     state: TrainingState,
     batches: BatchSource,
-    evaluation: EvaluationBatches,
+    evaluations: Mapping[str, EvaluationBatches],
     progress: Progress,
     watch: Watch,
     hooks: Hooks,
 ) -> None:
-    """Run from `progress` to the end, with evaluations and checkpoints.
+    """Run from `progress` to the end, with evaluations on every set by its name, and checkpoints.
 
     Raises Preempted after saving when a stop was asked for, NumericalStop after too many bad steps.
     """
@@ -68,7 +69,7 @@ def train(
         return reason(watch.poll(guard.judge(finite_here, loss, grad_norm)))
 
     if progress.step == 0 or progress.facts.get("evaluation_due"):
-        _evaluate(state, evaluation, progress.step, hooks, watch)
+        _evaluate(state, evaluations, progress.step, hooks, watch)
         watch.stop_before_first_step()
     for step in range(progress.step, train_config.steps):
         started = time.monotonic()
@@ -94,9 +95,9 @@ def train(
         last = done == train_config.steps
         evaluation_due = False
         if last:
-            _evaluate(state, evaluation, done, hooks)
+            _evaluate(state, evaluations, done, hooks)
         elif train_config.eval_interval and done % train_config.eval_interval == 0:
-            evaluation_due = not _evaluate(state, evaluation, done, hooks, watch)
+            evaluation_due = not _evaluate(state, evaluations, done, hooks, watch)
         # Never over a run of bad steps: the newest checkpoint stays one from before them.
         regular = done % checkpoint.interval == 0
         if last or (not guard.in_a_row and (watch.stopping or regular)):
@@ -147,13 +148,12 @@ def _report(
 
 def _evaluate(
     state: TrainingState,
-    evaluation: EvaluationBatches,
+    evaluations: Mapping[str, EvaluationBatches],
     done: int,
     hooks: Hooks,
     watch: Watch | None = None,
 ) -> bool:
     """Evaluate and report; False if a stop came in between, for which `watch` looks."""
-    started = time.monotonic()
     faults.reach("evaluation", done)
 
     def go_on() -> bool:
@@ -162,13 +162,22 @@ def _evaluate(
         watch.poll()
         return watch.stopping is None
 
-    batches = (list(evaluation.microbatches(index)) for index in range(evaluation.num_batches))
-    with hooks.observe(done) as observed:
-        loss = evaluate(state, batches, go_on)
-    if loss is None:
-        return False
-    row: dict[str, Any] = {"step": done, "eval_loss": loss, **observed()}
-    row["eval_seconds"] = time.monotonic() - started
-    for hook in hooks.on_row:
-        hook(row)
+    for name, evaluation in evaluations.items():
+        started = time.monotonic()
+        batches = (list(evaluation.microbatches(index)) for index in range(evaluation.num_batches))
+        with hooks.observe(done) if name == VALIDATION else nullcontext(dict) as observed:
+            found = evaluate(state, batches, go_on)
+        if found is None:
+            return False
+        row: dict[str, Any] = {
+            "step": done,
+            "evaluation": name,
+            "eval_loss": found.loss,
+            "eval_tokens": found.tokens,
+            "eval_perplexity": found.perplexity,
+            **observed(),
+        }
+        row["eval_seconds"] = time.monotonic() - started
+        for hook in hooks.on_row:
+            hook(row)
     return True

@@ -13,11 +13,10 @@ import torch
 from hysparse_megatron.checkpoint import store
 from hysparse_megatron.checkpoint.saver import Saver
 from hysparse_megatron.config.frozen import config_hash
-from hysparse_megatron.config.schema import Config
+from hysparse_megatron.config.schema import VALIDATION, Config
 from hysparse_megatron.data import (
     BatchSource,
     EvaluationBatches,
-    evaluation_batches,
 )
 from hysparse_megatron.data.order import Skips
 from hysparse_megatron.data.sources import TrainingData, load_data, open_samples
@@ -165,7 +164,7 @@ def _run_in(
     state = build_state(config, corpus.vocab_size, device)
     describe_start(state, corpus, say)
     progress = resume(state, latest, corpus, say)
-    batches, evaluation = _batches(state, corpus, watch)
+    batches, evaluations = _batches(state, corpus, watch)
 
     saver = Saver(
         state,
@@ -195,7 +194,7 @@ def _run_in(
         if config.tracking.architecture:
             hooks.observe = _architecture_watch(state, directory).observe
         try:
-            train(state, batches, evaluation, progress, watch, hooks)
+            train(state, batches, evaluations, progress, watch, hooks)
         except (Preempted, NumericalStop):
             # Raised by all ranks together, so that they can wait for each other's files.
             saver.finish()
@@ -248,10 +247,11 @@ def _attended[Result](watch: Watch, action: Callable[[], Result]) -> Result:
 
 def _batches(
     state: TrainingState, corpus: TrainingData, watch: Watch
-) -> tuple[BatchSource, EvaluationBatches]:
+) -> tuple[BatchSource, dict[str, EvaluationBatches]]:
+    """What is trained on, and by name what is evaluated on: nothing if train.eval_batches is 0."""
     train_config = state.config.train
 
-    def build() -> tuple[BatchSource, EvaluationBatches]:
+    def build() -> tuple[BatchSource, dict[str, EvaluationBatches]]:
         shape = {
             "global_batch_size": train_config.global_batch_size,
             "micro_batch_size": train_config.micro_batch_size,
@@ -260,7 +260,6 @@ def _batches(
             "document_mask": state.config.data.document_mask,
         }
         samples = open_samples(corpus, "train", train_config.seq_length)
-        held_out = open_samples(corpus, "validation", train_config.seq_length)
         source = BatchSource(
             samples,
             seed=train_config.seed,
@@ -268,10 +267,12 @@ def _batches(
             skips=Skips.parse(state.config.data.skip_steps),
             **shape,
         )
-        return (
-            source,
-            evaluation_batches(held_out, num_batches=train_config.eval_batches, **shape),
-        )
+        count = train_config.num_eval_samples
+        evaluations = {}
+        if count:
+            held_out = open_samples(corpus, "validation", train_config.seq_length)
+            evaluations[VALIDATION] = EvaluationBatches(held_out, num_samples=count, **shape)
+        return source, evaluations
 
     return _attended(watch, build)
 

@@ -14,6 +14,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from hysparse_megatron.errors import DataError
+from hysparse_megatron.evaluation.loss import HeldOutLoss
 from hysparse_megatron.runtime import faults
 from hysparse_megatron.runtime.random import seed_step
 from hysparse_megatron.training.optimizer import set_step
@@ -72,11 +74,12 @@ def train_step(
     state.optimizer.zero_grad()
     biases = _expert_biases(state)
     before = [bias.clone() for bias in biases]
-    loss, finite_here = _run_schedule(state, microbatches, step + 1, forward_only=False)
+    sums = _run_schedule(state, microbatches, step + 1, forward_only=False)
+    loss = sums.loss / max(sums.tokens, 1)
     # Before the decision, and also after a bad loss: both are collective.
     state.optimizer.prepare_grads()
     grad_norm = float(state.optimizer.get_grad_norm())
-    bad = decide(finite_here, loss, grad_norm)
+    bad = decide(sums.finite_here, loss, grad_norm)
     if bad is None:
         state.optimizer.step()
     else:  # the schedule has moved these already, by what a bad step made of the routing
@@ -101,29 +104,43 @@ def evaluate(
     state: TrainingState,
     batches: Iterable[Sequence[Batch]],
     go_on: Callable[[], bool] = lambda: True,
-) -> float | None:
-    """Mean cross-entropy per token over `batches` (global batches of micro-batches), in nats.
+) -> HeldOutLoss | None:
+    """Held-out loss over `batches` (global batches of micro-batches).
 
     Asks `go_on`, the same on all ranks, before every batch; None if it was told not to.
+
+    Raises:
+        DataError: no token counts.
     """
     for chunk in state.chunks:
         chunk.eval()
-    losses = []
+    loss, tokens = 0.0, 0
     with torch.no_grad():
         for microbatches in batches:
             if not go_on():
                 return None
-            losses.append(_run_schedule(state, microbatches, None, forward_only=True)[0])
-    return sum(losses) / len(losses)
+            found = _run_schedule(state, microbatches, None, forward_only=True)
+            loss, tokens = loss + found.loss, tokens + found.tokens
+    if not tokens:
+        raise DataError("the held-out samples have no token whose loss counts")
+    return HeldOutLoss(tokens, loss / tokens)
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Of a global batch, the same on all ranks but for `finite_here`."""
+
+    loss: float
+    """Of all tokens that count, in nats."""
+    tokens: int
+    finite_here: bool
+    """Whether this rank's part of the loss is finite."""
 
 
 def _run_schedule(
     state: TrainingState, microbatches: Sequence[Batch], step: int | None, forward_only: bool
-) -> tuple[float, bool]:
-    """Run megatron-core's schedule for `step` (from 1; None in an evaluation).
-
-    Returns the mean loss per token over the global batch, and whether this rank's part is finite.
-    """
+) -> _Sums:
+    """Run megatron-core's schedule for `step` (from 1; None in an evaluation)."""
     train = state.config.train
     schedule = get_forward_backward_func(state.groups.pp.size(), state.config.parallel.vpp)
     if state.communicator is not None:
@@ -147,7 +164,8 @@ def _run_schedule(
     finite_here = bool(total.isfinite().all())
     dist.all_reduce(total, group=state.groups.dp)
     dist.broadcast(total, src=_last_rank(state.groups.pp), group=state.groups.pp)
-    return float(total[0] / total[1].clamp(min=1)), finite_here
+    loss, tokens = total.tolist()
+    return _Sums(loss, int(tokens), finite_here)
 
 
 def _last_rank(group: dist.ProcessGroup) -> int:
@@ -197,9 +215,11 @@ def _loss(
     loss_mask: Tensor, step: int | None, losses: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Sum over tokens (megatron-core divides by the global token count) and what is reported."""
-    loss = (losses.float() * loss_mask).sum()
-    if step is not None:
-        loss = faults.spoil(loss, step)
     tokens = loss_mask.sum()
-    report = torch.stack([loss.detach(), tokens]).double()
+    if step is None:
+        # In fp64, so that how samples are put together cannot show.
+        loss = losses.double().masked_fill(loss_mask == 0, 0.0).sum()
+    else:
+        loss = faults.spoil((losses.float() * loss_mask).sum(), step)
+    report = torch.stack([loss.detach().double(), tokens.double()])
     return loss, tokens.to(torch.int), {"loss_and_tokens": report}

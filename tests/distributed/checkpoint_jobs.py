@@ -148,7 +148,8 @@ def _continue(
     state: TrainingState, read: Callable[[int], list[Batch]], first_step: int, steps: int
 ) -> Continuation:
     # A batch that is trained on next is known to be free of near-ties with these weights.
-    eval_loss = evaluate(state, [read(min(first_step, steps - 1))])
+    held_out = evaluate(state, [read(min(first_step, steps - 1))])
+    assert held_out is not None
     results, tokens, streams = [], [], []
     for step in range(first_step, steps):
         share = read(step)
@@ -159,7 +160,7 @@ def _continue(
     return Continuation(
         place_of(state),
         first_step,
-        eval_loss,
+        held_out.loss,
         [result.loss for result in results],
         [result.grad_norm for result in results],
         [result.learning_rate for result in results],

@@ -38,7 +38,7 @@ def observe(rank: int, config: Config, tokens: np.ndarray) -> tuple[Findings, fl
     alone = evaluate(state, [share, share[::-1]])
     assert watched is not None
     assert alone is not None
-    return found, watched, alone
+    return found, watched.loss, alone.loss
 
 
 def _prepare(config: Config) -> TrainingState:

@@ -10,7 +10,7 @@ from run_commands import run, write_text
 
 from hysparse_megatron.data.run_tokenizer import load_run_tokenizer
 from hysparse_megatron.evaluation.tasks import TASKS
-from hysparse_megatron.tracking.metrics import read_metrics
+from hysparse_megatron.tracking.metrics import by_evaluation, read_metrics
 from tests.unit.evaluation.copying import copy_from
 from tools import evaluate
 
@@ -20,16 +20,17 @@ EVALUATE = ("-m", "tools.evaluate")
 
 
 def test_the_loss_is_the_one_that_training_told(finished, tmp_path: Path) -> None:
-    """The run evaluated on its first four held-out sequences."""
+    """And the summary, without being told which samples; here computed in other batches."""
     output = tmp_path / "loss.json"
-    arguments = ["--run-dir", str(finished.run_dir), "--sequences", "4", "--batch-size", "4"]
+    arguments = ["--run-dir", str(finished.run_dir), "--batch-size", "3"]
     code, told = run([*arguments, "--bins", "4", "--json", str(output)], entry=EVALUATE)
     assert code == 0, told
     (found,) = json.loads(output.read_text())["loss"]
-    evaluations = [
-        row for row in read_metrics(finished.run_dir / "metrics.jsonl") if "eval_loss" in row
-    ]
-    assert found["all"]["loss"] == pytest.approx(evaluations[-1]["eval_loss"], abs=1e-5)
+    last = by_evaluation(read_metrics(finished.run_dir / "metrics.jsonl"))["validation"][-1]
+    assert found["all"]["loss"] == pytest.approx(last["eval_loss"], abs=1e-5)
+    assert found["all"]["tokens"] == last["eval_tokens"]
+    assert f"-> {last['eval_loss']:.4f} at step" in (finished.run_dir / "summary.md").read_text()
+    assert "note" not in told
     assert [one["first"] for one in found["bins"]] == [0, 16, 32, 48]
     assert sum(one["tokens"] for one in found["bins"]) == found["all"]["tokens"] == 4 * 64
     assert "perplexity" in told
@@ -41,7 +42,9 @@ def test_other_text_is_read_with_the_tokenizer_of_the_run(finished, tmp_path: Pa
     arguments = ["--run-dir", str(finished.run_dir), "--sequences", "2", "--data", str(text)]
     code, told = run([*arguments, "--bins", "1"], entry=EVALUATE)
     assert code == 0, told
-    assert "held-out loss in sequences of 64 tokens" in told
+    assert "held-out loss in 2 sequences of 64 tokens" in told
+    assert "note: training evaluated 4 sequences" in told
+    assert "note: training evaluated its own data" in told
 
 
 def test_a_hardly_trained_model_answers_nothing(finished, tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from hysparse_megatron.data import (
     BatchSource,
     PreparedCorpus,
     TokenSamples,
-    evaluation_batches,
 )
 from hysparse_megatron.data.indexed import IndexedWriter
 from hysparse_megatron.errors import DataError
@@ -131,42 +130,6 @@ def test_order_is_one_stream_cut_by_the_global_batch(tmp_path: Path, fresh_seed:
     assert not np.array_equal(source(samples, fresh_seed + 1).sample_ids(0), stream[:8])
 
 
-@pytest.mark.parametrize("data_parallel_size", [1, 2, 4])
-def test_evaluation_is_the_first_samples_in_order(tmp_path: Path, data_parallel_size: int) -> None:
-    samples = counting_samples(tmp_path)
-    seen: list[int] = []
-    for rank in range(data_parallel_size):
-        evaluation = evaluation_batches(
-            samples,
-            num_batches=3,
-            global_batch_size=8,
-            micro_batch_size=2,
-            data_parallel_size=data_parallel_size,
-            data_parallel_rank=rank,
-        )
-        assert evaluation.num_batches == 3
-        for _ in range(2):  # the same at every evaluation
-            once = [
-                ids_of(microbatch)
-                for batch in range(evaluation.num_batches)
-                for microbatch in evaluation.microbatches(batch)
-            ]
-            assert sum(map(len, once)) == 24 // data_parallel_size
-        seen += [i for ids in once for i in ids]
-    assert sorted(seen) == list(range(24))
-    with pytest.raises(IndexError):
-        evaluation.sample_ids(3)
-
-
-def test_evaluation_is_limited_to_the_split(tmp_path: Path) -> None:
-    shape = {"micro_batch_size": 1, "data_parallel_size": 1, "data_parallel_rank": 0}
-    samples = counting_samples(tmp_path)
-    limited = evaluation_batches(samples, num_batches=50, global_batch_size=100, **shape)
-    assert limited.num_batches == 1
-    with pytest.raises(DataError, match="125 samples of 8 tokens, fewer than one global batch"):
-        evaluation_batches(samples, num_batches=1, global_batch_size=126, **shape)
-
-
 def test_prepared_corpus_feeds_batches(shared_corpus: PreparedCorpus) -> None:
     samples = TokenSamples(shared_corpus.train_prefix, 32, shared_corpus.vocab_size)
     batches = BatchSource(
@@ -225,13 +188,3 @@ def test_documents_of_several_sequences_and_none(tmp_path: Path) -> None:
     samples = TokenSamples(prefix, S)
     assert samples.document_starts(0).tolist() == [0, 6]
     assert samples.document_starts(1).tolist() == []
-
-
-def test_evaluation_has_documents_too(tmp_path: Path) -> None:
-    arguments = {"micro_batch_size": 1, "data_parallel_size": 1, "data_parallel_rank": 0}
-    found = evaluation_batches(
-        counting_samples(tmp_path), num_batches=1, global_batch_size=1, **arguments,
-        document_mask=True,
-    )  # fmt: skip
-    [batch] = found.microbatches(0)
-    assert batch["cu_seqlens"].tolist() == [0, 7, 8]

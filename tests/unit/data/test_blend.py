@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hysparse_megatron.data.batches import BatchSource, evaluation_batches
+from hysparse_megatron.data.batches import BatchSource
 from hysparse_megatron.data.blend import MOST_PLACES, Blend, parse_blend
 from hysparse_megatron.data.dataset import BlendedSamples, TokenSamples
+from hysparse_megatron.data.held_out import EvaluationBatches
 from hysparse_megatron.data.indexed import IndexedWriter
 from hysparse_megatron.data.order import Skips
 from hysparse_megatron.data.prepare import PreparedCorpus, prepare_corpus
@@ -147,12 +148,13 @@ def test_skipped_steps_change_no_earlier_one(tmp_path: Path) -> None:
 def test_an_evaluation_reads_every_dataset_and_nothing_twice(tmp_path: Path) -> None:
     samples = blended(tmp_path)  # 20, 8 and 3 samples at weights 2, 1, 1
     assert samples.num_held_out == 12  # a quarter of them are the third dataset's 3
-    ids = samples.held_out_ids(np.arange(12))
+    ids = samples.held_out_ids(100)
     assert len(set(ids.tolist())) == 12
     owners = np.searchsorted([20, 28], ids, side="right")
     assert np.bincount(owners).tolist() == [6, 3, 3]
-    batches = evaluation_batches(
-        samples, num_batches=9, global_batch_size=4, micro_batch_size=4, data_parallel_size=1,
+    assert sorted(ids[owners == 0]) == [0, 3, 6, 10, 13, 16], "spread over the first one's 20"
+    batches = EvaluationBatches(
+        samples, num_samples=36, global_batch_size=4, micro_batch_size=4, data_parallel_size=1,
         data_parallel_rank=0,
     )  # fmt: skip
     assert batches.num_batches == 3

@@ -5,10 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from hysparse_megatron.data import EvaluationBatches, evaluation_batches
+from hysparse_megatron.data import EvaluationBatches
 from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.evaluation.held_out import token_losses
 from hysparse_megatron.evaluation.placement import Placement, layout_of
@@ -45,12 +46,12 @@ def random_model(layout: str) -> LoadedModel:
 def random_batches() -> EvaluationBatches:
     rows = torch.randint(0, VOCABULARY, (6, SEQUENCE + 1)).numpy()
     samples = SimpleNamespace(
-        seq_length=SEQUENCE, num_held_out=len(rows), held_out_ids=lambda ids: ids,
+        seq_length=SEQUENCE, num_held_out=len(rows), held_out_ids=np.arange,
         read=lambda ids: rows[ids],
     )  # fmt: skip
-    return evaluation_batches(
+    return EvaluationBatches(
         samples,  # type: ignore[arg-type]
-        num_batches=2, global_batch_size=3, micro_batch_size=3, data_parallel_size=1,
+        num_samples=6, global_batch_size=3, micro_batch_size=3, data_parallel_size=1,
         data_parallel_rank=0,
     )  # fmt: skip
 

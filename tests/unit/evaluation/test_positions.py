@@ -31,6 +31,11 @@ def test_more_bins_than_positions() -> None:
     assert [(one.first, one.last, one.loss) for one in bins] == [(0, 0, 1.0), (1, 1, 2.0)]
 
 
+def test_the_perplexity_of_a_hopeless_model_is_infinite() -> None:
+    whole, _ = loss_by_position([torch.full((1, 3), 1000.0)], 1)
+    assert (whole.loss, whole.perplexity) == (1000.0, math.inf)
+
+
 def test_without_tokens() -> None:
     with pytest.raises(ValueError, match="no token"):
         loss_by_position([torch.full((1, 3), math.nan)], 2)

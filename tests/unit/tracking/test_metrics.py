@@ -15,7 +15,14 @@ from hysparse_megatron.config.frozen import freeze
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.config.validate import check
 from hysparse_megatron.layout import parse_layout
-from hysparse_megatron.tracking.metrics import Console, MetricsFile, read_metrics, results
+from hysparse_megatron.tracking.metrics import (
+    Console,
+    MetricsFile,
+    by_evaluation,
+    chart_values,
+    read_metrics,
+    results,
+)
 from hysparse_megatron.tracking.summary import write_summary
 
 
@@ -67,6 +74,23 @@ def test_the_last_row_of_a_step_wins(tmp_path: Path) -> None:
         evaluation(2, 9.5),
         row(3, 3.0),
     ]
+
+
+def test_every_set_keeps_its_rows(tmp_path: Path) -> None:
+    """Rows of runs before there were several have no name: they are of the run's own split."""
+    own, code = {"evaluation": "validation"}, {"evaluation": "code"}
+    rows = [
+        evaluation(2, 9.0),
+        row(2),
+        {**evaluation(2, 7.0), **code},
+        {**evaluation(2, 8.0), **own},
+    ]
+    write(tmp_path / "m", rows)
+    found = read_metrics(tmp_path / "m")
+    assert found == [rows[1], rows[2], rows[3]]
+    assert by_evaluation(found) == {"code": [rows[2]], "validation": [rows[3]]}
+    assert set(chart_values(rows[2])) == {"eval/eval_loss/code", "eval/eval_seconds/code"}
+    assert set(chart_values(rows[3])) == {"eval/eval_loss", "eval/eval_seconds"}
 
 
 @pytest.mark.parametrize("cut", [1, 10, 40])
@@ -173,6 +197,24 @@ def test_summary(tmp_path: Path) -> None:
         str(config.run_path / "metrics.jsonl"),
     ):
         assert expected in text
+
+
+def test_summary_of_several_sets_and_of_none(tmp_path: Path) -> None:
+    config = compose(["name=mine", "train.steps=1", f"run_dir={tmp_path / 'run'}"])
+    path = config.run_path
+    directory: Any = SimpleNamespace(
+        path=path, metrics=path / "metrics.jsonl", checkpoints=path / "checkpoints"
+    )
+    path.mkdir()
+    write(directory.metrics, [row(1)])
+    assert "no evaluation: train.eval_batches is 0" in write_summary(config, directory, "t", 1, [])
+    for name, loss in (("validation", 3.0), ("code", 2.0)):
+        more = {"evaluation": name, "eval_tokens": 1000, "eval_perplexity": 20.0855}
+        write(directory.metrics, [{**evaluation(1, loss), **more}])
+    text = write_summary(config, directory, "t", 1, [])
+    held_out = "at step 1 (+0.0 %), perplexity 20.09 over 1,000 held-out tokens"
+    assert f"* evaluation loss 3.0000 at step 1 -> 3.0000 {held_out}" in text
+    assert f"* evaluation on code: loss 2.0000 at step 1 -> 2.0000 {held_out}" in text
 
 
 def commands(text: str) -> list[list[str]]:

@@ -23,7 +23,14 @@ STEP = {
     "tokens_per_second": 5.0,
     "skipped": False,
 }
-EVALUATION = {"step": 1, "eval_loss": 1.9}
+EVALUATION = {
+    "step": 1,
+    "evaluation": "validation",
+    "eval_loss": 1.9,
+    "eval_tokens": 2048,
+    "eval_perplexity": 6.686,
+}
+NAMED = {**EVALUATION, "evaluation": "code", "eval_loss": 0.7, "eval_perplexity": 2.014}
 
 
 class Fake:
@@ -55,7 +62,7 @@ def config(tmp_path: Path) -> Config:
 
 def record(config: Config, directory: RunDirectory, said: list[str], error: Any = None) -> None:
     with recorded(config, directory, 0, {"world_size": 4}, said.append) as on_row:
-        for row in (STEP, EVALUATION):
+        for row in (STEP, EVALUATION, NAMED):
             for hook in on_row:
                 hook(row)
         if error is not None:
@@ -67,10 +74,13 @@ def test_everybody_gets_every_row(config: Config, made: list[Fake]) -> None:
     said: list[str] = []
     record(config, directory, said)
     wandb, tensorboard = made
-    assert wandb.rows == tensorboard.rows == [STEP, EVALUATION]
+    assert wandb.rows == tensorboard.rows == [STEP, EVALUATION, NAMED]
     assert [json.loads(line) for line in directory.metrics.read_text().splitlines()] == wandb.rows
     assert wandb.closed == tensorboard.closed == [0]
-    assert said == ["step 1: evaluation loss 1.9000"]
+    assert said == [
+        "step 1: evaluation loss 1.9000, perplexity 6.69 (2,048 tokens)",
+        "step 1: evaluation on code: loss 0.7000, perplexity 2.01 (2,048 tokens)",
+    ]
     assert json.loads((directory.path / "status.json").read_text())["step"] == 1
     facts = wandb.arguments[4]
     assert facts["model"]["layout"] == config.model.layout

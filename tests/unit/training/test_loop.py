@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import pytest
 
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.errors import NumericalStop, Preempted
+from hysparse_megatron.evaluation.loss import HeldOutLoss
 from hysparse_megatron.training import loop
 from hysparse_megatron.training.control import Deadline
 from hysparse_megatron.training.step import Decide, StepResult
@@ -33,10 +35,12 @@ class Script:
         bad: tuple[int, ...] = (),
         stop_at: int | None = None,
         stop_in_evaluation: int | None = None,
+        evaluations: tuple[str, ...] = ("validation",),
     ) -> None:
         config = compose([f"train.steps={steps}", f"checkpoint.interval={interval}"])
         train = replace(config.train, eval_interval=eval_interval)
         self.state: Any = SimpleNamespace(config=replace(config, train=train))
+        self.evaluations = evaluations
         self.bad, self.stop_at, self.stop_in_evaluation = bad, stop_at, stop_in_evaluation
         self.watch: Any = SimpleNamespace(
             poll=lambda raised=(): dict.fromkeys(raised, 0),
@@ -64,7 +68,7 @@ class Script:
 
     def _evaluate(
         self, state: Any, batches: Iterable[Any], go_on: Callable[[], bool]
-    ) -> float | None:
+    ) -> HeldOutLoss | None:
         found = []
         for batch in batches:
             if self.done == self.stop_in_evaluation:
@@ -74,7 +78,7 @@ class Script:
             found.append(batch)
         assert found == [["held out 0"], ["held out 1"]]
         self.events.append(f"evaluate {self.done}")
-        return 2.0
+        return HeldOutLoss(100, 2.0)
 
     def run(self, first_step: int = 0, facts: dict[str, Any] | None = None) -> "Script":
         self.done = first_step
@@ -89,7 +93,8 @@ class Script:
             on_row=[self.rows.append], save=self._save, observe=self._observe, measure=self._measure
         )
         progress = loop.Progress(first_step, facts or {})
-        loop.train(self.state, batches, evaluation, progress, self.watch, hooks)
+        sets = dict.fromkeys(self.evaluations, evaluation)
+        loop.train(self.state, batches, sets, progress, self.watch, hooks)
         return self
 
     @contextlib.contextmanager
@@ -141,6 +146,28 @@ def test_without_evaluation_only_at_start_and_end(script: Callable[..., Script])
     ]
 
 
+def test_evaluation_switched_off(script: Callable[..., Script]) -> None:
+    found = script(steps=2, eval_interval=1, evaluations=()).run()
+    assert found.events == ["step 1", "step 2", "save 2"]
+    assert ["eval_loss" in row for row in found.rows] == [False, False]
+
+
+def test_every_set_has_its_row(script: Callable[..., Script]) -> None:
+    """What the architecture does is seen on the run's own split."""
+    found = script(steps=1, evaluations=("validation", "code")).run()
+    assert found.events == [
+        "evaluate 0",
+        "evaluate 0",
+        "step 1",
+        "evaluate 1",
+        "evaluate 1",
+        "save 1",
+    ]
+    rows = [(row["step"], row["evaluation"]) for row in found.rows if "eval_loss" in row]
+    assert rows == [(0, "validation"), (0, "code"), (1, "validation"), (1, "code")]
+    assert [row["step"] for row in found.rows if "seen" in row] == [0, 1]
+
+
 def test_a_resumed_run_does_what_was_left(script: Callable[..., Script]) -> None:
     whole = script(steps=6, interval=2, eval_interval=3).run().events
     rest = script(steps=6, interval=2, eval_interval=3).run(first_step=4).events
@@ -167,7 +194,11 @@ def test_rows(script: Callable[..., Script]) -> None:
         "sample_ids",
         "measured",
     }
-    assert start.keys() == {"step", "eval_loss", "eval_seconds", "seen"}
+    assert start.keys() == {
+        "step", "evaluation", "eval_loss", "eval_tokens", "eval_perplexity", "eval_seconds", "seen"
+    }  # fmt: skip
+    assert (start["evaluation"], start["eval_tokens"]) == ("validation", 100)
+    assert start["eval_perplexity"] == pytest.approx(math.exp(2.0))
     assert (start["seen"], end["seen"]) == ([0, "evaluate 0"], [2, "evaluate 2"])
     assert second["measured"] == [2, second["step_seconds"], second["data_seconds"]]
     assert first["bad"] == "loss not finite on rank 0"

@@ -3,13 +3,18 @@
 import gc
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from hysparse_megatron.config.compose import compose
+from hysparse_megatron.data import EvaluationBatches, TokenSamples
+from hysparse_megatron.data.indexed import IndexedWriter
+from hysparse_megatron.errors import DataError
 from hysparse_megatron.runtime.process_groups import destroy_process_groups
 from hysparse_megatron.training import step as step_module
 from hysparse_megatron.training.state import TrainingState, build_state
@@ -102,10 +107,58 @@ def test_first_update_by_hand(state: TrainingState, seed: int) -> None:
 def test_evaluation_changes_nothing(state: TrainingState, seed: int) -> None:
     batches = random_batches(4)
     before = parameters(state)
-    loss = evaluate(state, [batches[:2], batches[2:]])
-    assert loss == pytest.approx(by_hand(state, batches)[0], rel=1e-5)
+    found = evaluate(state, [batches[:2], batches[2:]])
+    assert found is not None
+    assert found.loss == pytest.approx(by_hand(state, batches)[0], rel=1e-5)
+    assert found.tokens == sum(batch["labels"].numel() for batch in batches)
     for name, after in parameters(state).items():
         assert torch.equal(after, before[name]), name
+
+
+def test_every_held_out_token_counts_once(state: TrainingState, seed: int) -> None:
+    """And not every batch: one of few tokens says less than one of many."""
+    few, many = random_batches(2)
+    few["loss_mask"][:] = 0.0
+    few["loss_mask"][0, -2:] = 1.0
+    found = evaluate(state, [[few], [many]])
+    assert found is not None
+    assert found.loss == pytest.approx(by_hand(state, [few, many])[0], rel=1e-6)
+    assert found.tokens == many["labels"].numel() + 2
+    few["loss_mask"][:] = 0.0
+    with pytest.raises(DataError, match="no token"):
+        evaluate(state, [[few]])
+
+
+def test_held_out_loss_does_not_depend_on_the_batches(
+    state: TrainingState, seed: int, tmp_path: Path
+) -> None:
+    """Documents of very different lengths, and a last batch that is filled up."""
+    prefix = str(tmp_path / "documents")
+    writer = IndexedWriter(prefix, VOCABULARY)
+    rng = np.random.default_rng(seed)
+    for length in rng.choice([1, 2, 3, 90], size=40):
+        writer.add_document(rng.integers(0, VOCABULARY, length))
+    writer.finish()
+    samples = TokenSamples(prefix, SEQUENCE)
+    found = []
+    for global_batch_size, micro_batch_size in ((1, 1), (4, 2), (6, 3), (64, 8)):
+        batches = EvaluationBatches(
+            samples,
+            num_samples=11,
+            global_batch_size=global_batch_size,
+            micro_batch_size=micro_batch_size,
+            data_parallel_size=1,
+            data_parallel_rank=0,
+            document_mask=True,
+        )
+        numbers = range(batches.num_batches)
+        found.append(evaluate(state, [list(batches.microbatches(number)) for number in numbers]))
+    assert found[0] is not None
+    assert found[0].tokens < 11 * SEQUENCE
+    for other in found[1:]:
+        assert other is not None
+        assert other.tokens == found[0].tokens
+        assert other.loss == pytest.approx(found[0].loss, rel=2e-5)  # a near-tie may turn
 
 
 def test_a_loss_that_is_no_number_leaves_everything_as_it_was(
