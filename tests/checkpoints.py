@@ -6,8 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hysparse_megatron.checkpoint.manifest import write_manifest
 from hysparse_megatron.checkpoint.state import start_save
-from hysparse_megatron.checkpoint.store import MANIFEST, digest_of, step_directory
+from hysparse_megatron.checkpoint.store import digest_of, step_directory
+from hysparse_megatron.checkpoint.tensors import INDEX
 from hysparse_megatron.checkpoint.writer import CheckpointWrite, Job
 from hysparse_megatron.training.state import TrainingState
 
@@ -18,20 +20,26 @@ def write_checkpoint(
     """Files of `write(directory)`, called on every rank. Returns the checkpoint's directory."""
 
     def start(directory: Path) -> Job:
-        return Job(write=lambda: write(directory), finish=lambda: None)
+        # Without a description of the tensors it is no checkpoint.
+        return Job(lambda: write(directory), (directory / INDEX).touch)
 
     return CheckpointWrite(checkpoints, step, start, facts).finish()
 
 
-def write_step(checkpoints: Path, step: int, facts: dict[str, Any]) -> Path:
+def write_step(
+    checkpoints: Path, step: int, facts: dict[str, Any], tensors: dict[str, Any] | None = None
+) -> Path:
     """A whole checkpoint of one small file, for what only looks at manifests. Needs no ranks."""
     directory = step_directory(checkpoints, step)
     directory.mkdir(parents=True)
     shard = directory / "__0_0.distcp"
     shard.write_text(f"weights {step}")
-    files = {shard.name: {"bytes": shard.stat().st_size, "sha256": digest_of(shard)}}
-    manifest = {"step": step, "files": files, **facts}
-    (directory / MANIFEST).write_text(json.dumps(manifest))
+    (directory / INDEX).write_text(json.dumps({"tensors": tensors or {}, "objects": []}))
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": digest_of(path)}
+        for path in directory.iterdir()
+    }
+    write_manifest(directory, {"step": step, "files": files, **facts})
     return directory
 
 

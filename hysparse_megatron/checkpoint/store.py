@@ -13,7 +13,6 @@ writes checkpoints and `choice` lets all ranks agree on one.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import secrets
@@ -22,13 +21,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from hysparse_megatron.checkpoint.manifest import MANIFEST, read_manifest
 from hysparse_megatron.errors import CheckpointError
 from hysparse_megatron.runtime import faults
 
-MANIFEST = "manifest.json"
-
-_PUBLISHED = re.compile(r"step-(\d+)")
-_UNFINISHED = re.compile(r"step-\d+\.tmp(-\w+)?")
+_PUBLISHED = re.compile(r"step-([0-9]+)")
+_UNFINISHED = re.compile(r"step-[0-9]+\.tmp(-\w+)?")
 
 
 def step_directory(checkpoints: Path, step: int) -> Path:
@@ -91,28 +89,26 @@ def newest_whole(
 def problems_of(directory: Path, content: bool = True) -> list[str]:
     """What is wrong with a checkpoint directory.
 
-    A missing or odd manifest, missing or truncated files and, with `content`, files whose hash is
-    another than the manifest says.
+    A missing or odd manifest, a name of another step, missing or truncated files or links to
+    elsewhere and, with `content`, files whose hash is another than the manifest says.
     """
     try:
-        manifest = read_manifest(directory)
-        int(manifest["step"])
-        files = {
-            name: (int(entry["bytes"]), str(entry["sha256"]))
-            for name, entry in manifest["files"].items()
-        }
-    except (CheckpointError, KeyError, TypeError, AttributeError, ValueError) as error:
-        return [f"{directory / MANIFEST}: {type(error).__name__}: {error}"]
+        files = read_manifest(directory)["files"]
+        home = directory.resolve()
+    except (CheckpointError, OSError) as error:
+        return [f"{directory / MANIFEST}: {error}"]
     problems = []
-    for name, (size, _) in files.items():
+    for name, entry in files.items():
         path = directory / name
         if not path.is_file():
             problems.append(f"{path} is missing")
-        elif path.stat().st_size != size:
-            found = path.stat().st_size
-            problems.append(f"{path} has {found} bytes; the manifest says {size} bytes")
+        elif not path.resolve().is_relative_to(home):
+            problems.append(f"{path} is a link to {path.resolve()}, outside of the checkpoint")
+        elif (found := path.stat().st_size) != entry["bytes"]:
+            problems.append(f"{path} has {found} bytes; the manifest says {entry['bytes']} bytes")
     if content and not problems:
-        problems = changed_files(directory, {name: digest for name, (_, digest) in files.items()})
+        digests = {name: entry["sha256"] for name, entry in files.items()}
+        problems = changed_files(directory, digests)
     return problems
 
 
@@ -133,14 +129,6 @@ def digest_of(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint. Raises CheckpointError when it is missing or garbled."""
-    try:
-        return json.loads((directory / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read the manifest: {error}") from error
 
 
 def tokenizer_facts(manifest: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ checkpoints as they are. Decisions about the file system are made on rank 0 and 
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import threading
@@ -21,8 +20,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
+from hysparse_megatron.checkpoint.manifest import write_manifest
 from hysparse_megatron.checkpoint.store import (
-    MANIFEST,
     digest_of,
     remove_leftovers,
     step_directory,
@@ -135,7 +134,7 @@ class CheckpointWrite:
                 **self._facts,
             }
             faults.reach("manifest", self.step)
-            _write_manifest(self._temporary, {**facts, "files": files})
+            write_manifest(self._temporary, {**facts, "files": files})
             if self._final.exists():
                 raise CheckpointError(f"{self._final} appeared while it was being written")
             os.rename(self._temporary, self._final)
@@ -169,12 +168,3 @@ def _describe(directory: Path, wanted: Callable[[str], bool]) -> dict[str, dict[
                 os.fsync(file.fileno())
             entries[name] = {"bytes": path.stat().st_size, "sha256": digest_of(path)}
     return entries
-
-
-def _write_manifest(directory: Path, content: dict[str, Any]) -> None:
-    """The last file of a checkpoint; on disk, with the names of all files, when this returns."""
-    with (directory / MANIFEST).open("w") as file:
-        json.dump(content, file, indent=1, sort_keys=True)
-        file.flush()
-        os.fsync(file.fileno())
-    sync_folder(directory)

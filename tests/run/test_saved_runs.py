@@ -24,7 +24,7 @@ os._exit(code)
 KILLED_BEFORE_THE_MANIFEST = f"""
 import os, signal, sys
 from hysparse_megatron.checkpoint import writer
-writer._write_manifest = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+writer.write_manifest = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
 {MAIN}"""
 
 SLOW_DISK = f"""

@@ -41,7 +41,7 @@ class Disk:
                 raise self.error
             (directory / "__0_0.distcp").write_text(f"weights {step}")
 
-        return Job(write, lambda: (directory / "index.json").write_text("{}") and None)
+        return Job(write, lambda: (directory / "tensors.json").write_text("{}") and None)
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_training_goes_on_while_files_are_written(
     directory = step_directory(tmp_path, 4)
     assert problems_of(directory) == []
     assert read_manifest(directory)["tokens"] == 8
-    assert read_manifest(directory)["files"].keys() == {"__0_0.distcp", "index.json"}
+    assert read_manifest(directory)["files"].keys() == {"__0_0.distcp", "tensors.json"}
     assert said[0].startswith(f"saved {directory}")
 
 

@@ -1,13 +1,17 @@
 """Checkpoint directories: written whole, judged by their manifest, pruned."""
 
+import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
 
 from hysparse_megatron.checkpoint import choice, store, writer
+from hysparse_megatron.checkpoint.manifest import LARGEST_BYTES
 from hysparse_megatron.checkpoint.store import (
     latest_checkpoint,
     problems_of,
@@ -45,7 +49,7 @@ def test_a_checkpoint_and_its_manifest(tmp_path: Path) -> None:
     manifest = json.loads((directory / "manifest.json").read_text())
     assert manifest["step"] == 7
     assert manifest["tokens"] == 70
-    assert manifest["files"].keys() == {"__0_0.distcp", "common/metadata.json"}
+    assert manifest["files"].keys() == {"__0_0.distcp", "common/metadata.json", "tensors.json"}
     assert manifest["files"]["__0_0.distcp"]["bytes"] == 7
     assert len(manifest["files"]["__0_0.distcp"]["sha256"]) == 64
     assert problems_of(directory) == []
@@ -75,6 +79,10 @@ def test_what_a_killed_run_leaves_is_ignored_and_removed(tmp_path: Path) -> None
     remove_leftovers(tmp_path / "nowhere")
 
 
+def digest_of_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def flip_a_byte(directory: Path) -> None:
     shard = directory / "__0_0.distcp"
     content = bytearray(shard.read_bytes())
@@ -86,7 +94,70 @@ def manifest_of(content: str) -> Callable[[Path], None]:
     return lambda directory: (directory / "manifest.json").write_text(content) and None
 
 
+def edited(keep_hash: bool = False, **changes: Any) -> Callable[[Path], None]:
+    """A manifest with other values, by default as one of an early version, without a hash."""
+
+    def edit(directory: Path) -> None:
+        path = directory / "manifest.json"
+        content = {**json.loads(path.read_text()), **changes}
+        if not keep_hash:
+            del content["manifest_sha256"]
+        path.write_text(json.dumps(content))
+
+    return edit
+
+
+def with_file(name: str) -> Callable[[Path], None]:
+    """A manifest that names a file which is there, is right, and is none of the checkpoint."""
+
+    def edit(directory: Path) -> None:
+        (directory.parent / "elsewhere").write_text("weights")
+        files = read_manifest(directory)["files"]
+        named = name.format(parent=directory.parent)
+        edited(files={**files, named: files["__0_0.distcp"]})(directory)
+
+    return edit
+
+
+def link_elsewhere(directory: Path) -> None:
+    shard = directory / "__0_0.distcp"
+    shard.rename(directory.parent / "elsewhere")
+    shard.symlink_to(directory.parent / "elsewhere")
+
+
+def make_a_pipe(directory: Path) -> None:
+    (directory / "manifest.json").unlink()
+    os.mkfifo(directory / "manifest.json")
+
+
+SHARD = {"__0_0.distcp": {"bytes": 7, "sha256": digest_of_text("weights")}}
+
 DAMAGE: dict[str, Callable[[Path], None]] = {
+    "one value edited": edited(keep_hash=True, tokens=81),
+    "another step": edited(step=1_000_000_000),
+    "a negative step": edited(step=-8),
+    "a step that is text": edited(step="8"),
+    "a step that is a fraction": edited(step=8.0),
+    "a step that is true": edited(step=True),
+    "no files": edited(files={}),
+    "no file of tensors": edited(files={"tensors.json": SHARD["__0_0.distcp"]}),
+    "nothing that describes the tensors": edited(files=SHARD),
+    "negative sizes": edited(files={"__0_0.distcp": {**SHARD["__0_0.distcp"], "bytes": -7}}),
+    "no hashes": edited(files={"__0_0.distcp": {"bytes": 7, "sha256": None}}),
+    "files that are text": edited(files="all"),
+    "data that are a list": edited(data=[]),
+    "tokens that are text": edited(tokens="80"),
+    "a model that is text": edited(model="large"),
+    "progress that is a number": edited(progress=3),
+    "a guard that is a number": edited(progress={"guard": 3}),
+    "losses that are text": edited(progress={"guard": {"losses": ["1"]}}),
+    "a file above": with_file("../elsewhere"),
+    "a file above, by a detour": with_file("common/../../elsewhere"),
+    "an absolute path": with_file("{parent}/elsewhere"),
+    "a link to elsewhere": link_elsewhere,
+    "a pipe in place of the manifest": make_a_pipe,
+    "a huge manifest": manifest_of(" " * (LARGEST_BYTES + 1)),
+    "a deep manifest": manifest_of('{"step": ' + "[" * 100_000),
     "truncated shard": lambda directory: (directory / "__0_0.distcp").write_text("weight"),
     "missing shard": lambda directory: (directory / "__0_0.distcp").unlink(),
     "flipped byte": flip_a_byte,
@@ -112,6 +183,28 @@ def test_damage_is_noticed_and_the_one_before_is_taken(tmp_path: Path, damage: s
     assert str(newer) in rejected[0]
     with pytest.raises(CheckpointError):
         resolve_checkpoint(newer)
+
+
+def test_a_renamed_checkpoint_is_named_and_the_one_before_is_taken(tmp_path: Path) -> None:
+    older, newer = write(tmp_path, 4), write(tmp_path, 8)
+    renamed = newer.rename(step_directory(tmp_path, 99))
+    found, [problem] = latest_checkpoint(tmp_path)
+    assert found == older
+    assert f"{renamed}/manifest.json: it is of step 8, but its directory is named" in problem
+    assert problems_of(renamed.rename(tmp_path / "best")) == [], "no step is told by that name"
+
+
+def test_a_manifest_of_an_early_version_has_no_hash_of_its_own(tmp_path: Path) -> None:
+    directory = write(tmp_path, 4)
+    edited()(directory)
+    assert "manifest_sha256" not in read_manifest(directory)
+    assert latest_checkpoint(tmp_path) == (directory, [])
+
+
+def test_what_a_manifest_says_is_hashed_as_it_is_read(tmp_path: Path) -> None:
+    facts = {"progress": {10: 1e-300, 9: float("nan"), "x": (1, None)}, "text": "é"}
+    directory = write_checkpoint(tmp_path, 4, lambda path: (path / "__0_0.distcp").touch(), facts)
+    assert read_manifest(directory)["progress"].keys() == {"9", "10", "x"}
 
 
 def test_only_damaged_ones_are_no_fresh_start(tmp_path: Path) -> None:
@@ -196,7 +289,7 @@ def test_a_disk_that_is_full_at_the_manifest(
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writer, "_write_manifest", full)
+    monkeypatch.setattr(writer, "write_manifest", full)
     with pytest.raises(CheckpointError, match=r"step-00000008 was not written; rank 0: .*No space"):
         write(tmp_path, 8)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]

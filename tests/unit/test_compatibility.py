@@ -1,7 +1,6 @@
 """Starts over a checkpoint of another model: refused, with all differences, and nothing changed."""
 
 import functools
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,6 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from hysparse_megatron.checkpoint.tensors import INDEX
 from hysparse_megatron.compatibility import compared_settings, refuse_mismatch
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.config.frozen import build, config_hash, freeze, to_yaml
@@ -50,18 +48,17 @@ def save(config: Config, step: int = 4) -> Path:
 
 def save_without_settings(config: Config) -> Path:
     """As versions did that wrote no settings into manifests."""
-    directory = write_step(
-        config.run_path / "checkpoints",
-        4,
-        {"data": {"vocab_size": 300}, "config_hash": config_hash(config)},
-    )
     rows = padded_vocab_size(300)
     shapes = {weight.name: list(weight.shape) for weight in model_weights(config.model, rows)}
     shapes["optimizer.state.exp_avg.decoder.final_norm.weight"] = [1]
     index = {name: {"dtype": "float32", "shape": shape} for name, shape in shapes.items()}
-    (directory / INDEX).write_text(json.dumps({"tensors": index}))
     freeze(config, config.run_path)
-    return directory
+    return write_step(
+        config.run_path / "checkpoints",
+        4,
+        {"data": {"vocab_size": 300}, "config_hash": config_hash(config)},
+        index,
+    )
 
 
 def told(config: Config) -> dict[str, tuple[str, str]]:
