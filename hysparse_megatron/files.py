@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
 from pathlib import Path
+from typing import IO
 
 from hysparse_megatron.errors import ConfigError
+
+_TEMPORARY = ".tmp"
 
 
 def require_writable(path: Path | None, option: str) -> None:
@@ -19,6 +24,47 @@ def require_writable(path: Path | None, option: str) -> None:
         path.open("a").close()
     except OSError as error:
         raise ConfigError(f"{option}: cannot write {path} ({error.strerror})") from error
+
+
+def write_whole(path: Path, text: str, *, durable: bool = False) -> None:
+    """Replace a file so that a reader sees the old or the new content, never a part.
+
+    It is written under a fresh name beside its place, so that nothing else is ever written over,
+    also not through a link. `durable`: whole after a loss of power, too.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_TEMPORARY}")
+    try:
+        with temporary.open("x", encoding="utf-8") as file:
+            file.write(text)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def open_lines(path: Path) -> IO[str]:
+    """Open a file of lines to append to; each is handed to the system as soon as it is written.
+
+    A last line that was cut short, as by a kill or a full disk, must not swallow the next.
+    """
+    file = path.open("a", buffering=1, encoding="utf-8")
+    with path.open("rb") as before:
+        size = before.seek(0, os.SEEK_END)
+        before.seek(max(0, size - 1))
+        if before.read(1) not in (b"", b"\n"):
+            file.write("\n")
+    return file
+
+
+def remove_temporaries(directory: Path) -> None:
+    """Delete what `write_whole` left where it was killed. Only for the owner of the directory."""
+    for path in directory.glob(f".*{_TEMPORARY}"):
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def sync_folder(directory: str | os.PathLike[str]) -> None:

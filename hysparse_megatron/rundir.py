@@ -1,7 +1,7 @@
 """The run directory: who owns it, what was run, and how it stands.
 
 config.yaml     the frozen configuration       status.json    how the run stands
-run.json        ids, versions, git state       metrics.jsonl  one row a step
+run.json        see run_record.py               metrics.jsonl  one row a step
 checkpoints/    see checkpoint/store.py        summary.md     written at the end
 logs/           see runtime/flight_recorder.py code.diff      see source.py
 """
@@ -11,10 +11,8 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import importlib.metadata
-import json
 import os
 import platform
-import secrets
 import socket
 import time
 from pathlib import Path
@@ -28,11 +26,11 @@ from hysparse_megatron.compatibility import refuse_mismatch
 from hysparse_megatron.config.frozen import CONFIG_FILE, freeze, load_frozen, to_yaml
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.errors import ConfigError, HySparseError
+from hysparse_megatron.files import remove_temporaries
+from hysparse_megatron.run_record import open_record, write_record
 from hysparse_megatron.runtime.flight_recorder import LOG_FOLDER
 from hysparse_megatron.source import record_source
-from hysparse_megatron.status import Status, change_status, read_status, stamp, write_json
-
-RECORD_FILE = "run.json"
+from hysparse_megatron.status import Status, change_status, read_status, stamp
 
 _PACKAGES = (
     "torch",
@@ -63,7 +61,8 @@ class RunDirectory:
         (self.path / LOG_FOLDER).mkdir(exist_ok=True)
         self.changed_keys = _changed_keys(self.path / CONFIG_FILE, config)
         self.config_hash = freeze(config, self.path)
-        self.facts = self._open_record(config)
+        remove_temporaries(self.path)
+        self.facts, self.warnings = self._open_record(config)
         self.status = Status(self.path, restarts=self.restarts)
 
     @property
@@ -90,9 +89,9 @@ class RunDirectory:
         self._lock.truncate(0)
         self._lock.close()
 
-    def _open_record(self, config: Config) -> dict[str, Any]:
-        """`run.json`: its list of starts extended by this one."""
-        record = _read_record(config)
+    def _open_record(self, config: Config) -> tuple[dict[str, Any], list[str]]:
+        """`run.json`, its list of starts extended by this one, and what was wrong with it."""
+        record, warnings = open_record(self.path, config.name)
         record["starts"].append(
             {
                 "time": stamp(time.time()),
@@ -104,15 +103,15 @@ class RunDirectory:
                 "slurm_job": os.environ.get("SLURM_JOB_ID"),
             }
         )
-        write_json(self.path / RECORD_FILE, record)
-        return record
+        write_record(self.path, record)
+        return record, warnings
 
 
-def prepare_run(config: Config) -> list[str]:
+def prepare_run(config: Config) -> tuple[list[str], list[str]]:
     """Freeze the configuration before any rank starts, and give the run its id.
 
-    Returns lines `key: old -> new` for what differs from the last start in this directory. Raises
-    what `RunDirectory` does; nothing has changed then.
+    Returns lines `key: old -> new` for what differs from the last start in this directory, and
+    warnings about its record. Raises what `RunDirectory` does; nothing has changed then.
     """
     path = config.run_path
     refuse_start(config)
@@ -120,44 +119,11 @@ def prepare_run(config: Config) -> list[str]:
     held, _ = lock(path)
     with held:
         changed = _changed_keys(path / CONFIG_FILE, config)
-        record = _read_record(config)
+        record, warnings = open_record(path, config.name)
         freeze(config, path)
-        write_json(path / RECORD_FILE, record)
+        write_record(path, record)
         held.truncate(0)
-    return changed
-
-
-def add_job(run_path: Path, job: str) -> None:
-    """Note in `run.json` a job that was submitted for this run."""
-    record = _read_json(run_path / RECORD_FILE)
-    record.setdefault("jobs", []).append(job)
-    write_json(run_path / RECORD_FILE, record)
-
-
-def submitted_jobs(run_path: Path) -> list[str]:
-    """Jobs that were submitted for this run, oldest first."""
-    return list(_read_json(run_path / RECORD_FILE).get("jobs", []))
-
-
-def _read_record(config: Config) -> dict[str, Any]:
-    """`run.json`, or what a new run begins with: the id it keeps over all its starts."""
-    record = _read_json(config.run_path / RECORD_FILE)
-    record.setdefault("id", secrets.token_hex(4))
-    record.setdefault("name", config.name)
-    record.setdefault("starts", [])
-    return record
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    record: dict[str, Any] = {}
-    if path.exists():
-        try:
-            record = json.loads(path.read_text())
-        except ValueError as error:
-            raise ConfigError(f"{path} is not JSON ({error}); delete it to go on") from error
-    if not isinstance(record, dict) or not isinstance(record.get("starts", []), list):
-        raise ConfigError(f"{path} is not the record of a run; delete it to go on")
-    return record
+    return changed, warnings
 
 
 def lock(run_path: Path) -> tuple[IO[str], str | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,8 +47,11 @@ def record_source(run_path: Path, starts: Sequence[dict[str, Any]]) -> dict[str,
         if path.is_file() and path.read_bytes() == difference:
             return {**state, "diff": name}
     stem, _, suffix = DIFF_FILE.partition(".")
-    name = f"{stem}-{len(starts) + 1}.{suffix}" if names else DIFF_FILE
-    (run_path / name).write_bytes(difference)
+    later = (f"{stem}-{number}.{suffix}" for number in itertools.count(len(starts) + 1))
+    free = (one for one in itertools.chain([DIFF_FILE], later) if not (run_path / one).exists())
+    name = next(free)
+    with (run_path / name).open("xb") as file:
+        file.write(difference)
     return {**state, "diff": name}
 
 

@@ -23,6 +23,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from hysparse_megatron.files import write_whole
+
 STATUS_FILE = "status.json"
 
 STATES = {3: "preempted", 4: "numerical_stop"}
@@ -82,10 +84,9 @@ def stamp(seconds: float) -> str:
 def read_status(run_path: Path) -> dict[str, Any]:
     """What the file says; empty if there is none or it is garbled."""
     try:
-        content = json.loads((run_path / STATUS_FILE).read_text())
-    except (OSError, ValueError):
+        return read_object(run_path / STATUS_FILE) or {}
+    except OSError:
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def change_status(run_path: Path, **facts: Any) -> None:
@@ -98,8 +99,15 @@ def _write(path: Path, facts: dict[str, Any]) -> None:
     write_json(path, {field: facts.get(field) for field in _FIELDS})
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file so that a reader sees the old or the new content, never a part."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)
+def write_json(path: Path, content: dict[str, Any], *, durable: bool = False) -> None:
+    """Write a JSON file; see `write_whole`."""
+    write_whole(path, json.dumps(content, indent=1) + "\n", durable=durable)
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """A JSON file's keys and values; None if it holds something else. Raises OSError."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None

@@ -15,7 +15,6 @@ is also kept in RUN_DIR/requeue.json.
 from __future__ import annotations
 
 import calendar
-import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -26,7 +25,7 @@ from typing import Any
 from hysparse_megatron.command import command, make_parser
 from hysparse_megatron.errors import CheckpointError, ConfigError, DataError, NumericalStop
 from hysparse_megatron.rundir import amend_status
-from hysparse_megatron.status import TIME_FORMAT, read_status, write_json
+from hysparse_megatron.status import TIME_FORMAT, read_object, read_status, write_json
 
 RECORD = "requeue.json"
 
@@ -58,9 +57,9 @@ def decide(
     `told` says that the job was asked to stop; `is_of_this_start` that the start got far enough to
     write `status`.
     """
-    before = int(record.get("checkpoint_step", 0))
-    saved = max(int(status.get("checkpoint_step") or 0), before)
-    failures = int(record.get("failures", 0))
+    before = _number(record, "checkpoint_step")
+    saved = max(_number(status, "checkpoint_step"), before)
+    failures = _number(record, "failures")
     state, code = status.get("state"), status.get("exit_code")
     # A finished run that is started again leaves its status as it was.
     if state == "finished" and (is_of_this_start or not told):
@@ -89,15 +88,20 @@ def main(argv: Sequence[str]) -> int:
     parser = make_parser("launch.requeue", __doc__)
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--max-restarts", type=int, required=True, metavar="N")
-    parser.add_argument("--started", type=float, default=0.0, metavar="EPOCH", help="of this start")
+    parser.add_argument("--wrote", type=int, choices=(0, 1), help="status.json is of this start")
+    parser.add_argument("--started", type=float, default=0.0, metavar="EPOCH", help="if not known")
     parser.add_argument("--told", type=int, choices=(0, 1), default=0, help="was asked to stop")
     given = parser.parse_args(list(argv))
     status = read_status(given.run_dir)
-    is_of_this_start = _seconds(status.get("started")) >= int(given.started)
+    if given.wrote is None:  # a job script of an older version, which asks the clock
+        is_of_this_start = _seconds(status.get("started")) >= int(given.started)
+    else:
+        is_of_this_start = bool(given.wrote)
     if is_of_this_start and status.get("state") == "running":
         # Nobody was left to write down how it ended.
         cause = "the ranks ended without a word: killed, or out of memory"
-        amend_status(given.run_dir, status["pid"], cause, state="failed", exit_code=1, rank=None)
+        pid = _number(status, "pid")
+        amend_status(given.run_dir, pid, cause, state="failed", exit_code=1, rank=None)
         status = read_status(given.run_dir)
     decision = decide(
         status,
@@ -113,14 +117,22 @@ def main(argv: Sequence[str]) -> int:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
+        return read_object(path) or {}
+    except OSError:
         return {}
-    return content if isinstance(content, dict) else {}
 
 
-def _seconds(text: str | None) -> float:
-    return calendar.timegm(time.strptime(text, TIME_FORMAT)) if text else 0.0
+def _number(facts: Mapping[str, Any], key: str) -> int:
+    """A count; 0 where it is missing or something else stands there."""
+    value = facts.get(key)
+    return value if isinstance(value, int) else 0
+
+
+def _seconds(text: Any) -> float:
+    try:
+        return calendar.timegm(time.strptime(text, TIME_FORMAT))
+    except (TypeError, ValueError):
+        return 0.0
 
 
 if __name__ == "__main__":

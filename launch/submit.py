@@ -32,9 +32,11 @@ from hysparse_megatron.config.cluster import Scheduler
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.config.validate import warnings
 from hysparse_megatron.errors import ConfigError
+from hysparse_megatron.files import write_whole
 from hysparse_megatron.plan.report import as_text
 from hysparse_megatron.plan.suggest import check, overview_of
-from hysparse_megatron.rundir import add_job, prepare_run, refuse_start, submitted_jobs
+from hysparse_megatron.run_record import add_job, submitted_jobs
+from hysparse_megatron.rundir import prepare_run, refuse_start
 from launch import findings, local
 from launch.checks import login_checks
 from launch.job import SCRIPT_NAME, num_ranks, render_job
@@ -111,8 +113,11 @@ def _launch(point: Point, dry_run: bool, is_one_of_many: bool) -> int:
     if slurm and shutil.which("sbatch") is None:
         print(f"not submitted: no sbatch here; would run: {shlex.join(command)}", file=sys.stderr)
         return 2
-    for line in prepare_run(config):
+    changed, damaged = prepare_run(config)
+    for line in changed:
         print(f"note: changed since the last start in {config.run_path}: {line}")
+    for line in damaged:
+        print(f"WARNING: {line}")
     if not slurm:
         return local.main(command[3:])
     return _submit(config, script, command)
@@ -128,7 +133,7 @@ def _command(config: Config) -> list[str]:
 def _submit(config: Config, script: str, command: list[str]) -> int:
     path = config.run_path
     (path / "logs").mkdir(exist_ok=True)  # sbatch does not make the folder of its output
-    (path / SCRIPT_NAME).write_text(script)
+    write_whole(path / SCRIPT_NAME, script)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         print(f"sbatch refused it: {done.stderr.strip()}", file=sys.stderr)

@@ -125,7 +125,7 @@ def _distance(one: Any, other: Any) -> str:
 
 def verdict(one: RunData, other: RunData, difference: Difference) -> list[str]:
     """What two runs have in common, in words."""
-    same_id = one.record.get("id") == other.record.get("id")
+    same_id = one.record.get("id") is not None and one.record["id"] == other.record.get("id")
     lines = []
     if difference.first is None:
         kind = "the same run" if same_id else "two runs with equal results"

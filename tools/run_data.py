@@ -5,7 +5,7 @@ Configurations are plain trees here, so that runs of other versions can be looke
 
 from __future__ import annotations
 
-import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from hysparse_megatron.checkpoint import store
 from hysparse_megatron.config.frozen import CONFIG_FILE
 from hysparse_megatron.config.schema import VALIDATION
 from hysparse_megatron.errors import CheckpointError, ConfigError
+from hysparse_megatron.run_record import RECORD_FILE, read_record
 from hysparse_megatron.status import read_status
 from hysparse_megatron.tracking.metrics import by_evaluation, read_metrics
 
@@ -97,16 +98,19 @@ def load_run(path: Path) -> RunData:
     checkpoints = reversed(store.published(path / "checkpoints"))
     try:
         config = yaml.safe_load((path / CONFIG_FILE).read_text())
-        record = json.loads((path / "run.json").read_text())
+        record = read_record(path)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} is no whole run directory: {error}") from error
-    if not isinstance(config, dict) or not isinstance(record, dict):
-        raise ConfigError(f"{path}: {CONFIG_FILE} and run.json must hold keys and values")
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path}: {CONFIG_FILE} must hold keys and values")
+    if not record:
+        text = f"warning: {path / RECORD_FILE} is damaged or not there: its starts are left out"
+        print(text, file=sys.stderr)
     by_name = by_evaluation(rows)
     return RunData(
         path=path,
         config=config,
-        record=record,
+        record=record or {},
         status=read_status(path),
         steps=[row for row in rows if "loss" in row],
         evaluations=by_name.pop(VALIDATION, []),

@@ -186,13 +186,18 @@ def superfluous(checkpoints: Path, keep: int, keep_every: int, newest: Path) -> 
     """Checkpoints before `newest` that the rules do not keep, newest first.
 
     The newest `keep` valid ones stay, `newest` among them and always (0 keeps all), and those whose
-    step is a multiple of `keep_every` (0: no step is). Damaged ones are not ours to judge and stay.
+    step is a multiple of `keep_every` (0: no step is). Damaged ones are not ours to judge and stay,
+    and so does what a link stands for.
     """
     if not keep:
         return []
     older = [path for path in published(checkpoints) if step_of(path) < step_of(newest)]
     valid = [path for path in older if not problems_of(path, content=False)]
-    return [path for path in valid[keep - 1 :] if not keep_every or step_of(path) % keep_every]
+    return [
+        path
+        for path in valid[keep - 1 :]
+        if not path.is_symlink() and (not keep_every or step_of(path) % keep_every)
+    ]
 
 
 def prune(

@@ -1,8 +1,6 @@
 """From a plain tree or a YAML text to a checked `Config`, and back to a file all ranks read."""
 
-import contextlib
 import hashlib
-import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +12,7 @@ from hysparse_megatron.config.describe import allowed_values, type_of, unknown_k
 from hysparse_megatron.config.problems import as_error
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.errors import ConfigError, Problem
+from hysparse_megatron.files import write_whole
 
 CONFIG_FILE = "config.yaml"
 
@@ -89,19 +88,11 @@ def config_hash(config: Config) -> str:
 def freeze(config: Config, run_dir: str | Path) -> str:
     """Write RUN_DIR/config.yaml, whole or not at all, and return the configuration's hash."""
     target = Path(run_dir) / CONFIG_FILE
-    temporary = target.with_name(f".{CONFIG_FILE}.{os.getpid()}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(to_yaml(config))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
+        write_whole(target, to_yaml(config), durable=True)
     except OSError as error:
         raise ConfigError(f"cannot write {target}: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):  # the write has said what is wrong with the directory
-            temporary.unlink(missing_ok=True)
     return config_hash(config)
 
 

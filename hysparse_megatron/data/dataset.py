@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from hysparse_megatron.data.blend import Blend
-from hysparse_megatron.data.indexed import check_indexed, open_indexed, refuse_bad_ids
+from hysparse_megatron.data.indexed import TokenFile, check_indexed, open_indexed, refuse_bad_ids
 from hysparse_megatron.data.order import sample_ids as ordered_sample_ids
 from hysparse_megatron.errors import DataError
 
@@ -47,6 +47,7 @@ class TokenSamples:
         self._vocab_size = vocab_size
         self._dtype = summary.dtype
         self._indexed = open_indexed(prefix)
+        self._tokens = TokenFile(prefix)
 
     def __len__(self) -> int:
         return self.num_samples
@@ -76,16 +77,12 @@ class TokenSamples:
 
         Raises:
             IndexError: `sample_id` outside 0 .. num_samples - 1.
-            DataError: a token id outside the vocabulary.
+            DataError: a token id outside the vocabulary, or the file has become shorter.
         """
         if not 0 <= sample_id < self.num_samples:
             raise IndexError(f"sample {sample_id} is outside 0 .. {self.num_samples - 1}")
         first = int(sample_id) * self.seq_length
-        tokens: np.ndarray = self._indexed.bin_reader.read(
-            dtype=self._dtype,
-            count=self.seq_length + 1,
-            offset=first * self._dtype().itemsize,
-        )
+        tokens = self._tokens.read(self._dtype, first, self.seq_length + 1)
         if self._vocab_size is not None:
             refuse_bad_ids(tokens, self._path, first, self._vocab_size)
         return tokens.astype(np.int64)
@@ -94,7 +91,11 @@ class TokenSamples:
         """Places in a sample at which a document starts, int64 in 0 .. S, ascending.
 
         The last place, S, is that of the last label. Empty documents start nowhere.
+
+        Raises:
+            DataError: the index has become shorter.
         """
+        self._tokens.require_index()
         first = int(sample_id) * self.seq_length
         index = self._indexed.index
         itemsize = self._dtype().itemsize

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -176,6 +177,52 @@ def refuse_bad_ids(tokens: np.ndarray, path: str, first: int, vocab_size: int) -
         f"{path}: token id {int(tokens[place])} at offset {(first + place) * tokens.itemsize} is "
         f"outside the vocabulary of {vocab_size}; was it written with another tokenizer?"
     )
+
+
+class TokenFile:
+    """Reads the tokens of `<prefix>.bin` as they are asked for, not through a memory map.
+
+    Where a mapped file has become shorter, the system kills who reads there; here it is an error.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        self._path, self._index_path = f"{prefix}.bin", f"{prefix}.idx"
+        self._descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        self._index_descriptor = os.open(self._index_path, os.O_RDONLY | os.O_CLOEXEC)
+        self._index_bytes = os.fstat(self._index_descriptor).st_size
+        for descriptor in (self._descriptor, self._index_descriptor):
+            weakref.finalize(self, os.close, descriptor)
+
+    def read(self, dtype: type[np.integer], first: int, count: int) -> np.ndarray:
+        """`count` tokens from number `first` on, [count].
+
+        Raises:
+            DataError: names the file, and the offset at which it ends or cannot be read.
+        """
+        offset, size = first * dtype().itemsize, count * dtype().itemsize
+        found = b""
+        while len(found) < size:
+            try:
+                part = os.pread(self._descriptor, size - len(found), offset + len(found))
+            except OSError as error:
+                text = f"cannot be read at offset {offset}: {error.strerror}"
+                raise DataError(f"{self._path}: {text}") from error
+            if not part:
+                raise DataError(
+                    f"{self._path}: ends before offset {offset + size}: it was cut short after the "
+                    "run had begun; restore it, and the same command continues"
+                )
+            found += part
+        return np.frombuffer(found, dtype)
+
+    def require_index(self) -> None:
+        """Raise DataError if the index, which is mapped, has become shorter since it was opened."""
+        size = os.fstat(self._index_descriptor).st_size
+        if size < self._index_bytes:
+            raise DataError(
+                f"{self._index_path}: ends at offset {size}, but had {self._index_bytes} bytes "
+                "when the run began; restore it, and the same command continues"
+            )
 
 
 def open_indexed(prefix: str) -> IndexedDataset:

@@ -5,13 +5,16 @@ The fields of the rows are listed in docs/tracking.md.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from hysparse_megatron.config.schema import VALIDATION
+from hysparse_megatron.files import open_lines
 
 MEASURED = frozenset(
     {
@@ -69,9 +72,7 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a", buffering=1)
-        if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
-            self._file.write("\n")  # a killed run's last line must not swallow our first
+        self._file = open_lines(path)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row."""
@@ -84,14 +85,28 @@ class MetricsFile:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All rows, the last one of each step and evaluation on a set only, in the order of steps."""
-    rows: dict[tuple[int, str], dict[str, Any]] = {}
-    for line in path.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # the last line of a killed run
-        rows[row["step"], evaluation_of(row)] = row
+    rows = {(row["step"], evaluation_of(row)): row for row in read_rows(path)}
     return [rows[key] for key in sorted(rows)]
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Every row that has a step, as they stand in a file of JSON lines.
+
+    What is no row, such as the last line of a run that was killed or whose disk was full, is left
+    out with a warning.
+    """
+    lost = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        row = None
+        with contextlib.suppress(ValueError, RecursionError):
+            row = json.loads(line)
+        if isinstance(row, dict) and type(row.get("step")) is int:
+            yield row
+        elif line.strip():
+            lost.append(number)
+    if lost:
+        text = f"warning: {path}: {len(lost)} lines that are no rows are left out, first line"
+        print(f"{text} {lost[0]}", file=sys.stderr, flush=True)
 
 
 class Console:

@@ -11,13 +11,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+from hysparse_megatron.files import open_lines
+from hysparse_megatron.tracking.metrics import read_rows
+
 SELECTIONS_FILE = "selections.jsonl"
 """In the run directory."""
 
 
 def write_selections(run_path: Path, line: dict[str, Any]) -> None:
     """Append a line."""
-    with (run_path / SELECTIONS_FILE).open("a") as file:
+    with open_lines(run_path / SELECTIONS_FILE) as file:
         file.write(json.dumps(line) + "\n")
 
 
@@ -27,11 +30,7 @@ def read_selections(run_path: Path) -> dict[int, dict[str, Any]]:
     if not path.exists():
         return {}
     found = {}
-    for line in path.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # the last line of a killed run
+    for row in read_rows(path):
         row["layers"] = {int(layer): rows for layer, rows in row["layers"].items()}
         found[row["step"]] = row
     return found

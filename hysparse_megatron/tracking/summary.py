@@ -8,6 +8,7 @@ from typing import Any
 
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.config.schema import VALIDATION, Config
+from hysparse_megatron.files import write_whole
 from hysparse_megatron.rundir import RunDirectory
 from hysparse_megatron.tracking.metrics import by_evaluation, read_metrics
 
@@ -21,14 +22,9 @@ def write_summary(
 ) -> str:
     """Write `summary.md` and return its text. `overrides` are those of the command that ran."""
     rows = read_metrics(directory.metrics)
-    steps = [row for row in rows if "loss" in row]
-    seconds = sum(row["step_seconds"] for row in steps)
-    speed = sorted(row["tokens_per_second"] for row in steps)[len(steps) // 2]
-
     text = f"""# {config.name}
 
-* {config.train.steps} steps, {steps[-1]["tokens"]:,} tokens in {seconds / 60:.1f} minutes of \
-training, median {speed:,.0f} tokens/s
+{_steps(config, [row for row in rows if "loss" in row])}
 {_evaluations(rows)}
 * metrics: `{directory.metrics}`, checkpoints: `{directory.checkpoints}`
 
@@ -36,8 +32,19 @@ What to do next:
 
 """
     text += _suggestions(config, directory, tokenizer_path, num_ranks, overrides)
-    (directory.path / "summary.md").write_text(text)
+    write_whole(directory.path / "summary.md", text)
     return text
+
+
+def _steps(config: Config, steps: Sequence[dict[str, Any]]) -> str:
+    if not steps:
+        return "* no steps: metrics.jsonl was lost"
+    seconds = sum(row["step_seconds"] for row in steps)
+    speed = sorted(row["tokens_per_second"] for row in steps)[len(steps) // 2]
+    return (
+        f"* {config.train.steps} steps, {steps[-1]['tokens']:,} tokens in {seconds / 60:.1f} minutes "
+        f"of training, median {speed:,.0f} tokens/s"
+    )
 
 
 def _evaluations(rows: Sequence[dict[str, Any]]) -> str:

@@ -82,10 +82,15 @@ def resume(state: TrainingState, latest: Path | None, corpus: TrainingData, say:
 
 
 def manifest_facts(
-    config: Config, corpus: TrainingData, step: int, progress: dict[str, Any]
+    config: Config,
+    corpus: TrainingData,
+    run_id: str | None,
+    step: int,
+    progress: dict[str, Any],
 ) -> dict[str, Any]:
-    """What a manifest says beside the step and the files."""
+    """What a manifest says beside the step and the files; rank 0 alone knows the run's id."""
     return {
+        "run_id": run_id,
         "tokens": step * config.train.global_batch_size * config.train.seq_length,
         "progress": progress,
         "config_hash": config_hash(config),

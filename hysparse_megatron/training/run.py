@@ -128,6 +128,8 @@ def _open_directory(config: Config, say: Say) -> RunDirectory | None:
         return None
     if opened[0].former_owner:
         say(f"note: {opened[0].former_owner} ended without giving up {config.run_path}")
+    for line in opened[0].warnings:
+        say(f"WARNING: {line}")
     for line in opened[0].changed_keys:
         say(f"note: changed since the last start in {config.run_path}: {line}")
     return opened[0]
@@ -166,10 +168,11 @@ def _run_in(
     progress = resume(state, latest, corpus, say)
     batches, evaluations = _batches(state, corpus, watch)
 
+    run_id = directory.facts["id"] if directory else None
     saver = Saver(
         state,
         checkpoints,
-        functools.partial(manifest_facts, config, corpus),
+        functools.partial(manifest_facts, config, corpus, run_id),
         say,
         functools.partial(_published, directory, watch),
     )
@@ -202,7 +205,11 @@ def _run_in(
         saver.finish()
     if directory is not None:
         directory.status.write("finished", exit_code=0, step=config.train.steps)
-        say(write_summary(config, directory, corpus.tokenizer_path, rank.world_size, overrides))
+        try:
+            ranks, tokenizer = rank.world_size, corpus.tokenizer_path
+            say(write_summary(config, directory, tokenizer, ranks, overrides))
+        except (OSError, KeyError) as error:  # the run is done and saved
+            say(f"WARNING: no summary.md: {type(error).__name__}: {error}")
 
 
 def _architecture_watch(state: TrainingState, directory: RunDirectory | None) -> ArchitectureWatch:

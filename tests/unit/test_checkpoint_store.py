@@ -342,6 +342,19 @@ def test_pruning_keeps_the_newest_valid_ones(tmp_path: Path) -> None:
     assert read_manifest(newest)["step"] == 4
 
 
+def test_pruning_leaves_what_a_link_stands_for(tmp_path: Path) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    for step in (2, 3):
+        write(checkpoints, step)
+    elsewhere = write(tmp_path / "elsewhere", 1)
+    link = step_directory(checkpoints, 1)
+    link.symlink_to(elsewhere)
+    deleted, failures = prune(checkpoints, 1, 0, step_directory(checkpoints, 3))
+    assert (deleted, failures) == ([step_directory(checkpoints, 2)], [])
+    assert problems_of(link) == []
+    assert store.published(checkpoints) == [step_directory(checkpoints, 3), link]
+
+
 def test_pruning_keeps_multiples(tmp_path: Path) -> None:
     for step in range(1, 11):
         write(tmp_path, step)

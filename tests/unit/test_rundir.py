@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,8 +16,10 @@ from hysparse_megatron import rundir
 from hysparse_megatron.config.compose import compose, config_hash, load_frozen
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.errors import ConfigError
-from hysparse_megatron.rundir import RunDirectory, amend_status, versions, write_json
+from hysparse_megatron.run_record import add_job, submitted_jobs
+from hysparse_megatron.rundir import RunDirectory, amend_status, prepare_run, versions
 from hysparse_megatron.runtime.flight_recorder import LOG_FOLDER
+from hysparse_megatron.status import read_status, write_json
 
 
 @pytest.fixture
@@ -125,12 +128,117 @@ def test_a_frozen_file_of_another_version_does_not_stop_a_start(config: Config) 
     assert again.changed_keys == [f"{path} could not be read"]
 
 
-@pytest.mark.parametrize("content", ["", '{"id": "a"', "[]", "3", '{"id": "a", "starts": 3}'])
-def test_a_garbled_record_is_an_error_that_names_it(config: Config, content: str) -> None:
+GARBLED = [
+    b"",
+    b'{"id": "a"',
+    b"[]",
+    b"3",
+    b"\xff\xfe",
+    b'{"id": "a", "starts": 3}',
+    b"[" * 100_000,
+]
+
+
+@pytest.mark.parametrize("content", GARBLED)
+def test_a_garbled_record_is_kept_and_the_run_goes_on(config: Config, content: bytes) -> None:
     RunDirectory(config).close()
-    (config.run_path / "run.json").write_text(content)
-    with pytest.raises(ConfigError, match=r"run\.json"):
-        RunDirectory(config)
+    (config.run_path / "run.json").write_bytes(content)
+    again = RunDirectory(config)
+    again.close()
+    (aside,) = config.run_path.glob("run.json.damaged-*")
+    assert aside.read_bytes() == content
+    (warning,) = again.warnings
+    assert f"{config.run_path / 'run.json'} was damaged: kept as {aside.name}" in warning
+    assert len(again.facts["id"]) == 8
+    assert submitted_jobs(config.run_path) == []
+
+
+@pytest.mark.parametrize("where", ["manifest", "tracker"])
+def test_the_id_in_a_garbled_record_comes_from_where_else_it_stands(
+    config: Config, where: str
+) -> None:
+    first = RunDirectory(config)
+    first.close()
+    known = first.facts["id"]
+    if where == "manifest":
+        for step, content in ((8, {"run_id": known}), (12, [])):
+            folder = config.run_path / "checkpoints" / f"step-{step:08d}"
+            folder.mkdir(parents=True)
+            (folder / "manifest.json").write_text(json.dumps(content))
+    else:
+        for name in (f"offline-run-20260102_030405-{known}", "run-20260101_030405-older", "latest"):
+            (config.run_path / "wandb" / name).mkdir(parents=True)
+    (config.run_path / "run.json").write_text("")
+    again, warnings = prepare_run(config)[1], []
+    assert f"keeps its id {known}" in again[0]
+    second = RunDirectory(config)
+    second.close()
+    assert (second.facts["id"], second.warnings) == (known, warnings)
+
+
+@pytest.mark.parametrize("content", GARBLED)
+def test_a_garbled_status_is_none_and_is_replaced(config: Config, content: bytes) -> None:
+    config.run_path.mkdir(parents=True)
+    (config.run_path / "status.json").write_bytes(content)
+    assert read_status(config.run_path).get("state") is None
+    amend_status(config.run_path, 7, "rank 1 died", state="failed", rank=1)
+    assert read_status(config.run_path)["cause"] == "rank 1 died"
+
+
+def test_a_copy_is_a_run_of_its_own(config: Config, tmp_path: Path) -> None:
+    """Both would go on in one run of the tracker."""
+    original = RunDirectory(config)
+    original.close()
+    add_job(config.run_path, "77")
+    shutil.copytree(config.run_path, tmp_path / "copy")
+    there = replace(config, run_dir=str(tmp_path / "copy"))
+    for _ in range(2):
+        copy = RunDirectory(there)
+        copy.close()
+        assert copy.facts["id"] != original.facts["id"]
+        assert copy.facts["copied_from"]["id"] == original.facts["id"]
+        assert submitted_jobs(there.run_path) == [], "the job is the original's"
+    assert copy.warnings == [], "told once"
+    again = RunDirectory(config)
+    again.close()
+    assert (again.facts["id"], again.warnings) == (original.facts["id"], [])
+    shutil.copytree(config.run_path, tmp_path / "submitted")
+    (warning,) = prepare_run(replace(config, run_dir=str(tmp_path / "submitted")))[1]
+    assert f"is a copy of {config.run_path.resolve()} on {socket.gethostname()}" in warning
+
+
+def test_a_run_that_was_moved_stays_what_it_was(config: Config, tmp_path: Path) -> None:
+    """By a rename, to another file system, to a link; and one that an older version wrote."""
+    first = RunDirectory(config)
+    first.close()
+    (tmp_path / "link").symlink_to(config.run_path)
+    shutil.copytree(config.run_path, tmp_path / "other_file_system")
+    for name in ("link", "other_file_system", "renamed"):
+        if name == "other_file_system":
+            shutil.rmtree(config.run_path)
+        elif name == "renamed":
+            (tmp_path / "other_file_system").rename(tmp_path / name)
+        moved = RunDirectory(replace(config, run_dir=str(tmp_path / name)))
+        moved.close()
+        assert (moved.facts["id"], moved.warnings) == (first.facts["id"], []), name
+    path = tmp_path / "renamed" / "run.json"
+    write_json(path, {"id": "old", "starts": []})
+    shutil.copytree(path.parent, tmp_path / "again")
+    old = RunDirectory(replace(config, run_dir=str(tmp_path / "again")))
+    old.close()
+    assert old.facts["id"] == "old"
+
+
+def test_a_copy_from_another_machine_is_a_run_of_its_own(config: Config) -> None:
+    first = RunDirectory(config)
+    first.close()
+    record = json.loads((config.run_path / "run.json").read_text())
+    record["place"] |= {"host": "elsewhere", "inode": -1, "path": "/nowhere/at/all/run"}
+    write_json(config.run_path / "run.json", record)
+    copy = RunDirectory(config)
+    copy.close()
+    assert copy.facts["id"] != first.facts["id"]
+    assert "is a copy of /nowhere/at/all/run on elsewhere" in copy.warnings[0]
 
 
 def test_status(config: Config) -> None:
@@ -209,6 +317,28 @@ def test_json_is_replaced_whole(tmp_path: Path) -> None:
     assert seen
     assert all(content in contents for content in seen)
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", ["status.json", "run.json", "config.yaml"])
+def test_nothing_is_written_through_a_link(config: Config, tmp_path: Path, name: str) -> None:
+    """What links where a temporary file might stand, or the file itself, keeps what it leads to."""
+    target = tmp_path / "precious"
+    target.write_text("mine")
+    config.run_path.mkdir(parents=True)
+    for link in (name, f"{name}.tmp", f".{name}.{os.getpid()}.tmp"):
+        (config.run_path / link).symlink_to(target)
+    directory = RunDirectory(config)
+    directory.status.write("running", step=1)
+    directory.close()
+    assert target.read_text() == "mine"
+    assert not (config.run_path / name).is_symlink()
+
+
+def test_what_a_killed_write_left_is_removed(config: Config) -> None:
+    config.run_path.mkdir(parents=True)
+    (config.run_path / ".status.json.0123abcd.tmp").write_text("{")
+    RunDirectory(config).close()
+    assert [path.name for path in config.run_path.glob(".*")] == [".lock"]
 
 
 def test_json_that_cannot_be_written_leaves_the_old(tmp_path: Path) -> None:

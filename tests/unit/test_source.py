@@ -93,6 +93,16 @@ def test_starts_share_a_file_while_nothing_changes(checkout: Checkout) -> None:
     assert "+second = 2" in (checkout.run_path / "code.diff").read_text()
 
 
+def test_a_diff_is_kept_though_the_records_of_the_starts_are_lost(checkout: Checkout) -> None:
+    checkout.commit()
+    checkout.code.write_text("second = 2\n")
+    checkout.start()
+    checkout.code.write_text("third = 3\n")
+    checkout.starts.clear()
+    assert checkout.start()["diff"] == "code-1.diff"
+    assert "+second = 2" in (checkout.run_path / "code.diff").read_text()
+
+
 def test_a_long_diff_is_cut(checkout: Checkout) -> None:
     checkout.commit()
     checkout.code.write_text("x = 123456789\n" * (MAX_DIFF_BYTES // 10))

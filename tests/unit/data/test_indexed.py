@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import os
 import re
 import struct
 from pathlib import Path
@@ -8,8 +10,10 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from hysparse_megatron.data.dataset import TokenSamples
 from hysparse_megatron.data.indexed import (
     IndexedWriter,
+    TokenFile,
     check_indexed,
     check_token_ids,
     open_indexed,
@@ -95,3 +99,35 @@ def test_missing_cut_or_empty_files_are_refused(tmp_path: Path) -> None:
     Path(f"{prefix}.bin").unlink()
     with pytest.raises(DataError, match=r"data\.bin: cannot be read"):
         check_indexed(prefix)
+
+
+def test_files_cut_short_while_they_are_in_use(tmp_path: Path) -> None:
+    """A memory map would end the process by SIGBUS. What is still there can be read."""
+    page = 4096
+    documents = [[number % 9 for number in range(page)] for _ in range(6)]
+    prefix = write(tmp_path, documents)
+    samples = TokenSamples(prefix, seq_length=page, vocab_size=10)
+    assert samples[4].tolist() == [*documents[4], 0]
+    assert samples.document_starts(4).tolist() == [0, page]
+    os.truncate(f"{prefix}.bin", 2 * page + 2)
+    assert samples[0].tolist() == [*documents[0], 0]
+    with pytest.raises(DataError, match=rf"data\.bin: ends before offset {4 * page + 2}: .* cut"):
+        samples[1]
+    with pytest.raises(DataError, match=r"data\.bin: ends before offset"):
+        samples[4]
+    os.truncate(f"{prefix}.idx", 34)
+    with pytest.raises(DataError, match=r"data\.idx: ends at offset 34, but had 162 bytes"):
+        samples.document_starts(4)
+
+
+def test_a_file_that_cannot_be_read_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = TokenFile(write(tmp_path, DOCUMENTS))
+
+    def fail(*_: int) -> bytes:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(DataError, match=r"data\.bin: cannot be read at offset 2: Stale"):
+        tokens.read(np.uint16, 1, 2)

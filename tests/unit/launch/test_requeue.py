@@ -122,3 +122,28 @@ def test_a_garbled_record_counts_as_none(
     (tmp_path / RECORD).write_text("{")
     assert main(run_of(tmp_path, time.time(), **failed(7))) == 0
     assert capsys.readouterr().out.startswith("requeue: ")
+
+
+@pytest.mark.parametrize("seconds", [-3600, -10, 10])
+@pytest.mark.parametrize("wrote", [True, False])
+def test_clocks_decide_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], seconds: int, wrote: bool
+) -> None:
+    """The script compares the status before and after a start; another node's clock may be off."""
+    run_of(tmp_path, time.time() + seconds, **failed(7))
+    assert main(["--max-restarts", "2", "--wrote", str(int(wrote)), str(tmp_path)]) == 0
+    expected = "requeue: failed: rank 3 fell" if wrote else "leave: it ended before it had begun"
+    assert capsys.readouterr().out.startswith(expected)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"started": 7, "checkpoint_step": "x"}'])
+def test_a_garbled_status_is_decided_upon(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    (tmp_path / "status.json").write_text(content)
+    for known in (["--wrote", "1"], ["--started", "5"]):
+        assert main(["--max-restarts", "2", *known, str(tmp_path)]) == 0
+        assert capsys.readouterr().out.startswith("leave: ")
+    (tmp_path / "status.json").write_text('{"state": "running", "checkpoint_step": 3}')
+    assert main(["--max-restarts", "2", "--wrote", "1", str(tmp_path)]) == 0
+    assert "the ranks ended without a word" in capsys.readouterr().out

@@ -117,6 +117,19 @@ def test_a_run_that_has_just_begun(tmp_path: Path, capsys: Capture) -> None:
         assert expected in page
 
 
+@pytest.mark.parametrize("content", ["", "[]", '{"id": "x", "starts": 7}'])
+def test_a_run_whose_record_is_garbled(tmp_path: Path, capsys: Capture, content: str) -> None:
+    run = make_run(tmp_path / "run", rows(4))
+    for name in ("run.json", "status.json"):
+        (run / name).write_text(content)
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(b"\xff\n17")
+    assert main([str(run)]) == 0
+    told = capsys.readouterr().err
+    assert f"{run / 'run.json'} is damaged" in told
+    assert "2 lines that are no rows are left out" in told
+
+
 def test_text_is_escaped(tmp_path: Path, capsys: Capture) -> None:
     run = make_run(tmp_path / "run", rows(4), "tracking.name='<b>&'")
     assert "<b>" not in report(run, capsys)

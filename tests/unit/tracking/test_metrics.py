@@ -110,6 +110,33 @@ def test_a_restart_loses_nothing_to_a_garbled_line_before_it(tmp_path: Path, cut
     assert read_metrics(tmp_path / "m") == [row(1), row(2), row(3), row(4)]
 
 
+TORN = [
+    b"\xff\xfe{",
+    b"7",
+    b"null",
+    b'"text"',
+    b"[]",
+    b'{"loss": 1.0}',
+    b'{"step": "3"}',
+    b"[" * 9**6,
+]
+
+
+@pytest.mark.parametrize("torn", TORN)
+@pytest.mark.parametrize("end", [b"", b"\n"])
+def test_what_is_no_row_is_left_out_and_told(
+    tmp_path: Path, torn: bytes, end: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "m"
+    write(path, [row(1), row(2)])
+    with path.open("ab") as file:
+        file.write(torn + end)
+    write(path, [row(3)])
+    assert read_metrics(path) == [row(1), row(2), row(3)]
+    told = capsys.readouterr().err
+    assert told == f"warning: {path}: 1 lines that are no rows are left out, first line 3\n"
+
+
 def test_results_of_equal_runs_are_equal() -> None:
     measured = {
         "tokens_per_second_per_gpu": 5.0,
@@ -215,6 +242,23 @@ def test_summary_of_several_sets_and_of_none(tmp_path: Path) -> None:
     held_out = "at step 1 (+0.0 %), perplexity 20.09 over 1,000 held-out tokens"
     assert f"* evaluation loss 3.0000 at step 1 -> 3.0000 {held_out}" in text
     assert f"* evaluation on code: loss 2.0000 at step 1 -> 2.0000 {held_out}" in text
+
+
+@pytest.mark.parametrize("kept", [[], [row(3)], [evaluation(3, 3.0)]])
+def test_a_summary_of_rows_that_were_lost(tmp_path: Path, kept: list[dict[str, Any]]) -> None:
+    overrides = ["name=mine", "train.steps=3", f"run_dir={tmp_path / 'run'}"]
+    config = compose(overrides)
+    directory: Any = SimpleNamespace(
+        path=config.run_path,
+        metrics=config.run_path / "metrics.jsonl",
+        checkpoints=config.run_path / "checkpoints",
+    )
+    config.run_path.mkdir()
+    write(directory.metrics, kept)
+    text = write_summary(config, directory, str(tmp_path / "tokenizer.json"), 1, overrides)
+    of_steps, of_evaluations = ("no steps" not in text, "no evaluation" not in text)
+    assert (of_steps, of_evaluations) == (kept == [row(3)], kept == [evaluation(3, 3.0)])
+    assert "What to do next" in text
 
 
 def commands(text: str) -> list[list[str]]:
