@@ -1,7 +1,7 @@
 """The run directory: who owns it, what was run, and how it stands.
 
 config.yaml     the frozen configuration       status.json    how the run stands
-run.json        see run_record.py               metrics.jsonl  one row a step
+run.json        see run_record.py          metrics.jsonl  one row a step
 checkpoints/    see checkpoint/store.py        summary.md     written at the end
 logs/           see runtime/flight_recorder.py code.diff      see source.py
 """
@@ -57,7 +57,6 @@ class RunDirectory:
         refuse_start(config)
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock, self.former_owner = lock(self.path)
-        _read_record(config)
         (self.path / LOG_FOLDER).mkdir(exist_ok=True)
         self.changed_keys = _changed_keys(self.path / CONFIG_FILE, config)
         self.config_hash = freeze(config, self.path)
