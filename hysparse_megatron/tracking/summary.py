@@ -42,8 +42,8 @@ def _steps(config: Config, steps: Sequence[dict[str, Any]]) -> str:
     seconds = sum(row["step_seconds"] for row in steps)
     speed = sorted(row["tokens_per_second"] for row in steps)[len(steps) // 2]
     return (
-        f"* {config.train.steps} steps, {steps[-1]['tokens']:,} tokens in {seconds / 60:.1f} minutes "
-        f"of training, median {speed:,.0f} tokens/s"
+        f"* {config.train.steps} steps, {steps[-1]['tokens']:,} tokens in {seconds / 60:.1f} "
+        f"minutes of training, median {speed:,.0f} tokens/s"
     )
 
 
