@@ -22,6 +22,7 @@ from pathlib import Path
 from hysparse_megatron.checkpoint import store
 from hysparse_megatron.command import command, make_parser, positive
 from hysparse_megatron.config.frozen import CONFIG_FILE, load_frozen
+from hysparse_megatron.data.bulk.packages import require_package
 from hysparse_megatron.errors import CheckpointError, ConfigError
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
@@ -102,6 +103,7 @@ def _export(given: argparse.Namespace) -> int:
     # Imported late: what is wrong with the command is said without waiting for torch.
     import torch
 
+    require_package("safetensors", "export")
     from hysparse_megatron.data.run_tokenizer import with_own_tokenizer
     from hysparse_megatron.data.tokenizer import tokenizer_file
     from hysparse_megatron.huggingface.export import Request, export
@@ -119,6 +121,7 @@ def _export(given: argparse.Namespace) -> int:
 
 
 def _import(given: argparse.Namespace) -> int:
+    require_package("safetensors", "import")
     from hysparse_megatron.huggingface.importing import import_folder
 
     import_folder(given.source, given.folder, print)
@@ -127,6 +130,7 @@ def _import(given: argparse.Namespace) -> int:
 
 
 def _adopt(given: argparse.Namespace) -> int:
+    require_package("transformers", "adopt")
     from hysparse_megatron.huggingface.adopt import Choices, adopt
 
     choices = Choices(

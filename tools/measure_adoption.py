@@ -34,6 +34,7 @@ from hysparse_megatron.command import command, make_parser, positive
 from hysparse_megatron.config.compose import compose, load_frozen
 from hysparse_megatron.config.frozen import CONFIG_FILE, freeze
 from hysparse_megatron.config.schema import Config, Schedule
+from hysparse_megatron.data.bulk.packages import require_package
 from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.files import require_writable
 from hysparse_megatron.layout import LayerKind, parse_layout
@@ -96,6 +97,7 @@ def _check(given: argparse.Namespace) -> None:
         if (given.folder / f"seed-{seed}").exists():
             raise ConfigError(f"--folder: {given.folder} has seed-{seed} already; name another")
     require_writable(given.output, "--output")
+    require_package("transformers", "training the original")
 
 
 def _parser() -> argparse.ArgumentParser:

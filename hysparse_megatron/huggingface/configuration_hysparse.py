@@ -31,7 +31,7 @@ class HySparseConfig(PretrainedConfig):
     """
 
     model_type = "hysparse"
-    keys_to_ignore_at_inference = ("cache", "past_key_values")
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012 (Trainer adds to it)
     ignore_keys_at_rope_validation = {"partial_rotary_factor"}  # noqa: RUF012
 
     def __init__(

@@ -21,12 +21,22 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent))
         try:
             write(temporary)
-            temporary.chmod(0o755)
+            _open_modes(temporary)
             temporary.rename(folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
         raise CheckpointError(f"{folder} was not written: {error}") from error
+
+
+def _open_modes(folder: Path) -> None:
+    """Give a folder and its files the modes of new ones: `mkdtemp` and safetensors keep to 0700."""
+    probe = folder / "probe"
+    probe.mkdir()
+    mode = probe.stat().st_mode & 0o777  # 0777 less the umask, which cannot be read by itself
+    probe.rmdir()
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(mode if path.is_dir() else mode & 0o666)
 
 
 def refuse_taken(folder: Path) -> None:

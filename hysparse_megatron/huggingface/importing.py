@@ -54,8 +54,8 @@ def import_folder(source: Path, folder: Path, say: Say) -> None:
             f"{source} is a model of type {found}, not {settings.MODEL_TYPE}; a model of another "
             "architecture is taken over with adopt"
         )
-    model = settings.from_json(described)
     tensors = TensorFolder(source)
+    model = untied(settings.from_json(described), tensors, say)
     rows = described["vocab_size"]
     weights = model_weights(model, rows)
     check_names(tensors, {name: shape for w in weights for name, shape in w.shapes.items()})
@@ -89,8 +89,25 @@ def check_names(
         )
 
 
+def untied(model: ModelConfig, tensors: TensorFolder, say: Say) -> ModelConfig:
+    """`model` with an output projection of its own if the folder has one unlike its embedding.
+
+    As in transformers, which then does not tie them whatever `tie_word_embeddings` says.
+    """
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    if not model.tie_embeddings or not tensors.names.issuperset(names):
+        return model
+    if tensors.shape(names[0]) == tensors.shape(names[1]):
+        dtype = tensors.widest(names)
+        embedding, output = (tensors.read(name).to(dtype) for name in names)
+        if torch.equal(embedding, output):
+            return model
+    say("WARNING: lm_head.weight is not the embedding, so they are not tied")
+    return dataclasses.replace(model, tie_embeddings=False)
+
+
 def _source(weight: Fused, tensors: TensorFolder) -> Source:
-    dtype = tensors.dtype(weight.parts[0][0])
+    dtype = tensors.widest([name for name, _ in weight.parts])
     if weight.name.endswith(KEPT_IN_FP32):
         dtype = torch.float32
 
@@ -135,8 +152,9 @@ def write_start(
         }
     else:
         say(f"WARNING: {source} has no {TOKENIZER_NAME}: name the run's with data.tokenizer")
-    is_bf16 = sources[EMBEDDING].dtype == torch.bfloat16
-    precision = Precision.bf16 if is_bf16 else Precision.fp32
+    # Weights that are wider than bf16 would be rounded by a run in it.
+    types = {s.dtype for name, s in sources.items() if not name.endswith(KEPT_IN_FP32)}
+    precision = Precision.bf16 if types == {torch.bfloat16} else Precision.fp32
     config = _config(model, folder, length, precision, tokenizer.is_file())
     facts["model"] = compared_settings(config)["model"]
 

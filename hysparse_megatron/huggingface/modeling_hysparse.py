@@ -32,6 +32,10 @@ int64 [B, G, S, K]."""
 _FIELDS = {field.name for field in dataclasses.fields(CausalLMOutputWithPast)}
 _CACHE = "cache" if "cache" in _FIELDS else "past_key_values"
 """The name under which this version of transformers passes caches."""
+_OTHER_CACHE = (
+    "a cache with more entries than tokens, such as a StaticCache, is not supported: use "
+    "DynamicCache(config=model.config), or generate without cache_implementation"
+)
 
 
 class HySparseAttention(nn.Module):
@@ -87,10 +91,7 @@ class HySparseAttention(nn.Module):
         if cache is not None:
             key, value = cache.update(key, value, self.layer)
             if key.shape[2] > places.total:
-                raise ValueError(
-                    "a cache with more entries than tokens, such as a StaticCache, is not "
-                    "supported: use DynamicCache(config=model.config)"
-                )
+                raise ValueError(_OTHER_CACHE)
 
         if self.kind == FULL:
             rule = None
@@ -324,6 +325,7 @@ class HySparseModel(HySparsePreTrainedModel):
             raise ValueError("output_attentions is not supported: no attention weights are kept")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = past_key_values if cache is None else cache
+        check_cache(cache)
         recomputes = self.gradient_checkpointing and self.training
         if cache is None and not recomputes:
             wanted = self.config.use_cache if use_cache is None else use_cache
@@ -364,6 +366,17 @@ def rotary_frequencies(config: HySparseConfig) -> tuple[Tensor, float]:
     width = round(config.head_dim * rope["partial_rotary_factor"])
     exponent = torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width
     return 1.0 / rope["rope_theta"] ** exponent, 1.0
+
+
+def check_cache(cache: Any) -> None:
+    """Raise ValueError for a static or paged cache.
+
+    Before masks are read: for a static cache `generate` makes masks of another shape.
+    """
+    if cache is None:
+        return
+    if not hasattr(cache, "get_seq_length") or getattr(cache, "is_compileable", False):
+        raise ValueError(_OTHER_CACHE)
 
 
 def row_starts(attention_mask: Tensor | None, total: int) -> Tensor | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,14 +37,15 @@ class TensorFolder:
     def __init__(self, folder: Path) -> None:
         files = [SINGLE]
         named: dict[str, str] = {}
-        if (folder / INDEX).is_file():
-            named = read_json(folder, INDEX).get("weight_map", {})
+        # A whole file comes first, as in transformers: an index beside it is left from before.
+        if not (folder / SINGLE).is_file():
+            if not (folder / INDEX).is_file():
+                raise ConfigError(
+                    f"{folder} holds neither {SINGLE} nor {INDEX}; transformers writes them: "
+                    "model.save_pretrained(folder)"
+                )
+            named = _weight_map(folder)
             files = sorted(set(named.values()))
-        elif not (folder / SINGLE).is_file():
-            raise ConfigError(
-                f"{folder} holds neither {SINGLE} nor {INDEX}; transformers writes them: "
-                "model.save_pretrained(folder)"
-            )
         self._places: dict[str, _Place] = {}
         for file in files:
             self._places |= _places(folder / file)
@@ -66,6 +69,10 @@ class TensorFolder:
             raise ConfigError(f"{name} is {found}; allowed {', '.join(_DTYPES)}: not quantised")
         return _DTYPES[found]
 
+    def widest(self, names: Sequence[str]) -> torch.dtype:
+        """The type that holds the values of several tensors exactly: fp32 for bf16 and fp16."""
+        return functools.reduce(torch.promote_types, map(self.dtype, names))
+
     def read(self, name: str) -> Tensor:
         """A whole tensor, on the CPU."""
         file = self._places[name].file
@@ -75,6 +82,14 @@ class TensorFolder:
                 return opened.get_tensor(name).clone()
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{file}: {name} cannot be read: {error}") from error
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """File of each tensor, as the index has it."""
+    found = read_json(folder, INDEX).get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
+        raise CheckpointError(f"{folder / INDEX} is damaged: weight_map names no files")
+    return found
 
 
 def _places(file: Path) -> dict[str, _Place]:

@@ -100,6 +100,8 @@ def from_json(settings: dict[str, Any]) -> ModelConfig:
     missing = [name for name in ("layout", "vocab_size", *_MODEL.values()) if name not in settings]
     if missing:
         raise ConfigError(f"{CONFIG_JSON} lacks {', '.join(missing)}: it is no HySparse model's")
+    if problems := unread(settings):
+        raise ConfigError(f"{CONFIG_JSON}: {'; '.join(problems)}")
     tree = {ours: settings[theirs] for ours, theirs in _MODEL.items()}
     tree |= {"layout": settings["layout"], "vocab_size": settings["vocab_size"]}
     tree["value_head_dim"] = settings.get("value_head_dim")
@@ -107,6 +109,16 @@ def from_json(settings: dict[str, Any]) -> ModelConfig:
     if settings.get("num_experts"):
         tree["moe"] = {ours: settings[name] for ours, name in _MOE.items() if name in settings}
     return model_config(tree)
+
+
+def unread(settings: Mapping[str, Any]) -> list[str]:
+    """Settings that transformers knows for every model and that are not read here, with values."""
+    names = ("per_layer_config", "quantization_config", "transformers_weights")
+    return [
+        f"{name} {settings[name]}; allowed is none"
+        for name in names
+        if settings.get(name) is not None
+    ]
 
 
 def rope_parameters(model: ModelConfig) -> dict[str, Any]:
@@ -157,15 +169,17 @@ def from_rope_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
 def merged_rope_parameters(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What `config.json` says of its rotary embedding, in one place.
 
-    As transformers does: `rope_scaling` takes the place of `rope_parameters`, and what they lack
-    stands beside them.
+    As transformers does: `rope_scaling` takes the place of `rope_parameters`, what they lack stands
+    beside them, and an original length beside them comes before theirs.
     """
     found = dict(settings.get("rope_scaling") or settings.get("rope_parameters") or {})
+    original = "original_max_position_embeddings"
+    found |= {name: settings[name] for name in (original,) if name in settings}
     for name in ("rope_theta", "partial_rotary_factor"):
         if name in settings:
             found.setdefault(name, settings[name])
     if "max_position_embeddings" in settings:
-        found.setdefault("original_max_position_embeddings", settings["max_position_embeddings"])
+        found.setdefault(original, settings["max_position_embeddings"])
     return found
 
 

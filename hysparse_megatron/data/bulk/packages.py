@@ -7,12 +7,22 @@ from typing import Any
 
 from hysparse_megatron.errors import ConfigError
 
+_EXTRAS = {
+    "pyarrow": "data",
+    "safetensors": "huggingface",
+    "sentencepiece": "data",
+    "tqdm": "data",
+    "transformers": "huggingface",
+    "zstandard": "data",
+}
+"""The extra of this project that brings a package."""
+
 
 def require_package(name: str, purpose: str) -> Any:
     """Import a package that training does not need, as `import name`.
 
     Args:
-        name: of the package, the same for Python and for pip; or of a module in it.
+        name: of a package in `_EXTRAS`, or of a module in it.
         purpose: completes "... needs the package NAME".
 
     Raises:
@@ -24,5 +34,5 @@ def require_package(name: str, purpose: str) -> Any:
         package = name.partition(".")[0]
         raise ConfigError(
             f"{purpose} needs the package {package}, which cannot be imported ({error}): "
-            f"pip install {package}"
+            f"pip install {package} (the extra `{_EXTRAS[package]}` of this project has it)"
         ) from error

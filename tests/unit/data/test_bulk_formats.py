@@ -293,7 +293,7 @@ def test_a_missing_package_is_named_with_the_command(
     monkeypatch.setattr(packages.importlib, "import_module", refuse)
     for name, package in (("a.parquet", "pyarrow"), ("a.jsonl.zst", "zstandard")):
         (tmp_path / name).touch()
-        with pytest.raises(ConfigError, match=f"pip install {package}$"):
+        with pytest.raises(ConfigError, match=rf"pip install {package} \(the extra `data`"):
             list_sources([str(tmp_path / name)])
 
 

@@ -1,14 +1,12 @@
 """A full-attention model of transformers, taken over: equal at the start, and it trains on."""
 
 import copy
-import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -20,12 +18,10 @@ from transformers import (
 )
 
 from hysparse_megatron.checkpoint import store, tensors
-from hysparse_megatron.checkpoint.state import load_state
-from hysparse_megatron.config.frozen import load_frozen
-from hysparse_megatron.config.schema import Precision
 from hysparse_megatron.data.bulk.tokenizers import bytes_tokenizer
 from hysparse_megatron.runtime.process_groups import destroy_process_groups
-from hysparse_megatron.training.state import TrainingState, build_state
+from hysparse_megatron.training.state import TrainingState
+from tests.unit.huggingface.adopted import logits, start
 from tests.unit.model.tiny_models import randomize
 from tests.unit.single_process import DEVICE, default_group, fresh_seed
 from tools.convert import main
@@ -120,24 +116,6 @@ def states() -> Iterator[list[TrainingState]]:
     destroy_process_groups()
 
 
-def start(folder: Path, states: list[TrainingState]) -> torch.nn.Module:
-    """Training's own model, with the weights of an adopted folder."""
-    config = load_frozen(folder / "config.yaml")
-    # Weights in bf16 are trained in it; compared with the original they are in fp32.
-    train = dataclasses.replace(config.train, precision=Precision.fp32)
-    config = dataclasses.replace(config, train=train)
-    state = build_state(config, 257, DEVICE)
-    states.append(state)
-    load_state(state, store.resolve_checkpoint(folder), weights_only=True)
-    return state.chunks[0].module
-
-
-@torch.no_grad()
-def logits(module: torch.nn.Module, tokens: Tensor) -> Tensor:
-    module.eval()
-    return module(tokens.to(DEVICE), None, None).cpu()[..., :IDS]
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_full_layers_are_the_original(
     name: str, tmp_path: Path, states: list[TrainingState]
@@ -149,7 +127,9 @@ def test_full_layers_are_the_original(
     with torch.no_grad():
         expected = model(tokens).logits
     scale = float(expected.abs().max())
-    torch.testing.assert_close(logits(module, tokens), expected, rtol=1e-5, atol=1e-5 * scale)
+    torch.testing.assert_close(
+        logits(module, tokens)[..., :IDS], expected, rtol=1e-5, atol=1e-5 * scale
+    )
 
 
 def test_what_covers_the_text_starts_as_the_original(
@@ -167,7 +147,7 @@ def test_what_covers_the_text_starts_as_the_original(
         folder = tmp_path / f"start-{sink}"
         adopt(tmp_path / "original", folder, "F S W F", *COVERING, "--sparse-sink", str(sink))
         module = start(folder, states)
-        distances[sink] = float((logits(module, tokens) - expected).abs().max()) / scale
+        distances[sink] = float((logits(module, tokens)[..., :IDS] - expected).abs().max()) / scale
         destroy_process_groups()
     # A window's sink takes exp(-10) of a row whose logits are about 0, and this model amplifies.
     assert distances[30] < 1e-2

@@ -149,5 +149,8 @@ def test_what_is_not_supported_is_said(exported: tuple[Run, PreTrainedModel]) ->
         model(tokens, output_attentions=True)
     with pytest.raises(ValueError, match="DynamicCache"):
         model(tokens, cache=StaticCache(config=model.config, max_cache_len=20))
+    for name in ("static", "sliding_window"):
+        with pytest.raises(ValueError, match="generate without cache_implementation"):
+            greedy(model, tokens, cache_implementation=name)
     with pytest.raises(ValueError, match="exactly one"):
         model()

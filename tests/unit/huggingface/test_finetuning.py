@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
 
 from hysparse_megatron.huggingface import attention_hysparse
 from hysparse_megatron.huggingface.weights import model_weights
@@ -118,3 +118,37 @@ def test_learns_under_autocast(tmp_path: Path) -> None:
         optimizer.zero_grad()
         losses.append(float(loss))
     assert losses[-1] < 0.7 * losses[0]
+
+
+def test_trainer_trains_and_evaluates(tmp_path: Path) -> None:
+    """Logits are gathered too, of batches of several sizes."""
+    fresh_seed()
+    with saved_run(tmp_path / "run", "model.layout=F S W F") as run:
+        tokens = run.clear_tokens(batch=5)
+        model = load(run.export(tmp_path / "exported"))
+    rows = [{"input_ids": row, "labels": row} for row in tokens]
+    seen: list[Tensor] = []
+
+    def keep(prediction: EvalPrediction) -> dict[str, float]:
+        seen.append(torch.tensor(prediction.predictions))
+        return {}
+
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "trainer"),
+        max_steps=2,
+        learning_rate=1e-2,
+        eval_strategy="steps",
+        eval_steps=1,
+        per_device_train_batch_size=2,
+        per_device_eval_batch_size=2,
+        report_to=[],
+        use_cpu=True,
+    )
+    trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows, compute_metrics=keep)
+    trainer.train()
+    losses = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
+    assert len(losses) == 2
+    assert losses[1] != losses[0]
+    with torch.no_grad():
+        expected = model.eval()(tokens).logits
+    torch.testing.assert_close(seen[-1], expected, rtol=1e-5, atol=1e-5 * float(expected.max()))

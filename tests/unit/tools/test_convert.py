@@ -1,6 +1,7 @@
 """`python -m tools.convert`: what it refuses, its memory, and what loading a folder needs."""
 
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -151,6 +152,45 @@ def test_types_and_shards(made: Path, run: Path, tmp_path: Path) -> None:
         assert torch.equal(narrow[name], expected), name
         assert narrow[name].dtype == expected.dtype
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_files_have_the_modes_of_new_ones(run: Path, tmp_path: Path) -> None:
+    """Also those that a library makes for the user alone."""
+    for umask, for_files, for_folders in ((0o022, 0o644, 0o755), (0o007, 0o660, 0o770)):
+        before = os.umask(umask)
+        try:
+            out, start = tmp_path / f"out-{umask}", tmp_path / f"start-{umask}"
+            assert export(run, out) == 0
+            assert main(["import", str(out), str(start)]) == 0
+        finally:
+            os.umask(before)
+        for path in (out, start, *out.rglob("*"), *start.rglob("*")):
+            assert path.stat().st_mode & 0o777 == (for_folders if path.is_dir() else for_files)
+
+
+@pytest.mark.parametrize(
+    ("command", "package"),
+    [("export", "safetensors"), ("import", "safetensors"), ("adopt", "transformers")],
+)
+def test_a_package_that_is_not_there(
+    command: str,
+    package: str,
+    made: Path,
+    tmp_path: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)  # what is None cannot be imported
+    given = {
+        "export": ["--run-dir", str(made / "run")],
+        "import": [str(made / "out")],
+        "adopt": [str(made / "out"), "--layout", "F"],
+    }
+    assert main([command, *given[command], str(tmp_path / "new")]) == 2
+    error = capsys.readouterr().err
+    assert f"{command} needs the package {package}" in error
+    assert "the extra `huggingface`" in error
+    assert not (tmp_path / "new").exists()
 
 
 class TestImportRefuses:
