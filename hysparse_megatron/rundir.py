@@ -25,6 +25,7 @@ from hysparse_megatron.checkpoint.store import published
 from hysparse_megatron.compatibility import refuse_mismatch
 from hysparse_megatron.config.frozen import CONFIG_FILE, freeze, load_frozen, to_yaml
 from hysparse_megatron.config.schema import Config
+from hysparse_megatron.continuation import check_continuation
 from hysparse_megatron.errors import ConfigError, HySparseError
 from hysparse_megatron.files import remove_temporaries
 from hysparse_megatron.run_record import open_record, write_record
@@ -49,19 +50,21 @@ class RunDirectory:
     def __init__(self, config: Config) -> None:
         """Create or reopen the directory.
 
-        Raises ConfigError when another run holds it, or when its checkpoints are of another model
-        or those that the configuration says not to resume from, and CheckpointError when they
-        cannot be continued; what is in it stays as it was then.
+        Raises ConfigError when another run holds it, or when its checkpoints are of another model,
+        of another order of samples or learning rate, or those that the configuration says not to
+        resume from, and CheckpointError when they cannot be continued; what is in it stays as it
+        was then.
         """
         self.path = config.run_path
-        refuse_start(config)
+        accepted = refuse_start(config)
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock, self.former_owner = lock(self.path)
         (self.path / LOG_FOLDER).mkdir(exist_ok=True)
         self.changed_keys = _changed_keys(self.path / CONFIG_FILE, config)
         self.config_hash = freeze(config, self.path)
         remove_temporaries(self.path)
-        self.facts, self.warnings = self._open_record(config)
+        self.facts, damaged = self._open_record(config)
+        self.warnings = [*damaged, *accepted]
         self.status = Status(self.path, restarts=self.restarts)
 
     @property
@@ -110,19 +113,20 @@ def prepare_run(config: Config) -> tuple[list[str], list[str]]:
     """Freeze the configuration before any rank starts, and give the run its id.
 
     Returns lines `key: old -> new` for what differs from the last start in this directory, and
-    warnings about its record. Raises what `RunDirectory` does; nothing has changed then.
+    warnings about its record and of `refuse_start`. Raises what `RunDirectory` does; nothing has
+    changed then.
     """
     path = config.run_path
-    refuse_start(config)
+    accepted = refuse_start(config)
     path.mkdir(parents=True, exist_ok=True)
     held, _ = lock(path)
     with held:
         changed = _changed_keys(path / CONFIG_FILE, config)
-        record, warnings = open_record(path, config.name)
+        record, damaged = open_record(path, config.name)
         freeze(config, path)
         write_record(path, record)
         held.truncate(0)
-    return changed, warnings
+    return changed, [*damaged, *accepted]
 
 
 def lock(run_path: Path) -> tuple[IO[str], str | None]:
@@ -181,8 +185,11 @@ def amend_status(run_path: Path, pid: int, cause: str | None, **facts: Any) -> N
             held.truncate(0)
 
 
-def refuse_start(config: Config) -> None:
-    """Raise the errors of `RunDirectory` that its checkpoints give cause for. Changes nothing."""
+def refuse_start(config: Config) -> list[str]:
+    """Raise the errors of `RunDirectory` that its checkpoints give cause for. Changes nothing.
+
+    Returns warnings about what would be an error and was accepted.
+    """
     if not config.checkpoint.resume:
         for path in published(config.run_path / "checkpoints"):
             raise ConfigError(
@@ -190,6 +197,7 @@ def refuse_start(config: Config) -> None:
                 "delete its checkpoints"
             )
     refuse_mismatch(config)
+    return check_continuation(config)
 
 
 def _changed_keys(path: Path, config: Config) -> list[str]:

@@ -113,10 +113,10 @@ def _launch(point: Point, dry_run: bool, is_one_of_many: bool) -> int:
     if slurm and shutil.which("sbatch") is None:
         print(f"not submitted: no sbatch here; would run: {shlex.join(command)}", file=sys.stderr)
         return 2
-    changed, damaged = prepare_run(config)
+    changed, warned = prepare_run(config)
     for line in changed:
         print(f"note: changed since the last start in {config.run_path}: {line}")
-    for line in damaged:
+    for line in warned:
         print(f"WARNING: {line}")
     if not slurm:
         return local.main(command[3:])

@@ -268,7 +268,7 @@ def _train_original(given: argparse.Namespace, seed: int, folder: Path) -> Path:
 
     import torch
 
-    from hysparse_megatron.data import BatchSource
+    from hysparse_megatron.data import BatchSource, Position
     from hysparse_megatron.data.sources import load_data, open_samples
 
     settings = dataclasses.replace(compose([]).data, validation_fraction=_HELD_OUT_SHARE)
@@ -295,8 +295,10 @@ def _train_original(given: argparse.Namespace, seed: int, folder: Path) -> Path:
         optimizer,
         lambda step: min(1.0, (step + 1) / _ORIGINAL_WARMUP_STEPS, (steps - step) / decay),
     )
-    for step in range(steps):
-        [batch] = batches.microbatches(step)
+    position = Position()
+    for _ in range(steps):
+        [batch] = batches.microbatches(position)
+        position = batches.after(position)
         logits = model(input_ids=batch["tokens"].to(device)).logits
         labels = batch["labels"].to(device)
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()

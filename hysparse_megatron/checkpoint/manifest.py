@@ -27,12 +27,14 @@ LARGEST_BYTES = 64 * 2**20
 _OWN_HASH = "manifest_sha256"
 _SHA256 = re.compile("[0-9a-f]{64}")
 _KINDS: dict[str, type] = {
+    "samples": int,
     "tokens": int,
     "progress": dict,
     "data": dict,
     "tokenizer": dict,
     "model": dict,
     "optim": dict,
+    "settings": dict,
     "config_hash": str,
 }
 """Types of what may be there besides `step` and `files`."""
@@ -109,6 +111,9 @@ def _check_kinds(content: Mapping[str, Any]) -> None:
             raise CheckpointError(f"its progress.guard.{name} are no numbers")
     if not _is_count(guard.get("skipped", 0)):
         raise CheckpointError("its progress.guard.skipped is no number of steps")
+    position = content.get("progress", {}).get("position", {})
+    if not isinstance(position, dict) or not all(map(_is_count, position.values())):
+        raise CheckpointError("its progress.position holds no names and numbers of samples")
 
 
 def _check_files(files: Any) -> None:

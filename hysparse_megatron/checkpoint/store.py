@@ -12,6 +12,7 @@ writes checkpoints and `choice` lets all ranks agree on one.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -84,6 +85,29 @@ def newest_whole(
             "anew"
         )
     return None, []
+
+
+def went_back(checkpoints: Path, step: int) -> bool:
+    """Whether the newest checkpoint comes from an earlier start that went back to `step`.
+
+    The same command goes on then: it does not go back once more.
+    """
+    for directory in published(checkpoints):
+        with contextlib.suppress(CheckpointError):
+            return read_manifest(directory).get("went_back_to") == step
+    return False
+
+
+def to_continue(checkpoints: Path, step: int | None) -> Path | None:
+    """The checkpoint that a start with `checkpoint.step` goes on from, as far as sizes tell.
+
+    None where there is none or it is damaged: the start says so when it comes to load it.
+    """
+    candidates = published(checkpoints)
+    if step is not None and not went_back(checkpoints, step):
+        candidates = [step_directory(checkpoints, step)]
+    whole = (path for path in candidates if not problems_of(path, content=False))
+    return next(whole, None)
 
 
 def problems_of(directory: Path, content: bool = True) -> list[str]:

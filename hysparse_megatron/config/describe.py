@@ -137,6 +137,8 @@ def _describe(annotation: Any) -> str:
         return " or ".join([*parts, "null"])
     if annotation == list[str]:
         return "a list of texts, [a,b]"
+    if annotation == list[int]:
+        return "a list of integers, [1,2]"
     if is_dataclass(annotation):
         return f"a section with {', '.join(item.name for item in fields(annotation))}"
     if issubclass(annotation, Enum):

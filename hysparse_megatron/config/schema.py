@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
+from hysparse_megatron.config.batch_ramp import BatchRamp
 from hysparse_megatron.config.cluster import ClusterConfig
 from hysparse_megatron.config.rope import RopeScalingConfig
 
@@ -340,6 +341,9 @@ class OptimConfig:
     decay_steps: int | None = None
     """Length of the decay in steps: of the final decay with wsd (null: a tenth of the run), from
     the end of the warm-up with cosine (null: until the end of the run)."""
+    accept_schedule_change: bool = False
+    """Go on, with a warning, though changed settings make the learning rate of a resumed run's next
+    step another one."""
 
     def num_decay_steps(self, total_steps: int) -> int:
         """Length of the decay in a run of `total_steps`, with the default resolved."""
@@ -375,6 +379,10 @@ class TrainConfig:
     """Optimizer steps of the whole run, restarts included."""
     global_batch_size: int
     """Sequences per optimizer step, over all ranks."""
+    batch_ramp: list[int] | None = field(default=None, hash=False)
+    """`[start,increment,samples]`: begin with `start` sequences a step and grow by `increment`, in
+    equal parts of the first `samples` samples, to global_batch_size; null has that from the start.
+    """
     micro_batch_size: int
     """Sequences one data-parallel rank computes at a time."""
     seq_length: int
@@ -400,6 +408,18 @@ class TrainConfig:
     def num_eval_samples(self) -> int:
         """Sequences of an evaluation, over all ranks, at most."""
         return self.eval_batches * self.global_batch_size
+
+    @property
+    def ramp(self) -> BatchRamp | None:
+        """`batch_ramp` by its names; None without one, or with one that `validate` refuses."""
+        given = self.batch_ramp or []
+        return BatchRamp(*given) if len(given) == 3 else None
+
+    def samples_of(self, steps: int, place: int = 0) -> int:
+        """How many samples `steps` steps take that begin after `place` samples of the order."""
+        if self.ramp is None:
+            return steps * self.global_batch_size
+        return self.ramp.samples_of(steps, place, self.global_batch_size)
 
 
 VALIDATION = "validation"

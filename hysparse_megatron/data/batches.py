@@ -1,19 +1,21 @@
 """Micro-batches of one data-parallel rank; those of evaluations are in held_out.py.
 
 B is the micro-batch size, S the sequence length. No source keeps any state: a batch is asked for by
-its number, so resuming at a step is asking for that step.
+its position or number, so resuming is asking for what comes after the last one.
 torch is imported where tensors are made: preparing data imports this package and needs none of it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hysparse_megatron.config.batch_ramp import BatchRamp
 from hysparse_megatron.data.dataset import Samples
-from hysparse_megatron.data.order import Skips
+from hysparse_megatron.data.order import Position, Skips
 
 if TYPE_CHECKING:
     import torch
@@ -74,11 +76,9 @@ class BatchSource:
         seed, fingerprint: fix the order, see order.py.
         global_batch_size, micro_batch_size: in samples.
         data_parallel_size, data_parallel_rank: of this process; only choose its share.
+        ramp: how the global batch grows; None: it has one size.
         document_mask: whether batches say where documents start.
         skips: steps whose samples are left out.
-
-    Attributes:
-        num_microbatches: per step on this rank.
     """
 
     def __init__(
@@ -91,6 +91,7 @@ class BatchSource:
         micro_batch_size: int,
         data_parallel_size: int,
         data_parallel_rank: int,
+        ramp: BatchRamp | None = None,
         document_mask: bool = False,
         skips: Skips = NO_SKIPS,
     ) -> None:
@@ -100,28 +101,50 @@ class BatchSource:
         self._seed = seed
         self._fingerprint = fingerprint
         self._global_batch_size = global_batch_size
-        self._share = RankShare(
-            global_batch_size=global_batch_size,
-            micro_batch_size=micro_batch_size,
-            data_parallel_size=data_parallel_size,
-            data_parallel_rank=data_parallel_rank,
+        self._ramp = ramp
+        self._shares = {
+            size: RankShare(
+                global_batch_size=size,
+                micro_batch_size=micro_batch_size,
+                data_parallel_size=data_parallel_size,
+                data_parallel_rank=data_parallel_rank,
+            )
+            for size in (ramp.sizes(global_batch_size) if ramp else [global_batch_size])
+        }
+
+    def _size(self, position: Position) -> int:
+        if self._ramp is None:
+            return self._global_batch_size
+        return self._ramp.size_at(position.place, self._global_batch_size)
+
+    def _begin(self, position: Position) -> Position:
+        """`position` after the steps that are left out there."""
+        while self._skips.name(position.steps):
+            position = dataclasses.replace(
+                position,
+                left_out=position.left_out + self._size(position),
+                steps=position.steps + 1,
+            )
+        return position
+
+    def after(self, position: Position) -> Position:
+        """Where a run stands after the step at `position`."""
+        begin = self._begin(position)
+        return dataclasses.replace(
+            begin, samples=begin.samples + self._size(begin), steps=begin.steps + 1
         )
-        self.num_microbatches = self._share.num_microbatches
 
-    def sample_ids(self, step: int) -> np.ndarray:
-        """Ids of all samples of the step's global batch, on all ranks: int64 [global_batch_size].
-
-        `step` counts optimizer steps from 0.
-        """
-        first = self._skips.data_step(step) * self._global_batch_size
+    def sample_ids(self, position: Position) -> np.ndarray:
+        """Ids of all samples of the global batch at `position`, on all ranks: int64 [its size]."""
+        begin = self._begin(position)
         return self._samples.sample_ids(
-            np.arange(first, first + self._global_batch_size),
+            np.arange(begin.place, begin.place + self._size(begin)),
             seed=self._seed,
             fingerprint=self._fingerprint,
         )
 
-    def microbatches(self, step: int) -> Iterator[dict[str, torch.Tensor]]:
-        """This rank's micro-batches of one step, on the CPU.
+    def microbatches(self, position: Position) -> Iterator[dict[str, torch.Tensor]]:
+        """This rank's micro-batches of the step at `position`, on the CPU.
 
         Each holds `tokens`, `labels`, `position_ids` (int64) and `loss_mask` (float32), [B, S].
         With `document_mask` also `cu_seqlens`, int32 [documents + 1]: where each begins in B x S
@@ -130,7 +153,8 @@ class BatchSource:
         Raises:
             DataError: a token id outside the vocabulary.
         """
-        return self._share.microbatches(self._samples, self.sample_ids(step), self._document_mask)
+        ids = self.sample_ids(position)
+        return self._shares[len(ids)].microbatches(self._samples, ids, self._document_mask)
 
 
 def _to_tensors(tokens: np.ndarray) -> dict[str, torch.Tensor]:

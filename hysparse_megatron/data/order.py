@@ -1,12 +1,12 @@
 """The order of training samples, as a pure function.
 
-position = step * global_batch_size + j counts samples since the start of training, and
-`sample_ids` maps positions to sample ids. It is a function, not an iterator or a shuffled table,
-so that:
+A place counts samples since the start of training, and `sample_ids` maps places to sample ids. It
+is a function, not an iterator or a shuffled table, so that:
 
-* resuming needs no saved state: the step number gives the next samples exactly;
-* the number of ranks, the micro-batch size, the run length and the evaluation interval cannot
-  change the order, because they are not arguments;
+* resuming needs one number, how many samples came before: from there on the same samples follow in
+  the same order, whatever the batch size was and is;
+* the number of ranks, batch and micro-batch size, the run length and the evaluation interval
+  cannot change the order, because they are not arguments;
 * any rank computes any position at once, in constant memory, for any number of samples.
 
 Each epoch visits every sample once, in a permutation of its own. The permutation is a keyed Feistel
@@ -29,15 +29,34 @@ _ORDER_VERSION = "hysparse-order-1"  # changes only together with the order itse
 
 
 @dataclass(frozen=True)
+class Position:
+    """How far a run has come in the order; its next step begins here."""
+
+    samples: int = 0
+    """Samples trained on."""
+    left_out: int = 0
+    """Samples left out, because `Skips` named their step."""
+    steps: int = 0
+    """Steps trained on or left out."""
+
+    @property
+    def place(self) -> int:
+        """Of the next sample in the order."""
+        return self.samples + self.left_out
+
+
+@dataclass(frozen=True)
 class Skips:
     """Ranges of steps whose samples are left out, as after a rewind from a spike.
 
-    A run that has left out steps trains on the samples of later ones: step numbers go on without a
-    gap, and every step before the first range has the samples it had.
+    A run that leaves out steps trains on the samples of later ones: its step numbers go on without
+    a gap, and every other batch, its size included, is that of a run that leaves out nothing. What
+    is named before the `Position` from which a run goes on is past and changes nothing there.
     """
 
     ranges: tuple[tuple[int, int], ...] = ()
-    """(first, last) steps of the order without skips, both included, ascending and apart."""
+    """(first, last) steps, both included, ascending and apart; they count from 0, and those that
+    were left out count too."""
 
     @classmethod
     def parse(cls, text: str) -> Skips:
@@ -56,12 +75,20 @@ class Skips:
         return cls(tuple(ranges))
 
     def data_step(self, step: int) -> int:
-        """The step of the order without skips whose samples the run's step `step` trains on."""
+        """The step of a run that leaves out nothing whose samples the run's step `step` has."""
         for first, last in self.ranges:
             if step < first:
                 break
             step += last - first + 1
         return step
+
+    def name(self, step: int) -> bool:
+        """Whether the samples of `step` are left out."""
+        return any(first <= step <= last for first, last in self.ranges)
+
+    def num_before(self, step: int) -> int:
+        """How many of the steps before `step` they name."""
+        return sum(max(0, min(last + 1, step) - first) for first, last in self.ranges)
 
 
 def sample_ids(

@@ -63,8 +63,10 @@ class Meter:
         self._steps = 0
         self._peak_bytes: int | None = None
 
-    def measure(self, step: int, step_seconds: float, data_seconds: float) -> dict[str, Any]:
-        """Fields for the row of a step that took so long; equal on all ranks but `restarts`.
+    def measure(
+        self, step: int, tokens: int, step_seconds: float, data_seconds: float
+    ) -> dict[str, Any]:
+        """Fields for the row of a step of so many tokens; equal on all ranks but `restarts`.
 
         `data_seconds` of it this rank waited for its samples.
 
@@ -79,11 +81,14 @@ class Meter:
         fields: dict[str, Any] = {}
         if is_first or step % self._config.tracking.straggler_interval == 0:
             fields = self._compare(step)
-        return {**self._speed(step_seconds), "peak_memory_bytes": self._peak_bytes, **fields}
+        return {
+            **self._speed(tokens, step_seconds),
+            "peak_memory_bytes": self._peak_bytes,
+            **fields,
+        }
 
-    def _speed(self, step_seconds: float) -> dict[str, Any]:
-        train, world_size = self._config.train, dist.get_world_size()
-        rate = train.global_batch_size * train.seq_length / step_seconds / world_size
+    def _speed(self, tokens: int, step_seconds: float) -> dict[str, Any]:
+        rate = tokens / step_seconds / dist.get_world_size()
         tflops = rate * self._flops / 1e12
         peak = self._config.cluster.peak_tflops
         return {

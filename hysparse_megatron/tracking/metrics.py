@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from hysparse_megatron.config.schema import VALIDATION
+from hysparse_megatron.config.schema import VALIDATION, TrainConfig
 from hysparse_megatron.files import open_lines
 
 MEASURED = frozenset(
@@ -112,19 +112,22 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 class Console:
     """One line a step on rank 0."""
 
-    def __init__(self, total_steps: int, first_step: int) -> None:
-        self._total = total_steps
-        self._first = first_step
+    def __init__(self, train: TrainConfig) -> None:
+        self._train = train
+        self._samples = 0
         self._started = time.monotonic()
 
     def step(self, row: dict[str, Any]) -> None:
         """Print a training row."""
-        done = row["step"] - self._first
-        remaining = (time.monotonic() - self._started) / done * (self._total - row["step"])
+        # By samples, as the steps of a ramp grow.
+        self._samples += row["global_batch_size"]
+        total = self._train.steps
+        samples = self._train.samples_of(total - row["step"], row["samples"])
+        remaining = (time.monotonic() - self._started) / self._samples * samples
         skipped = "  SKIPPED" if row["skipped"] else ""
         mfu = f"MFU {100 * row['mfu']:.1f} %  " if row.get("mfu") is not None else ""
         print(
-            f"step {row['step']:>{len(str(self._total))}}/{self._total}  loss {row['loss']:.4f}  "
+            f"step {row['step']:>{len(str(total))}}/{total}  loss {row['loss']:.4f}  "
             f"grad norm {row['grad_norm']:.3f}  lr {row['learning_rate']:.2e}  "
             f"{row['tokens_per_second']:,.0f} tokens/s  {mfu}ETA {_duration(remaining)}{skipped}",
             flush=True,

@@ -51,7 +51,7 @@ def recorded(
         yield [
             metrics.write,
             *(tracker.log for tracker in trackers),
-            functools.partial(_print_row, Console(config.train.steps, first_step), say),
+            functools.partial(_print_row, Console(config.train), say),
             functools.partial(_update_status, directory),
         ]
         exit_code = 0

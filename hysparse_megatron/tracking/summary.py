@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from collections.abc import Sequence
 from typing import Any
 
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.config.schema import VALIDATION, Config
+from hysparse_megatron.continuation import changed_rate
 from hysparse_megatron.files import write_whole
 from hysparse_megatron.rundir import RunDirectory
 from hysparse_megatron.tracking.metrics import by_evaluation, read_metrics
@@ -71,8 +73,12 @@ def _suggestions(
     overrides: Sequence[str],
 ) -> str:
     """Commands that go on from this run."""
+    steps = config.train.steps
+    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=2 * steps))
+    rates = changed_rate(config, longer, steps)
     if compose(list(overrides)) != config:  # it came from a frozen file
-        return f"""    # train on: raise train.steps in the file, then
+        also = " and set optim.accept_schedule_change: true" if rates else ""
+        return f"""    # train on: raise train.steps{also} in the file, then
     .venv/bin/python -m launch.local --nproc {num_ranks} \\
         --config {directory.path}/config.yaml
 """
@@ -89,8 +95,12 @@ def _suggestions(
         shlex.quote(f"model.layout={layout.replace('S', kind)}") for kind in ("F", "W")
     )
     single = shlex.quote(f"model.layout={layout.replace('|', '')}")
-    return f"""    # train on: the newest checkpoint is found and continued
-    {local} {shlex.join(overrides)} train.steps={2 * config.train.steps}
+    told, accept = "", ""
+    if rates:
+        told = f"; its learning rate goes from {rates[0]:.3g} to {rates[1]:.3g}"
+        accept = " optim.accept_schedule_change=true"
+    return f"""    # train on: the newest checkpoint is found and continued{told}
+    {local} {shlex.join(overrides)} train.steps={2 * steps}{accept}
     # the same model with full attention everywhere, and with windows instead of sparse layers
     {local} {others} name={config.name}-full {full}
     {local} {others} name={config.name}-windows {windows}

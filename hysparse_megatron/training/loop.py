@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hysparse_megatron.config.schema import VALIDATION
-from hysparse_megatron.data import BatchSource, EvaluationBatches
+from hysparse_megatron.data import BatchSource, EvaluationBatches, Position
 from hysparse_megatron.errors import NumericalStop, Preempted
 from hysparse_megatron.runtime import faults
 from hysparse_megatron.training.control import Watch
@@ -31,8 +32,9 @@ class Hooks:
     )
     """Around an evaluation on the run's own split after so many steps; what it gives is called
     after it, on all ranks, for more fields of its row. Collective."""
-    measure: Callable[[int, float, float], dict[str, Any]] = lambda step, seconds, data_seconds: {}
-    """After every step, with its seconds and those for its data: more for its row. Collective."""
+    measure: Callable[[int, int, float, float], dict[str, Any]] = lambda *measured: {}
+    """After every step, with its tokens, its seconds and those for its data: more for its row.
+    Collective."""
     save: Callable[[int, dict[str, Any]], None] = lambda step, facts: None
     """Write a checkpoint after `step` steps, with facts for `Progress`. Collective."""
     poll: Callable[[], None] = lambda: None
@@ -45,6 +47,8 @@ class Progress:
 
     step: int = 0
     """Steps already done."""
+    position: Position = field(default_factory=Position)
+    """In the order of the samples."""
     facts: dict[str, Any] = field(default_factory=dict)
     """What the loop gave to `Hooks.save`."""
 
@@ -63,7 +67,7 @@ def train(
     """
     train_config, checkpoint = state.config.train, state.config.checkpoint
     guard = Guard(train_config.guard, progress.facts.get("guard"))
-    saved = progress.step
+    saved, position = progress.step, progress.position
 
     def decide(finite_here: bool, loss: float, grad_norm: float) -> str | None:
         return reason(watch.poll(guard.judge(finite_here, loss, grad_norm)))
@@ -73,7 +77,7 @@ def train(
         watch.stop_before_first_step()
     for step in range(progress.step, train_config.steps):
         started = time.monotonic()
-        microbatches = list(batches.microbatches(step))
+        microbatches = list(batches.microbatches(position))
         data_seconds = time.monotonic() - started
         result = train_step(state, step, microbatches, decide)
         done = step + 1
@@ -81,8 +85,10 @@ def train(
         seconds = time.monotonic() - started
         watch.deadline.saw_step(seconds)
         told = result.skipped or state.config.debug.log_sample_ids
-        ids = batches.sample_ids(step).tolist() if told else []
-        _report(state, done, result, seconds, data_seconds, guard, ids, hooks)
+        ids = batches.sample_ids(position).tolist() if told else []
+        before, position = position, batches.after(position)
+        passed = (before.samples, position.samples)
+        _report(state, done, passed, result, seconds, data_seconds, guard, ids, hooks)
         hooks.poll()
         if step == progress.step:
             hooks.on_first_step()
@@ -103,7 +109,8 @@ def train(
         if last or (not guard.in_a_row and (watch.stopping or regular)):
             started = time.monotonic()
             faults.reach("save", done)
-            hooks.save(done, {"guard": guard.facts(), "evaluation_due": evaluation_due})
+            facts = {"guard": guard.facts(), "evaluation_due": evaluation_due}
+            hooks.save(done, {**facts, "position": dataclasses.asdict(position)})
             watch.deadline.saw_save(time.monotonic() - started)
             saved = done
         if watch.stopping and not last:
@@ -116,6 +123,7 @@ def train(
 def _report(
     state: TrainingState,
     done: int,
+    samples: tuple[int, int],
     result: StepResult,
     seconds: float,
     data_seconds: float,
@@ -123,19 +131,21 @@ def _report(
     sample_ids: list[int],
     hooks: Hooks,
 ) -> None:
-    train_config = state.config.train
-    tokens = train_config.global_batch_size * train_config.seq_length
+    """`samples` had been trained on before the step, and after it."""
+    length, size = state.config.train.seq_length, samples[1] - samples[0]
     row: dict[str, Any] = {
         "step": done,
         "loss": result.loss,
         "grad_norm": result.grad_norm,
         "learning_rate": result.learning_rate,
-        "tokens": done * tokens,
-        "tokens_per_second": tokens / seconds,
+        "global_batch_size": size,
+        "samples": samples[1],
+        "tokens": samples[1] * length,
+        "tokens_per_second": size * length / seconds,
         "step_seconds": seconds,
         "data_seconds": data_seconds,
         "skipped": result.skipped,
-        **hooks.measure(done, seconds, data_seconds),
+        **hooks.measure(done, size * length, seconds, data_seconds),
         **result.model_metrics,
     }
     if result.skipped:

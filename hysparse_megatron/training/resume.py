@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +14,10 @@ from hysparse_megatron.checkpoint.state import load_state
 from hysparse_megatron.compatibility import compared_settings, weights_alone
 from hysparse_megatron.config.frozen import config_hash
 from hysparse_megatron.config.schema import Config
+from hysparse_megatron.continuation import check_continuation, recorded_settings
+from hysparse_megatron.data.order import Position, Skips
 from hysparse_megatron.data.sources import TrainingData, changed_fields
-from hysparse_megatron.errors import CheckpointError, DataError
+from hysparse_megatron.errors import CheckpointError, ConfigError, DataError
 from hysparse_megatron.rundir import versions
 from hysparse_megatron.runtime.agreement import on_rank_zero
 from hysparse_megatron.training.loop import Progress
@@ -29,7 +30,7 @@ def choose_checkpoint(config: Config, checkpoints: Path, say: Say) -> Path | Non
     """The checkpoint of this run directory to go on from, if any. Collective."""
     step, content = config.checkpoint.step, config.checkpoint.verify
     if step is not None and not on_rank_zero(
-        lambda: _went_back(checkpoints, step), CheckpointError
+        lambda: store.went_back(checkpoints, step), CheckpointError
     ):
         if on_rank_zero(lambda: store.published(checkpoints), CheckpointError):
             return choice.exactly(checkpoints, step, content)
@@ -39,17 +40,6 @@ def choose_checkpoint(config: Config, checkpoints: Path, say: Say) -> Path | Non
     for problem in rejected:
         say(f"WARNING: a newer checkpoint is damaged and left out: {problem}")
     return latest
-
-
-def _went_back(checkpoints: Path, step: int) -> bool:
-    """Whether the newest checkpoint comes from an earlier start that went back to `step`.
-
-    The same command goes on then: it does not go back once more.
-    """
-    for directory in store.published(checkpoints):
-        with contextlib.suppress(CheckpointError):
-            return store.read_manifest(directory).get("went_back_to") == step
-    return False
 
 
 def resume(state: TrainingState, latest: Path | None, corpus: TrainingData, say: Say) -> Progress:
@@ -67,18 +57,56 @@ def resume(state: TrainingState, latest: Path | None, corpus: TrainingData, say:
                     f"start a new run_dir with checkpoint.load={latest}"
                 )
             say(f"WARNING: {text}. Going on with the new data as checkpoint.accept_changed_data")
+        config = state.config
+        # Once more, as this may be an older checkpoint than the one that was looked at first.
+        on_rank_zero(lambda: check_continuation(config, latest), ConfigError)
         step = load_state(state, latest)
         checkpoints = latest.parent
         for path in on_rank_zero(lambda: store.set_aside(checkpoints, step), CheckpointError):
             say(f"WARNING: newer than step {step} and set aside: {path}. Delete it if of no use")
-        say(f"resuming after step {step} from {latest}")
-        return Progress(step, facts.get("progress", {}))
+        progress = _progress(config, step, facts)
+        say(
+            f"resuming after step {step} from {latest}: {progress.position.samples:,} samples "
+            "consumed"
+        )
+        _warn_of_past_skips(config, progress, say)
+        return progress
     checkpoint = state.config.checkpoint
     if checkpoint.load is not None:
         directory = choice.named(Path(checkpoint.load), checkpoint.step, checkpoint.verify)
         load_state(state, directory, weights_only=True)
         say(f"starting from the weights of {directory}")
     return Progress()
+
+
+def _progress(config: Config, step: int, manifest: dict[str, Any]) -> Progress:
+    """Where the run of a manifest stood.
+
+    Those of early versions know no samples: their batches all had one size.
+    """
+    facts = manifest.get("progress", {})
+    try:
+        if "position" in facts:
+            return Progress(step, Position(**facts["position"]), facts)
+        samples = manifest["tokens"] // config.train.seq_length
+        steps = Skips.parse(config.data.skip_steps).data_step(step)
+        left_out = (steps - step) * (samples // max(step, 1))
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"the manifest of step {step} does not say how many samples were consumed: {error!r}"
+        ) from error
+    return Progress(step, Position(samples, left_out, steps), facts)
+
+
+def _warn_of_past_skips(config: Config, progress: Progress, say: Say) -> None:
+    """What `data.skip_steps` names before the position can only be left out by going back."""
+    named = Skips.parse(config.data.skip_steps).num_before(progress.position.steps)
+    trained_on = named - (progress.position.steps - progress.step)
+    if trained_on > 0:
+        say(
+            f"WARNING: data.skip_steps names {trained_on} steps that this run has trained on; go "
+            "back before them by checkpoint.step to leave them out"
+        )
 
 
 def manifest_facts(
@@ -89,10 +117,14 @@ def manifest_facts(
     progress: dict[str, Any],
 ) -> dict[str, Any]:
     """What a manifest says beside the step and the files; rank 0 alone knows the run's id."""
+    del step  # the writer of the manifest puts it in
+    samples = progress["position"]["samples"]
     return {
         "run_id": run_id,
-        "tokens": step * config.train.global_batch_size * config.train.seq_length,
+        "samples": samples,
+        "tokens": samples * config.train.seq_length,
         "progress": progress,
+        **recorded_settings(config),
         "config_hash": config_hash(config),
         **compared_settings(config),
         "data": corpus.identity(),

@@ -271,6 +271,7 @@ def _batches(
             samples,
             seed=train_config.seed,
             fingerprint=corpus.fingerprint,
+            ramp=train_config.ramp,
             skips=Skips.parse(state.config.data.skip_steps),
             **shape,
         )

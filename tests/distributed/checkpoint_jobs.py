@@ -23,7 +23,7 @@ from hysparse_megatron.checkpoint.store import resolve_checkpoint
 from hysparse_megatron.checkpoint.tensors import read_weights
 from hysparse_megatron.checkpoint.writer import CheckpointWrite, Job
 from hysparse_megatron.config.schema import Config
-from hysparse_megatron.data import BatchSource, TokenSamples
+from hysparse_megatron.data import BatchSource, Position, TokenSamples
 from hysparse_megatron.errors import CheckpointError
 from hysparse_megatron.training.muon import is_matrix, matrix_parts
 from hysparse_megatron.training.optimizer import distributed_parts
@@ -63,7 +63,7 @@ def _reader(state: TrainingState, batches: Batches) -> Callable[[int], list[Batc
         data_parallel_size=state.groups.dp.size(),
         data_parallel_rank=state.groups.dp.rank(),
     )
-    return lambda step: list(source.microbatches(step))
+    return lambda step: list(source.microbatches(Position(step * train.global_batch_size)))
 
 
 @dataclass

@@ -38,5 +38,5 @@ def measured_steps(
         started = time.monotonic()
         train_step(state, step, share_of(state, tokens))
         seconds = time.monotonic() - started
-        rows.append(meter.measure(step + 1, seconds, data_seconds=float(rank)))
+        rows.append(meter.measure(step + 1, 3000, seconds, data_seconds=float(rank)))
     return rows, told

@@ -47,7 +47,7 @@ def test_all_fields_are_told() -> None:
         meter = Meter(
             config, 100, clock, torch.device("cpu"), stage=0, restarts=0, say=lambda text: None
         )
-        rows = [meter.measure(step, 1.0, 0.01) for step in (1, 2)]
+        rows = [meter.measure(step, 3000, 1.0, 0.01) for step in (1, 2)]
     source = Path(experts.__file__).read_text()
     loads = set(re.findall(r"\bmoe_(?:\w+_load|idle_experts|balance_loss|z_loss)\b", source))
     # What the loop writes itself is checked by tests of the loop.

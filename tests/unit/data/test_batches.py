@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from hysparse_megatron.config.batch_ramp import BatchRamp
 from hysparse_megatron.data import (
     BatchSource,
+    Position,
     PreparedCorpus,
     TokenSamples,
 )
@@ -27,7 +31,7 @@ def counting_samples(folder: Path, num_tokens: int = 1001, **options: int) -> To
     return TokenSamples(prefix, S, **options)
 
 
-def source(samples: TokenSamples, seed: int = 1, **changes: int) -> BatchSource:
+def source(samples: TokenSamples, seed: int = 1, **changes: Any) -> BatchSource:
     arguments = {
         "global_batch_size": 8,
         "micro_batch_size": 1,
@@ -35,6 +39,11 @@ def source(samples: TokenSamples, seed: int = 1, **changes: int) -> BatchSource:
         "data_parallel_rank": 0,
     }
     return BatchSource(samples, seed=seed, fingerprint="f", **{**arguments, **changes})
+
+
+def at(step: int) -> Position:
+    """Of a step from 0 in batches of 8."""
+    return Position(8 * step, steps=step)
 
 
 def ids_of(microbatch: dict[str, torch.Tensor]) -> list[int]:
@@ -72,9 +81,10 @@ def test_token_outside_the_vocabulary_is_refused_when_read(tmp_path: Path) -> No
 def test_microbatch_tensors(tmp_path: Path) -> None:
     samples = counting_samples(tmp_path)
     batches = source(samples, micro_batch_size=4)
-    microbatches = list(batches.microbatches(3))
-    assert len(microbatches) == batches.num_microbatches == 2
-    assert [i for batch in microbatches for i in ids_of(batch)] == batches.sample_ids(3).tolist()
+    microbatches = list(batches.microbatches(at(3)))
+    assert len(microbatches) == 2
+    ids = batches.sample_ids(at(3)).tolist()
+    assert [i for batch in microbatches for i in ids_of(batch)] == ids
     for microbatch in microbatches:
         assert set(microbatch) == {"tokens", "labels", "loss_mask", "position_ids"}
         assert all(tensor.shape == (4, S) for tensor in microbatch.values())
@@ -105,11 +115,11 @@ def test_ids_do_not_depend_on_ranks_or_microbatches(
         for rank in range(data_parallel_size)
     ]
     for step in (0, 1, 14, 15, 16, 1000):
-        batch_ids = expected.sample_ids(step)
+        batch_ids = expected.sample_ids(at(step))
         seen = np.full(8, -1)
         for rank, batches in enumerate(ranks):
-            assert np.array_equal(batches.sample_ids(step), batch_ids)
-            for m, microbatch in enumerate(batches.microbatches(step)):
+            assert np.array_equal(batches.sample_ids(at(step)), batch_ids)
+            for m, microbatch in enumerate(batches.microbatches(at(step))):
                 first = (m * data_parallel_size + rank) * micro_batch_size
                 seen[first : first + micro_batch_size] = ids_of(microbatch)
         assert np.array_equal(seen, batch_ids)
@@ -119,15 +129,55 @@ def test_order_is_one_stream_cut_by_the_global_batch(tmp_path: Path, fresh_seed:
     """Neither the number of steps nor where a run stops is known to the source."""
     samples = counting_samples(tmp_path)
     batches = source(samples, fresh_seed)
-    stream = np.concatenate([batches.sample_ids(step) for step in range(47)])
+    stream = np.concatenate([batches.sample_ids(at(step)) for step in range(47)])
     first, second = stream[:125], stream[125:250]
     assert sorted(first) == sorted(second) == list(range(125))
     assert not np.array_equal(first, second)
     resumed = source(samples, fresh_seed)
-    assert np.array_equal(resumed.sample_ids(20), stream[160:168])
+    assert np.array_equal(resumed.sample_ids(Position(160)), stream[160:168])
     halves = source(samples, fresh_seed, global_batch_size=4)
-    assert np.array_equal(halves.sample_ids(3), stream[12:16])
-    assert not np.array_equal(source(samples, fresh_seed + 1).sample_ids(0), stream[:8])
+    assert np.array_equal(halves.sample_ids(Position(13)), stream[13:17])
+    assert not np.array_equal(source(samples, fresh_seed + 1).sample_ids(at(0)), stream[:8])
+
+
+@pytest.mark.parametrize("document_mask", [False, True])
+@pytest.mark.parametrize("data_parallel_size", [1, 2])
+def test_any_batch_sizes_read_every_sample_of_two_epochs_once(
+    tmp_path: Path, fresh_seed: int, data_parallel_size: int, document_mask: bool
+) -> None:
+    """A start after the other, each with a batch size or ramp of its own, on the same position."""
+    draw = random.Random(fresh_seed)
+    samples = counting_samples(tmp_path)
+    position, trained_on, sizes = Position(), [], []
+    while position.samples < 2 * samples.num_samples:
+        final = draw.choice([4, 8, 16])
+        ramp = BatchRamp(2, 2, draw.randint(1, 200)) if draw.random() < 0.5 else None
+        ranks = [
+            source(
+                samples,
+                fresh_seed,
+                global_batch_size=final,
+                micro_batch_size=2 // data_parallel_size,
+                data_parallel_size=data_parallel_size,
+                data_parallel_rank=rank,
+                document_mask=document_mask,
+                ramp=ramp,
+            )
+            for rank in range(data_parallel_size)
+        ]
+        for _ in range(draw.randint(1, 6)):
+            size = ramp.size_at(position.place, final) if ramp else final
+            read = [
+                i for one in ranks for batch in one.microbatches(position) for i in ids_of(batch)
+            ]
+            assert sorted(read) == sorted(ranks[0].sample_ids(position).tolist())
+            trained_on += ranks[0].sample_ids(position).tolist()
+            position = ranks[0].after(position)
+            sizes.append(size)
+            assert len(trained_on) == position.samples == sum(sizes)
+    for epoch in range(2):
+        once = trained_on[epoch * samples.num_samples : (epoch + 1) * samples.num_samples]
+        assert sorted(once) == list(range(samples.num_samples))
 
 
 def test_prepared_corpus_feeds_batches(shared_corpus: PreparedCorpus) -> None:
@@ -141,7 +191,7 @@ def test_prepared_corpus_feeds_batches(shared_corpus: PreparedCorpus) -> None:
         data_parallel_size=2,
         data_parallel_rank=1,
     )
-    (microbatch,) = batches.microbatches(5)
+    (microbatch,) = batches.microbatches(Position(20))
     assert torch.equal(microbatch["tokens"][:, 1:], microbatch["labels"][:, :-1])
 
 
@@ -166,7 +216,7 @@ def test_documents_of_a_batch(tmp_path: Path) -> None:
     assert samples.document_starts(6).tolist() == [1, 8]  # 48 .. 56: the last label starts one
     batches = source(samples, micro_batch_size=4, document_mask=True)
     plain = source(samples, micro_batch_size=4)
-    for batch, same in zip(batches.microbatches(3), plain.microbatches(3), strict=True):
+    for batch, same in zip(batches.microbatches(at(3)), plain.microbatches(at(3)), strict=True):
         assert torch.equal(batch["tokens"], same["tokens"])
         tokens = batch["tokens"].flatten()
         row_starts = torch.arange(4 * S) % S == 0

@@ -1,20 +1,24 @@
 """Blending by weights and skipping of steps, on random sizes."""
 
 import json
+import random
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hysparse_megatron.config.batch_ramp import BatchRamp
 from hysparse_megatron.data.batches import BatchSource
 from hysparse_megatron.data.blend import MOST_PLACES, Blend, parse_blend
 from hysparse_megatron.data.dataset import BlendedSamples, TokenSamples
 from hysparse_megatron.data.held_out import EvaluationBatches
 from hysparse_megatron.data.indexed import IndexedWriter
-from hysparse_megatron.data.order import Skips
+from hysparse_megatron.data.order import Position, Skips
 from hysparse_megatron.data.prepare import PreparedCorpus, prepare_corpus
 from hysparse_megatron.data.sources import load_blend, open_samples
 from hysparse_megatron.errors import DataError
@@ -120,7 +124,7 @@ def test_every_dataset_has_epochs_of_its_own(tmp_path: Path) -> None:
     )  # fmt: skip
     seen: dict[int, list[int]] = {0: [], 1: [], 2: []}
     for step in range(24):
-        for batch in source.microbatches(step):
+        for batch in source.microbatches(Position(4 * step)):
             for token in batch["tokens"][:, 0].tolist():
                 seen[token // 1000].append(token % 1000 // 5)
     assert [len(ids) for ids in seen.values()] == [48, 24, 24]
@@ -141,8 +145,50 @@ def test_skipped_steps_change_no_earlier_one(tmp_path: Path) -> None:
     plain = BatchSource(samples, seed=3, fingerprint="all", **shape)
     skips = Skips.parse("2-3, 6")
     skipping = BatchSource(samples, seed=3, fingerprint="all", **shape, skips=skips)
-    found = [skipping.sample_ids(step).tolist() for step in range(5)]
-    assert found == [plain.sample_ids(step).tolist() for step in (0, 1, 4, 5, 7)]
+    found, position = [], Position()
+    for _ in range(5):
+        found.append(skipping.sample_ids(position).tolist())
+        position = skipping.after(position)
+    assert found == [plain.sample_ids(Position(4 * step)).tolist() for step in (0, 1, 4, 5, 7)]
+    assert position == Position(samples=20, left_out=12, steps=8)
+    # What is named before a position is past: nothing moves, and nothing is read twice.
+    assert plain.sample_ids(position).tolist() == skipping.sample_ids(position).tolist()
+
+
+def test_a_run_without_the_skipped_steps_has_the_same_other_batches(fresh_seed: int) -> None:
+    """Their sizes included, whatever the ramp and the changes of the batch size before them."""
+    draw = random.Random(fresh_seed)
+    samples: Any = SimpleNamespace(sample_ids=lambda places, **fixed: places)
+    starts = [
+        (draw.randint(1, 9), final, BatchRamp(2, draw.choice([1, 2]), draw.randint(1, 60)))
+        for final in draw.choices([4, 6, 8], k=5)
+    ]
+    ends = set(np.cumsum([steps for steps, *_ in starts]).tolist())
+    others = [step for step in range(max(ends)) if step + 1 not in ends]
+    skipped = set(draw.sample(others, k=len(others) // 3))
+    skips = Skips.parse(",".join(map(str, sorted(skipped))))
+
+    def batches(skips: Skips) -> dict[int, list[int]]:
+        """By the step from 0, those left out counted."""
+        found, position = {}, Position()
+        for steps, final, ramp in starts:
+            shape = {"micro_batch_size": 1, "data_parallel_size": 1, "data_parallel_rank": 0}
+            source = BatchSource(
+                samples, seed=0, fingerprint="", global_batch_size=final, ramp=ramp, **shape,
+                skips=skips,
+            )  # fmt: skip
+            end = position.steps + steps
+            while position.steps < end:
+                after = source.after(position)
+                found[after.steps - 1] = source.sample_ids(position).tolist()
+                position = after
+        trained_on = [place for batch in found.values() for place in batch]
+        assert position.samples == len(trained_on) == len(set(trained_on))
+        return found
+
+    plain, left = batches(Skips()), batches(skips)
+    assert not skipped & left.keys()
+    assert left == {step: ids for step, ids in plain.items() if step not in skipped}
 
 
 def test_an_evaluation_reads_every_dataset_and_nothing_twice(tmp_path: Path) -> None:

@@ -162,17 +162,36 @@ def test_not_a_number_survives(tmp_path: Path) -> None:
 def test_console_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
     monkeypatch.setattr("hysparse_megatron.tracking.metrics.time.monotonic", lambda: now[0])
-    console = Console(total_steps=200, first_step=100)
-    now[0] += 120.0  # two steps in two minutes: 98 to go
-    console.step(row(102, 2.34567, grad_norm=1.5, tokens_per_second=12345.6))
-    assert capsys.readouterr().out == (
-        "step 102/200  loss 2.3457  grad norm 1.500  lr 1.00e-03  12,346 tokens/s  ETA 1:38:00\n"
+    train = compose(["train.steps=200", "train.global_batch_size=8"]).train
+    console = Console(train)
+    batch = {"global_batch_size": 8}
+    for step in (101, 102):
+        now[0] += 60.0  # two steps in two minutes: 98 to go
+        console.step(
+            row(step, 2.34567, grad_norm=1.5, tokens_per_second=12345.6, samples=8 * step, **batch)
+        )
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "step 102/200  loss 2.3457  grad norm 1.500  lr 1.00e-03  12,346 tokens/s  ETA 1:38:00"
     )
-    console.step(row(199, skipped=True))
+    console.step(row(199, samples=8 * 199, skipped=True, **batch))
     line = capsys.readouterr().out
-    assert line.endswith("ETA 0:01  SKIPPED\n")
-    console.step(row(200, mfu=0.4123, tokens_per_second=5.0))
+    assert line.endswith("ETA 0:40  SKIPPED\n")
+    console.step(row(200, samples=8 * 200, mfu=0.4123, tokens_per_second=5.0, **batch))
     assert "  5 tokens/s  MFU 41.2 %  ETA 0:00" in capsys.readouterr().out
+
+
+def test_the_eta_of_a_ramp_counts_samples(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("hysparse_megatron.tracking.metrics.time.monotonic", lambda: now[0])
+    ramp = ["train.batch_ramp=[2,2,12]", "train.global_batch_size=8", "train.steps=7"]
+    console = Console(compose(ramp).train)
+    now[0] += 30.0  # of sizes 2 2 4 6 8 8 8 the first two are done
+    console.step(row(1, samples=2, global_batch_size=2))
+    now[0] += 30.0
+    console.step(row(2, samples=4, global_batch_size=2))
+    assert "ETA 8:30" in capsys.readouterr().out.splitlines()[-1]
 
 
 OVERRIDES = {
@@ -261,6 +280,13 @@ def test_a_summary_of_rows_that_were_lost(tmp_path: Path, kept: list[dict[str, A
     assert "What to do next" in text
 
 
+def test_a_run_whose_rate_stands_where_it_would_is_prolonged_without_more(tmp_path: Path) -> None:
+    constant = ["optim.schedule=constant", "optim.warmup_steps=0"]
+    _, text = summary_of(["train.steps=3", *constant, f"run_dir={tmp_path / 'run'}"], 1, tmp_path)
+    assert "train.steps=6\n" in text
+    assert "accept_schedule_change" not in text
+
+
 def commands(text: str) -> list[list[str]]:
     """The suggested commands, as the shell would split them."""
     lines = text.replace("\\\n", " ").splitlines()
@@ -291,7 +317,9 @@ def test_suggested_commands_are_right(kind: str, tmp_path: Path) -> None:
         check(configs[-1], ranks if number < 3 else 1)
     train_on, full, windows, tuned = configs
     longer = replace(config.train, steps=2 * config.train.steps)
-    assert train_on == replace(config, train=longer)
+    # All of them decay at their end, which the longer run would not have done yet.
+    accepted = replace(config.optim, accept_schedule_change=True)
+    assert train_on == replace(config, train=longer, optim=accepted)
     letters = [
         "".join(plan.kind.value for plan in parse_layout(one.model.layout).layers)
         for one in (config, full, windows, tuned)

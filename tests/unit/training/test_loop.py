@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from hysparse_megatron.config.compose import compose
+from hysparse_megatron.data import Position
 from hysparse_megatron.errors import NumericalStop, Preempted
 from hysparse_megatron.evaluation.loss import HeldOutLoss
 from hysparse_megatron.training import loop
@@ -83,8 +84,9 @@ class Script:
     def run(self, first_step: int = 0, facts: dict[str, Any] | None = None) -> "Script":
         self.done = first_step
         batches: Any = SimpleNamespace(
-            microbatches=lambda step: iter([f"batch {step}"]),
-            sample_ids=lambda step: np.array([10 * step, 10 * step + 1]),
+            microbatches=lambda at: iter([f"batch {at.steps}"]),
+            sample_ids=lambda at: np.array([10 * at.steps, 10 * at.steps + 1]),
+            after=lambda at: Position(at.samples + self.size(at.steps), 7, at.steps + 1),
         )
         evaluation: Any = SimpleNamespace(
             num_batches=2, microbatches=lambda index: iter([f"held out {index}"])
@@ -92,18 +94,26 @@ class Script:
         hooks = loop.Hooks(
             on_row=[self.rows.append], save=self._save, observe=self._observe, measure=self._measure
         )
-        progress = loop.Progress(first_step, facts or {})
+        samples = sum(self.size(step) for step in range(first_step))
+        progress = loop.Progress(first_step, Position(samples, 7, first_step), facts or {})
         sets = dict.fromkeys(self.evaluations, evaluation)
         loop.train(self.state, batches, sets, progress, self.watch, hooks)
         return self
+
+    @staticmethod
+    def size(step: int) -> int:
+        """Of the step's batch: they grow."""
+        return 2 + step
 
     @contextlib.contextmanager
     def _observe(self, step: int) -> Iterator[Callable[[], dict[str, Any]]]:
         started = len(self.events)
         yield lambda: {"seen": [step, *self.events[started:]]}
 
-    def _measure(self, step: int, seconds: float, data_seconds: float) -> dict[str, Any]:
-        return {"measured": [step, seconds, data_seconds]}
+    def _measure(
+        self, step: int, tokens: int, seconds: float, data_seconds: float
+    ) -> dict[str, Any]:
+        return {"measured": [step, tokens, seconds, data_seconds]}
 
     def _save(self, step: int, facts: dict[str, Any]) -> None:
         self.events.append(f"save {step}")
@@ -176,7 +186,7 @@ def test_a_resumed_run_does_what_was_left(script: Callable[..., Script]) -> None
 
 def test_rows(script: Callable[..., Script]) -> None:
     found = script(steps=2, bad=(1,)).run()
-    tokens = found.state.config.train.global_batch_size * found.state.config.train.seq_length
+    length = found.state.config.train.seq_length
     start, first, second, end = found.rows
     assert (start["step"], start["eval_loss"], end["step"]) == (0, 2.0, 2)
     assert set(first) == {
@@ -184,6 +194,8 @@ def test_rows(script: Callable[..., Script]) -> None:
         "loss",
         "grad_norm",
         "learning_rate",
+        "global_batch_size",
+        "samples",
         "tokens",
         "tokens_per_second",
         "step_seconds",
@@ -200,14 +212,18 @@ def test_rows(script: Callable[..., Script]) -> None:
     assert (start["evaluation"], start["eval_tokens"]) == ("validation", 100)
     assert start["eval_perplexity"] == pytest.approx(math.exp(2.0))
     assert (start["seen"], end["seen"]) == ([0, "evaluate 0"], [2, "evaluate 2"])
-    assert second["measured"] == [2, second["step_seconds"], second["data_seconds"]]
+    assert second["measured"] == [2, 3 * length, second["step_seconds"], second["data_seconds"]]
     assert first["bad"] == "loss not finite on rank 0"
     assert (first["skipped_steps"], first["sample_ids"]) == (1, [0, 1])
     assert "sample_ids" not in second
-    assert (first["step"], first["skipped"], first["tokens"]) == (1, True, tokens)
-    assert (second["step"], second["skipped"], second["tokens"]) == (2, False, 2 * tokens)
+    assert (first["step"], first["skipped"], first["tokens"]) == (1, True, 2 * length)
+    assert (second["step"], second["skipped"], second["tokens"]) == (2, False, 5 * length)
+    assert [(row["global_batch_size"], row["samples"]) for row in (first, second)] == [
+        (2, 2),
+        (3, 5),
+    ]
     assert second["loss"] == 0.5
-    assert second["tokens_per_second"] == pytest.approx(tokens / second["step_seconds"])
+    assert second["tokens_per_second"] == pytest.approx(3 * length / second["step_seconds"])
 
 
 def test_five_bad_steps_in_a_row_stop_the_run(script: Callable[..., Script]) -> None:

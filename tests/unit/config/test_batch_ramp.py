@@ -1,0 +1,43 @@
+"""Sizes on the ramp, against Megatron's calculator and by hand."""
+
+import random
+
+from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
+
+from hysparse_megatron.config.batch_ramp import BatchRamp
+from hysparse_megatron.config.compose import compose
+from tests.unit.single_process import fresh_seed
+
+
+def test_sizes_are_megatrons() -> None:
+    """Its calculator takes the sizes one by one, each from so many samples on."""
+    draw = random.Random(fresh_seed())
+    for _ in range(50):
+        start, increment, rises = draw.randint(1, 9), draw.randint(1, 9), draw.randint(1, 9)
+        part, final = draw.randint(1, 50), start + rises * increment
+        sizes = " ".join(f"{part * n}:{start + increment * n}" for n in range(rises + 1))
+        megatron = StepBatchsizeNumMicroBatchesCalculator(1, 1, False, 1, sizes)
+        ramp = BatchRamp(start, increment, rises * part)
+        for place in range(rises * part + 20):
+            megatron.update(place, consistency_check=True)
+            assert ramp.size_at(place, final) == megatron.get_current_global_batch_size()
+        assert ramp.sizes(final) == [size for _, size in megatron.schedule]
+
+
+def test_the_samples_of_steps_are_counted_one_by_one() -> None:
+    draw = random.Random(fresh_seed())
+    for _ in range(50):
+        ramp = BatchRamp(draw.randint(1, 4), draw.randint(1, 3), draw.randint(1, 99))
+        final = ramp.start + ramp.increment * draw.randint(1, 5)
+        place = first = draw.randint(0, 120)
+        steps = draw.randint(0, 40)
+        for _ in range(steps):
+            place += ramp.size_at(place, final)
+        assert ramp.samples_of(steps, first, final) == place - first
+
+
+def test_by_hand() -> None:
+    train = compose(["train.batch_ramp=[2,2,12]", "train.global_batch_size=8"]).train
+    assert train.ramp == BatchRamp(2, 2, 12)
+    assert [train.samples_of(steps) for steps in range(8)] == [0, 2, 4, 8, 14, 22, 30, 38]
+    assert compose(["train.global_batch_size=8"]).train.samples_of(5) == 40
