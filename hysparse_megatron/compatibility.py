@@ -38,6 +38,7 @@ _FREE = (
 
 _FREE_FOR_WEIGHTS = (
     "model.rotary_base",
+    "model.rope_scaling",
     "model.window",
     "model.block_size",
     "model.num_selected_blocks",

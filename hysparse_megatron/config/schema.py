@@ -222,6 +222,9 @@ class ModelConfig:
     """Share of a head's channels that is rotated; the rest carries no position."""
     tie_embeddings: bool = False
     """Use the input embedding as the output projection; saves most parameters of small models."""
+    qkv_bias: bool = False
+    """Add a learnt bias to all that attention projects its input to: queries, keys and values, as
+    in Qwen2, and gates; it begins at zero, and the paper mentions none."""
     qk_norm: bool = False
     """Normalise queries and keys per head before rotation; the paper does not mention it."""
     norm_epsilon: float = 1e-5

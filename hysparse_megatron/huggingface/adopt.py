@@ -1,7 +1,7 @@
 """From a Llama- or Qwen-like model with full attention to a HySparse model that trains on.
 
 Full layers, feed-forward layers, norms and embeddings keep their weights to the bit. A sparse layer
-keeps q, k, v and o as its window branch. Its gates have no bias, so with weights of zero each is
+keeps q, k, v and o, biases included, as its window branch. Its gates begin at zero, so that each is
 one half, and o doubled makes the window branch whole: where the window covers the text, the layer
 is what it was. The sparse branch reads keys and values of another layer, of which its weights know
 nothing: its sink, a logit beside those of its tokens, leaves it a small share at the start.
@@ -86,7 +86,14 @@ def adopt(source: Path, folder: Path, choices: Choices, say: Say) -> None:
     write_start(source, folder, model, sources, original.max_position_embeddings, say)
 
 
-_NEW = ("sparse_gate.weight", "window_gate.weight", "sparse_sink", "window_sink")
+_NEW = (
+    "sparse_gate.weight",
+    "sparse_gate.bias",
+    "window_gate.weight",
+    "window_gate.bias",
+    "sparse_sink",
+    "window_sink",
+)
 """Ends of names of weights that the original does not have."""
 
 
@@ -130,6 +137,7 @@ def _tree(original: PretrainedConfig, choices: Choices) -> dict[str, Any]:
         "window": choices.window,
         **rotary_settings(original),
         "tie_embeddings": original.tie_word_embeddings,
+        "qkv_bias": ARCHITECTURES[original.model_type].qkv_bias,
         "qk_norm": ARCHITECTURES[original.model_type].qk_norm,
         "norm_epsilon": original.rms_norm_eps,
         "init_std": original.initializer_range or 0.02,

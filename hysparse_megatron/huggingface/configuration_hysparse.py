@@ -24,6 +24,7 @@ class HySparseConfig(PretrainedConfig):
     and picks of the nearest F before it, beside a window of its own), W sliding window alone.
     `sliding_window`, `block_size` in tokens; `num_selected_blocks` are picked per query and group.
     `gate` head or channel; `sink` branch, shared or none; `full_gate` none, head or channel.
+    `qkv_bias`: queries, keys, values and gates have a bias.
     With `num_experts` > 0 the layers from `num_dense_first_layers` on have experts;
     `scoring_func` softmax or sigmoid, and `balancing` "bias" means a learnt bias of the choice.
     `rope_parameters` as in other models, of type default, linear, llama3 or yarn; `rope_scaling`
@@ -52,6 +53,7 @@ class HySparseConfig(PretrainedConfig):
         full_gate: str = "none",
         forced_first_blocks: int = 0,
         forced_recent_blocks: int = 0,
+        qkv_bias: bool = False,
         qk_norm: bool = False,
         rms_norm_eps: float = 1e-5,
         rope_parameters: dict[str, Any] | None = None,
@@ -102,6 +104,7 @@ class HySparseConfig(PretrainedConfig):
         self.full_gate = full_gate
         self.forced_first_blocks = forced_first_blocks
         self.forced_recent_blocks = forced_recent_blocks
+        self.qkv_bias = qkv_bias
         self.qk_norm = qk_norm
         self.rms_norm_eps = rms_norm_eps
         rope = dict(rope_scaling or rope_parameters or {})

@@ -17,7 +17,13 @@ from hysparse_megatron.errors import CheckpointError
 from hysparse_megatron.huggingface import settings, tokenizer_files
 from hysparse_megatron.huggingface.folders import write_folder
 from hysparse_megatron.huggingface.reading import INDEX, SINGLE
-from hysparse_megatron.huggingface.weights import EMBEDDING, KEPT_IN_FP32, Fused, model_weights
+from hysparse_megatron.huggingface.weights import (
+    EMBEDDING,
+    KEPT_IN_FP32,
+    TABLES,
+    Fused,
+    model_weights,
+)
 
 CODE = ("configuration_hysparse.py", "attention_hysparse.py", "modeling_hysparse.py")
 """Files of this package that an exported folder gets a copy of."""
@@ -47,13 +53,15 @@ def export(request: Request, folder: Path, say: Say) -> None:
     """
     index = tensors.read_index(request.checkpoint)
     index = {name: e for name, e in index.items() if not name.startswith(tensors.OPTIMIZER)}
-    weights = _fitting(request, index)
-    rows = index[EMBEDDING]["shape"][0]
+    rows = _fitting_rows(request, index)
     identity = store.tokenizer_facts(store.read_manifest(request.checkpoint))
     tokenizer = request.tokenizer
     if tokenizer is None:
         tokenizer = tokenizer_files.find_tokenizer(request.config.data, identity)
     ids = tokenizer_files.check_vocabulary(tokenizer, rows, identity.get("vocab_size"))
+    # Without the rows that fill the embedding up to a round number, which no loss has seen.
+    rows = request.config.model.vocab_size or ids
+    weights = model_weights(request.config.model, rows)
 
     def write(target: Path) -> None:
         _write_weights(request, weights, index, target, say)
@@ -63,7 +71,7 @@ def export(request: Request, folder: Path, say: Say) -> None:
         end = tokenizer_files.end_of_document(tokenizer)
         generation: dict[str, Any] = {"eos_token_id": end, "pad_token_id": end}
         if ids < rows:
-            # Rows that fill the embedding up to a round number, which no token ever was.
+            # Of the model alone: no token of the tokenizer's.
             generation["suppress_tokens"] = list(range(ids, rows))
         tokenizer_files.write_object(target / "generation_config.json", generation)
         for name in CODE:
@@ -72,8 +80,8 @@ def export(request: Request, folder: Path, say: Say) -> None:
     write_folder(folder, write)
 
 
-def _fitting(request: Request, index: dict[str, dict[str, Any]]) -> list[Fused]:
-    """The weights of the run's model, all of which the checkpoint has, and no others."""
+def _fitting_rows(request: Request, index: dict[str, dict[str, Any]]) -> int:
+    """Rows of the embedding of a checkpoint that has all weights of the run's model, no others."""
     if EMBEDDING not in index:
         raise CheckpointError(f"{request.checkpoint} holds no language model: no {EMBEDDING}")
     model, rows = request.config.model, index[EMBEDDING]["shape"][0]
@@ -92,7 +100,7 @@ def _fitting(request: Request, index: dict[str, dict[str, Any]]) -> list[Fused]:
             f"{request.checkpoint} does not fit the model of the run's settings: "
             f"{'; '.join(problems[:5])}{more}"
         )
-    return weights
+    return rows
 
 
 def _write_weights(
@@ -115,6 +123,8 @@ def _write_weights(
         held: dict[str, torch.Tensor] = {}
         for weight in shard:
             whole = tensors.read_tensor(request.checkpoint, index[weight.name])
+            if weight.name in TABLES:
+                whole = whole[: weight.shape[0]]
             held |= weight.split(whole.to(dtype_of(weight)))
         save_file(held, folder / name, metadata={"format": "pt"})
         place |= dict.fromkeys(held, name)

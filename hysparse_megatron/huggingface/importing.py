@@ -24,9 +24,8 @@ from hysparse_megatron.huggingface import settings, tokenizer_files
 from hysparse_megatron.huggingface.folders import write_folder
 from hysparse_megatron.huggingface.reading import TensorFolder
 from hysparse_megatron.huggingface.weights import (
-    EMBEDDING,
     KEPT_IN_FP32,
-    OUTPUT,
+    TABLES,
     Fused,
     model_weights,
 )
@@ -119,7 +118,7 @@ def _source(weight: Fused, tensors: TensorFolder) -> Source:
 
 def padded(name: str, source: Source) -> Source:
     """Embedding and output projection with rows of zeros up to what training has; others as is."""
-    if name not in (EMBEDDING, OUTPUT):
+    if name not in TABLES:
         return source
     rows = padded_vocab_size(source.shape[0])
     read = functools.partial(_with_rows, source.read, rows)

@@ -49,7 +49,7 @@ class HySparseAttention(nn.Module):
         heads, groups = config.num_attention_heads, config.num_key_value_heads
 
         def linear(width: int) -> nn.Linear:
-            return nn.Linear(config.hidden_size, width, bias=False)
+            return nn.Linear(config.hidden_size, width, bias=config.qkv_bias)
 
         self.q_proj = linear(heads * config.head_dim)
         self.k_proj = linear(groups * config.head_dim)

@@ -20,6 +20,7 @@ from hysparse_megatron.huggingface import settings
 class Architecture:
     """What differs between the model types that can be taken over."""
 
+    qkv_bias: bool = False
     qk_norm: bool = False
     biases: tuple[str, ...] = ()
     """Settings that give its layers biases; transformers ignores them in the other types."""
@@ -30,6 +31,7 @@ class Architecture:
 ARCHITECTURES = {
     "llama": Architecture(biases=("attention_bias", "mlp_bias")),
     "mistral": Architecture(),
+    "qwen2": Architecture(qkv_bias=True, window_by_layer=True),
     "qwen3": Architecture(qk_norm=True, biases=("attention_bias",), window_by_layer=True),
 }
 """Model types that are taken over."""
@@ -47,7 +49,6 @@ def read_original(source: Path) -> PretrainedConfig:
     if kind not in ARCHITECTURES:
         raise ConfigError(
             f"a model of type {kind} cannot be adopted; allowed {', '.join(ARCHITECTURES)}"
-            + (": those of qwen2 have biases, which ours lacks" if kind == "qwen2" else "")
         )
     try:
         config = CONFIG_MAPPING[kind].from_dict(described)
@@ -78,7 +79,7 @@ def _problems(
     if config.hidden_act not in ("silu", "swish"):
         problems.append(f"hidden_act {config.hidden_act}; allowed silu")
     problems += [
-        f"{name}; allowed are models without biases"
+        f"{name}; allowed are biases of queries, keys and values alone, as in qwen2"
         for name in architecture.biases
         if getattr(config, name)
     ]

@@ -40,6 +40,7 @@ _MODEL = {
     "forced_first_blocks": "forced_first_blocks",
     "forced_recent_blocks": "forced_recent_blocks",
     "tie_embeddings": "tie_word_embeddings",
+    "qkv_bias": "qkv_bias",
     "qk_norm": "qk_norm",
     "norm_epsilon": "rms_norm_eps",
     "init_std": "initializer_range",
@@ -97,6 +98,7 @@ def _plain(value: Any) -> Any:
 
 def from_json(settings: dict[str, Any]) -> ModelConfig:
     """The inverse of `to_json`. Raises ConfigError that names what is missing or cannot be."""
+    settings = {"qkv_bias": False} | settings  # which folders of early versions do not have
     missing = [name for name in ("layout", "vocab_size", *_MODEL.values()) if name not in settings]
     if missing:
         raise ConfigError(f"{CONFIG_JSON} lacks {', '.join(missing)}: it is no HySparse model's")

@@ -29,6 +29,8 @@ KEPT_IN_FP32 = ("_sink", ".expert_bias")
 
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
+TABLES = (EMBEDDING, OUTPUT)
+"""What has a row for every token id, and more to fill up."""
 
 
 @dataclass(frozen=True)
@@ -111,12 +113,13 @@ def attention_weights(
     parts = {"q_proj": heads // groups * model.head_dim}
     parts |= {"k_proj": model.head_dim, "v_proj": model.value_dim}
     parts |= {gate: heads // groups * width for gate, width in _gates(model, kind).items()}
-    yield Fused(
-        f"{ours}.linear_qkv.linear.weight",
-        (groups * sum(parts.values()), model.hidden_size),
-        tuple((f"{theirs}.{name}.weight", rows) for name, rows in parts.items()),
-        groups,
-    )
+    rows = groups * sum(parts.values())
+    shapes: dict[str, tuple[int, ...]] = {"weight": (rows, model.hidden_size)}
+    if model.qkv_bias:
+        shapes["bias"] = (rows,)
+    for kind_of, shape in shapes.items():
+        names = tuple((f"{theirs}.{name}.{kind_of}", count) for name, count in parts.items())
+        yield Fused(f"{ours}.linear_qkv.linear.{kind_of}", shape, names, groups)
     yield Fused.alone(
         f"{ours}.linear_proj.weight",
         f"{theirs}.o_proj.weight",

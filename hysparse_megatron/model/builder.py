@@ -1,12 +1,12 @@
-"""The model chunks of this rank: megatron-core's `HybridModel` around our stack."""
+"""The model chunks of this rank: megatron-core's model around our stack."""
 
 from __future__ import annotations
 
-from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.errors import ConfigError
+from hysparse_megatron.model.language_model import LanguageModel
 from hysparse_megatron.model.layers import LOCAL, LayerChoice, LayerModules
 from hysparse_megatron.model.megatron_config import HySparseConfig
 from hysparse_megatron.model.rotary import rotary_frequencies
@@ -22,7 +22,7 @@ def build_chunks(
     vocab_size: int,
     groups: ProcessGroupCollection,
     layers: LayerChoice = LOCAL,
-) -> list[HybridModel]:
+) -> list[LanguageModel]:
     """The model chunks of this pipeline rank, in order (one without interleaving).
 
     Initial weights depend on `config.train.seed` alone, not on the parallel layout.
@@ -37,11 +37,12 @@ def build_chunks(
     spec = stack_spec(LayerModules.of(layers))
     plan = megatron.plan
     last = len(plan.stages) - 1
-    chunks = []
+    chunks: list[LanguageModel] = []
     for chunk in range(plan.num_chunks):
         stage = plan.stage_index(groups.pp.rank(), chunk)
         seed_initialization(config.train.seed, "embedding")
-        model = HybridModel(
+        model = LanguageModel(
+            num_ids=vocab_size,
             config=megatron,
             hybrid_stack_spec=spec,
             vocab_size=padded_vocab_size(vocab_size),

@@ -162,6 +162,7 @@ def make_megatron_config(
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
+        add_qkv_bias=model.qkv_bias,
         init_method=_normal(model.init_std),
         output_layer_init_method=_normal(model.init_std / (2 * num_layers) ** 0.5),
         init_method_std=model.init_std,

@@ -3,9 +3,10 @@
 Shapes: S sequence, B batch, HQ query heads, HKV KV groups, G = HQ / HKV, C channels, T
 tensor-parallel size.
 
-The rows of the weight belong to KV group 0, then group 1, and so on; inside a group first what
-each of its G query heads owns, then what the group owns. Tensor-parallel slices of such a weight
-hold whole groups, whatever the layer's parts are, so checkpoints reshard by plain slicing.
+The rows of the weight, and of the bias if there is one, belong to KV group 0, then group 1, and so
+on; inside a group first what each of its G query heads owns, then what the group owns.
+Tensor-parallel slices hold whole groups, whatever the layer's parts are, so checkpoints reshard by
+plain slicing.
 With fewer groups than ranks (T > HKV) a slice is no longer a whole group: the output is gathered
 and each rank keeps its own query heads and its whole group. The gather's backward sums over ranks,
 which is what the shared key and value need.
@@ -33,7 +34,12 @@ class Part:
 
 
 class GroupedProjection(MegatronModule):
-    """Linear layer without bias from [S / T or S, B, C] to several per-head or per-group parts."""
+    """Linear layer from [S / T or S, B, C] to several per-head or per-group parts.
+
+    With `add_qkv_bias` all parts have a bias. Those of a sparse layer are its own query, key and
+    value (of the window branch) and both gates; the key and value that its sparse branch reads
+    have the oracle's.
+    """
 
     def __init__(
         self,
@@ -52,7 +58,7 @@ class GroupedProjection(MegatronModule):
             self.num_groups * sum(self.group_widths()),
             config=config,
             init_method=config.init_method,
-            bias=False,
+            bias=config.add_qkv_bias,
             skip_bias_add=False,
             gather_output=False,
             is_expert=False,

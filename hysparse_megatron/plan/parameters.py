@@ -41,7 +41,7 @@ class LayerParameters:
     """Parameters of one whole layer, by how they are split over ranks."""
 
     attention: int
-    """Projections and sinks, split over tensor-parallel ranks."""
+    """Projections, their biases and sinks, split over tensor-parallel ranks."""
     feed_forward: int
     """The dense feed-forward layer, or the shared expert; split over tensor-parallel ranks."""
     experts: int
@@ -52,8 +52,8 @@ class LayerParameters:
     """Replicated on every rank of the stage."""
     active_experts: int
     """Those of `experts` that compute for one token."""
-    sinks: int
-    """Those of `attention` that are no matrix."""
+    attention_vectors: int
+    """Those of `attention` that are no matrix: biases and sinks."""
     largest_matrix: int
     """The largest weight that is split over tensor-parallel ranks."""
     largest_expert_matrix: int
@@ -71,7 +71,7 @@ class LayerParameters:
 
     def matrices_on_rank(self, tp: int) -> int:
         """Those of `dense_on_rank` that are weights of linear layers, the router's among them."""
-        return (self.attention - self.sinks + self.feed_forward) // tp + self.router
+        return (self.attention - self.attention_vectors + self.feed_forward) // tp + self.router
 
     def largest_on_rank(self, tp: int) -> int:
         """The largest of these weights on one rank."""
@@ -158,20 +158,21 @@ def _layer(model: ModelConfig, kind: LayerKind, index: int) -> LayerParameters:
         experts, active = moe.num_experts * one, moe.num_active_experts * one
         router = moe.num_experts * hidden
         feed_forward = 3 * hidden * moe.shared_expert_ffn_hidden_size
-    sinks, fused = _num_sinks(model, kind), _fused_outputs(model, kind)
+    fused = _fused_outputs(model, kind)
+    vectors = _num_sinks(model, kind) + (fused if model.qkv_bias else 0)
     widest = max(
         fused,
         model.num_attention_heads * model.value_dim,
         2 * (moe.shared_expert_ffn_hidden_size if experts else model.ffn_hidden_size),
     )
     return LayerParameters(
-        attention=attention_matrices(model, kind) + sinks,
+        attention=attention_matrices(model, kind) + vectors,
         feed_forward=feed_forward,
         experts=experts,
         router=router,
         norms=2 * hidden + qk_norms,
         active_experts=active,
-        sinks=sinks,
+        attention_vectors=vectors,
         largest_matrix=hidden * widest,
         largest_expert_matrix=2 * hidden * model.expert_width if experts else 0,
     )

@@ -44,13 +44,14 @@ pytestmark = pytest.mark.distributed
 SAVE_AFTER, STEPS = 3, 6
 EVAL_TOLERANCE, LOSS_TOLERANCE = 1e-6, 1e-5
 
-SAVED = Case("tp2-pp2-sp", INSIDE, tp=2, pp=2, sp=True)
+QKV_BIAS = {"qkv_bias": True}
+SAVED = Case("tp2-pp2-sp", INSIDE, tp=2, pp=2, sp=True, model=QKV_BIAS)
 LOADED = [
-    Case("one-process"),
-    Case("pp4", TWO_INSIDE, pp=4),
-    Case("pp2-vpp2", INTERLEAVED, pp=2, vpp=2),
-    Case("dp2", dp=2),
-    Case("tp4", tp=4),
+    Case("one-process", model=QKV_BIAS),
+    Case("pp4", TWO_INSIDE, pp=4, model=QKV_BIAS),
+    Case("pp2-vpp2", INTERLEAVED, pp=2, vpp=2, model=QKV_BIAS),
+    Case("dp2", dp=2, model=QKV_BIAS),
+    Case("tp4", tp=4, model=QKV_BIAS),
     SAVED,
 ]
 

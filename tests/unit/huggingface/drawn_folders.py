@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.unit.model.tiny_models import randomize
 
-KINDS = ("llama", "mistral", "qwen3")
+KINDS = ("llama", "mistral", "qwen2", "qwen3")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -90,8 +90,8 @@ def draw(path: Path, rng: random.Random) -> Folder:
         qk_layernorm=[True],
         mup_width_multiplier=[2.0],
     )
-    if kind == "mistral":
-        folder.settings |= drawn(rng, attention_bias=[True], mlp_bias=[True])
+    if kind in ("mistral", "qwen2"):
+        folder.settings |= drawn(rng, attention_bias=[True, False], mlp_bias=[True])
     elif kind == "qwen3":
         folder.settings |= drawn(rng, attention_bias=[False], mlp_bias=[True])
     else:

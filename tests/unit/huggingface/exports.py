@@ -13,7 +13,7 @@ from hysparse_megatron.checkpoint.assemble import Source, save_weights
 from hysparse_megatron.config.frozen import freeze
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.data.bulk.tokenizers import bytes_tokenizer
-from hysparse_megatron.huggingface.weights import model_weights
+from hysparse_megatron.huggingface.weights import TABLES, model_weights
 from hysparse_megatron.runtime.process_groups import destroy_process_groups
 from hysparse_megatron.training.state import TrainingState, build_state
 from tests.checkpoints import save
@@ -55,10 +55,10 @@ class Run:
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
-        """Of this project's model: [B, S, rows]."""
+        """Of this project's model: [B, S, ids]."""
         module = self.state.chunks[0].module
         module.eval()
-        return module(tokens.to(DEVICE), None, None).cpu().float()
+        return module(tokens.to(DEVICE), None, None).cpu().float()[..., :IDS]
 
     def clear_tokens(self, batch: int = 3, length: int = SEQUENCE) -> Tensor:
         """Random tokens [B, S] without near-ties between blocks or between experts."""
@@ -82,6 +82,9 @@ def saved_run(path: Path, *overrides: str, step: int = 1) -> Iterator[Run]:
     try:
         module = state.chunks[0].module
         randomize(module)
+        for name, parameter in module.named_parameters():
+            if name in TABLES:
+                parameter.data[IDS:] = 0  # as they stay in training
         for name, buffer in module.named_buffers():
             if name.endswith("expert_bias"):
                 buffer.uniform_(-0.2, 0.2)

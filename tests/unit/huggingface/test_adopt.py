@@ -13,6 +13,8 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -69,6 +71,14 @@ MODELS = {
             rope_parameters=scaled("llama3", original_max_position_embeddings=ORIGINAL, **LLAMA3),
         ),
         FP32,
+    ),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config(**SIZES, tie_word_embeddings=True), FP32),
+    "qwen2, yarn": (
+        Qwen2ForCausalLM,
+        Qwen2Config(
+            **SIZES, rope_parameters=scaled("yarn", original_max_position_embeddings=ORIGINAL)
+        ),
+        BF16,
     ),
     "qwen3, yarn": (
         Qwen3ForCausalLM,
@@ -217,8 +227,8 @@ def edit(folder: Path, **settings: object) -> None:
     ("settings", "layout", "said"),
     [
         ({"model_type": "gpt2"}, "4*F", "type gpt2 cannot be adopted; allowed llama, mistral"),
-        ({"model_type": "qwen2"}, "4*F", "those of qwen2 have biases"),
-        ({"attention_bias": True}, "4*F", "attention_bias; allowed are models without biases"),
+        ({"model_type": "qwen2"}, "4*F", "no model.layers.0.self_attn.q_proj.bias"),
+        ({"attention_bias": True}, "4*F", "attention_bias; allowed are biases of queries"),
         (
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}},
             "4*F",

@@ -21,6 +21,7 @@ VARIANTS: dict[str, list[str]] = {
         "model.full_gate=channel",
         "model.value_head_dim=3",
     ],
+    "biases": ["model.layout=F S W F", "model.qkv_bias=true", "model.full_gate=head"],
     "norm of query and key": ["model.layout=F S W F", "model.qk_norm=true"],
     "one group of heads": ["model.layout=F S F", "model.num_query_groups=1"],
     "a group for each head": ["model.layout=F S F", "model.num_query_groups=4"],

@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
 
 from hysparse_megatron.huggingface import attention_hysparse
-from hysparse_megatron.huggingface.weights import model_weights
-from tests.unit.huggingface.exports import MOE, ROWS, Run, load, saved_run
+from hysparse_megatron.huggingface.weights import TABLES, model_weights
+from tests.unit.huggingface.exports import IDS, MOE, Run, load, saved_run
 from tests.unit.single_process import DEVICE, default_group, fresh_seed
 
 
@@ -37,9 +37,10 @@ def our_gradients(run: Run, tokens: Tensor) -> tuple[float, dict[str, Tensor]]:
                 stacked = torch.stack([found.pop(name) for name in names])
                 found[f"{begin}experts.linear_{projection}.weight"] = stacked
     gradients: dict[str, Tensor] = {}
-    for weight in model_weights(run.config.model, ROWS):
+    for weight in model_weights(run.config.model, IDS):
         if weight.name in found:
-            gradients |= weight.split(found[weight.name].cpu())
+            gradient = found[weight.name].cpu()
+            gradients |= weight.split(gradient[:IDS] if weight.name in TABLES else gradient)
     return float(loss), gradients
 
 

@@ -27,6 +27,7 @@ pytestmark = pytest.mark.thorough
 
 HEAVY = [
     "model.layout=F S W S F",
+    "model.qkv_bias=true",
     "model.qk_norm=true",
     "model.gate=channel",
     "model.full_gate=head",

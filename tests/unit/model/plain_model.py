@@ -25,6 +25,7 @@ class PlainSettings:
     gate_width: int
     rotary_dim: int
     rotary_base: float
+    ids: int
     epsilon: float
 
 
@@ -83,7 +84,7 @@ def token_losses(
         hidden = hidden + (gate * torch.sigmoid(gate) * up) @ mine["mlp.linear_fc2.weight"].T
     hidden = _rms_norm(hidden, weights["decoder.final_norm.weight"], settings.epsilon)
     output = weights.get("output_layer.weight", weights["embedding.word_embeddings.weight"])
-    logits = hidden @ output.T
+    logits = hidden @ output[: settings.ids].T
     chosen = logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     return logits.logsumexp(-1) - chosen, scores
 
@@ -106,13 +107,15 @@ def _project(
     """Eq. 1 and 4. Rows of the weight: group by group; in one, all its heads' queries, then its
     key, its value, all its heads' sparse gates, all its heads' window gates."""
     weight = attention["linear_qkv.linear.weight"]
+    bias = attention.get("linear_qkv.linear.bias", torch.zeros_like(weight[:, 0]))
     per_group = settings.heads // settings.groups
-    rows: dict[str, list[Tensor]] = {}
+    rows: dict[str, list[tuple[Tensor, Tensor]]] = {}
     position = 0
 
     def take(name: str, count: int) -> None:
         nonlocal position
-        rows.setdefault(name, []).append(weight[position : position + count])
+        taken = slice(position, position + count)
+        rows.setdefault(name, []).append((weight[taken], bias[taken]))
         position += count
 
     for _ in range(settings.groups):
@@ -125,7 +128,9 @@ def _project(
                 take(name, settings.gate_width)
     assert position == weight.shape[0]
     parts = {
-        name: torch.stack([x @ piece.T for piece in pieces], dim=2)  # [B, S, heads, width]
+        name: torch.stack(
+            [x @ piece.T + shift for piece, shift in pieces], dim=2
+        )  # [B, S, heads, width]
         for name, pieces in rows.items()
     }
     for name, norm in (("query", "q_layernorm.weight"), ("key", "k_layernorm.weight")):

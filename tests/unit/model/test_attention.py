@@ -34,6 +34,7 @@ VARIANTS: dict[str, list[str]] = {
     ],
     "norm of query and key": ["model.layout=F S W F", "model.qk_norm=true"],
     "one group of heads": ["model.layout=F S S F", "model.num_query_groups=1"],
+    "biases": ["model.layout=F S W F", "model.qkv_bias=true", "model.gate=channel"],
     "a group for each head": ["model.layout=F S S F", "model.num_query_groups=4"],
     "partly rotated": [
         "model.layout=F S F",
@@ -62,6 +63,7 @@ def plain_settings(config: Config) -> PlainSettings:
         gate_width=1 if model.gate is GateKind.head else (model.value_head_dim or model.head_dim),
         rotary_dim=int(model.head_dim * model.rotary_fraction),
         rotary_base=model.rotary_base,
+        ids=VOCABULARY,
         epsilon=model.norm_epsilon,
     )
 

@@ -37,7 +37,15 @@ MODELS = [f"{family}_{size}" for family, size in itertools.product(FAMILIES, SIZ
 DENSE_PLANS = [
     (1, []),
     (32, ["parallel.tp=4", "parallel.pp=4", "parallel.vpp=2"]),
-    (32, ["parallel.tp=16", "parallel.pp=2", "parallel.sequence_parallel=true"]),
+    (
+        32,
+        [
+            "parallel.tp=16",
+            "parallel.pp=2",
+            "parallel.sequence_parallel=true",
+            "model.qkv_bias=true",
+        ],
+    ),
 ]
 EXPERT_PLANS = [
     (512, ["parallel.ep=512"]),
