@@ -312,7 +312,8 @@ def half_rotated(folder: Folder) -> None:
 
 def rope(where: str, **values: Any) -> Callable[[Folder], None]:
     def put(folder: Folder) -> None:
-        folder.settings.pop("rope_scaling", None)
+        for name in ("rope_scaling", "partial_rotary_factor"):
+            folder.settings.pop(name, None)
         folder.settings |= {where: values}
         folder.write()
 
