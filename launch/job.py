@@ -10,6 +10,7 @@ import jinja2
 
 from hysparse_megatron.config.cluster import Scheduler
 from hysparse_megatron.config.schema import Config
+from hysparse_megatron.config.shell_words import quoted
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 SCRIPT_NAME = "job.sbatch"
@@ -40,10 +41,12 @@ def render_job(config: Config, checkout: Path = CHECKOUT, python: str = sys.exec
     slurm = config.cluster.slurm
     run_dir = config.run_path.absolute()
     srun = [
-        *slurm.srun_options,
-        *([slurm.command_prefix] if slurm.command_prefix else []),
+        *map(quoted, slurm.srun_options),
+        *([quoted(slurm.command_prefix)] if slurm.command_prefix else []),
         shlex.quote(slurm.python or python),
     ]
+    # sbatch fills in what stands after a percent sign.
+    logs = str(run_dir / "logs").replace("%", "%%")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         undefined=jinja2.StrictUndefined,
@@ -59,7 +62,7 @@ def render_job(config: Config, checkout: Path = CHECKOUT, python: str = sys.exec
         slurm=slurm,
         srun=" ".join(srun),
         script=shlex.quote(str(run_dir / SCRIPT_NAME)),
-        log=shlex.quote(str(run_dir / "logs" / "slurm-%j.log")),
+        log=shlex.quote(f"{logs}/slurm-%j.log"),
         checkout=shlex.quote(str(checkout)),
         run_dir=shlex.quote(str(run_dir)),
         no_rendezvous=NO_RENDEZVOUS,

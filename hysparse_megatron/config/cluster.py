@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import shlex
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
 from enum import Enum
 
+from hysparse_megatron.config.shell_words import (
+    DIRECTIVE,
+    WORDS,
+    are_directive_words,
+    are_words,
+    has_control_characters,
+)
 from hysparse_megatron.errors import Problem
 
-_TIME_LIMIT = r"(\d+-)?\d+:\d\d:\d\d"
-_OPTION = r"-{1,2}[a-zA-Z][^\n]*"
+_TIME_LIMIT = r"([0-9]+-)?[0-9]+:[0-9][0-9]:[0-9][0-9]"
+_OPTION = re.compile(r"-{1,2}[a-zA-Z]")
 
 OWN_OPTIONS = (
     "job-name",
@@ -25,8 +33,11 @@ OWN_OPTIONS = (
     "signal",
     "time",
     "array",
+    "wrap",
 )
-"""Options of sbatch that the job script sets itself."""
+"""Options of sbatch that the job script sets itself, or that would replace it."""
+_OWN_LETTERS = "JNnoeta"
+"""The short forms of these."""
 
 
 class Scheduler(Enum):
@@ -44,13 +55,16 @@ class SlurmConfig:
     """`12:00:00` or `2-00:00:00`, in quotes, or YAML reads a number; null leaves it to the
     partition."""
     options: list[str] = field(default_factory=list, hash=False)
-    """Further lines for sbatch, each like `--gres=gpu:8` or `--partition=NAME`."""
+    """Further lines for sbatch, each like `--gres=gpu:8` or `--partition=NAME`; quoted where they
+    hold blanks, `--comment='two words'`."""
     setup: list[str] = field(default_factory=list, hash=False)
     """Lines of bash before anything runs, such as `module load cuda` and exports."""
     srun_options: list[str] = field(default_factory=list, hash=False)
-    """Further options of srun, such as `--container-image=IMAGE`."""
+    """Further options of srun, such as `--container-image=IMAGE`, quoted as for bash; variables such
+    as `$run_dir` are filled in, commands and `~` are not."""
     command_prefix: str = ""
-    """Put before Python in every task, such as `apptainer exec --nv IMAGE`."""
+    """Put before Python in every task, such as `apptainer exec --nv IMAGE`; words as in
+    srun_options."""
     python: str | None = None
     """Interpreter of the ranks, inside the container if there is one; null takes the one that
     submits."""
@@ -99,14 +113,43 @@ def cluster_problems(cluster: ClusterConfig) -> Iterator[Problem]:
     if limit is not None and not re.fullmatch(_TIME_LIMIT, limit):
         allowed = "'hours:minutes:seconds' or 'days-hours:minutes:seconds', in quotes, or null"
         yield Problem("cluster.slurm.time_limit", repr(limit), allowed)
-    for name in ("options", "srun_options"):
-        for option in getattr(slurm, name):
-            if not re.fullmatch(_OPTION, option):
-                yield Problem(
-                    f"cluster.slurm.{name}", repr(option), "one option a line, like --x=y"
-                )
-    for option in slurm.options:
-        key = option.lstrip("-").partition("=")[0].split(" ")[0]
-        if key in OWN_OPTIONS:
-            allowed = "options that the job script does not set itself"
-            yield Problem("cluster.slurm.options", option, allowed)
+    yield from _words(slurm)
+    for key, text in _texts(cluster):
+        if has_control_characters(text):
+            yield Problem(key, repr(text), "text of one line, without control characters")
+
+
+def _words(slurm: SlurmConfig) -> Iterator[Problem]:
+    """What stands in the job script: options, and what is put before Python."""
+    lists: dict[str, tuple[list[str], Callable[[str], bool], str]] = {
+        "options": (slurm.options, are_directive_words, DIRECTIVE),
+        "srun_options": (slurm.srun_options, are_words, WORDS),
+    }
+    for name, (options, are_safe, allowed) in lists.items():
+        for option in options:
+            if not _OPTION.match(option) or not are_safe(option):
+                text = f"one option a line, like --x=y, of {allowed}"
+                yield Problem(f"cluster.slurm.{name}", repr(option), text)
+            elif name == "options" and any(map(_is_own, shlex.split(option))):
+                allowed_here = "options that the job script does not set itself"
+                yield Problem("cluster.slurm.options", option, allowed_here)
+    if slurm.command_prefix and not are_words(slurm.command_prefix):
+        yield Problem("cluster.slurm.command_prefix", repr(slurm.command_prefix), WORDS)
+
+
+def _is_own(word: str) -> bool:
+    """Whether sbatch takes the word for one of `OWN_OPTIONS`; it knows them by any clear start."""
+    key = word.partition("=")[0]
+    if key.startswith("--"):
+        return any(own.startswith(key.removeprefix("--")) for own in OWN_OPTIONS)
+    return key.startswith("-") and key[1:2] in _OWN_LETTERS
+
+
+def _texts(cluster: ClusterConfig) -> Iterator[tuple[str, str]]:
+    """Key and value of everything under `cluster` that is text."""
+    for prefix, section in (("cluster", cluster), ("cluster.slurm", cluster.slurm)):
+        for field_ in fields(section):
+            value = getattr(section, field_.name)
+            for text in value if isinstance(value, list) else [value]:
+                if isinstance(text, str):
+                    yield f"{prefix}.{field_.name}", text

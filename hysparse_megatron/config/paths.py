@@ -6,13 +6,21 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from hysparse_megatron.config.cluster import Scheduler
 from hysparse_megatron.config.schema import Config
+from hysparse_megatron.config.shell_words import has_control_characters
 from hysparse_megatron.data.blend import parse_blend
 from hysparse_megatron.errors import Problem
 
 
 def run_directory(config: Config) -> Iterator[Problem]:
     """The run directory must be one, or must be possible to create."""
+    path = str(config.run_path.absolute())
+    if has_control_characters(path):
+        yield Problem("run_dir", repr(path), "a path of one line, without control characters")
+        return
+    if config.cluster.scheduler is Scheduler.slurm and "\\" in path:
+        yield Problem("run_dir", path, "a path without a backslash, which sbatch takes for itself")
     obstacle = _obstacle(config.run_path)
     if obstacle:
         got = f"{config.run_path} ({obstacle})"

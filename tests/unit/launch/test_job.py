@@ -1,14 +1,20 @@
 """The sbatch text of three clusters, kept as golden text, and as bash that shellcheck accepts."""
 
+import json
 import os
+import shlex
 import shutil
 import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from hysparse_megatron.config.cluster import cluster_problems
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.config.schema import Config
+from hysparse_megatron.config.validate import RULES
 from launch.job import num_ranks, ranks_per_node, render_job
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -86,3 +92,121 @@ def test_a_configuration_is_a_key_of_tables() -> None:
     same, other = config_of("cluster=slurm"), config_of("cluster=slurm", "cluster.slurm.options=[]")
     assert {config_of("cluster=slurm"): 1} == {same: 1}
     assert same != other
+
+
+@pytest.mark.parametrize("character", ["\n", "\r", "\0", "\x1b", "\u2028"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "run_dir",
+        "cluster.name",
+        "cluster.slurm.python",
+        "cluster.slurm.command_prefix",
+        "cluster.slurm.options",
+        "cluster.slurm.srun_options",
+        "cluster.slurm.setup",
+    ],
+)
+def test_control_characters_are_refused(key: str, character: str) -> None:
+    """A newline would begin a line of the job script that is carried out."""
+    config = with_value(key, f"--x=a{character}touch canary")
+    found = [problem.key for rule in RULES for problem in rule(config)]
+    assert key in found
+
+
+COMMANDS = [
+    "--x=a;touch canary",
+    "--x=$(touch canary)",
+    "--x=`touch canary`",
+    "--x=a&touch canary&",
+    "--x=a|touch canary",
+    "--x=a>canary",
+    "--x=a (touch canary)",
+    '--x="$(touch canary)"',
+    '--x="`touch canary`"',
+    '--x="a\\"; touch canary"',
+    "--x='a'; touch canary'",
+    "--x=${a:-$(touch canary)}",
+    "--x=a\\",
+    "--x='open",
+    "--x=~/image",
+]
+
+
+@pytest.mark.parametrize("text", COMMANDS)
+@pytest.mark.parametrize("name", ["options", "srun_options", "command_prefix"])
+def test_commands_in_options_are_refused(name: str, text: str) -> None:
+    key = f"cluster.slurm.{name}"
+    config = with_value(key, text)
+    assert [problem.key for problem in cluster_problems(config.cluster)] == [key]
+
+
+def with_value(key: str, value: str) -> Config:
+    """A configuration for Slurm with any text, which no command line could pass on, at `key`."""
+    config = config_of("cluster=slurm")
+    cluster, slurm, name = config.cluster, config.cluster.slurm, key.rpartition(".")[2]
+    if name == "run_dir":
+        return replace(config, run_dir=value)
+    if key == "cluster.name":
+        return replace(config, cluster=replace(cluster, name=value))
+    whole = value if name in ("python", "command_prefix") else [value]
+    return replace(config, cluster=replace(cluster, slurm=replace(slurm, **{name: whole})))
+
+
+ODD_NAMES = 'it\'s a "run"; $(touch canary) `touch canary` $HOME %j & *é#'
+SRUN = """#!/usr/bin/env python3
+import json, os, sys
+open(os.environ["ASKED"], "a").write(json.dumps(sys.argv[1:]) + "\\n")
+"""
+
+
+def test_a_job_with_odd_names_runs_nothing_but_its_own(tmp_path: Path) -> None:
+    """The rendered script, run with stand-ins for Slurm's programs where a canary would be seen."""
+    folder = tmp_path / "work"
+    run_dir = folder / ODD_NAMES
+    (run_dir / "logs").mkdir(parents=True)
+    slurm = replace(
+        on_slurm().cluster.slurm,
+        options=["--comment='; touch canary'", "--partition=a,b"],
+        srun_options=["--mounts=\"$PWD,$run_dir\":'$(touch canary)'", "-w n[1-2]"],
+        command_prefix="env A='1; touch canary' B=$run_dir",
+        python=f"{folder}/{ODD_NAMES}/python",
+    )
+    config = on_slurm()
+    config = replace(
+        config, run_dir=str(run_dir), cluster=replace(config.cluster, name="x", slurm=slurm)
+    )
+    assert [problem for rule in RULES for problem in rule(config)] == []
+    script = tmp_path / "job.sbatch"
+    script.write_text(render_job(config, checkout=folder))
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    programs = {"srun": SRUN, "scontrol": "#!/bin/sh\necho node1\n", "squeue": "#!/bin/sh\n"}
+    for name, text in programs.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    asked = tmp_path / "asked"
+    environment = {
+        "PATH": f"{tmp_path}:{Path(sys.executable).parent}:/usr/bin:/bin",
+        "HOME": "/nowhere",
+        "ASKED": str(asked),
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "node1",
+    }
+    done = subprocess.run(
+        ["bash", str(script)], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.rglob("canary"))
+    checks, training = map(json.loads, asked.read_text().splitlines())
+    own = [
+        f"--mounts={folder},{run_dir}:$(touch canary)",
+        *("-w", "n[1-2]", "env", "A=1; touch canary", f"B={run_dir}"),
+        *(slurm.python, "-m"),
+    ]
+    for arguments, module in ((checks, "launch.preflight"), (training, "hysparse_megatron")):
+        assert arguments[2:] == [*own, module, "--config", f"{run_dir}/config.yaml"]
+    directives = [line for line in script.read_text().splitlines() if line.startswith("#SBATCH")]
+    (output,) = (line for line in directives if "--output" in line)
+    assert shlex.split(output)[1] == f"--output={run_dir}/logs/slurm-%j.log".replace(
+        " %j ", " %%j "
+    )

@@ -150,6 +150,8 @@ def test_a_failed_check_starts_nothing(
         (["cluster.slurm.time_limit=86400"], "in quotes"),
         (["cluster.slurm.options=['--nodes=3']"], "options that the job script does not set"),
         (["cluster.slurm.options=['partition']"], "one option a line"),
+        (["cluster.slurm.options=['-N3']"], "options that the job script does not set"),
+        (["cluster.slurm.options=['--gres=gpu:1 --outp=x']"], "options that the job script does"),
         (["cluster.nodes=3", "parallel.tp=4"], "a divisor of the world size, which is 6"),
         (["cluster.scheduler=local", "cluster.nodes=2"], "start torchrun on every machine"),
         (["-m", "--config", "x"], "--config names one run"),
