@@ -60,8 +60,8 @@ class SlurmConfig:
     setup: list[str] = field(default_factory=list, hash=False)
     """Lines of bash before anything runs, such as `module load cuda` and exports."""
     srun_options: list[str] = field(default_factory=list, hash=False)
-    """Further options of srun, such as `--container-image=IMAGE`, quoted as for bash; variables such
-    as `$run_dir` are filled in, commands and `~` are not."""
+    """Further options of srun, such as `--container-image=IMAGE`, quoted as for bash. Variables
+    such as `$run_dir` are filled in, commands and `~` are not."""
     command_prefix: str = ""
     """Put before Python in every task, such as `apptainer exec --nv IMAGE`; words as in
     srun_options."""

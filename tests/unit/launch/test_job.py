@@ -1,5 +1,6 @@
 """The sbatch text of three clusters, kept as golden text, and as bash that shellcheck accepts."""
 
+import functools
 import json
 import os
 import shlex
@@ -141,9 +142,14 @@ def test_commands_in_options_are_refused(name: str, text: str) -> None:
     assert [problem.key for problem in cluster_problems(config.cluster)] == [key]
 
 
+@functools.cache
+def on_slurm() -> Config:
+    return config_of("cluster=slurm")
+
+
 def with_value(key: str, value: str) -> Config:
     """A configuration for Slurm with any text, which no command line could pass on, at `key`."""
-    config = config_of("cluster=slurm")
+    config = on_slurm()
     cluster, slurm, name = config.cluster, config.cluster.slurm, key.rpartition(".")[2]
     if name == "run_dir":
         return replace(config, run_dir=value)
@@ -207,6 +213,5 @@ def test_a_job_with_odd_names_runs_nothing_but_its_own(tmp_path: Path) -> None:
         assert arguments[2:] == [*own, module, "--config", f"{run_dir}/config.yaml"]
     directives = [line for line in script.read_text().splitlines() if line.startswith("#SBATCH")]
     (output,) = (line for line in directives if "--output" in line)
-    assert shlex.split(output)[1] == f"--output={run_dir}/logs/slurm-%j.log".replace(
-        " %j ", " %%j "
-    )
+    expected = f"--output={run_dir}/logs".replace("%", "%%")
+    assert shlex.split(output)[1] == f"{expected}/slurm-%j.log"
