@@ -10,7 +10,7 @@ import importlib.util
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -106,13 +106,23 @@ def gpus(config: Config) -> Iterator[Finding]:
 def data(config: Config) -> Iterator[Finding]:
     """Prepared datasets whole and with their tokenizer; raw text announced."""
     settings = config.data
+    for path in settings.evaluation.values():
+        yield from _prepared(config, [path]) if _is_prepared(path) else [_raw(path)]
     if settings.blend is not None:
         folders = [folder for _, folder in parse_blend(settings.blend)]
-    elif settings.path is not None and os.path.exists(os.path.join(settings.path, CARD_NAME)):
+    elif settings.path is not None and _is_prepared(settings.path):
         folders = [settings.path]
     else:
         yield _raw(settings.path)
         return
+    yield from _prepared(config, folders)
+
+
+def _is_prepared(path: str) -> bool:
+    return os.path.exists(os.path.join(path, CARD_NAME))
+
+
+def _prepared(config: Config, folders: Sequence[str]) -> Iterator[Finding]:
     for folder in folders:
         fix = "prepare it again with tools.prepare_data, or restore the file"
         try:

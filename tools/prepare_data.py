@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         default=0.01,
         metavar="F",
-        help="chance of a document to be held out (default %(default)s)",
+        help="chance of a document to be held out, 0 for none (default %(default)s)",
     )
     add("--seed", type=int, default=1234, metavar="N", help="of the split (default %(default)s)")
     add("--verify", action="store_true", help="read the result again and check all of it")

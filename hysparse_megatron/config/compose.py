@@ -17,7 +17,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hysparse_megatron.config import schema
-from hysparse_megatron.config.describe import allowed_values, nearest, type_of, unknown_key
+from hysparse_megatron.config.describe import (
+    allowed_values,
+    is_mapping,
+    nearest,
+    type_of,
+    unknown_key,
+)
 from hysparse_megatron.config.frozen import (
     build,
     config_hash,
@@ -81,7 +87,7 @@ def compose(overrides: list[str]) -> Config:
     `validate` to find.
     """
     _register_schema()
-    overrides = [_quote_layout(_without_plus(override)) for override in overrides]
+    overrides = [_named(_quote_layout(_without_plus(override))) for override in overrides]
     with initialize_config_dir(config_dir=str(config_directory()), version_base="1.3"):
         problems = [problem for override in overrides if (problem := _hydra_setting(override))]
         try:
@@ -133,6 +139,13 @@ def _quote_layout(override: str) -> str:
         return override
     escaped = value.replace("'", "\\'")
     return f"{key}='{escaped}'"
+
+
+def _named(override: str) -> str:
+    """`data.evaluation.code=...` names a new key of a mapping, for which Hydra wants pluses."""
+    key, plain = _key(override), override.lstrip("+")
+    named = is_mapping(key) or is_mapping(key.rpartition(".")[0])
+    return f"++{plain}" if named and not override.startswith("~") else override
 
 
 def _hydra_setting(override: str) -> Problem | None:

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from enum import Enum
 from functools import cache
 from types import NoneType, UnionType
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.errors import Problem, did_you_mean
@@ -49,10 +49,18 @@ def type_of(key: str) -> Any:
     """The annotated type of a dotted key, or None if the schema has no such key."""
     annotation: Any = Config
     for part in key.split("."):
-        if not is_dataclass(annotation):
+        if get_origin(annotation) is dict:
+            annotation = get_args(annotation)[1]
+        elif is_dataclass(annotation):
+            annotation = get_type_hints(annotation).get(part)
+        else:
             return None
-        annotation = get_type_hints(annotation).get(part)
     return annotation
+
+
+def is_mapping(key: str) -> bool:
+    """Whether the setting holds values under names that the user chooses."""
+    return get_origin(type_of(key)) is dict
 
 
 def allowed_values(key: str, got: str = "") -> str:
@@ -135,6 +143,8 @@ def _describe(annotation: Any) -> str:
     if isinstance(annotation, UnionType):
         parts = [_describe(part) for part in get_args(annotation) if part is not NoneType]
         return " or ".join([*parts, "null"])
+    if annotation == dict[str, str]:
+        return "names with texts, {name: text}"
     if annotation == list[str]:
         return "a list of texts, [a,b]"
     if annotation == list[int]:

@@ -1,6 +1,7 @@
 """From a plain tree or a YAML text to a checked `Config`, and back to a file all ranks read."""
 
 import hashlib
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -8,7 +9,7 @@ import yaml  # type: ignore[import-untyped]
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hysparse_megatron.config.describe import allowed_values, type_of, unknown_key
+from hysparse_megatron.config.describe import allowed_values, is_mapping, type_of, unknown_key
 from hysparse_megatron.config.problems import as_error
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.errors import ConfigError, Problem
@@ -27,7 +28,7 @@ def schema_node(section: type) -> DictConfig:
     node._set_flag("readonly", None)
     for key in list(node):
         child = node._get_node(key)
-        if isinstance(child, DictConfig):
+        if isinstance(child, DictConfig) and is_dataclass(child._metadata.ref_type):
             node[key] = schema_node(cast(type, child._metadata.ref_type))
     return node
 
@@ -41,7 +42,7 @@ def build(tree: dict[str, Any]) -> Config:
             problems.append(unknown_key(key))
             continue
         try:
-            OmegaConf.update(node, key, value)
+            OmegaConf.update(node, key, value, force_add=is_mapping(key.rpartition(".")[0]))
         except OmegaConfBaseException:
             problems.append(Problem(key, repr(value), allowed_values(key)))
     reported = {problem.key for problem in problems}

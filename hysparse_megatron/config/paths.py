@@ -36,6 +36,9 @@ def inputs(config: Config) -> Iterator[Problem]:
     for folder in _blended(config.data.blend):
         if not os.path.isdir(folder):
             yield Problem("data.blend", folder, "folders that tools.prepare_data made")
+    for name, held_out in config.data.evaluation.items():
+        if not os.path.exists(held_out):
+            yield Problem(f"data.evaluation.{name}", held_out, "a file or directory that exists")
     if tokenizer is not None and not os.path.exists(tokenizer):
         yield Problem("data.tokenizer", tokenizer, "a file or directory that exists, or null")
     if load is not None and not os.path.isdir(load):

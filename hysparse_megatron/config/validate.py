@@ -18,6 +18,7 @@ from hysparse_megatron.config.cluster import cluster_problems
 from hysparse_megatron.config.problems import as_error
 from hysparse_megatron.config.rope import RopeType, rope_problems
 from hysparse_megatron.config.schema import (
+    VALIDATION,
     Backend,
     Balancing,
     Config,
@@ -184,8 +185,9 @@ def _numbers(config: Config) -> Iterator[Problem]:
         if not 0 <= value < 1:
             yield Problem(key, str(value), "at least 0 and below 1")
     held_out = config.data.validation_fraction
-    if not 0 < held_out < 1:
-        yield Problem("data.validation_fraction", str(held_out), "above 0 and below 1")
+    if not (0 < held_out < 1 or held_out == config.train.eval_batches == 0):
+        allowed = "above 0 and below 1; 0 with train.eval_batches=0"
+        yield Problem("data.validation_fraction", str(held_out), allowed)
 
 
 def _name(config: Config) -> Iterator[Problem]:
@@ -421,6 +423,13 @@ def _data(config: Config) -> Iterator[Problem]:
             value = getattr(data, key)
             if value is not None:
                 yield Problem(f"data.{key}", value, "null with data.blend: its datasets have both")
+    for name in data.evaluation:
+        if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII) or name == VALIDATION:
+            allowed = f"names of letters, digits and underscores, other than {VALIDATION}"
+            yield Problem("data.evaluation", repr(name), allowed)
+    if data.evaluation and config.train.eval_batches == 0:
+        names = ", ".join(data.evaluation)
+        yield Problem("data.evaluation", names, "nothing with train.eval_batches=0")
     try:
         Skips.parse(data.skip_steps)
     except ValueError as error:

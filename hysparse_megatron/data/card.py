@@ -125,7 +125,7 @@ def load_prepared(
         _check_file(directory, name, entry, check_hashes or name == card.tokenizer_name)
     prefixes = {split: os.path.join(directory, split) for split in SPLITS}
     for split, prefix in prefixes.items():
-        summary = check_indexed(prefix)
+        summary = check_indexed(prefix, may_be_empty=split == "validation")
         found = (summary.num_documents, summary.num_tokens)
         expected = (card.integer(f"{split}_documents"), card.integer(f"{split}_tokens"))
         if found != expected:
@@ -133,7 +133,7 @@ def load_prepared(
                 f"{prefix}.idx: holds {found[0]} documents and {found[1]} tokens, "
                 f"{CARD_NAME} announces {expected[0]} and {expected[1]}"
             )
-        if check_tokens:
+        if check_tokens and summary.num_tokens:
             check_token_ids(prefix, card.integer("vocab_size"))
     for split, prefix in prefixes.items():
         _check_size(f"{prefix}.bin", card.files[f"{split}.bin"].size_bytes)

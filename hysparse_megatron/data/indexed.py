@@ -68,10 +68,11 @@ class IndexedWriter:
         self._builder.data_file.close()
 
 
-def check_indexed(prefix: str) -> IndexSummary:
+def check_indexed(prefix: str, *, may_be_empty: bool = False) -> IndexSummary:
     """Check that `<prefix>.idx` and `<prefix>.bin` are whole and belong together.
 
     Reads the index only. The tokens must lie in the `.bin` without gaps, as Megatron writes them.
+    An index without documents is refused unless it `may_be_empty`.
 
     Raises:
         DataError: names the file and the offset in bytes where it stops being valid.
@@ -95,7 +96,7 @@ def check_indexed(prefix: str) -> IndexSummary:
             f"{index_path}: ends at offset {index_bytes}, its header announces {expected_bytes}"
         )
     dtype = TOKEN_DTYPES[code]
-    if num_sequences == 0:
+    if num_sequences == 0 and not may_be_empty:
         raise DataError(f"{index_path}: holds no document (offset 18)")
 
     pointers_offset = HEADER.size + 4 * num_sequences

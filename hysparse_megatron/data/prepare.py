@@ -11,7 +11,7 @@ import json
 import os
 import platform
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ from hysparse_megatron.data.card import (
 )
 from hysparse_megatron.data.corpus import Corpus, Document, ReadCounts, open_corpus
 from hysparse_megatron.data.indexed import IndexedWriter
+from hysparse_megatron.data.split import Cut, find_cut, is_validation
 from hysparse_megatron.data.tokenizer import (
     END_OF_DOCUMENT,
     MIN_VOCAB_SIZE,
@@ -86,8 +87,9 @@ def prepare_corpus(
         tokenizer_path: a `tokenizer.json` or its folder, or None to train one on the corpus.
         vocab_size: of a tokenizer trained here, at most: a small corpus may give fewer ids. A
             given tokenizer has its own; the result's `vocab_size` says how many.
-        validation_fraction: chance of a document to go to validation, > 0 and < 1.
+        validation_fraction: chance of a document to go to validation, < 1; 0 holds out none.
         seed: of the split. Which split a document goes to depends on this seed and its name alone.
+            Where a split would get no document, the longest one is cut in two: see `Cut`.
         text_key, max_bytes, max_bad_documents: see `open_corpus`.
         progress: is told what is being done, one line at a time. What it raises ends the
             preparation and leaves nothing behind.
@@ -98,7 +100,7 @@ def prepare_corpus(
             cannot be written.
     """
     note = progress or _say_nothing
-    if not 0.0 < validation_fraction < 1.0:
+    if not 0.0 <= validation_fraction < 1.0:
         raise DataError(f"validation_fraction {validation_fraction} is not between 0 and 1")
     if tokenizer_path is None and vocab_size < MIN_VOCAB_SIZE:
         raise DataError(f"vocab_size {vocab_size} is below {MIN_VOCAB_SIZE}")
@@ -124,12 +126,6 @@ def prepare_corpus(
         note=note,
         lock_timeout_seconds=lock_timeout_seconds,
     )
-
-
-def is_validation(name: str, *, seed: int, validation_fraction: float) -> bool:
-    """Whether the document of this name goes to the validation split."""
-    digest = hashlib.sha256(f"hysparse-split-1\0{seed}\0{name}".encode("utf-8", "surrogateescape"))
-    return int.from_bytes(digest.digest()[:8], "big") < validation_fraction * 2**64
 
 
 def _load_given(path: str, tokenizer_path: str | None) -> PreparedCorpus:
@@ -183,22 +179,30 @@ def _say_nothing(line: str) -> None:
 
 def _build(directory: str, request: _Request, note: Callable[[str], None]) -> None:
     tokenizer = _obtain_tokenizer(directory, request, note)
+    cut = find_cut(
+        request.corpus, seed=request.seed, validation_fraction=request.validation_fraction
+    )
+    if cut is not None:
+        note(
+            f"too few documents for two splits: {cut.name} is cut at character {cut.place:,}, "
+            "and what follows is held out"
+        )
     counts = ReadCounts()
     writers = {
         split: IndexedWriter(os.path.join(directory, split), tokenizer.vocab_size)
         for split in SPLITS
     }
     try:
-        _write_tokens(request, tokenizer, writers, counts, note)
+        _write_tokens(request, cut, tokenizer, writers, counts, note)
     finally:
         for writer in writers.values():
             writer.close()
     for split, writer in writers.items():
-        if writer.num_documents == 0:
+        if writer.num_documents == 0 and (split == "train" or request.validation_fraction):
             raise DataError(
                 f"{request.corpus.description}: none of {counts.documents} document(s) fell into "
-                f"the {split} split; use more documents (a .jsonl file holds one per line), "
-                "another data.validation_fraction or another seed"
+                f"the {split} split; use more text, or train without evaluation by "
+                "train.eval_batches=0 data.validation_fraction=0"
             )
         writer.finish()
     write_card(
@@ -211,6 +215,7 @@ def _build(directory: str, request: _Request, note: Callable[[str], None]) -> No
             "max_bad_documents": request.corpus.max_bad_documents,
             "validation_fraction": request.validation_fraction,
             "seed": request.seed,
+            "cut": None if cut is None else asdict(cut),
             "vocab_size": tokenizer.vocab_size,
             "end_of_document": tokenizer.end_of_document,
             "text_bytes": counts.text_bytes,
@@ -262,6 +267,7 @@ def _copy(source: str, target: str) -> None:
 
 def _write_tokens(
     request: _Request,
+    cut: Cut | None,
     tokenizer: TextTokenizer,
     writers: dict[str, IndexedWriter],
     counts: ReadCounts,
@@ -270,16 +276,23 @@ def _write_tokens(
     noted_bytes = 0
     note(f"tokenizing about {request.corpus.size_bytes / 1e6:,.1f} MB")
     for batch in _batches(request.corpus.read(counts)):
-        tokens = tokenizer.encode_batch([document.text for document in batch])
-        for document, ids in zip(batch, tokens, strict=True):
-            is_held_out = is_validation(
-                document.name, seed=request.seed, validation_fraction=request.validation_fraction
-            )
-            closed = np.append(ids, tokenizer.end_of_document)
-            writers["validation" if is_held_out else "train"].add_document(closed)
+        pieces = [piece for document in batch for piece in _pieces(document, request, cut)]
+        tokens = tokenizer.encode_batch([text for _, text in pieces])
+        for (split, _), ids in zip(pieces, tokens, strict=True):
+            writers[split].add_document(np.append(ids, tokenizer.end_of_document))
         if counts.text_bytes - noted_bytes >= _NOTE_EVERY_BYTES:
             noted_bytes = counts.text_bytes
             note(f"tokenized {noted_bytes / 1e6:,.0f} MB, {counts.documents:,} documents")
+
+
+def _pieces(document: Document, request: _Request, cut: Cut | None) -> list[tuple[str, str]]:
+    """Splits and texts of a document: one, or two if this is the one that is cut."""
+    if cut is not None and document.name == cut.name:
+        return [("train", document.text[: cut.place]), ("validation", document.text[cut.place :])]
+    is_held_out = is_validation(
+        document.name, seed=request.seed, validation_fraction=request.validation_fraction
+    )
+    return [("validation" if is_held_out else "train", document.text)]
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from hysparse_megatron.config.schema import DataConfig
 from hysparse_megatron.data.blend import parse_blend
-from hysparse_megatron.data.card import PreparedCorpus, load_prepared
+from hysparse_megatron.data.card import CARD_NAME, PreparedCorpus, load_prepared
 from hysparse_megatron.data.dataset import BlendedSamples, Samples, TokenSamples
 from hysparse_megatron.data.prepare import prepare_corpus
 from hysparse_megatron.errors import DataError
@@ -117,11 +119,50 @@ def load_data(data: DataConfig, seed: int, progress: Progress | None = None) -> 
     )
 
 
+def load_evaluations(
+    data: DataConfig, seed: int, corpus: TrainingData, progress: Progress | None = None
+) -> dict[str, TrainingData]:
+    """The sets of `data.evaluation` by name, in the tokenizer of `corpus`; see `load_data`.
+
+    Raises:
+        DataError: one of them is bad, or was prepared with another tokenizer; says which.
+    """
+    found: dict[str, TrainingData] = {}
+    tokenizer_sha256 = corpus.identity()["tokenizer_sha256"]
+    for name, path in data.evaluation.items():
+        try:
+            own = load_data(with_path(data, path, corpus.tokenizer_path), seed, progress)
+        except DataError as error:
+            raise DataError(f"data.evaluation.{name}: {error}") from error
+        if own.identity()["tokenizer_sha256"] != tokenizer_sha256:
+            raise DataError(
+                f"data.evaluation.{name}: {path} was prepared with another tokenizer than the "
+                f"run's; prepare it with {corpus.tokenizer_path}"
+            )
+        found[name] = own
+    return found
+
+
+def with_path(data: DataConfig, path: str, tokenizer_path: str | None) -> DataConfig:
+    """The settings with other data: a prepared folder, or text to read with that tokenizer."""
+    is_prepared = os.path.isfile(os.path.join(path, CARD_NAME))
+    tokenizer = None if is_prepared else tokenizer_path
+    return dataclasses.replace(data, path=path, blend=None, tokenizer=tokenizer)
+
+
 def open_samples(data: TrainingData, split: str, seq_length: int) -> Samples:
     """Samples of S + 1 tokens of a split, "train" or "validation"; see `TokenSamples`."""
     if isinstance(data, BlendedCorpus):
         samples = [open_samples(part, split, seq_length) for part in data.parts]
         prints = [part.fingerprint for part in data.parts]
         return BlendedSamples(samples, prints, data.weights)  # type: ignore[arg-type]
-    prefix = data.train_prefix if split == "train" else data.validation_prefix
-    return TokenSamples(prefix, seq_length, data.vocab_size)
+    if split == "train":
+        return TokenSamples(data.train_prefix, seq_length, data.vocab_size)
+    if data.validation_tokens < seq_length + 1:
+        raise DataError(
+            f"{data.source}: the validation split has {data.validation_tokens:,} tokens, fewer "
+            f"than one sample of {seq_length:,} + 1; use more data, a larger "
+            "data.validation_fraction or a shorter train.seq_length, or train without evaluation "
+            "by train.eval_batches=0"
+        )
+    return TokenSamples(data.validation_prefix, seq_length, data.vocab_size)

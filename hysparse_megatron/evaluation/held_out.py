@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from hysparse_megatron.config.schema import DataConfig
 from hysparse_megatron.data import EvaluationBatches
 from hysparse_megatron.data.card import CARD_NAME
 from hysparse_megatron.data.run_tokenizer import find_run_tokenizer
-from hysparse_megatron.data.sources import load_data, open_samples
+from hysparse_megatron.data.sources import load_data, open_samples, with_path
 from hysparse_megatron.errors import DataError
 from hysparse_megatron.inference.load import LoadedModel
 from hysparse_megatron.runtime.agreement import on_every_rank
@@ -81,9 +80,8 @@ def _with_path(loaded: LoadedModel, data: str) -> DataConfig:
     """The run's settings with other data, read with the tokenizer of the model."""
     config = loaded.config.data
     tokenizer, sha256 = config.tokenizer, loaded.tokenizer_sha256
-    if Path(data, CARD_NAME).is_file():
-        tokenizer = None  # has its own, whose hash is looked at
-    elif sha256 is not None:
+    is_text = not Path(data, CARD_NAME).is_file()
+    if is_text and sha256 is not None:
         found = find_run_tokenizer(config, sha256)
         if found is None:
             raise DataError(
@@ -91,9 +89,9 @@ def _with_path(loaded: LoadedModel, data: str) -> DataConfig:
                 "prepare the text with tools.prepare_data and the model's tokenizer"
             )
         tokenizer = str(found)
-    elif tokenizer is None:
+    elif is_text and tokenizer is None:
         raise DataError(_UNKNOWN.format(loaded.checkpoint))
-    return dataclasses.replace(config, path=data, blend=None, tokenizer=tokenizer)
+    return with_path(config, data, tokenizer)
 
 
 def token_losses(loaded: LoadedModel, batches: EvaluationBatches) -> Iterator[Tensor]:

@@ -19,7 +19,7 @@ from hysparse_megatron.data import (
     EvaluationBatches,
 )
 from hysparse_megatron.data.order import Skips
-from hysparse_megatron.data.sources import TrainingData, load_data, open_samples
+from hysparse_megatron.data.sources import TrainingData, load_data, load_evaluations, open_samples
 from hysparse_megatron.errors import (
     ConfigError,
     DataError,
@@ -47,7 +47,11 @@ from hysparse_megatron.tracking.summary import write_summary
 from hysparse_megatron.training.control import STOP_FILE, Deadline, Signals, Watch
 from hysparse_megatron.training.loop import Hooks, train
 from hysparse_megatron.training.resume import choose_checkpoint, manifest_facts, resume
-from hysparse_megatron.training.startup_log import attention_backend, describe_start
+from hysparse_megatron.training.startup_log import (
+    attention_backend,
+    describe_evaluations,
+    describe_start,
+)
 from hysparse_megatron.training.state import (
     TrainingState,
     build_state,
@@ -162,11 +166,12 @@ def _run_in(
     if directory is not None:
         directory.status.write("running", step=done)
     torch.autograd.set_detect_anomaly(config.debug.detect_anomaly)
-    corpus = _prepare_data(config, rank, watch, say)
+    corpus, others = _prepare_data(config, rank, watch, say)
     state = build_state(config, corpus.vocab_size, device)
     describe_start(state, corpus, say)
     progress = resume(state, latest, corpus, say)
-    batches, evaluations = _batches(state, corpus, watch)
+    batches, evaluations = _batches(state, corpus, others, watch)
+    describe_evaluations(evaluations, config.train.seq_length, say)
 
     run_id = directory.facts["id"] if directory else None
     saver = Saver(
@@ -226,24 +231,32 @@ def _note_checkpoint(directory: RunDirectory, checkpoint: Path) -> None:
     directory.status.saw_checkpoint(step, manifest.stat().st_mtime)
 
 
-def _prepare_data(config: Config, rank: Rank, watch: Watch, say: Say) -> TrainingData:
-    """The corpus, built by the first rank of each machine and read from the cache by the others."""
+def _prepare_data(
+    config: Config, rank: Rank, watch: Watch, say: Say
+) -> tuple[TrainingData, dict[str, TrainingData]]:
+    """The corpus, and the sets of `data.evaluation` by name.
 
-    def prepare() -> TrainingData:
+    Built by the first rank of each machine and read from the cache by the others.
+    """
+
+    def prepare() -> tuple[TrainingData, dict[str, TrainingData]]:
         faults.reach("prepare", 0)
-        return load_data(config.data, config.train.seed, say)
+        corpus = load_data(config.data, config.train.seed, say)
+        return corpus, load_evaluations(config.data, config.train.seed, corpus, say)
 
     first = rank.local_rank == 0
     built = _attended(watch, lambda: prepare() if first else None)
-    corpus = _attended(watch, lambda: built or prepare())
+    corpus, others = _attended(watch, lambda: built or prepare())
     require_equal("the data", corpus.fingerprint, DataError)
+    for name, other in others.items():
+        require_equal(f"data.evaluation.{name}", other.fingerprint, DataError)
     wanted = config.model.vocab_size
     if wanted is not None and wanted < corpus.vocab_size:
         raise DataError(
             f"model.vocab_size is {wanted}, but the tokenizer {corpus.tokenizer_path} has "
             f"{corpus.vocab_size} ids; raise it, or leave it out to take the tokenizer's"
         )
-    return corpus
+    return corpus, others
 
 
 def _attended[Result](watch: Watch, action: Callable[[], Result]) -> Result:
@@ -253,7 +266,7 @@ def _attended[Result](watch: Watch, action: Callable[[], Result]) -> Result:
 
 
 def _batches(
-    state: TrainingState, corpus: TrainingData, watch: Watch
+    state: TrainingState, corpus: TrainingData, others: dict[str, TrainingData], watch: Watch
 ) -> tuple[BatchSource, dict[str, EvaluationBatches]]:
     """What is trained on, and by name what is evaluated on: nothing if train.eval_batches is 0."""
     train_config = state.config.train
@@ -277,9 +290,9 @@ def _batches(
         )
         count = train_config.num_eval_samples
         evaluations = {}
-        if count:
-            held_out = open_samples(corpus, "validation", train_config.seq_length)
-            evaluations[VALIDATION] = EvaluationBatches(held_out, num_samples=count, **shape)
+        for name, data in ({VALIDATION: corpus, **others} if count else {}).items():
+            held_out = open_samples(data, "validation", train_config.seq_length)
+            evaluations[name] = EvaluationBatches(held_out, num_samples=count, **shape)
         return source, evaluations
 
     return _attended(watch, build)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
 from hysparse_kernels import BackendChoice, BackendUnavailable, resolve_backend
 
 from hysparse_megatron.config.schema import Config, Precision
+from hysparse_megatron.data import EvaluationBatches
 from hysparse_megatron.data.sources import TrainingData
 from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.model.layers import describe_layers
@@ -37,6 +38,15 @@ def attention_backend(config: Config, device: torch.device) -> BackendChoice:
         )
     except BackendUnavailable as error:
         raise ConfigError(f"model.backend: {error}") from error
+
+
+def describe_evaluations(
+    evaluations: Mapping[str, EvaluationBatches], seq_length: int, say: Say
+) -> None:
+    """What is evaluated on, by name; `seq_length` in tokens."""
+    told = [f"{batches.num_samples:,} of {name}" for name, batches in evaluations.items()]
+    samples = f"samples of {seq_length:,} tokens: {', '.join(told)}"
+    say(f"evaluation on {samples}" if told else "no evaluation: train.eval_batches is 0")
 
 
 def describe_start(state: TrainingState, corpus: TrainingData, say: Say) -> None:

@@ -51,7 +51,7 @@ class BulkRequest:
         tokenizer: see `choose_tokenizer`.
         kind: of all files, see `list_sources`.
         text_key: field of a JSON line, or column, that holds the text.
-        validation_fraction, seed: see `held_out`; the fraction is > 0 and < 1.
+        validation_fraction, seed: see `held_out`; the fraction is < 1, and 0 holds out none.
         deduplicate: leave out documents whose text came before.
         max_document_bytes: longer documents are bad; text files may have any length.
         unit_bytes: see `cut_units`; None goes by the size of the corpus.
@@ -140,7 +140,7 @@ class _Run:
         overwrite: bool,
         progress: Progress,
     ) -> None:
-        if not 0.0 < request.validation_fraction < 1.0:
+        if not 0.0 <= request.validation_fraction < 1.0:
             raise ConfigError(
                 f"validation fraction {request.validation_fraction} is not between 0 and 1"
             )
@@ -342,12 +342,13 @@ class _Run:
             ("train", assembled.train_documents),
             ("validation", assembled.validation_documents),
         ):
-            if not found:
+            if not found and (split == "train" or self._request.validation_fraction):
                 count = count_documents(records).good - assembled.duplicate_documents
                 raise DataError(
                     f"{', '.join(self._request.inputs)}: none of {count} document(s) with text "
                     f"fell into the {split} split; use more documents (a .jsonl file holds one "
-                    "per line), another --validation-fraction or another --seed"
+                    "per line), another --validation-fraction or another --seed; or hold out none "
+                    "by --validation-fraction 0, to train with train.eval_batches=0"
                 )
 
 

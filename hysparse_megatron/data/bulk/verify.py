@@ -32,7 +32,7 @@ def verify_prepared(directory: str, note: Callable[[str], None]) -> PreparedCorp
 
 def _check_ends(prefix: str, end_of_document: int) -> None:
     """Refuse a document that the end-of-document token does not close."""
-    summary = check_indexed(prefix)
+    summary = check_indexed(prefix, may_be_empty=True)
     token_bytes = summary.dtype().itemsize
     path = f"{prefix}.bin"
     for chunk, _, chunk_ends in document_ends(f"{prefix}.idx", summary.num_documents, token_bytes):

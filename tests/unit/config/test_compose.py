@@ -15,7 +15,9 @@ from hysparse_megatron.config.compose import (
     SECTIONS,
     compose,
     config_directory,
+    from_yaml,
     group_options,
+    to_yaml,
 )
 from hysparse_megatron.config.describe import ALIASES, all_keys
 from hysparse_megatron.config.schema import Precision, Schedule, TrackingMode
@@ -146,6 +148,19 @@ def test_a_layout_needs_no_quotes_of_its_own(override: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "overrides",
+    [
+        ["data.evaluation={code: data/code, wiki: 'a b/c'}"],
+        ["data.evaluation.code=data/code", "+data.evaluation.wiki='a b/c'"],
+    ],
+)
+def test_named_values(overrides: list[str]) -> None:
+    config = compose(overrides)
+    assert config.data.evaluation == {"code": "data/code", "wiki": "a b/c"}
+    assert from_yaml(to_yaml(config)) == config
+
+
+@pytest.mark.parametrize(
     ("override", "key", "got", "allowed"),
     [
         ("train.stepz=3", "train.stepz", "unknown key", "did you mean steps?"),
@@ -172,6 +187,15 @@ def test_a_layout_needs_no_quotes_of_its_own(override: str) -> None:
         ("model@a.b=tiny_full", "model@a.b", "a package", "model=tiny_full, without"),
         ("optim.schedule=cosin", "optim.schedule", "cosin", "did you mean cosine?"),
         ("train=5", "train", "5", "one of default"),
+        ("data.evaluation=x", "data.evaluation", "x", "names with texts"),
+        ("data.evaluation.code=[1]", "data.evaluation.code", "[1]", "a text"),
+        (
+            "data.evaluation.a.b=x",
+            "data.evaluation.a.b",
+            "unknown key",
+            "data.evaluation.a is a text",
+        ),
+        ("~data.evaluation", "data.evaluation", "a deletion", "names with texts"),
         ("a b", "a b", "unreadable override", "key=value"),
         ("name=[x", "name=[x", "unreadable override", "key=value"),
         ("hydra.run.dir=x", "hydra.run.dir", "Hydra itself", "run_dir"),

@@ -30,6 +30,7 @@ from hysparse_megatron.data.bulk.assemble import held_out
 from hysparse_megatron.data.bulk.readers import read_text_pieces
 from hysparse_megatron.data.bulk.sources import list_sources
 from hysparse_megatron.data.bulk.units import cut_units
+from hysparse_megatron.data.bulk.verify import verify_prepared
 from hysparse_megatron.data.indexed import IndexedWriter
 from hysparse_megatron.data.tokenizer import ENCODE_CHARACTERS
 from hysparse_megatron.errors import ConfigError, DataError
@@ -295,6 +296,13 @@ def test_a_missing_package_is_named_with_the_command(
         (tmp_path / name).touch()
         with pytest.raises(ConfigError, match=rf"pip install {package} \(the extra `data`"):
             list_sources([str(tmp_path / name)])
+
+
+def test_nothing_held_out(tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "a.jsonl", TEXTS[:30])
+    prepared = prepare(tmp_path / "out", source, validation_fraction=0.0)
+    assert (prepared.train_documents, prepared.validation_documents) == (30, 0)
+    verify_prepared(prepared.directory, lambda line: None)
 
 
 def test_files_without_a_document_add_nothing(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 from tiny_corpora import prepare, write_json_lines
 
-from hysparse_megatron.data import PreparedCorpus, load_prepared, load_tokenizer
+from hysparse_megatron.data import PreparedCorpus, load_prepared, load_tokenizer, open_corpus
 from hysparse_megatron.data.indexed import open_indexed
-from hysparse_megatron.data.prepare import is_validation
+from hysparse_megatron.data.sources import open_samples
+from hysparse_megatron.data.split import Cut, find_cut, is_validation
 from hysparse_megatron.errors import DataError
 
 
@@ -238,17 +240,68 @@ def test_garbage_card_is_refused(
         load_prepared(prepared.directory)
 
 
-def test_one_document_cannot_be_split(tmp_path: Path) -> None:
-    (tmp_path / "one.txt").write_text("hello " * 100)
-    with pytest.raises(DataError, match=r"one\.txt: none of 1 document.*(train|validation) split"):
+@pytest.mark.parametrize("border", ["\n\n", "\n", " ", ""])
+def test_one_document_is_cut_where_a_part_of_it_ends(
+    tmp_path: Path, fresh_seed: int, border: str
+) -> None:
+    """Whichever split its name would choose, the end of the text is held out."""
+    generator = random.Random(fresh_seed)
+    parts = ["".join(generator.choices("abcdé東", k=generator.randint(1, 9))) for _ in range(400)]
+    text = border.join(parts)
+    (tmp_path / "one.txt").write_text(text, encoding="utf-8")
+    told: list[str] = []
+    prepared = prepare(
+        tmp_path / "one.txt", tmp_path / "cache", seed=fresh_seed, progress=told.append
+    )
+    [train] = texts(prepared, prepared.train_prefix)
+    [validation] = texts(prepared, prepared.validation_prefix)
+    assert train + validation == text
+    assert train.endswith(border)
+    assert len(validation) / len(text) == pytest.approx(0.25, abs=12 / len(text))
+    assert any("one.txt is cut at character" in line for line in told)
+    card = json.loads(Path(prepared.directory, "dataset.json").read_text())
+    assert card["cut"] == {"name": "one.txt", "place": len(train)}
+
+
+def test_only_a_corpus_of_too_few_documents_is_cut(tmp_path: Path, fresh_seed: int) -> None:
+    """The longest of them gives a share of the whole; documents that are split stay whole."""
+    folder = tmp_path / "few"
+    folder.mkdir()
+    for number, words in enumerate((40, 90, 30)):
+        (folder / f"{number}.txt").write_text("word " * words)
+    seeds = range(fresh_seed % 1000, fresh_seed % 1000 + 100)
+    few = open_corpus(str(folder))
+    names = [file.name for file in few.files]
+    for seed in seeds:
+        split = {is_validation(name, seed=seed, validation_fraction=0.25) for name in names}
+        cut = find_cut(few, seed=seed, validation_fraction=0.25)
+        assert (cut is None) == (len(split) == 2)
+        # A quarter of 160 words are 40 of the 90.
+        assert cut in (None, Cut("1.txt", 50 * len("word ")))
+    assert find_cut(few, seed=0, validation_fraction=0.0) is None
+
+
+def test_too_little_text_to_cut(tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text("x")
+    with pytest.raises(DataError, match=r"one\.txt: none of 1 document.*train\.eval_batches=0"):
         prepare(tmp_path / "one.txt", tmp_path / "cache")
     leftovers = [f.name for f in (tmp_path / "cache").iterdir() if not f.name.endswith(".lock")]
     assert leftovers == []
 
 
+def test_nothing_held_out(tmp_path: Path) -> None:
+    source = write_json_lines(tmp_path / "corpus.jsonl", 20)
+    prepared = prepare(source, tmp_path / "cache", validation_fraction=0.0)
+    assert (prepared.train_documents, prepared.validation_documents) == (20, 0)
+    assert load_prepared(prepared.directory, check_hashes=True) == prepared
+    assert open_samples(prepared, "train", 8).num_samples > 0
+    with pytest.raises(DataError, match=r"validation split has 0 tokens.*train\.eval_batches=0"):
+        open_samples(prepared, "validation", 8)
+
+
 def test_bad_requests_are_refused(tmp_path: Path) -> None:
     source = write_json_lines(tmp_path / "corpus.jsonl", 20)
-    for fraction in (0.0, 1.0, -1.0, float("nan")):
+    for fraction in (1.0, -1.0, float("nan")):
         with pytest.raises(DataError, match="validation_fraction"):
             prepare(source, tmp_path / "cache", validation_fraction=fraction)
     with pytest.raises(DataError, match="vocab_size 256"):

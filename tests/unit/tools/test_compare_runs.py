@@ -45,6 +45,20 @@ def test_the_same_run(tmp_path: Path, capsys: Capture) -> None:
     assert output.splitlines()[2].endswith("yes")
 
 
+def test_every_evaluation_set_is_compared(tmp_path: Path, capsys: Capture) -> None:
+    code = evaluation_row(8, evaluation="code", eval_loss=2.0)
+    one = make_run(tmp_path / "one", [*rows(STEPS), code])
+    assert compare(capsys, one, make_run(tmp_path / "same", [*rows(STEPS), code]))[0] == 0
+    other = make_run(tmp_path / "two", [*rows(STEPS), {**code, "eval_loss": 2.5}])
+    page = tmp_path / "page.html"
+    found, output = compare(capsys, one, other, output=page)
+    assert found == 1
+    told = "the evaluation on code after step 8: eval_loss 2.0 and 2.5 (difference +5.000e-01)"
+    assert told in output
+    assert "eval_loss of code: largest difference 5.000e-01, at step 8" in output
+    assert "Evaluation loss on code" in page.read_text()
+
+
 def test_equal_results_of_two_runs(tmp_path: Path, capsys: Capture) -> None:
     one = make_run(tmp_path / "one", replaced(3, loss=math.nan, skipped=True))
     other = make_run(tmp_path / "two", replaced(3, loss=math.nan, skipped=True), run_id="id2")

@@ -105,6 +105,15 @@ def test_everything_is_told(tmp_path: Path, capsys: Capture) -> None:
     assert re.search(r"skipped steps</span>1<", page)
 
 
+def test_every_evaluation_set_has_its_curve(tmp_path: Path, capsys: Capture) -> None:
+    made = [*rows(4), *(evaluation_row(step, evaluation="code") for step in (0, 4))]
+    page = report(make_run(tmp_path / "run", made), capsys)
+    check(page)
+    assert re.search(r"evaluation loss, code</span>3\.6000<", page)
+    loss = re.findall(r'<img alt="Loss" src="data:image/svg\+xml;base64,([^"]*)"', page)[0]
+    assert b"code" in base64.b64decode(loss)
+
+
 def test_a_run_that_has_just_begun(tmp_path: Path, capsys: Capture) -> None:
     run = make_run(tmp_path / "run", [])
     shutil.rmtree(run / "checkpoints")
