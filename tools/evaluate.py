@@ -24,7 +24,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,10 +125,11 @@ def _evaluate(given: argparse.Namespace, loaded: LoadedModel, is_first: bool) ->
     if LOSS in names:
         results[LOSS] = []
         for length in lengths:
-            whole, bins, sequences = _loss(given, loaded, length)
+            notes = list(_differences(given, loaded, length))
+            whole, bins, sequences = _loss(given, loaded, length, notes.append)
             say(_loss_table(length, sequences, whole, bins))
-            for difference in _differences(given, loaded, length):
-                say(f"  note: {difference}")
+            for note in notes:
+                say(f"  note: {note}")
             rows = [dataclasses.asdict(one) for one in (whole, *bins)]
             results[LOSS].append(
                 {"length": length, "sequences": sequences, "all": rows[0], "bins": rows[1:]}
@@ -183,14 +184,14 @@ def _tokenizer(given: argparse.Namespace, loaded: LoadedModel) -> Tokenizer:
 
 
 def _loss(
-    given: argparse.Namespace, loaded: LoadedModel, length: int
+    given: argparse.Namespace, loaded: LoadedModel, length: int, note: Callable[[str], None]
 ) -> tuple[Bin, list[Bin], int]:
     """The loss on sequences of `length` tokens, by position too, and how many they are."""
     from hysparse_megatron.evaluation.held_out import held_out_batches, token_losses
     from hysparse_megatron.evaluation.positions import loss_by_position
 
     wanted = given.sequences or _sequences(loaded)
-    batches = held_out_batches(loaded, length, wanted, given.batch_size, given.data)
+    batches = held_out_batches(loaded, length, wanted, given.batch_size, given.data, note)
     whole, bins = loss_by_position(token_losses(loaded, batches), given.bins)
     return whole, bins, batches.num_samples
 

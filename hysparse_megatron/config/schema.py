@@ -451,6 +451,9 @@ class DataConfig:
     its own validation split in the run's tokenizer, with rows and curves under its name."""
     text_key: str = "text"
     """Field of a JSON line that holds the document."""
+    verify: bool = True
+    """Compare large token files with their hashes beside training, on one rank of every machine at
+    100 MB/s; small files and blocks of large ones always are, at the start."""
     document_mask: bool = False
     """Tokens see their own document alone: blocks and windows count from where it starts."""
     cache_dir: str = ".cache/data"

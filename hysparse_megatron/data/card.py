@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from hysparse_megatron.data import content
 from hysparse_megatron.data.indexed import check_indexed, check_token_ids
 from hysparse_megatron.errors import DataError
 
@@ -84,6 +85,8 @@ def write_card(
         if name not in hashes:
             hashes[name] = _hash_file(path)
         files[name] = {"bytes": os.path.getsize(path), "sha256": hashes[name]}
+        if blocks := content.hash_blocks(path):
+            files[name]["blocks_sha256"] = blocks
     card = {
         "format": FORMAT,
         **fields,
@@ -109,7 +112,8 @@ def load_prepared(
     """Load a prepared corpus and check that it is whole.
 
     Always checked: the card, the presence and size of every file, the indices, the tokenizer's
-    hash. The token files are read only if asked for:
+    hash, and the content of the others: of small files all, of large ones blocks, see `content.py`.
+    More is read only if asked for:
 
     Args:
         directory: as returned in `PreparedCorpus.directory`.
@@ -137,6 +141,9 @@ def load_prepared(
             check_token_ids(prefix, card.integer("vocab_size"))
     for split, prefix in prefixes.items():
         _check_size(f"{prefix}.bin", card.files[f"{split}.bin"].size_bytes)
+    if not check_hashes:
+        for name in DATA_NAMES:
+            _check_content(os.path.join(directory, name), card.files[name])
     return PreparedCorpus(
         directory=directory,
         train_prefix=prefixes["train"],
@@ -160,6 +167,8 @@ def load_prepared(
 class _FileEntry:
     size_bytes: int
     sha256: str
+    blocks_sha256: str | None
+    """Of a large file, in cards that have it: see `content.hash_blocks`."""
 
 
 @dataclass(frozen=True)
@@ -200,11 +209,11 @@ def _read_card(path: str) -> _Card:
     files = {}
     for name in (*DATA_NAMES, tokenizer_name):
         entry = entries.get(name) if isinstance(entries, dict) else None
-        size = entry.get("bytes") if isinstance(entry, dict) else None
-        sha256 = entry.get("sha256") if isinstance(entry, dict) else None
+        entry = entry if isinstance(entry, dict) else {}
+        size, sha256 = entry.get("bytes"), entry.get("sha256")
         if not isinstance(size, int) or not isinstance(sha256, str):
             raise DataError(f"{path}: no size and hash for {name}")
-        files[name] = _FileEntry(size, sha256)
+        files[name] = _FileEntry(size, sha256, entry.get("blocks_sha256"))
     card = _Card(path, values, files, tokenizer_name)
     if card.string("fingerprint") != fingerprint_of({n: files[n].sha256 for n in DATA_NAMES}):
         raise DataError(f"{path}: the fingerprint does not belong to the files' hashes")
@@ -216,7 +225,35 @@ def _check_file(directory: str, name: str, entry: _FileEntry, is_hashed: bool) -
     if not name.endswith(".bin"):  # a token file is first compared with its index, which says more
         _check_size(path, entry.size_bytes)
     if is_hashed and _hash_file(path) != entry.sha256:
-        raise DataError(f"{path}: contents differ from the hash in {CARD_NAME}")
+        raise content.changed(path)
+
+
+def _check_content(path: str, entry: _FileEntry) -> None:
+    """What of a file can be compared at once."""
+    try:
+        if content.is_small(path):
+            is_equal = content.hash_file(path) == entry.sha256
+        else:  # cards of earlier versions have no hash of blocks
+            is_equal = entry.blocks_sha256 in (None, content.hash_blocks(path))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    if not is_equal:
+        raise content.changed(path)
+
+
+def large_files(directory: str) -> dict[str, str]:
+    """SHA-256, by path, of the files of a prepared folder of which `load_prepared` reads a part.
+
+    Raises:
+        DataError: as `load_prepared`.
+    """
+    directory = os.path.abspath(directory)
+    files = _read_card(os.path.join(directory, CARD_NAME)).files
+    return {
+        os.path.join(directory, name): files[name].sha256
+        for name in DATA_NAMES
+        if files[name].size_bytes > content.SMALL_BYTES
+    }
 
 
 def _check_size(path: str, expected_bytes: int) -> None:
@@ -230,8 +267,7 @@ def _check_size(path: str, expected_bytes: int) -> None:
 
 def _hash_file(path: str) -> str:
     try:
-        with open(path, "rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return content.hash_file(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from hysparse_megatron.config.schema import DataConfig
+from hysparse_megatron.data import content
 from hysparse_megatron.data.blend import parse_blend
-from hysparse_megatron.data.card import CARD_NAME, PreparedCorpus, load_prepared
+from hysparse_megatron.data.card import CARD_NAME, PreparedCorpus, large_files, load_prepared
 from hysparse_megatron.data.dataset import BlendedSamples, Samples, TokenSamples
 from hysparse_megatron.data.prepare import prepare_corpus
 from hysparse_megatron.errors import DataError
@@ -141,6 +142,23 @@ def load_evaluations(
             )
         found[name] = own
     return found
+
+
+def check_content(
+    datasets: Iterable[TrainingData], say: Callable[[str], None]
+) -> content.ContentCheck:
+    """Begin to compare all of what the datasets' large files hold with their cards.
+
+    Raises:
+        DataError: a card cannot be read.
+    """
+    folders = [
+        part.directory
+        for data in datasets
+        for part in (data.parts if isinstance(data, BlendedCorpus) else [data])
+    ]
+    hashes = [large_files(folder) for folder in dict.fromkeys(folders)]
+    return content.ContentCheck({path: sha for found in hashes for path, sha in found.items()}, say)
 
 
 def with_path(data: DataConfig, path: str, tokenizer_path: str | None) -> DataConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -21,7 +21,12 @@ from hysparse_megatron.training.step import documents_of
 
 
 def held_out_batches(
-    loaded: LoadedModel, length: int, sequences: int, batch_size: int, data: str | None = None
+    loaded: LoadedModel,
+    length: int,
+    sequences: int,
+    batch_size: int,
+    data: str | None = None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> EvaluationBatches:
     """Samples of the validation split, `length` tokens each, the same on all ranks.
 
@@ -34,6 +39,7 @@ def held_out_batches(
         batch_size: sequences at a time, at most.
         data: text or a prepared dataset in place of the run's; of text, documents are held out as
             in training, `data.validation_fraction` of them.
+        note: told if the run's data are not those of the checkpoint any more.
 
     Raises:
         DataError: there are no such data, too few, or they have another tokenizer than the model.
@@ -57,6 +63,10 @@ def held_out_batches(
             f"{place}: {corpus.vocab_size} token ids, but the model has {loaded.vocab_size}: they "
             "are another model's"
         )
+    before = loaded.data.get("fingerprint", corpus.fingerprint)
+    if data is None and before != corpus.fingerprint:
+        found = f"fingerprint {corpus.fingerprint[:12]}, not {before[:12]}"
+        note(f"the data are not those that the checkpoint was trained on any more ({found})")
     samples = open_samples(corpus, "validation", length)
     size = max(1, min(batch_size, samples.num_held_out))
     return EvaluationBatches(

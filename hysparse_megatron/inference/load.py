@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.models.hybrid.hybrid_model import HybridModel
@@ -45,6 +46,8 @@ class LoadedModel:
     checkpoint: Path
     tokenizer_sha256: str | None
     """Of the tokenizer's file; None in a checkpoint that does not say."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """Identity of the data that it was trained on; empty in a checkpoint that does not say."""
 
     @property
     def kinds(self) -> tuple[LayerKind, ...]:
@@ -134,7 +137,14 @@ def load_model(
     model, groups = build_model(config, device, config.model.vocab_size or vocab_size)
     load_weights([model], groups, directory)
     return LoadedModel(
-        config, model, groups, device, vocab_size, directory, known.get("tokenizer_sha256")
+        config,
+        model,
+        groups,
+        device,
+        vocab_size,
+        directory,
+        known.get("tokenizer_sha256"),
+        manifest.get("data", {}),
     )
 
 

@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from hysparse_megatron.errors import Preempted
+from hysparse_megatron.errors import DataError, Preempted
+from hysparse_megatron.runtime.agreement import agree_on
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """A scheduler's pre-emption, Slurm's early warning, and Ctrl-C."""
@@ -47,6 +48,8 @@ class Flag(IntEnum):
     GRADIENT_SPIKE = 8
     BUSY = 9
     """Not done preparing; the others wait."""
+    DATA_CHANGED = 10
+    """A data file does not hold what its card says."""
 
 
 STOPS = (Flag.SIGTERM, Flag.SIGUSR1, Flag.SIGINT, Flag.DEADLINE, Flag.STOP_FILE)
@@ -147,17 +150,25 @@ class Watch:
         self.stopping: str | None = None
         """Why all ranks stop, and which rank noticed; None while they go on."""
         self.stopping_rank: int | None = None
+        self.data_problem: Callable[[], DataError | None] = lambda: None
+        """What this rank has found out about its data files meanwhile."""
 
     def poll(self, raised: Iterable[Flag] = ()) -> dict[Flag, int]:
         """Flags that are up on some rank, `raised` here among them, each with a rank that has it.
 
         Collective, one all-reduce. A stop is remembered in `stopping`.
+
+        Raises:
+            DataError: on all ranks, if one has a `data_problem`.
         """
-        mine = {*raised, *self._stops()}
+        problem = self.data_problem()
+        mine = {*raised, *self._stops()} | ({Flag.DATA_CHANGED} if problem else set())
         vector = [dist.get_rank() + 1 if flag in mine else 0 for flag in Flag]
         flags = torch.tensor(vector, device=self._device)
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         found = {flag: rank - 1 for flag, rank in zip(Flag, flags.tolist(), strict=True) if rank}
+        if Flag.DATA_CHANGED in found:
+            agree_on((None, problem))
         for flag in STOPS:
             if flag in found and self.stopping is None:
                 name = flag.name if flag.name.startswith("SIG") else flag.name.lower()

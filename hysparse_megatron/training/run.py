@@ -19,7 +19,13 @@ from hysparse_megatron.data import (
     EvaluationBatches,
 )
 from hysparse_megatron.data.order import Skips
-from hysparse_megatron.data.sources import TrainingData, load_data, load_evaluations, open_samples
+from hysparse_megatron.data.sources import (
+    TrainingData,
+    check_content,
+    load_data,
+    load_evaluations,
+    open_samples,
+)
 from hysparse_megatron.errors import (
     ConfigError,
     DataError,
@@ -256,6 +262,9 @@ def _prepare_data(
             f"model.vocab_size is {wanted}, but the tokenizer {corpus.tokenizer_path} has "
             f"{corpus.vocab_size} ids; raise it, or leave it out to take the tokenizer's"
         )
+    if first and config.data.verify:
+        check = check_content([corpus, *others.values()], say)
+        watch.data_problem = lambda: check.problem
     return corpus, others
 
 

@@ -111,19 +111,20 @@ def cut(folder: Path) -> str:
     return f"{tokens}: ends at offset 1001, its index announces "
 
 
-def spoil_a_token(folder: Path) -> str:
-    """One that the first evaluation reads."""
-    put_token(folder / "validation.bin", 70)
-    return f"{folder}/validation.bin: token id 65535 at offset 140 is outside the vocabulary"
+def change_a_token(folder: Path) -> str:
+    """To another of the vocabulary."""
+    put_token(folder / "train.bin", 70, 1)
+    return f"{folder}/train.bin: contents differ from the hash in its dataset.json"
 
 
-def put_token(path: Path, place: int) -> None:
+def put_token(path: Path, place: int, token: int = 65535) -> None:
     tokens = np.memmap(path, np.uint16, mode="r+")
-    tokens[place] = 65535
+    assert tokens[place] != token
+    tokens[place] = token
     tokens.flush()
 
 
-@pytest.mark.parametrize("damage", [cut, spoil_a_token])
+@pytest.mark.parametrize("damage", [cut, change_a_token])
 def test_a_damaged_folder_is_refused_by_file_and_offset(
     damage: Callable[[Path], str], prepared: Path, new_run: NewRun, tmp_path: Path
 ) -> None:
@@ -160,7 +161,7 @@ def test_bad_text_is_refused_by_file_and_offset(name: str, new_run: NewRun, tmp_
 
 
 def test_a_token_that_one_rank_alone_reads(new_run: NewRun, tmp_path: Path) -> None:
-    """In the middle of training: tokens are first looked at when they are read."""
+    """In the middle of training: a file that changes meanwhile is looked at when it is read."""
     run, cache = new_run(), f"data.cache_dir={tmp_path}/cache"
     config = compose([*run.settings, cache])
     corpus = load_data(config.data, config.train.seed)
@@ -172,8 +173,11 @@ def test_a_token_that_one_rank_alone_reads(new_run: NewRun, tmp_path: Path) -> N
         np.array([position]), seed=config.train.seed, fingerprint=corpus.fingerprint
     )
     place = int(sample) * samples.seq_length + samples.seq_length // 2
+    command = run.start(cache, fault="slow@0:2:5")
+    command.wait_for(f"step  1/{STEPS}")
     put_token(Path(f"{corpus.train_prefix}.bin"), place)
-    output = run.run(cache, code=5)
+    assert command.finish() == 5, command.output
+    output = command.output
     assert f"step  2/{STEPS}" in output
     tokens = re.escape(f"{corpus.train_prefix}.bin")
     expected = rf"rank 1 on .* failed: {tokens}: token id 65535 at offset {2 * place} "

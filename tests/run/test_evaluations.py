@@ -52,7 +52,7 @@ def test_every_set_has_its_loss(one_text: Path, tmp_path: Path) -> None:
 def test_without_evaluation_no_text_is_too_short(tmp_path: Path) -> None:
     """For a validation split, that is."""
     text = tmp_path / "note.txt"
-    text.write_text("some words of which none can be spared, " * 8)
+    text.write_text("some words of which none can be spared, " * 20)
     run_dir = tmp_path / "run"
     arguments = [*SHORT, f"run_dir={run_dir}", f"data.path={text}"]
     arguments.append(f"data.cache_dir={tmp_path / 'cache'}")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hysparse_megatron.errors import Preempted
+from hysparse_megatron.errors import DataError, Preempted
 from hysparse_megatron.training import control
 from hysparse_megatron.training.control import STOP_SIGNALS, Deadline, Flag, Signals, Watch
 from tests.unit.single_process import DEVICE
@@ -41,6 +41,15 @@ def wait_until(condition: Callable[[], bool]) -> None:
 def test_nobody_asked(watch: Watch) -> None:
     assert watch.poll() == {}
     assert watch.stopping is None
+
+
+def test_changed_data_end_the_run(watch: Watch) -> None:
+    problems: list[DataError] = []
+    watch.data_problem = lambda: problems[0] if problems else None
+    watch.poll()
+    problems.append(DataError("train.bin: contents differ"))
+    with pytest.raises(DataError, match=r"train\.bin: contents differ"):
+        watch.poll()
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])

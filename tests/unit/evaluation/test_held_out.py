@@ -1,0 +1,60 @@
+"""Tools evaluate on the samples of the run's own evaluations."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from hysparse_megatron.config.compose import compose
+from hysparse_megatron.data import EvaluationBatches
+from hysparse_megatron.data.sources import load_data, open_samples
+from hysparse_megatron.evaluation.held_out import held_out_batches
+from tests.unit.single_process import default_group
+
+LENGTH = 16
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 1000])
+def test_the_same_samples_as_in_training(tmp_path: Path, batch_size: int) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(f'{{"text": "{number} {"word " * 30}"}}\n' for number in range(60)))
+    config = compose(
+        [
+            f"data.path={text}",
+            f"data.cache_dir={tmp_path / 'cache'}",
+            "data.tokenizer_vocab_size=300",
+            "data.validation_fraction=0.3",
+        ]
+    )
+    corpus = load_data(config.data, config.train.seed)
+    in_training = EvaluationBatches(
+        open_samples(corpus, "validation", LENGTH),
+        num_samples=8,
+        global_batch_size=4,
+        micro_batch_size=4,
+        data_parallel_size=1,
+        data_parallel_rank=0,
+    )
+    loaded: Any = SimpleNamespace(
+        config=config,
+        tokenizer_sha256=corpus.identity()["tokenizer_sha256"],
+        vocab_size=corpus.vocab_size,
+        checkpoint=tmp_path,
+        data=corpus.identity(),
+    )
+    told: list[str] = []
+    with default_group():
+        found = held_out_batches(loaded, LENGTH, 8, batch_size, note=told.append)
+        assert told == []
+        loaded.data = {**loaded.data, "fingerprint": "another"}
+        held_out_batches(loaded, LENGTH, 8, batch_size, note=told.append)
+    assert "not those that the checkpoint was trained on" in told[0]
+    assert ids(found) == ids(in_training)
+    assert len(ids(found)) == 8
+
+
+def ids(batches: EvaluationBatches) -> list[int]:
+    """Of the samples that count."""
+    read = [number for batch in range(batches.num_batches) for number in batches.sample_ids(batch)]
+    return read[: batches.num_samples]
