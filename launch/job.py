@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -23,7 +24,9 @@ def num_ranks(config: Config) -> int:
     """Processes that the run will have, by its cluster and parallel sizes."""
     cluster, parallel = config.cluster, config.parallel
     if cluster.scheduler is Scheduler.local:
-        return cluster.ranks_per_node or max(1, parallel.tp * parallel.pp * parallel.cp)
+        # Experts lie on tensor- and data-parallel ranks of a stage.
+        fewest = parallel.pp * math.lcm(parallel.tp * parallel.cp, parallel.ep)
+        return cluster.ranks_per_node or max(1, fewest)
     return cluster.nodes * ranks_per_node(config)
 
 

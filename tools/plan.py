@@ -15,14 +15,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hysparse_megatron.command import command, make_parser
+from hysparse_megatron.command import command, make_parser, positive
 from hysparse_megatron.config.cli import load, parse_arguments, settings_like
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.errors import ConfigError
-from hysparse_megatron.plan.overview import make_overview
 from hysparse_megatron.plan.picture import draw
 from hysparse_megatron.plan.report import as_text, as_values
-from hysparse_megatron.plan.suggest import check, suggest
+from hysparse_megatron.plan.suggest import check, overview_of, suggest
+from launch.job import num_ranks
 
 
 @command
@@ -30,7 +30,8 @@ def main(argv: Sequence[str]) -> int:
     """Print the plan of `argv`, the command line without the program's name."""
     parser = make_parser("tools.plan", __doc__)
     parser.no_option = settings_like
-    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="world size (default 1)")
+    text = "ranks (default: as launch.submit would start, the fewest that the parallel sizes allow)"
+    parser.add_argument("--gpus", type=positive, metavar="N", help=text)
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--suggest", type=int, default=0, metavar="N", help="N plans, best first")
     parser.add_argument("--plot", metavar="FILE.svg", help="also draw the plan")
@@ -42,24 +43,19 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _print_plan(config: Config, given: argparse.Namespace) -> int:
-    if given.gpus < 1:
-        raise ConfigError(f"--gpus: got {given.gpus}; allowed at least 1")
-    if config.model.vocab_size is None:
-        raise ConfigError(
-            "model.vocab_size: got null; the planner trains no tokenizer, so set it "
-            f"(a tokenizer made here would have {config.data.tokenizer_vocab_size} ids)"
-        )
+    gpus = given.gpus or num_ranks(config)
     if given.suggest:
-        plans = suggest(config, given.gpus, given.suggest)
+        plans = suggest(config, gpus, given.suggest)
         if not plans:
-            raise ConfigError(f"no plan of this model and batch works on {given.gpus} GPUs")
+            check(config, gpus)  # says so where no plan could help
+            raise ConfigError(f"no plan of this model and batch works on {gpus} GPUs")
         if given.json:
             print(json.dumps([as_values(plan.overview) for plan in plans], default=str))
         else:
             print("\n".join(map(str, plans)))
         return 0
-    check(config, given.gpus)
-    overview = make_overview(config, given.gpus)
+    check(config, gpus)
+    overview = overview_of(config, gpus)
     print(json.dumps(as_values(overview)) if given.json else as_text(overview))
     if given.plot:
         try:

@@ -94,8 +94,9 @@ class ClusterConfig:
     as the parallel sizes allow."""
     memory_gib: float | None = None
     """Memory of one accelerator in GiB; a plan that needs more is refused. null: not checked."""
-    peak_tflops: float = 989.0
-    """Dense bf16 matrix throughput of one accelerator, in 1e12 FLOPs per second (an H100's)."""
+    peak_tflops: float | None = None
+    """Dense bf16 matrix throughput of one accelerator, in 1e12 FLOPs per second (an H100's is 989).
+    null: not known or a CPU: no step time is planned, and MFU is only told of a few known GPUs."""
     node_bandwidth_gb: float = 450.0
     """Bandwidth of one accelerator inside a machine and one direction, in 1e9 bytes a second."""
     network_bandwidth_gb: float = 50.0

@@ -488,6 +488,9 @@ class CheckpointConfig:
 class TrackingConfig:
     """What is measured, and where it goes besides `metrics.jsonl`, which is the source of truth."""
 
+    log_interval: int | None = None
+    """Steps between two lines on the console; `metrics.jsonl` has every step. null: 1 in runs of up
+    to 1,000 steps, 10 up to 100,000, then 100, so that a log stays one that can be read."""
     straggler_interval: int = 50
     """Steps between two looks at what each rank measured, one small all-gather: the time of its own
     forward passes, its memory."""
@@ -511,6 +514,12 @@ class TrackingConfig:
     """Labels of the run in the tracker, separated by spaces (or commas, where they are quoted)."""
     tensorboard: bool = False
     """Write RUN_DIR/tensorboard too, with W&B or without; needs the extra `tensorboard`."""
+
+    def steps_between_lines(self, total_steps: int) -> int:
+        """`log_interval` in a run of `total_steps`, with the default resolved."""
+        if self.log_interval is not None:
+            return self.log_interval
+        return 1 if total_steps <= 1000 else 10 if total_steps <= 100_000 else 100
 
     @property
     def tag_list(self) -> list[str]:

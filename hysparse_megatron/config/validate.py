@@ -100,6 +100,7 @@ AT_LEAST: dict[str, int] = {
     "checkpoint.keep": 0,
     "checkpoint.keep_every": 0,
     "checkpoint.step": 1,
+    "tracking.log_interval": 1,
     "tracking.straggler_interval": 1,
 }
 """Smallest value of a number; null passes where the type allows it."""

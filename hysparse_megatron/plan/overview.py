@@ -29,7 +29,7 @@ from hysparse_megatron.plan.parameters import (
     count_parameters,
     parameters_on_rank,
 )
-from hysparse_megatron.plan.schedule import EFFICIENCY, StepTime, pipeline_time
+from hysparse_megatron.plan.schedule import EFFICIENCY, NOMINAL_TFLOPS, StepTime, pipeline_time
 from hysparse_megatron.plan.topology import PipelinePlan, plan_pipeline
 from hysparse_megatron.plan.traffic import Collectives, Cut, collectives, cuts
 
@@ -92,6 +92,14 @@ class Overview:
     stages: tuple[Stage, ...]
     ranks: tuple[PipelineRank, ...]
     time: StepTime
+    """Only to compare plans where `seconds` is None."""
+    vocabulary: str = "model.vocab_size"
+    """What says how many token ids there are."""
+
+    @property
+    def seconds(self) -> float | None:
+        """Of a step; None where `cluster.peak_tflops` is not known, as on a CPU."""
+        return None if self.config.cluster.peak_tflops is None else self.time.seconds
 
     @property
     def cache(self) -> tuple[CacheRow, ...]:
@@ -216,7 +224,7 @@ def _step_time(
     # Pipeline ranks are the outermost: neighbours stand a whole stage apart.
     across = bandwidth(groups.world_size // plan.pp)
     between_stages = bandwidth(2 * groups.world_size // plan.pp)
-    computing = passes / (cluster.peak_tflops * 1e12 * EFFICIENCY)
+    computing = passes / ((cluster.peak_tflops or NOMINAL_TFLOPS) * 1e12 * EFFICIENCY)
     stage_seconds = []
     for index, stage in enumerate(stages):
         traffic = ranks[index % plan.pp].traffic

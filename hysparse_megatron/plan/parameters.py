@@ -16,7 +16,7 @@ from hysparse_megatron.config.schema import (
     ParallelConfig,
     SinkKind,
 )
-from hysparse_megatron.layout import LayerKind
+from hysparse_megatron.layout import LayerKind, parse_layout
 from hysparse_megatron.plan.topology import PipelinePlan
 
 VOCAB_MULTIPLE = 128
@@ -34,6 +34,12 @@ def padded_vocab_size(vocab_size: int) -> int:
 def with_vocabulary(model: ModelConfig, vocab_size: int) -> ModelConfig:
     """`model` with the data's vocabulary, unless it has one of its own."""
     return dataclasses.replace(model, vocab_size=model.vocab_size or vocab_size)
+
+
+def parameters_of(model: ModelConfig, vocab_size: int) -> ModelParameters:
+    """Those of a run's model, tied and replicated ones once; `vocab_size` is the data's."""
+    kinds = tuple(layer.kind for layer in parse_layout(model.layout).layers)
+    return count_parameters(with_vocabulary(model, vocab_size), kinds)
 
 
 @dataclass(frozen=True)

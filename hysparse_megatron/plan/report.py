@@ -13,7 +13,6 @@ from hysparse_megatron.plan.overview import Overview, PipelineRank
 def as_values(overview: Overview) -> dict[str, Any]:
     """Everything in the overview as numbers, texts, lists and dictionaries. Units in the names."""
     config, groups = overview.config, overview.groups
-    tokens = config.train.global_batch_size * config.train.seq_length
     return {
         "name": config.name,
         "layout": config.model.layout,
@@ -28,6 +27,7 @@ def as_values(overview: Overview) -> dict[str, Any]:
             **dataclasses.asdict(config.cluster),
             "scheduler": config.cluster.scheduler.value,
         },
+        "vocabulary": {"ids": config.model.vocab_size, "from": overview.vocabulary},
         "parameters": {
             "total": overview.parameters.total,
             "active": overview.parameters.active,
@@ -66,13 +66,7 @@ def as_values(overview: Overview) -> dict[str, Any]:
         "peak_bytes": overview.peak_bytes,
         "checkpoint_bytes": overview.checkpoint_bytes,
         "fits": overview.fits,
-        "step": {
-            "seconds": overview.time.seconds,
-            "pipeline_seconds": overview.time.pipeline_seconds,
-            "data_seconds": overview.time.data_seconds,
-            "bubble_share": overview.time.bubble_share,
-            "tokens_per_second_per_gpu": tokens / overview.time.seconds / groups.world_size,
-        },
+        "step": _step_values(overview),
         "kv_cache": [
             {
                 "context_length": row.context_length,
@@ -82,6 +76,19 @@ def as_values(overview: Overview) -> dict[str, Any]:
             }
             for row in overview.cache
         ],
+    }
+
+
+def _step_values(overview: Overview) -> dict[str, float | None]:
+    """Times are None where the machine's speed is not known."""
+    time, seconds, train = overview.time, overview.seconds, overview.config.train
+    tokens = train.global_batch_size * train.seq_length / overview.groups.world_size
+    return {
+        "seconds": seconds,
+        "pipeline_seconds": None if seconds is None else time.pipeline_seconds,
+        "data_seconds": None if seconds is None else time.data_seconds,
+        "bubble_share": time.bubble_share,
+        "tokens_per_second_per_gpu": None if seconds is None else tokens / seconds,
     }
 
 
@@ -123,6 +130,7 @@ def _head(overview: Overview) -> str:
     return (
         f"{config.model.layout}: {layout.num_layers} layers, {kinds.count('F')} full, "
         f"{kinds.count('S')} sparse, {kinds.count('W')} window\n"
+        f"vocabulary: {config.model.vocab_size:,} token ids ({overview.vocabulary})\n"
         f"parameters: {counted.total:,} in total, {counted.active:,} active\n"
         f"{groups.world_size} ranks: tp {parallel.tp}, pp {parallel.pp}, "
         f"vpp {parallel.vpp or 1}{experts}, dp {groups.dp}, "
@@ -219,12 +227,14 @@ def _traffic_table(overview: Overview) -> str:
 
 
 def _step(overview: Overview) -> str:
-    time, train = overview.time, overview.config.train
-    tokens = train.global_batch_size * train.seq_length / time.seconds
-    per_gpu = tokens / overview.groups.world_size
+    values = _step_values(overview)
+    if overview.seconds is None:
+        speed = "no time planned, cluster.peak_tflops is null: a CPU, or a GPU without a preset"
+    else:
+        per_gpu = values["tokens_per_second_per_gpu"]
+        speed = f"about {overview.seconds:.3g} s at 40% of the peak, {per_gpu:,.0f} tokens/s/GPU"
     return (
-        f"a step: about {time.seconds:.3g} s at 40% of the peak, {per_gpu:,.0f} tokens/s/GPU; "
-        f"ranks wait {time.bubble_share:.1%} of the pipeline's time\n"
+        f"a step: {speed}; ranks wait {values['bubble_share']:.1%} of the pipeline's time\n"
         f"a checkpoint: {_size(overview.checkpoint_bytes)} on disk"
     )
 

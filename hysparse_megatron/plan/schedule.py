@@ -12,6 +12,9 @@ from dataclasses import dataclass
 EFFICIENCY = 0.4
 """Share of the peak that training reaches while it computes; measured runs lie around it."""
 
+NOMINAL_TFLOPS = 989.0
+"""Where the machine's peak is not known: of an H100, to compare plans with, never to quote."""
+
 
 @dataclass(frozen=True)
 class StepTime:

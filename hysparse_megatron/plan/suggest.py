@@ -15,6 +15,7 @@ from hysparse_megatron.errors import ConfigError, Problem
 from hysparse_megatron.layout import LayoutError, parse_layout
 from hysparse_megatron.plan.memory import GIB
 from hysparse_megatron.plan.overview import Overview, make_overview
+from hysparse_megatron.plan.vocabulary import with_run_vocabulary
 
 RECOMPUTE_COST = {Recompute.none: 0, Recompute.selective: 1, Recompute.full: 2}
 
@@ -46,8 +47,9 @@ class Suggestion:
 
     def __str__(self) -> str:
         overview = self.overview
+        speed = "" if overview.seconds is None else f"{overview.seconds:.3g} s a step, "
         return (
-            f"{self.overrides}  ({overview.time.seconds:.3g} s a step, "
+            f"{self.overrides}  ({speed}"
             f"{overview.peak_bytes / GIB:.1f} GiB, waits {overview.time.bubble_share:.0%})"
         )
 
@@ -79,26 +81,32 @@ def check(config: Config, world_size: int) -> None:
         return
     error = as_error(problems)
     plan_is_wrong = fitting or plan_problems(config, world_size=world_size)
-    if not plan_is_wrong:
+    if not plan_is_wrong or not _has_a_plan(config):
         raise error
     plans = nearest(config, world_size)
     lines = ["nearest plans that work:", *(f"  {plan}" for plan in plans)]
     if not plans:
-        lines = [f"no plan of this model and batch works on {world_size} ranks"]
+        ranks = f"{world_size} rank{'s' * (world_size != 1)}"
+        lines = [f"no plan of this model and batch works on {ranks}"]
     raise ConfigError("\n".join([str(error), *lines]), problems)
 
 
+def _has_a_plan(config: Config) -> bool:
+    """Whether the model is one that some plan fits, whatever the number of ranks."""
+    try:
+        layout = parse_layout(config.model.layout)
+    except LayoutError:
+        return False
+    simplest = ParallelConfig(pp=len(layout.cuts) + 1)
+    train = dataclasses.replace(config.train, micro_batch_size=1)
+    alone = dataclasses.replace(config, parallel=simplest, train=train)
+    return not plan_problems(alone, world_size=simplest.pp)
+
+
 def overview_of(config: Config, world_size: int) -> Overview:
-    """The plan of a valid configuration; without `model.vocab_size` that of a tokenizer made here
-    is taken."""
-    return make_overview(_with_vocab_size(config), world_size)
-
-
-def _with_vocab_size(config: Config) -> Config:
-    if config.model.vocab_size is not None:
-        return config
-    model = dataclasses.replace(config.model, vocab_size=config.data.tokenizer_vocab_size)
-    return dataclasses.replace(config, model=model)
+    """The plan of a valid configuration, with the vocabulary that its run would have."""
+    config, told = with_run_vocabulary(config)
+    return dataclasses.replace(make_overview(config, world_size), vocabulary=told)
 
 
 def _memory_problem(config: Config, world_size: int) -> Problem | None:
@@ -114,7 +122,7 @@ def _memory_problem(config: Config, world_size: int) -> Problem | None:
 
 
 def _working(config: Config, world_size: int) -> Iterator[Suggestion]:
-    config = _with_vocab_size(config)
+    config, _ = with_run_vocabulary(config)
     for candidate in _candidates(config, world_size):
         if plan_problems(candidate, world_size=world_size):
             continue

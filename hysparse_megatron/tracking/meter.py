@@ -22,6 +22,10 @@ NUM_NAMED = 3
 """Slow ranks named in a row."""
 
 
+KNOWN_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
+"""Dense bf16 peak, in 1e12 FLOPs a second, by a part of the GPU's name."""
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a rank is: its machine and its pipeline stage, whose ranks all do the same work."""
@@ -90,11 +94,11 @@ class Meter:
     def _speed(self, tokens: int, step_seconds: float) -> dict[str, Any]:
         rate = tokens / step_seconds / dist.get_world_size()
         tflops = rate * self._flops / 1e12
-        peak = self._config.cluster.peak_tflops
+        peak = self._config.cluster.peak_tflops or known_peak_tflops(self._device)
         return {
             "tokens_per_second_per_gpu": rate,
             "tflops_per_gpu": tflops,
-            "mfu": tflops / peak if self._device.type == "cuda" else None,
+            "mfu": tflops / peak if peak and self._device.type == "cuda" else None,
             "restarts": self._restarts,
         }
 
@@ -159,6 +163,14 @@ def model_flops_per_token(config: Config, vocab_size: int) -> float:
     kinds = [layer.kind for layer in parse_layout(model.layout).layers]
     forward = forward_flops(model, kinds, config.train.seq_length)
     return training_flops(forward, Recompute.none)
+
+
+def known_peak_tflops(device: torch.device) -> float | None:
+    """Of a GPU whose name says it; None of others and of a CPU."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in KNOWN_TFLOPS.items() if part in name), None)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -110,18 +110,23 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 class Console:
-    """One line a step on rank 0."""
+    """A line every so many steps on rank 0, and for every step that was left out."""
 
-    def __init__(self, train: TrainConfig) -> None:
+    def __init__(self, train: TrainConfig, interval: int = 1) -> None:
         self._train = train
+        self._interval = interval
+        self._is_first = True
         self._samples = 0
         self._started = time.monotonic()
 
     def step(self, row: dict[str, Any]) -> None:
-        """Print a training row."""
+        """Take a training row; print the first, the last, and those at the interval."""
         # By samples, as the steps of a ramp grow.
         self._samples += row["global_batch_size"]
         total = self._train.steps
+        ends, self._is_first = self._is_first or row["step"] == total, False
+        if row["step"] % self._interval and not ends and not row["skipped"]:
+            return
         samples = self._train.samples_of(total - row["step"], row["samples"])
         remaining = (time.monotonic() - self._started) / self._samples * samples
         skipped = "  SKIPPED" if row["skipped"] else ""

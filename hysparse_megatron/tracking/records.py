@@ -12,8 +12,7 @@ import yaml  # type: ignore[import-untyped]
 from hysparse_megatron.config.frozen import to_yaml
 from hysparse_megatron.config.schema import VALIDATION, Config
 from hysparse_megatron.errors import HySparseError
-from hysparse_megatron.layout import parse_layout
-from hysparse_megatron.plan.parameters import count_parameters, with_vocabulary
+from hysparse_megatron.plan.parameters import parameters_of
 from hysparse_megatron.rundir import RunDirectory
 from hysparse_megatron.tracking.metrics import Console, MetricsFile, evaluation_of
 from hysparse_megatron.tracking.tensorboard import TensorBoard
@@ -46,12 +45,14 @@ def recorded(
     ]
     if config.tracking.tensorboard:
         trackers.append(TensorBoard(directory.path, first_step, say))
+    every = config.tracking.steps_between_lines(config.train.steps)
+    console = Console(config.train, every)
     exit_code = 1
     try:
         yield [
             metrics.write,
             *(tracker.log for tracker in trackers),
-            functools.partial(_print_row, Console(config.train), say),
+            functools.partial(_print_row, console, say),
             functools.partial(_update_status, directory),
         ]
         exit_code = 0
@@ -69,8 +70,7 @@ def describe_run(config: Config, vocab_size: int, world_size: int) -> dict[str, 
 
     `vocab_size` is the data's; `config.model.vocab_size` overrides it if set.
     """
-    kinds = tuple(layer.kind for layer in parse_layout(config.model.layout).layers)
-    counted = count_parameters(with_vocabulary(config.model, vocab_size), kinds)
+    counted = parameters_of(config.model, vocab_size)
     return {
         "world_size": world_size,
         "parameters": {"total": counted.total, "active": counted.active},

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
-import torch.distributed as dist
 from hysparse_kernels import BackendChoice, BackendUnavailable, resolve_backend
 
 from hysparse_megatron.config.schema import Config, Precision
@@ -14,6 +13,7 @@ from hysparse_megatron.data.sources import TrainingData
 from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.model.layers import describe_layers
 from hysparse_megatron.model.pipeline import describe_traffic
+from hysparse_megatron.plan.parameters import parameters_of
 from hysparse_megatron.training.state import TrainingState, describe_optimizer, rows_per_rank
 
 Say = Callable[[str], None]
@@ -52,12 +52,11 @@ def describe_evaluations(
 def describe_start(state: TrainingState, corpus: TrainingData, say: Say) -> None:
     """The start-up log: what runs, on what, and what every pipeline cut sends."""
     config = state.config
-    total = torch.tensor([state.num_parameters()], dtype=torch.float64, device=state.device)
-    dist.all_reduce(total, group=state.groups.mp)
+    total = parameters_of(config.model, corpus.vocab_size).total
     backend = attention_backend(config, state.device)
     parallel = config.parallel
     say(
-        f"{config.name}: layout {config.model.layout}, {int(total.item()):,} parameters on "
+        f"{config.name}: layout {config.model.layout}, {total:,} parameters on "
         f"{state.groups.mp.size()} model-parallel ranks (tp {parallel.tp}, pp {parallel.pp}, vpp "
         f"{parallel.vpp or 1}, sequence parallel {'on' if parallel.sequence_parallel else 'off'}), "
         f"data parallel {state.groups.dp.size()}, device {state.device.type}"

@@ -1,5 +1,7 @@
 """`python -m launch.local --nproc 4`: tensor parallel 2 x pipeline parallel 2, cut in a block."""
 
+import math
+import re
 import signal
 from pathlib import Path
 
@@ -7,6 +9,7 @@ import pytest
 from run_commands import LOCAL, TINY, Command, facts, processes_naming, read_json, run
 
 from hysparse_megatron.checkpoint.store import problems_of
+from hysparse_megatron.checkpoint.tensors import OPTIMIZER, read_index
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -33,6 +36,11 @@ def test_preempted_in_the_middle_and_continued(corpus: list[str], tmp_path: Path
         if first.process.poll() is None:
             first.kill()
     assert "reads on from oracle 0 across the cut" in first.output
+    (told,) = re.findall(r"([\d,]+) parameters on 4 model-parallel ranks", first.output)
+    (saved,) = (run_dir / "checkpoints").iterdir()
+    weights = [entry for name, entry in read_index(saved).items() if not name.startswith(OPTIMIZER)]
+    # The embedding, on both stages, and the norms, on all ranks, once.
+    assert int(told.replace(",", "")) == sum(math.prod(entry["shape"]) for entry in weights)
     assert first.output.count("stopped by SIGTERM") == 1, "an error all ranks share is told once"
     assert processes_naming(str(run_dir)) == []
     assert read_json(run_dir / "status.json")["state"] == "preempted"

@@ -81,6 +81,24 @@ def test_what_no_plan_can_mend_gets_none() -> None:
     assert "no plan of this model and batch works on 64 ranks" in message
 
 
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        "model.layout=F 3*S X",
+        "model.layout=S F",
+        "model.num_attention_heads=7",
+        "model.moe.num_active_experts=513",
+    ],
+)
+@pytest.mark.parametrize("ranks", [1, GPUS])
+def test_a_mistake_of_the_model_stands_alone(mistake: str, ranks: int) -> None:
+    config = compose(["model=hysparse_80b_a3b", *BASE, mistake])
+    with pytest.raises(ConfigError) as caught:
+        check(config, ranks)
+    assert "works on" not in str(caught.value)
+    assert "nearest" not in str(caught.value)
+
+
 def test_the_nearest_plan_changes_only_what_is_wrong() -> None:
     plan = nearest(compose([*WORKS, "parallel.ep=24"]), GPUS, 1)[0].overview.config
     assert (plan.parallel.pp, plan.parallel.tp, plan.parallel.ep) == (2, 1, 32)

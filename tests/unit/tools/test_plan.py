@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 import pytest
 
 from hysparse_megatron.config.compose import compose
+from hysparse_megatron.data import prepare_corpus, train_tokenizer
 from hysparse_megatron.plan.overview import make_overview
 from tools.plan import main
 
@@ -104,11 +105,62 @@ def test_the_picture_shows_stages_memory_and_cache(
     assert len(curves) == 3
 
 
+def head(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(list(arguments)) == 0
+    return capsys.readouterr().out
+
+
+def test_the_vocabulary_is_that_of_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quickstart = "experiment=quickstart"
+    told = head(capsys, quickstart)
+    assert "vocabulary: 4,096 token ids (assumed: a tokenizer of data.tokenizer_vocab_size" in told
+    assert "parameters: 2,191,792 in total" in told
+    assert "4 ranks: tp 2, pp 2" in told, "as many as the plan needs"
+    assert "vocabulary: 300 token ids" in head(capsys, quickstart, "data.tokenizer_vocab_size=300")
+    assert "2,000 token ids (model.vocab_size)" in head(capsys, quickstart, "model.vocab_size=2000")
+    train_tokenizer(["some text"], 257).save(str(tmp_path / "tokenizer.json"))
+    told = head(capsys, quickstart, f"data.tokenizer={tmp_path}")
+    assert f"vocabulary: 257 token ids (that of {tmp_path})" in told
+    (tmp_path / "text.jsonl").write_text("".join(f'{{"text": "text {n}"}}\n' for n in range(40)))
+    corpus = prepare_corpus(
+        path=str(tmp_path / "text.jsonl"),
+        cache_dir=str(tmp_path),
+        tokenizer_path=None,
+        vocab_size=270,
+        validation_fraction=0.25,
+        seed=7,
+    )
+    told = head(capsys, quickstart, f"data.path={corpus.directory}")
+    assert f"vocabulary: {corpus.vocab_size:,} token ids (that of {corpus.directory})" in told
+    blend = f"data.blend=1.0 {corpus.directory}"
+    assert f"(that of {corpus.directory})" in head(capsys, quickstart, blend)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    told = head(capsys, quickstart, f"data.tokenizer={tmp_path}")
+    assert f"4,096 token ids (assumed: {tmp_path}/tokenizer.json: not a tokenizer.json" in told
+
+
+@pytest.mark.parametrize("cluster", ["this_machine", "slurm_cpu"])
+def test_a_machine_of_unknown_speed_is_promised_no_time(
+    cluster: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["experiment=quickstart", f"cluster={cluster}"]
+    told = head(capsys, *arguments)
+    assert "a step: no time planned, cluster.peak_tflops is null" in told
+    assert "tokens/s" not in told
+    values = json.loads(head(capsys, "--json", *arguments))["step"]
+    assert {name for name, value in values.items() if value is not None} == {"bubble_share"}
+    assert " s a step" not in head(capsys, "--suggest", "2", *arguments)
+    told = head(capsys, *arguments, "cluster.peak_tflops=0.05")
+    assert "a step: about " in told
+    assert "tokens/s/GPU" in told
+
+
 BAD = [
     (["--gpus", "128", "--plot", "/nowhere/plan.svg"], "cannot write /nowhere/plan.svg"),
     (["--gpus", "0"], "--gpus"),
     (["parallel.ep=3", "--gpus", "128"], "nearest plans that work"),
-    (["model=tiny_hysparse"], "model.vocab_size"),
     (["modle=tiny"], "modle"),
 ]
 

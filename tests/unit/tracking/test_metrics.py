@@ -194,6 +194,25 @@ def test_the_eta_of_a_ramp_counts_samples(
     assert "ETA 8:30" in capsys.readouterr().out.splitlines()[-1]
 
 
+def test_a_long_run_prints_few_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(compose(["train.steps=238419"]).train, interval=100)
+    batch = {"global_batch_size": 8}
+    for step in range(206, 501):
+        console.step(row(step, skipped=step == 333, **batch, samples=8 * step))
+    told = [int(line.split("/")[0].split()[1]) for line in capsys.readouterr().out.splitlines()]
+    assert told == [206, 300, 333, 400, 500]
+    console.step(row(238_419, **batch, samples=8 * 238_419))
+    assert "step 238419/238419" in capsys.readouterr().out
+
+
+def test_lines_by_the_length_of_a_run() -> None:
+    lengths = {steps: compose([]).tracking.steps_between_lines(steps) for steps in LENGTHS}
+    assert lengths == {1: 1, 1000: 1, 1001: 10, 100_000: 10, 238_419: 100}
+    assert compose(["tracking.log_interval=7"]).tracking.steps_between_lines(238_419) == 7
+
+
+LENGTHS = (1, 1000, 1001, 100_000, 238_419)
+
 OVERRIDES = {
     "one process": ["name=mine", "train.steps=30", "model.layout=2*(F S) F"],
     "blend": [
