@@ -22,6 +22,8 @@ STEP = {
     "learning_rate": 1e-3,
     "tokens_per_second": 5.0,
     "skipped": False,
+    "samples": 8,
+    "global_batch_size": 8,
 }
 EVALUATION = {
     "step": 1,
