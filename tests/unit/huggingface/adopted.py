@@ -14,12 +14,12 @@ from hysparse_megatron.training.state import TrainingState, build_state
 from tests.unit.single_process import DEVICE
 
 
-def start(folder: Path, states: list[TrainingState]) -> torch.nn.Module:
-    """Training's own model, with the weights of an adopted folder."""
+def start(folder: Path, states: list[TrainingState], **train: object) -> torch.nn.Module:
+    """Training's own model, with the weights of an adopted folder and some settings of its own."""
     config = load_frozen(folder / "config.yaml")
     # Weights in bf16 are trained in it; compared with the original they are in fp32.
-    train = dataclasses.replace(config.train, precision=Precision.fp32)
-    config = dataclasses.replace(config, train=train)
+    of_train = dataclasses.replace(config.train, precision=Precision.fp32, **train)
+    config = dataclasses.replace(config, train=of_train)
     state = build_state(config, 257, DEVICE)
     states.append(state)
     load_state(state, store.resolve_checkpoint(folder), weights_only=True)

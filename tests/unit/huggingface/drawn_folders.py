@@ -212,11 +212,8 @@ def weights(folder: Folder) -> dict[str, Tensor]:
     folder.write()
     config = AutoConfig.from_pretrained(folder.path)
     model = AutoModelForCausalLM.from_config(config).float()
-    randomize(model)
-    found = {  # rounding grows less from layer to layer than with larger ones
-        name: tensor * 0.8 if tensor.dim() > 1 else tensor.clone()
-        for name, tensor in model.state_dict().items()
-    }
+    randomize(model, std=1.0)
+    found = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         how = rng.choice(["alone", "twice", "different"])
         found[HEAD] = found[EMBEDDING].clone()

@@ -61,7 +61,7 @@ def saved(kind: str, folder: Path, **options: object) -> Path:
         "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     }[kind]
     made = model(config(**SIZES, **options))
-    randomize(made)
+    randomize(made, std=1.0)
     made.save_pretrained(folder)
     return folder
 

@@ -42,8 +42,11 @@ def tiny_model(config: Config, groups: ProcessGroupCollection) -> HybridModel:
     return model.to(DEVICE)
 
 
-def randomize(model: torch.nn.Module) -> None:
-    """Weights large enough that attention is far from uniform; norms, gates, sinks off neutral."""
+def randomize(model: torch.nn.Module, std: float = 1.2) -> None:
+    """Weights large enough that attention is far from uniform; norms, gates, sinks off neutral.
+
+    `std` is that of what a matrix gives of independent inputs of one. Rounding grows with it.
+    """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
@@ -51,4 +54,4 @@ def randomize(model: torch.nn.Module) -> None:
             elif "sink" in name:
                 parameter.normal_()
             else:
-                parameter.normal_(std=1.2 * parameter.shape[-1] ** -0.5)
+                parameter.normal_(std=std * parameter.shape[-1] ** -0.5)
