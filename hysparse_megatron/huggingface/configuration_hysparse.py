@@ -27,8 +27,8 @@ class HySparseConfig(PretrainedConfig):
     `qkv_bias`: queries, keys, values and gates have a bias.
     With `num_experts` > 0 the layers from `num_dense_first_layers` on have experts;
     `scoring_func` softmax or sigmoid, and `balancing` "bias" means a learnt bias of the choice.
-    `rope_parameters` as in other models, of type default, linear, llama3 or yarn; `rope_scaling`
-    takes their place, and `rope_theta` and `partial_rotary_factor` fill in what they lack.
+    `rope_parameters` as in other models, of type default, linear, llama3 or yarn. A `rope_scaling`
+    beside them, as model cards give one, counts instead; base and share stay those of the model.
     """
 
     model_type = "hysparse"
@@ -111,8 +111,9 @@ class HySparseConfig(PretrainedConfig):
         kind = rope.setdefault("rope_type", rope.pop("type", "default"))
         if kind not in _ROPE_TYPES:
             raise ValueError(f"rope_type: got {kind!r}, expected one of {_ROPE_TYPES}")
-        rope.setdefault("rope_theta", rope_theta)
-        rope.setdefault("partial_rotary_factor", partial_rotary_factor)
+        flat = {"rope_theta": rope_theta, "partial_rotary_factor": partial_rotary_factor}
+        for name, value in flat.items():
+            rope.setdefault(name, (rope_parameters or {}).get(name, value))
         if kind in ("llama3", "yarn"):
             rope.setdefault("original_max_position_embeddings", max_position_embeddings)
         self.rope_parameters = rope

@@ -107,7 +107,7 @@ def from_json(settings: dict[str, Any]) -> ModelConfig:
     tree = {ours: settings[theirs] for ours, theirs in _MODEL.items()}
     tree |= {"layout": settings["layout"], "vocab_size": settings["vocab_size"]}
     tree["value_head_dim"] = settings.get("value_head_dim")
-    tree |= from_rope_parameters(merged_rope_parameters(settings))
+    tree |= from_rope_parameters(_merged_rope_parameters(settings))
     if settings.get("num_experts"):
         tree["moe"] = {ours: settings[name] for ours, name in _MOE.items() if name in settings}
     return model_config(tree)
@@ -168,18 +168,21 @@ def from_rope_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
     return tree | {"rope_scaling": {"type": types[kind].value, **scaling}}
 
 
-def merged_rope_parameters(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What `config.json` says of its rotary embedding, in one place.
+def _merged_rope_parameters(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What `config.json` of an exported folder says of its rotary embedding, in one place.
 
-    As transformers does: `rope_scaling` takes the place of `rope_parameters`, what they lack stands
-    beside them, and an original length beside them comes before theirs.
+    As its `configuration_hysparse.py` reads it: `rope_scaling`, which model cards have users add,
+    counts instead of `rope_parameters`, but base and share are looked for in both and beside them.
+    An original length beside them comes before theirs, as in transformers.
     """
-    found = dict(settings.get("rope_scaling") or settings.get("rope_parameters") or {})
+    parameters = settings.get("rope_parameters") or {}
+    found = dict(settings.get("rope_scaling") or parameters)
     original = "original_max_position_embeddings"
     found |= {name: settings[name] for name in (original,) if name in settings}
     for name in ("rope_theta", "partial_rotary_factor"):
-        if name in settings:
-            found.setdefault(name, settings[name])
+        for place in (parameters, settings):
+            if name in place:
+                found.setdefault(name, place[name])
     if "max_position_embeddings" in settings:
         found.setdefault(original, settings["max_position_embeddings"])
     return found

@@ -23,7 +23,9 @@ from hysparse_megatron.checkpoint import store, tensors
 from hysparse_megatron.data.bulk.tokenizers import bytes_tokenizer
 from hysparse_megatron.runtime.process_groups import destroy_process_groups
 from hysparse_megatron.training.state import TrainingState
+from tests.checkpoints import save
 from tests.unit.huggingface.adopted import logits, start
+from tests.unit.huggingface.exports import load
 from tests.unit.model.tiny_models import randomize
 from tests.unit.single_process import DEVICE, default_group, fresh_seed
 from tools.convert import main
@@ -198,13 +200,21 @@ def test_trains_on(tmp_path: Path, states: list[TrainingState]) -> None:
     fresh_seed()
     original("llama", tmp_path / "original")
     module = start(adopt(tmp_path / "original", tmp_path / "start", "F S S F", *SMALL), states)
+    before = [parameter.detach().clone() for parameter in module.parameters()]
+    losses = train(module, steps=8)
+    assert losses[-1] < 0.8 * losses[0]
+    # Gates and sinks too.
+    assert not any(map(torch.equal, module.parameters(), before))
+
+
+def train(module: torch.nn.Module, steps: int) -> list[float]:
+    """Losses of random tokens, the same in all steps."""
     module.train()
     tokens = torch.randint(0, IDS, (2, LENGTH + 1)).to(DEVICE)
     parameters = list(module.parameters())
     optimizer = torch.optim.Adam(parameters, lr=1e-2)
-    before = [parameter.detach().clone() for parameter in parameters]
     losses = []
-    for _ in range(8):
+    for _ in range(steps):
         loss = module(tokens[:, :-1], None, None, labels=tokens[:, 1:].contiguous()).mean()
         # megatron-core's wrapper would take them for its own optimizer.
         for parameter, gradient in zip(
@@ -213,9 +223,34 @@ def test_trains_on(tmp_path: Path, states: list[TrainingState]) -> None:
             parameter.grad = gradient
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.8 * losses[0]
-    # Gates and sinks too.
-    assert not any(map(torch.equal, parameters, before))
+    return losses
+
+
+@pytest.mark.parametrize("name", ["llama, linear", "llama, llama3", "qwen2, yarn", "qwen2"])
+def test_what_was_trained_is_a_model_of_the_original_kind(
+    name: str, tmp_path: Path, states: list[TrainingState]
+) -> None:
+    """Adopted, trained for five steps and exported, at four times the original length."""
+    fresh_seed()
+    original(name, tmp_path / "original")
+    folder = adopt(tmp_path / "original", tmp_path / "run", "4*F", *SMALL)
+    module = start(folder, states)
+    train(module, steps=5)
+    save(states[0], tmp_path / "run", step=5)
+    target = tmp_path / "exported"
+    assert main(["export", "--run-dir", str(folder), str(target)]) == 0
+    exported = load(target)
+    kind, config, _ = MODELS[name]
+    model = kind(config).eval()
+    model.load_state_dict(exported.state_dict())
+    tokens = torch.randint(0, IDS, (2, LENGTH))
+    with torch.no_grad():
+        expected = model(tokens).logits
+        found = exported(tokens).logits
+    atol = 1e-5 * float(expected.abs().max())
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=atol)
+    ours = logits(module, tokens)[..., :IDS]
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=atol)
 
 
 def edit(folder: Path, **settings: object) -> None:

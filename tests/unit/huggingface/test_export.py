@@ -1,12 +1,16 @@
 """An exported model is the model: the same logits, in transformers."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.unit.huggingface.exports import MOE, load, saved_run
+from hysparse_megatron.huggingface.configuration_hysparse import HySparseConfig
+from hysparse_megatron.huggingface.settings import from_json
+from tests.unit.huggingface.exports import IDS, MOE, load, saved_run
+from tests.unit.model.tiny_models import SEQUENCE
 from tests.unit.single_process import default_group, fresh_seed
 
 VARIANTS: dict[str, list[str]] = {
@@ -82,6 +86,41 @@ VARIANTS: dict[str, list[str]] = {
 def group() -> Iterator[None]:
     with default_group():
         yield
+
+
+YARN = {"factor": 3.0, "original_max_position_embeddings": 9}
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_lines_of_a_model_card_count(key: str, tmp_path: Path) -> None:
+    """Added to an exported folder they scale its frequencies, and those of what is imported."""
+    fresh_seed()
+    wanted = [f"model.rope_scaling.{name}={value}" for name, value in YARN.items()]
+    wanted += ["model.rotary_base=500", "model.rotary_fraction=0.5"]
+    with saved_run(
+        tmp_path / "run", "model.layout=F", "model.rope_scaling.type=yarn", *wanted
+    ) as run:
+        tokens = torch.randint(0, IDS, (2, SEQUENCE))
+        expected = run.logits(tokens)
+        folder = run.export(tmp_path / "exported")
+    path = folder / "config.json"
+    described = json.loads(path.read_text())
+    plain = {"rope_type": "default", "rope_theta": 500, "partial_rotary_factor": 0.5}
+    described["rope_parameters"] = plain
+    described[key] = (plain if key == "rope_parameters" else {}) | {"rope_type": "yarn", **YARN}
+    path.write_text(json.dumps(described))
+    with torch.no_grad():
+        found = load(folder)(tokens).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    imported, model = from_json(described), run.config.model
+    for name in ("rotary_base", "rotary_fraction", "rope_scaling"):
+        assert getattr(imported, name) == getattr(model, name)
+
+
+def test_frequencies_that_change_with_the_text_are_refused(tmp_path: Path) -> None:
+    dynamic = {"rope_type": "dynamic", "factor": 2.0}
+    with pytest.raises(ValueError, match="rope_type: got 'dynamic'"):
+        HySparseConfig(rope_scaling=dynamic)
 
 
 @pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS.keys())

@@ -40,6 +40,13 @@ VARIANTS: dict[str, list[str]] = {
     "one group of heads": ["model.layout=F S S F", "model.num_query_groups=1"],
     "a group for each head": ["model.layout=F S S F", "model.num_query_groups=4"],
     "partly rotated": ["model.layout=F S F", "model.rotary_fraction=0.5", "model.rotary_base=500"],
+    "rotated by YaRN, and biases": [
+        "model.layout=F S W F",
+        "model.rope_scaling.type=yarn",
+        "model.rope_scaling.factor=4",
+        "model.rope_scaling.original_max_position_embeddings=7",
+        "model.qkv_bias=true",
+    ],
     "window and blocks longer than the text": [
         "model.layout=F S F",
         "model.window=100",
