@@ -1,0 +1,106 @@
+"""Train and compare what a study file lists: `python -m tools.study run|table|corpus ...`.
+
+    python -m tools.study corpus --sources unpacked --output corpus
+    python -m tools.study run tools/study/claims.yaml --data data --results results --work work \\
+        --minutes 25 --jobs 2
+    python -m tools.study table tools/study/claims.yaml --results results
+
+`--data` is a folder of datasets that tools.prepare_data made: `train` and those that the study's
+evaluations name. Runs go through the ordinary training command. What is finished stands in
+`--results`, one small file a run, and is never run again; a run that the minutes did not suffice
+for goes on from `--work`. Ends with 0 also if runs are still lacking, and says which; with 2 for a
+study that cannot be, or else as the first command that failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from hysparse_megatron.errors import HySparseError
+from tools.arguments import positive
+
+
+def main(argv: Sequence[str]) -> int:
+    """Do as `argv` says, the command line without the program's name."""
+    given = _parser().parse_args(list(argv))
+    try:
+        given.action(given)
+    except HySparseError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    except subprocess.CalledProcessError as error:
+        print(f"ended with exit code {error.returncode}: {error.cmd}", file=sys.stderr)
+        return error.returncode
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.study",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__,
+        allow_abbrev=False,
+    )
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+    corpus = actions.add_parser("corpus", help="make the study's text from unpacked packages")
+    corpus.add_argument("--sources", type=Path, required=True, metavar="DIR")
+    corpus.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder")
+    recipe = Path(__file__).with_name("recipe.yaml")
+    corpus.add_argument("--recipe", type=Path, default=recipe, metavar="FILE")
+    corpus.add_argument(
+        "--part-bytes", type=positive, default=50_000_000, metavar="N", help="compressed, at most"
+    )
+    corpus.set_defaults(action=_corpus)
+    run = actions.add_parser("run", help="run what is lacking")
+    run.add_argument("study", type=Path, metavar="STUDY")
+    run.add_argument("--data", type=Path, required=True, metavar="DIR")
+    run.add_argument("--results", type=Path, required=True, metavar="DIR")
+    run.add_argument("--work", type=Path, required=True, metavar="DIR")
+    run.add_argument("--minutes", type=positive, default=600, metavar="N", help="then stop")
+    run.add_argument("--jobs", type=positive, default=1, metavar="N", help="runs side by side")
+    run.set_defaults(action=_run)
+    table = actions.add_parser("table", help="what is known so far, as Markdown")
+    table.add_argument("study", type=Path, metavar="STUDY")
+    table.add_argument("--results", type=Path, required=True, metavar="DIR")
+    table.set_defaults(action=_table)
+    return parser
+
+
+def _corpus(given: argparse.Namespace) -> None:
+    from tools.study.corpus import Recipe, write_corpus
+
+    write_corpus(Recipe.read(given.recipe), given.sources, given.output, given.part_bytes)
+
+
+def _run(given: argparse.Namespace) -> None:
+    from tools.study.plan import read_study
+    from tools.study.running import Place, run_portion
+
+    deadline = time.monotonic() + 60 * given.minutes
+    study = read_study(given.study)
+    place = Place(
+        data=given.data.resolve(),
+        results=given.results.resolve(),
+        work=given.work.resolve(),
+        jobs=given.jobs,
+        deadline=deadline,
+    )
+    for run in run_portion(study, place):
+        print(f"not finished: {run.name}")
+    _table(given)
+
+
+def _table(given: argparse.Namespace) -> None:
+    from tools.study.plan import read_study
+    from tools.study.table import render
+
+    print(render(read_study(given.study), given.results))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
