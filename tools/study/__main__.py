@@ -21,31 +21,24 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from hysparse_megatron.errors import HySparseError
+from hysparse_megatron.command import CommandParser, command, make_parser
 from tools.arguments import positive
 
 
+@command
 def main(argv: Sequence[str]) -> int:
     """Do as `argv` says, the command line without the program's name."""
     given = _parser().parse_args(list(argv))
     try:
         given.action(given)
-    except HySparseError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
     except subprocess.CalledProcessError as error:
         print(f"ended with exit code {error.returncode}: {error.cmd}", file=sys.stderr)
         return error.returncode
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.study",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=__doc__,
-        allow_abbrev=False,
-    )
+def _parser() -> CommandParser:
+    parser = make_parser("tools.study", __doc__)
     actions = parser.add_subparsers(required=True, metavar="ACTION")
     corpus = actions.add_parser("corpus", help="make the study's text from unpacked packages")
     corpus.add_argument("--sources", type=Path, required=True, metavar="DIR")
@@ -103,4 +96,4 @@ def _table(given: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
@@ -27,7 +27,7 @@ _UNREAD_TAGS = frozenset({"script", "style", "nav", "head", "footer"})
 _BREAKING_TAGS = frozenset(
     {"p", "div", "br", "li", "tr", "pre", "dt", "dd", "h1", "h2", "h3", "h4"}
 )
-_LEVEL = 19
+_LEVEL = 15
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,11 @@ class Source:
     """Patterns of paths below `folder`."""
 
 
-def _source(name: str, given: dict[str, Any]) -> Source:
-    lists = {key: tuple(given.pop(key)) for key in ("suffixes", "exclude") if key in given}
-    return Source(name=name, **lists, **given)
+def _source(name: str, given: Mapping[str, Any]) -> Source:
+    fields: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in given.items()
+    }
+    return Source(name=name, **fields)
 
 
 @dataclass(frozen=True)
@@ -58,16 +60,22 @@ class Recipe:
     max_document_chars: int
     max_file_chars: int
     validation_share: float
+    max_train_chars: int
+    """Of all training documents together: a sample of them, the same for the same folders."""
 
     @classmethod
     def read(cls, path: Path) -> Recipe:
-        """Raises ConfigError that names what is missing."""
+        """Raises ConfigError that names what is wrong."""
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-            sources = tuple(_source(name, given) for name, given in content.pop("sources").items())
-            return cls(sources=sources, **content)
+            return cls.parse(yaml.safe_load(path.read_text(encoding="utf-8")))
         except (OSError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
             raise ConfigError(f"{path}: no recipe of a corpus: {error}") from error
+
+    @classmethod
+    def parse(cls, content: Mapping[str, Any]) -> Recipe:
+        """Of what stands in its file."""
+        sources = tuple(_source(name, given) for name, given in content["sources"].items())
+        return cls(**{**content, "sources": sources})
 
 
 @dataclass
@@ -239,11 +247,16 @@ def write_corpus(
                 training.append((hashlib.sha256(text.encode()).digest(), text))
         say(f"{source.name}: {len(seen):,} files so far")
     parts = _Parts(output, "train", part_bytes)
+    written = 0
     for _, text in sorted(training, key=lambda entry: entry[0]):
-        parts.add(text)
+        if written + len(text) <= recipe.max_train_chars:
+            parts.add(text)
+            written += len(text)
     for writer in (parts, *held_out.values()):
         writer.close()
-    card = _card(recipe, counts, left_out, _paths(parts, held_out.values()))
+    card = {"train_characters": written} | _card(
+        recipe, counts, left_out, _paths(parts, held_out.values())
+    )
     (output / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
     return card
 

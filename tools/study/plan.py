@@ -13,7 +13,6 @@ from typing import Any
 import yaml
 
 from hysparse_megatron.config.compose import compose
-from hysparse_megatron.config.schema import Config
 from hysparse_megatron.errors import ConfigError
 
 _KEYS = {"name", "tokens", "seeds", "baseline", "settings", "variants", "evaluations", "metrics"}
@@ -48,28 +47,13 @@ class Study:
     seeds: tuple[int, ...]
     baseline: str
     """The variant that the others are compared with, seed by seed."""
-    settings: tuple[str, ...]
-    variants: Mapping[str, tuple[str, ...]]
+    variants: tuple[str, ...]
     evaluations: Mapping[str, str]
     """Name to a command with {run}, {data} and {output}."""
     metrics: Mapping[str, str]
     """Title to the path of a number in an evaluation's JSON, dots between keys and places."""
-
-    def runs(self) -> list[Run]:
-        """All runs, those of the first seed first: a comparison stands after the first portion."""
-        return [self._run(variant, seed) for seed in self.seeds for variant in self.variants]
-
-    def _run(self, variant: str, seed: int) -> Run:
-        overrides = (*self.settings, *self.variants[variant], f"train.seed={seed}")
-        config = _composed([*overrides, "train.steps=1000000"])
-        step_tokens = config.train.global_batch_size * config.train.seq_length
-        return Run(
-            variant, seed, (*overrides, f"train.steps={math.ceil(self.tokens / step_tokens)}")
-        )
-
-
-def _composed(overrides: Sequence[str]) -> Config:
-    return compose([*overrides, "name=study"])
+    runs: tuple[Run, ...]
+    """All runs, those of the first seed first: a comparison stands after the first portion."""
 
 
 def read_study(path: Path) -> Study:
@@ -85,18 +69,42 @@ def read_study(path: Path) -> Study:
     if not isinstance(content, dict) or set(content) != _KEYS:
         got = sorted(content) if isinstance(content, dict) else type(content).__name__
         raise ConfigError(f"{path}: got {got}; a study has {sorted(_KEYS)}")
-    study = Study(
-        name=str(content["name"]),
-        tokens=int(content["tokens"]),
-        seeds=tuple(int(seed) for seed in content["seeds"]),
-        baseline=str(content["baseline"]),
-        settings=tuple(content["settings"]),
-        variants={name: tuple(given) for name, given in content["variants"].items()},
-        evaluations=dict(content["evaluations"]),
-        metrics=dict(content["metrics"]),
-    )
+    try:
+        study = _parse(content)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"{path}: {error}; a study has numbers in tokens and seeds, lists of overrides in "
+            "settings and variants, texts in evaluations and metrics"
+        ) from error
     if study.baseline not in study.variants:
         known = ", ".join(study.variants)
         raise ConfigError(f"{path}: baseline {study.baseline} is no variant; there are {known}")
-    study.runs()  # composes every variant
     return study
+
+
+def _parse(content: dict[str, Any]) -> Study:
+    tokens, seeds = int(content["tokens"]), [int(seed) for seed in content["seeds"]]
+    settings = tuple(content["settings"])
+    by_variant = {
+        name: (*settings, *given, f"train.steps={_num_steps([*settings, *given], tokens)}")
+        for name, given in content["variants"].items()
+    }
+    return Study(
+        name=str(content["name"]),
+        tokens=tokens,
+        seeds=tuple(seeds),
+        baseline=str(content["baseline"]),
+        variants=tuple(by_variant),
+        evaluations=dict(content["evaluations"]),
+        metrics=dict(content["metrics"]),
+        runs=tuple(
+            Run(variant, seed, (*overrides, f"train.seed={seed}"))
+            for seed in seeds
+            for variant, overrides in by_variant.items()
+        ),
+    )
+
+
+def _num_steps(overrides: Sequence[str], tokens: int) -> int:
+    train = compose([*overrides, "train.steps=1000000"]).train
+    return math.ceil(tokens / (train.global_batch_size * train.seq_length))

@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,17 +56,18 @@ def run_portion(study: Study, place: Place) -> list[Run]:
     command that failed; runs beside it end first.
     """
     data = load_prepared(str(place.data / "train"), check_tokens=False).fingerprint
-    runs = study.runs()
-    lacking = [run for run in runs if not read_result(place.results, run, run.fingerprint(data))]
+    lacking = [
+        run for run in study.runs if not read_result(place.results, run, run.fingerprint(data))
+    ]
     with ThreadPoolExecutor(place.jobs) as pool:
-        for future in [pool.submit(_work, study, run, runs, place, data) for run in lacking]:
+        for future in [pool.submit(_work, study, run, place, data) for run in lacking]:
             future.result()
     return [run for run in lacking if not path_of(place.results, run).exists()]
 
 
-def _work(study: Study, run: Run, runs: Sequence[Run], place: Place, data: str) -> None:
+def _work(study: Study, run: Run, place: Place, data: str) -> None:
     folder = place.work / run.name
-    if place.seconds_left < _RESERVE_SECONDS or _is_hopeless(runs, place, folder):
+    if place.seconds_left < _RESERVE_SECONDS or _is_hopeless(study, place, folder):
         return
     started = time.monotonic()
     environment = _environment(_slot(), place.jobs)
@@ -95,11 +96,11 @@ def _work(study: Study, run: Run, runs: Sequence[Run], place: Place, data: str) 
     shutil.rmtree(folder / "checkpoints")
 
 
-def _is_hopeless(runs: Sequence[Run], place: Place, folder: Path) -> bool:
+def _is_hopeless(study: Study, place: Place, folder: Path) -> bool:
     """Whether a run is not worth starting: none of its kind has ever fitted into what is left."""
     if folder.exists():
         return False
-    taken = [found.seconds for run in runs if (found := read_result(place.results, run))]
+    taken = [found.seconds for run in study.runs if (found := read_result(place.results, run))]
     return bool(taken) and place.seconds_left < 0.8 * min(taken)
 
 

@@ -18,7 +18,7 @@ _NORMAL = 1.96
 
 def render(study: Study, results: Path) -> str:
     """Markdown, from what is finished; a dash stands for what is not."""
-    found = {run.name: read_result(results, run) for run in study.runs()}
+    found = {run.name: read_result(results, run) for run in study.runs}
     by_variant = {
         variant: {seed: found[f"{variant}-seed{seed}"] for seed in study.seeds}
         for variant in study.variants
