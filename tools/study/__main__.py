@@ -21,8 +21,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from hysparse_megatron.command import CommandParser, command, make_parser
-from tools.arguments import positive
+from hysparse_megatron.command import CommandParser, command, make_parser, positive
 
 
 @command
