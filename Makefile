@@ -12,7 +12,7 @@ ARGS ?=
 NPROC ?= 4
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-fault test-slurm check lint format clean
+.PHONY: help setup train test test-seeds test-fault test-slurm check lint format clean
 
 help: ## Show this text
 	@echo "hysparse_megatron: train HySparse models with Megatron-core"
@@ -37,12 +37,22 @@ train: $(STAMP) ## Train EXPERIMENT on NPROC local ranks, or resume it; add over
 # Tests of one process at a time share the cores; those of several need them. 5: none chosen.
 SHARED := -n auto --maxprocesses 4 --dist loadfile
 ALONE := not slow and not distributed and not fault and not slurm
+# HYSPARSE_TEST_SEED=n in the environment is the first seed; without it, a fresh one.
+SEEDS ?= 20
+JOBS ?= auto
+TESTS ?= tests/kernels tests/unit
 FAST := -m "$(ALONE) and not thorough" $(SHARED)
 SLOW := -m "(slow or distributed) and not fault and not slurm"
 
 test: $(STAMP) ## Run all tests but those of faults and Slurm (half an hour on two cores)
-	@$(PY) -m pytest -q -m "$(ALONE)" $(SHARED) $(PYTEST_ARGS) || test $$? = 5
-	@$(PY) -m pytest $(SLOW) $(PYTEST_ARGS) || test $$? = 5
+	@failed=0; \
+	$(PY) -m pytest -q -m "$(ALONE)" $(SHARED) $(PYTEST_ARGS) || test $$? = 5 || failed=1; \
+	$(PY) -m pytest $(SLOW) $(PYTEST_ARGS) || test $$? = 5 || failed=1; \
+	exit $$failed
+
+test-seeds: $(STAMP) ## Run TESTS, those that draw random numbers, with SEEDS seeds each on JOBS cores
+	@HYSPARSE_TEST_SEEDS=$(SEEDS) OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal \
+		-m "$(ALONE)" $(TESTS) $(PYTEST_ARGS)
 
 test-fault: $(STAMP) ## Break runs in every way and look how they end (under 10 minutes)
 	@$(PY) -m pytest -m fault tests/fault $(PYTEST_ARGS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
@@ -26,14 +25,6 @@ _notes = pytest.StashKey[list[str]]()
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_rows] = []
     config.stash[_notes] = []
-
-
-@pytest.fixture(scope="session")
-def session_seed(request: pytest.FixtureRequest) -> int:
-    given = os.environ.get("HYSPARSE_TEST_SEED")
-    seed = int(given) if given else int.from_bytes(os.urandom(4), "little")
-    request.config.stash[_notes].append(f"HYSPARSE_TEST_SEED={seed}")
-    return seed
 
 
 @pytest.fixture(scope="session")

@@ -24,20 +24,16 @@ from torch import Tensor
 from tests.kernels import decode_cases
 from tests.kernels.decode_cases import Case
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.usefixtures("seed"),
+]
 GPU = torch.device("cuda")
 TYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
 def takes_fp8() -> bool:
     return torch.cuda.get_device_capability() >= (8, 9)
-
-
-@pytest.fixture
-def rng() -> random.Random:
-    seed = random.randrange(2**31)
-    print(f"seed {seed}")
-    return random.Random(seed)
 
 
 @pytest.mark.parametrize("dtype", TYPES)

@@ -22,7 +22,10 @@ from hysparse_megatron.runtime import device as runtime_device
 from hysparse_megatron.runtime.launcher import Rank
 from hysparse_megatron.runtime.process_groups import destroy_process_groups
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.usefixtures("seed"),
+]
 VOCABULARY = 256
 SIZES = [
     "model=tiny_hysparse",
@@ -41,11 +44,11 @@ SIZES = [
 
 
 @pytest.fixture
-def loaded() -> Iterator[LoadedModel]:
+def loaded(seed: int) -> Iterator[LoadedModel]:
     device = runtime_device.start(Rank(0, 1, 0, 1), ParallelConfig(timeout_seconds=60))
     config = compose(SIZES)
     model, groups = build_model(config, device, VOCABULARY)
-    torch.manual_seed(random.randrange(2**31))
+    torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.0, 0.1)

@@ -20,7 +20,10 @@ from hysparse_kernels import (
 )
 from torch import Tensor
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.usefixtures("seed"),
+]
 BLOCK, SELECTED, WINDOW = 64, 16, 128
 
 

@@ -8,30 +8,54 @@ import torch
 from hysparse_kernels import block_sparse_attention, oracle_attention, sliding_window_attention
 from torch import Tensor
 
-from tests.kernels import brute_force
+from tests.kernels import brute_force, rounding
 from tests.kernels.cases import (
     Case,
+    causal_keys,
     gradients,
     offsets,
     random_case,
     random_documents,
     random_indices,
     random_qkv,
+    selected_keys,
+    window_keys,
 )
+from tests.kernels.rounding import Variances, assert_within
 
 TRIALS = range(12)
 
 
-def assert_same(actual: Tensor, expected: Tensor, inputs: tuple[Tensor, ...]) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
-    weight = torch.randn_like(expected)
+def assert_same(
+    actual: Tensor,
+    expected: Tensor,
+    inputs: tuple[Tensor, ...],
+    seen: Tensor,
+    softmax_scale: float | None = None,
+) -> Variances:
+    """Assert output and gradients of query, key, value and, if given, sink; returns their bounds.
+
+    `seen` bool [B, HKV or 1, S, S] says which keys a query sees. Inputs are those of `actual`.
+    """
+    weight = torch.randn_like(expected).to(actual.dtype)
+    allowed = rounding.attention(
+        *inputs[:3],
+        seen,
+        dtype=actual.dtype,
+        sink=inputs[3] if len(inputs) > 3 else None,
+        grad=weight,
+        softmax_scale=softmax_scale,
+    )
+    assert_within(actual, expected, allowed.output, "output")
     names = ("query", "key", "value", "sink")
     actual_grads = gradients(actual, inputs, weight)
     expected_grads = gradients(expected, inputs, weight)
-    for name, got, wanted in zip(names, actual_grads, expected_grads, strict=False):
-        torch.testing.assert_close(
-            got, wanted, rtol=1e-9, atol=1e-11, msg=lambda text, n=name: f"gradient of {n}: {text}"
-        )
+    for name, got, wanted, variance in zip(
+        names, actual_grads, expected_grads, allowed.numbers[1:], strict=False
+    ):
+        assert variance is not None
+        assert_within(got, wanted, variance, f"gradient of {name}")
+    return allowed
 
 
 def random_sink(case: Case, rng: random.Random) -> Tensor | None:
@@ -71,8 +95,10 @@ def test_oracle_attention(trial: int, rng: random.Random) -> None:
     )
     scale = case.softmax_scale
     expected = brute_force.attend(query, key, value, brute_force.causal(starts), scale=scale)
-    assert_same(result.output, expected, (query, key, value))
-    torch.testing.assert_close(result.lse, brute_force.log_sum_exp(query, key, scale, starts))
+    seen = causal_keys(torch.tensor(starts))
+    allowed = assert_same(result.output, expected, (query, key, value), seen, scale)
+    lse = brute_force.log_sum_exp(query, key, scale, starts)
+    assert_within(result.lse, lse, allowed.lse, "lse")
     selected = brute_force.select(
         query,
         key,
@@ -109,7 +135,8 @@ def test_block_sparse_attention(trial: int, rng: random.Random) -> None:
     visible = brute_force.selected_tokens(block_indices, case.block_size, starts)
     expected = brute_force.attend(query, key, value, visible, sink, case.softmax_scale)
     inputs = (query, key, value) if sink is None else (query, key, value, sink)
-    assert_same(actual, expected, inputs)
+    seen = selected_keys(torch.tensor(starts), block_indices, case.block_size)
+    assert_same(actual, expected, inputs, seen, case.softmax_scale)
 
 
 @pytest.mark.parametrize("trial", TRIALS)
@@ -132,23 +159,36 @@ def test_sliding_window_attention(trial: int, rng: random.Random) -> None:
     visible = brute_force.last_tokens(case.window, starts)
     expected = brute_force.attend(query, key, value, visible, sink, case.softmax_scale)
     inputs = (query, key, value) if sink is None else (query, key, value, sink)
-    assert_same(actual, expected, inputs)
+    seen = window_keys(torch.tensor(starts), case.window)
+    assert_same(actual, expected, inputs, seen, case.softmax_scale)
 
 
-def operations(
-    case: Case, rng: random.Random
-) -> dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]]:
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def operations(case: Case, rng: random.Random) -> dict[str, tuple[Attend, Tensor]]:
+    """Each with the keys that it sees; all but the oracle have a sink."""
     indices = random_indices(case, rng)
     size, chunk = case.block_size, case.query_chunk
+    starts = torch.zeros(case.batch, case.length, dtype=torch.int64)
     return {
-        "oracle": lambda q, k, v, _sink: (
-            oracle_attention(q, k, v, block_size=size, num_selected=2, query_chunk=chunk).output
+        "oracle": (
+            lambda q, k, v, _sink: (
+                oracle_attention(q, k, v, block_size=size, num_selected=2, query_chunk=chunk).output
+            ),
+            causal_keys(starts),
         ),
-        "block_sparse": lambda q, k, v, s: block_sparse_attention(
-            q, k, v, indices, block_size=size, sink=s, query_chunk=chunk
+        "block_sparse": (
+            lambda q, k, v, s: block_sparse_attention(
+                q, k, v, indices, block_size=size, sink=s, query_chunk=chunk
+            ),
+            selected_keys(starts, indices, size),
         ),
-        "window": lambda q, k, v, s: sliding_window_attention(
-            q, k, v, window=3, sink=s, query_chunk=chunk
+        "window": (
+            lambda q, k, v, s: sliding_window_attention(
+                q, k, v, window=3, sink=s, query_chunk=chunk
+            ),
+            window_keys(starts, 3),
         ),
     }
 
@@ -158,7 +198,7 @@ def test_gradcheck(operation: str, rng: random.Random) -> None:
     case = Case(2, 7, 4, 2, 3, 2, 3, 2, 3, 4, None)
     query, key, value = random_qkv(case)
     sink = torch.randn(case.heads, dtype=torch.float64, requires_grad=True)
-    attend = operations(case, rng)[operation]
+    attend, _ = operations(case, rng)[operation]
     assert torch.autograd.gradcheck(attend, (query, key, value, sink))
 
 
@@ -169,13 +209,20 @@ def test_low_precision_inputs(operation: str, dtype: torch.dtype, rng: random.Ra
     low = random_qkv(case, dtype, sharpness=1.0)
     exact = tuple(x.detach().double().requires_grad_() for x in low)
     sink = torch.randn(case.heads, dtype=torch.float32)
-    attend = operations(case, rng)[operation]
+    attend, seen = operations(case, rng)[operation]
     actual, expected = attend(*low, sink), attend(*exact, sink)
     assert actual.dtype == dtype
-    tolerance = 1e-5 if dtype == torch.float32 else 8e-3
-    torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
-    weight = torch.randn_like(expected).to(dtype).double()
-    pairs = zip(gradients(actual, low, weight), gradients(expected, exact, weight), strict=True)
-    for got, wanted in pairs:
+    weight = torch.randn_like(expected).to(dtype)
+    sinks = None if operation == "oracle" else sink
+    allowed = rounding.attention(*low, seen, dtype=dtype, sink=sinks, grad=weight)
+    assert_within(actual, expected, allowed.output, "output")
+    for name, got, wanted, variance in zip(
+        ("query", "key", "value"),
+        gradients(actual, low, weight),
+        gradients(expected, exact, weight),
+        allowed.numbers[1:4],
+        strict=True,
+    ):
         assert got.dtype == dtype
-        torch.testing.assert_close(got.double(), wanted, rtol=tolerance, atol=tolerance)
+        assert variance is not None
+        assert_within(got, wanted, variance, f"gradient of {name}")

@@ -1,6 +1,5 @@
 """One corpus and one finished run for all tests of the command line."""
 
-import random
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,12 +21,10 @@ class FinishedRun:
 
 
 @pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def corpus(tmp_path_factory: pytest.TempPathFactory, session_seed: int) -> list[str]:
     """Overrides that name a small corpus and a cache."""
     folder = tmp_path_factory.mktemp("corpus")
-    seed = random.SystemRandom().randrange(2**31)
-    print(f"seed of the text: {seed}")
-    text = write_text(folder / "text", seed)
+    text = write_text(folder / "text", session_seed)
     return [f"data.path={text}", f"data.cache_dir={folder / 'cache'}"]
 
 

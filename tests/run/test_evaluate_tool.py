@@ -1,7 +1,6 @@
 """`python -m tools.evaluate` on a run: held-out loss, questions, mistakes."""
 
 import json
-import random
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,9 +35,11 @@ def test_the_loss_is_the_one_that_training_told(finished, tmp_path: Path) -> Non
     assert "perplexity" in told
 
 
-def test_other_text_is_read_with_the_tokenizer_of_the_run(finished, tmp_path: Path) -> None:
+def test_other_text_is_read_with_the_tokenizer_of_the_run(
+    finished, seed: int, tmp_path: Path
+) -> None:
     """Which was trained on the run's data, and is found by its hash."""
-    text = write_text(tmp_path / "text", seed=random.SystemRandom().randrange(2**31))
+    text = write_text(tmp_path / "text", seed=seed)
     arguments = ["--run-dir", str(finished.run_dir), "--sequences", "2", "--data", str(text)]
     code, told = run([*arguments, "--bins", "1"], entry=EVALUATE)
     assert code == 0, told

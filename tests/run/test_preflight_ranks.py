@@ -1,6 +1,5 @@
 """`python -m launch.preflight` as several ranks that agree, differ, or are missing."""
 
-import random
 import socket
 from pathlib import Path
 
@@ -41,9 +40,9 @@ def test_ranks_that_agree(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_a_rank_with_another_configuration_is_named(tmp_path: Path) -> None:
+def test_a_rank_with_another_configuration_is_named(seed: int, tmp_path: Path) -> None:
     settings = [*TINY, f"run_dir={tmp_path / 'run'}"]
-    ranks = start([settings, [*settings, f"train.seed={random.randrange(10**6)}"]], 2)
+    ranks = start([settings, [*settings, f"train.seed={seed % 10**6}"]], 2)
     assert [rank.finish() for rank in ranks] == [2, 2]
     assert "FAIL  configuration rank 1 on " in ranks[0].output
 

@@ -1,7 +1,6 @@
 """One process as a whole run: megatron-core on this machine's device, groups of one rank."""
 
 import os
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -39,9 +38,7 @@ def model_groups() -> Iterator[ProcessGroupCollection]:
 
 
 def fresh_seed() -> int:
-    """A new seed, printed for the report of a failure; HYSPARSE_TEST_SEED=n repeats one."""
-    given = os.environ.get("HYSPARSE_TEST_SEED")
-    seed = int(given) if given else random.SystemRandom().randrange(2**31)
-    print(f"HYSPARSE_TEST_SEED={seed}")
+    """Seeds torch with HYSPARSE_TEST_SEED. Tests take the fixture `seed` instead, see conftest."""
+    seed = int(os.environ["HYSPARSE_TEST_SEED"])
     torch.manual_seed(seed)
     return seed

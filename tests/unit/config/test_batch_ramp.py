@@ -6,15 +6,13 @@ from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatch
 
 from hysparse_megatron.config.batch_ramp import BatchRamp
 from hysparse_megatron.config.compose import compose
-from tests.unit.single_process import fresh_seed
 
 
-def test_sizes_are_megatrons() -> None:
+def test_sizes_are_megatrons(rng: random.Random) -> None:
     """Its calculator takes the sizes one by one, each from so many samples on."""
-    draw = random.Random(fresh_seed())
     for _ in range(50):
-        start, increment, rises = draw.randint(1, 9), draw.randint(1, 9), draw.randint(1, 9)
-        part, final = draw.randint(1, 50), start + rises * increment
+        start, increment, rises = rng.randint(1, 9), rng.randint(1, 9), rng.randint(1, 9)
+        part, final = rng.randint(1, 50), start + rises * increment
         sizes = " ".join(f"{part * n}:{start + increment * n}" for n in range(rises + 1))
         megatron = StepBatchsizeNumMicroBatchesCalculator(1, 1, False, 1, sizes)
         ramp = BatchRamp(start, increment, rises * part)
@@ -24,13 +22,12 @@ def test_sizes_are_megatrons() -> None:
         assert ramp.sizes(final) == [size for _, size in megatron.schedule]
 
 
-def test_the_samples_of_steps_are_counted_one_by_one() -> None:
-    draw = random.Random(fresh_seed())
+def test_the_samples_of_steps_are_counted_one_by_one(rng: random.Random) -> None:
     for _ in range(50):
-        ramp = BatchRamp(draw.randint(1, 4), draw.randint(1, 3), draw.randint(1, 99))
-        final = ramp.start + ramp.increment * draw.randint(1, 5)
-        place = first = draw.randint(0, 120)
-        steps = draw.randint(0, 40)
+        ramp = BatchRamp(rng.randint(1, 4), rng.randint(1, 3), rng.randint(1, 99))
+        final = ramp.start + ramp.increment * rng.randint(1, 5)
+        place = first = rng.randint(0, 120)
+        steps = rng.randint(0, 40)
         for _ in range(steps):
             place += ramp.size_at(place, final)
         assert ramp.samples_of(steps, first, final) == place - first

@@ -100,14 +100,14 @@ def test_microbatch_tensors(tmp_path: Path) -> None:
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
 @pytest.mark.parametrize("data_parallel_size", [1, 2, 4])
 def test_ids_do_not_depend_on_ranks_or_microbatches(
-    tmp_path: Path, fresh_seed: int, micro_batch_size: int, data_parallel_size: int
+    tmp_path: Path, seed: int, micro_batch_size: int, data_parallel_size: int
 ) -> None:
     samples = counting_samples(tmp_path)
-    expected = source(samples, fresh_seed)
+    expected = source(samples, seed)
     ranks = [
         source(
             samples,
-            fresh_seed,
+            seed,
             micro_batch_size=micro_batch_size,
             data_parallel_size=data_parallel_size,
             data_parallel_rank=rank,
@@ -125,28 +125,28 @@ def test_ids_do_not_depend_on_ranks_or_microbatches(
         assert np.array_equal(seen, batch_ids)
 
 
-def test_order_is_one_stream_cut_by_the_global_batch(tmp_path: Path, fresh_seed: int) -> None:
+def test_order_is_one_stream_cut_by_the_global_batch(tmp_path: Path, seed: int) -> None:
     """Neither the number of steps nor where a run stops is known to the source."""
     samples = counting_samples(tmp_path)
-    batches = source(samples, fresh_seed)
+    batches = source(samples, seed)
     stream = np.concatenate([batches.sample_ids(at(step)) for step in range(47)])
     first, second = stream[:125], stream[125:250]
     assert sorted(first) == sorted(second) == list(range(125))
     assert not np.array_equal(first, second)
-    resumed = source(samples, fresh_seed)
+    resumed = source(samples, seed)
     assert np.array_equal(resumed.sample_ids(Position(160)), stream[160:168])
-    halves = source(samples, fresh_seed, global_batch_size=4)
+    halves = source(samples, seed, global_batch_size=4)
     assert np.array_equal(halves.sample_ids(Position(13)), stream[13:17])
-    assert not np.array_equal(source(samples, fresh_seed + 1).sample_ids(at(0)), stream[:8])
+    assert not np.array_equal(source(samples, seed + 1).sample_ids(at(0)), stream[:8])
 
 
 @pytest.mark.parametrize("document_mask", [False, True])
 @pytest.mark.parametrize("data_parallel_size", [1, 2])
 def test_any_batch_sizes_read_every_sample_of_two_epochs_once(
-    tmp_path: Path, fresh_seed: int, data_parallel_size: int, document_mask: bool
+    tmp_path: Path, seed: int, data_parallel_size: int, document_mask: bool
 ) -> None:
     """A start after the other, each with a batch size or ramp of its own, on the same position."""
-    draw = random.Random(fresh_seed)
+    draw = random.Random(seed)
     samples = counting_samples(tmp_path)
     position, trained_on, sizes = Position(), [], []
     while position.samples < 2 * samples.num_samples:
@@ -155,7 +155,7 @@ def test_any_batch_sizes_read_every_sample_of_two_epochs_once(
         ranks = [
             source(
                 samples,
-                fresh_seed,
+                seed,
                 global_batch_size=final,
                 micro_batch_size=2 // data_parallel_size,
                 data_parallel_size=data_parallel_size,

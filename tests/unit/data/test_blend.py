@@ -155,9 +155,9 @@ def test_skipped_steps_change_no_earlier_one(tmp_path: Path) -> None:
     assert plain.sample_ids(position).tolist() == skipping.sample_ids(position).tolist()
 
 
-def test_a_run_without_the_skipped_steps_has_the_same_other_batches(fresh_seed: int) -> None:
+def test_a_run_without_the_skipped_steps_has_the_same_other_batches(seed: int) -> None:
     """Their sizes included, whatever the ramp and the changes of the batch size before them."""
-    draw = random.Random(fresh_seed)
+    draw = random.Random(seed)
     samples: Any = SimpleNamespace(sample_ids=lambda places, **fixed: places)
     starts = [
         (draw.randint(1, 9), final, BatchRamp(2, draw.choice([1, 2]), draw.randint(1, 60)))

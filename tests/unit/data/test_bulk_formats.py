@@ -175,8 +175,8 @@ def test_bad_utf8_deep_in_a_text_file_drops_the_whole_file(tmp_path: Path) -> No
     assert card["text_bytes"] == sum(len(text.encode()) for text in TEXTS[:20])
 
 
-def test_duplicates_are_those_a_set_finds(tmp_path: Path, fresh_seed: int) -> None:
-    generator = random.Random(fresh_seed)
+def test_duplicates_are_those_a_set_finds(tmp_path: Path, seed: int) -> None:
+    generator = random.Random(seed)
     texts = generator.choices(make_texts(200, longest_words=30), k=500)
     long = "a line of a long file\n" * 1000
     folder = tmp_path / "in"
@@ -328,9 +328,9 @@ def test_files_without_a_document_add_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("unit_bytes", [1, 4, 50, 1000])
 @pytest.mark.parametrize("compress", [gzip.compress, zstandard.ZstdCompressor().compress])
 def test_compressed_files_are_cut_where_plain_ones_are(
-    tmp_path: Path, unit_bytes: int, compress: Callable[[bytes], bytes], fresh_seed: int
+    tmp_path: Path, unit_bytes: int, compress: Callable[[bytes], bytes], seed: int
 ) -> None:
-    generator = random.Random(fresh_seed)
+    generator = random.Random(seed)
     lines = ["x" * generator.randint(0, 9) for _ in range(200)]
     text = "\n".join([*lines, "y" * 3 * unit_bytes, *lines[: generator.randint(0, 9)]])
     plain = tmp_path / "a.txt"

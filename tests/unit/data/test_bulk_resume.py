@@ -106,10 +106,10 @@ def test_the_number_of_workers_changes_nothing(
 
 
 def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(
-    corpus: Path, expected: dict[str, bytes], tmp_path: Path, fresh_seed: int
+    corpus: Path, expected: dict[str, bytes], tmp_path: Path, seed: int
 ) -> None:
     """The parent alone or all processes die, when any number of shards is done."""
-    generator = random.Random(fresh_seed)
+    generator = random.Random(seed)
     output = tmp_path / "out"
     journal = tmp_path / "out.work" / "journal.jsonl"
     counts = []
@@ -304,12 +304,12 @@ def test_a_killed_worker_ends_the_preparation_with_advice(corpus: Path, tmp_path
 
 @pytest.mark.parametrize("name", ["train.bin", "train.idx", "validation.bin", "tokenizer.json"])
 def test_verify_finds_every_flipped_bit(
-    expected: dict[str, bytes], tmp_path: Path, name: str, fresh_seed: int
+    expected: dict[str, bytes], tmp_path: Path, name: str, seed: int
 ) -> None:
     for file, content in expected.items():
         (tmp_path / file).write_bytes(content)
     flipped = bytearray(expected[name])
-    flipped[fresh_seed % len(flipped)] ^= 1 << fresh_seed % 8
+    flipped[seed % len(flipped)] ^= 1 << seed % 8
     (tmp_path / name).write_bytes(flipped)
     with pytest.raises(DataError, match=name.replace(".", r"\.")):
         verify_prepared(str(tmp_path), lambda line: None)

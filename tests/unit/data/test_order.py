@@ -33,12 +33,12 @@ def test_permutation_at_chosen_sizes(num_samples: int) -> None:
     assert np.array_equal(np.sort(epoch_ids(num_samples, 1)), np.arange(num_samples))
 
 
-def test_epochs_seeds_and_data_are_ordered_differently(fresh_seed: int) -> None:
-    first = epoch_ids(1000, 0, fresh_seed)
+def test_epochs_seeds_and_data_are_ordered_differently(seed: int) -> None:
+    first = epoch_ids(1000, 0, seed)
     for other in (
-        epoch_ids(1000, 1, fresh_seed),
-        epoch_ids(1000, 0, fresh_seed + 1),
-        epoch_ids(1000, 0, fresh_seed, "g"),
+        epoch_ids(1000, 1, seed),
+        epoch_ids(1000, 0, seed + 1),
+        epoch_ids(1000, 0, seed, "g"),
         np.arange(1000),
     ):
         assert (first == other).mean() < 0.02
@@ -59,11 +59,11 @@ def test_order_is_frozen() -> None:
 
 
 @pytest.mark.parametrize("num_samples", [3, 5, 16, 41])
-def test_places_and_neighbours_are_spread_evenly(num_samples: int, fresh_seed: int) -> None:
+def test_places_and_neighbours_are_spread_evenly(num_samples: int, seed: int) -> None:
     """Over many epochs each sample visits each place, and follows each other one, equally often."""
     epochs = 100 * num_samples
     ids = sample_ids(
-        np.arange(epochs * num_samples), seed=fresh_seed, fingerprint="f", num_samples=num_samples
+        np.arange(epochs * num_samples), seed=seed, fingerprint="f", num_samples=num_samples
     ).reshape(epochs, num_samples)
     for place in (0, num_samples // 2, num_samples - 1):
         counts = np.bincount(ids[:, place], minlength=num_samples)

@@ -33,15 +33,15 @@ def texts(prepared: PreparedCorpus, prefix: str) -> list[str]:
     return [tokenizer.decode(d[:-1]) for d in documents]
 
 
-def test_split_is_by_document_disjoint_and_complete(tmp_path: Path, fresh_seed: int) -> None:
-    source = write_json_lines(tmp_path / "corpus.jsonl", 60, seed=fresh_seed)
-    prepared = prepare(source, tmp_path / "cache", seed=fresh_seed)
+def test_split_is_by_document_disjoint_and_complete(tmp_path: Path, seed: int) -> None:
+    source = write_json_lines(tmp_path / "corpus.jsonl", 60, seed=seed)
+    prepared = prepare(source, tmp_path / "cache", seed=seed)
     expected = [json.loads(line)["text"] for line in source.read_text().splitlines()]
     train = texts(prepared, prepared.train_prefix)
     validation = texts(prepared, prepared.validation_prefix)
     assert sorted(train + validation) == sorted(expected)
     held_out = [
-        is_validation(f"corpus.jsonl:{line}", seed=fresh_seed, validation_fraction=0.25)
+        is_validation(f"corpus.jsonl:{line}", seed=seed, validation_fraction=0.25)
         for line in range(1, 61)
     ]
     assert validation == [t for t, held in zip(expected, held_out, strict=True) if held]
@@ -242,17 +242,15 @@ def test_garbage_card_is_refused(
 
 @pytest.mark.parametrize("border", ["\n\n", "\n", " ", ""])
 def test_one_document_is_cut_where_a_part_of_it_ends(
-    tmp_path: Path, fresh_seed: int, border: str
+    tmp_path: Path, seed: int, border: str
 ) -> None:
     """Whichever split its name would choose, the end of the text is held out."""
-    generator = random.Random(fresh_seed)
+    generator = random.Random(seed)
     parts = ["".join(generator.choices("abcdé東", k=generator.randint(1, 9))) for _ in range(400)]
     text = border.join(parts)
     (tmp_path / "one.txt").write_text(text, encoding="utf-8")
     told: list[str] = []
-    prepared = prepare(
-        tmp_path / "one.txt", tmp_path / "cache", seed=fresh_seed, progress=told.append
-    )
+    prepared = prepare(tmp_path / "one.txt", tmp_path / "cache", seed=seed, progress=told.append)
     [train] = texts(prepared, prepared.train_prefix)
     [validation] = texts(prepared, prepared.validation_prefix)
     assert train + validation == text
@@ -263,13 +261,13 @@ def test_one_document_is_cut_where_a_part_of_it_ends(
     assert card["cut"] == {"name": "one.txt", "place": len(train)}
 
 
-def test_only_a_corpus_of_too_few_documents_is_cut(tmp_path: Path, fresh_seed: int) -> None:
+def test_only_a_corpus_of_too_few_documents_is_cut(tmp_path: Path, seed: int) -> None:
     """The longest of them gives a share of the whole; documents that are split stay whole."""
     folder = tmp_path / "few"
     folder.mkdir()
     for number, words in enumerate((40, 90, 30)):
         (folder / f"{number}.txt").write_text("word " * words)
-    seeds = range(fresh_seed % 1000, fresh_seed % 1000 + 100)
+    seeds = range(seed % 1000, seed % 1000 + 100)
     few = open_corpus(str(folder))
     names = [file.name for file in few.files]
     for seed in seeds:

@@ -29,8 +29,8 @@ def test_round_trip_on_any_unicode_text(text: str) -> None:
     assert TOKENIZER.end_of_document not in ids
 
 
-def test_round_trip_on_random_bytes(fresh_seed: int) -> None:
-    text = random.Random(fresh_seed).randbytes(20_000).decode("utf-8", errors="ignore")
+def test_round_trip_on_random_bytes(seed: int) -> None:
+    text = random.Random(seed).randbytes(20_000).decode("utf-8", errors="ignore")
     assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
 
 

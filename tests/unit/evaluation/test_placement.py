@@ -18,7 +18,9 @@ from hysparse_megatron.inference.load import LoadedModel, build_model
 from hysparse_megatron.layout import LayerKind, parse_layout
 from hysparse_megatron.runtime.process_groups import destroy_process_groups
 from tests.unit.model.tiny_models import SEQUENCE, VOCABULARY, randomize, tiny_config
-from tests.unit.single_process import DEVICE, default_group, fresh_seed
+from tests.unit.single_process import DEVICE, default_group
+
+pytestmark = pytest.mark.usefixtures("seed")
 
 LAYERS = 4
 
@@ -34,7 +36,7 @@ def random_model(layout: str) -> LoadedModel:
     destroy_process_groups()
     config = tiny_config(f"model.layout={layout}")
     model, groups = build_model(config, DEVICE, VOCABULARY)
-    fresh_seed()  # building a model seeds anew
+    torch.manual_seed(random.getrandbits(31))  # building a model seeds anew
     randomize(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -8,6 +8,8 @@ import torch
 
 from hysparse_megatron.evaluation.positions import loss_by_position
 
+pytestmark = pytest.mark.usefixtures("seed")
+
 
 def test_bins_are_means_over_their_positions() -> None:
     length, num_bins = random.randint(10, 50), random.randint(1, 8)

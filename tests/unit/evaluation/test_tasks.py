@@ -15,6 +15,8 @@ from hysparse_megatron.evaluation.tasks import (
 )
 from tests.unit.evaluation.copying import copy_from
 
+pytestmark = pytest.mark.usefixtures("seed")
+
 
 def words(text: str) -> int:
     """A tokenizer of words and punctuation."""
@@ -38,7 +40,7 @@ def test_copying_answers_everything(task: str) -> None:
 @pytest.mark.parametrize("task", TASKS)
 def test_without_the_context_nothing_is_answered(task: str) -> None:
     """Plausible words and numbers of the right kind."""
-    draw = random.Random()
+    draw = random.Random(random.getrandbits(31))
 
     def guess(prompts: Sequence[str], limit: int) -> list[str]:
         other = TASKS[task](draw, 300, words)
@@ -50,7 +52,7 @@ def test_without_the_context_nothing_is_answered(task: str) -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_questions_fill_their_length_and_no_more(task: str) -> None:
-    draw = random.Random()
+    draw = random.Random(random.getrandbits(31))
     for _ in range(5):
         length = draw.randint(smallest_length(task, words), 1000)
         question = TASKS[task](draw, length, words)
@@ -74,7 +76,7 @@ def test_the_same_seed_asks_the_same_questions() -> None:
 
 
 def test_needles_lie_anywhere() -> None:
-    draw = random.Random()
+    draw = random.Random(random.getrandbits(31))
     places = []
     for _ in range(60):
         question = TASKS["needle"](draw, 500, words)

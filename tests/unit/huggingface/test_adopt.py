@@ -27,8 +27,10 @@ from tests.checkpoints import save
 from tests.unit.huggingface.adopted import logits, start
 from tests.unit.huggingface.exports import load
 from tests.unit.model.tiny_models import randomize
-from tests.unit.single_process import DEVICE, default_group, fresh_seed
+from tests.unit.single_process import DEVICE, default_group
 from tools.convert import main
+
+pytestmark = pytest.mark.usefixtures("seed")
 
 IDS, LENGTH = 300, 29
 ORIGINAL = 7
@@ -132,7 +134,6 @@ def states() -> Iterator[list[TrainingState]]:
 def test_full_layers_are_the_original(
     name: str, tmp_path: Path, states: list[TrainingState]
 ) -> None:
-    fresh_seed()
     model = original(name, tmp_path / "original")
     module = start(adopt(tmp_path / "original", tmp_path / "start", "4*F", *SMALL), states)
     tokens = torch.randint(0, IDS, (2, LENGTH))
@@ -148,7 +149,6 @@ def test_what_covers_the_text_starts_as_the_original(
     tmp_path: Path, states: list[TrainingState]
 ) -> None:
     """Sparse and window layers too, but for the shares of their sinks."""
-    fresh_seed()
     model = original("qwen3", tmp_path / "original")
     tokens = torch.randint(0, IDS, (2, LENGTH))
     with torch.no_grad():
@@ -167,7 +167,6 @@ def test_what_covers_the_text_starts_as_the_original(
 
 
 def test_weights_are_kept_to_the_bit(tmp_path: Path) -> None:
-    fresh_seed()
     model = original("llama", tmp_path / "original").to(torch.bfloat16)
     model.save_pretrained(tmp_path / "original")
     folder = adopt(tmp_path / "original", tmp_path / "start", "F S W F", *SMALL)
@@ -197,7 +196,6 @@ def test_weights_are_kept_to_the_bit(tmp_path: Path) -> None:
 
 
 def test_trains_on(tmp_path: Path, states: list[TrainingState]) -> None:
-    fresh_seed()
     original("llama", tmp_path / "original")
     module = start(adopt(tmp_path / "original", tmp_path / "start", "F S S F", *SMALL), states)
     before = [parameter.detach().clone() for parameter in module.parameters()]
@@ -231,7 +229,6 @@ def test_what_was_trained_is_a_model_of_the_original_kind(
     name: str, tmp_path: Path, states: list[TrainingState]
 ) -> None:
     """Adopted, trained for five steps and exported, at four times the original length."""
-    fresh_seed()
     original(name, tmp_path / "original")
     folder = adopt(tmp_path / "original", tmp_path / "run", "4*F", *SMALL)
     module = start(folder, states)

@@ -11,7 +11,9 @@ from hysparse_megatron.huggingface.configuration_hysparse import HySparseConfig
 from hysparse_megatron.huggingface.settings import from_json
 from tests.unit.huggingface.exports import IDS, MOE, load, saved_run
 from tests.unit.model.tiny_models import SEQUENCE
-from tests.unit.single_process import default_group, fresh_seed
+from tests.unit.single_process import default_group
+
+pytestmark = pytest.mark.usefixtures("seed")
 
 VARIANTS: dict[str, list[str]] = {
     "as in the paper": ["model.layout=F S S F S W F"],
@@ -94,7 +96,6 @@ YARN = {"factor": 3.0, "original_max_position_embeddings": 9}
 @pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
 def test_lines_of_a_model_card_count(key: str, tmp_path: Path) -> None:
     """Added to an exported folder they scale its frequencies, and those of what is imported."""
-    fresh_seed()
     wanted = [f"model.rope_scaling.{name}={value}" for name, value in YARN.items()]
     wanted += ["model.rotary_base=500", "model.rotary_fraction=0.5"]
     with saved_run(
@@ -125,7 +126,6 @@ def test_frequencies_that_change_with_the_text_are_refused(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS.keys())
 def test_logits_are_equal(overrides: list[str], tmp_path: Path) -> None:
-    fresh_seed()
     with saved_run(tmp_path / "run", *overrides) as run:
         tokens = run.clear_tokens()
         expected = run.logits(tokens)

@@ -9,7 +9,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, DynamicCache, PreTrainedModel, StaticCache
 
 from tests.unit.huggingface.exports import IDS, MOE, Run, load, saved_run
-from tests.unit.single_process import default_group, fresh_seed
+from tests.unit.single_process import default_group
+
+pytestmark = pytest.mark.usefixtures("seed")
 
 WINDOW, BLOCK = 5, 4
 NEW = 14
@@ -17,9 +19,11 @@ NEW = 14
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Run, PreTrainedModel]]:
+def exported(
+    tmp_path_factory: pytest.TempPathFactory, session_seed: int
+) -> Iterator[tuple[Run, PreTrainedModel]]:
     """A run of a model with all kinds of layers and experts, and what transformers loads of it."""
-    fresh_seed()
+    torch.manual_seed(session_seed)
     folder = tmp_path_factory.mktemp("generation")
     with default_group(), saved_run(folder / "run", "model.layout=F S W S F S", *MOE) as run:
         yield run, load(run.export(folder / "exported"))
@@ -42,7 +46,6 @@ def test_greedy_tokens_are_those_of_full_passes(
     exported: tuple[Run, PreTrainedModel], length: int
 ) -> None:
     run, model = exported
-    fresh_seed()
     for _ in range(20):
         prompt = torch.randint(0, IDS, (2, length))
         tokens, closest = prompt, float("inf")
@@ -60,7 +63,6 @@ def test_greedy_tokens_are_those_of_full_passes(
 
 def test_prefill_in_chunks(exported: tuple[Run, PreTrainedModel]) -> None:
     run, model = exported
-    fresh_seed()
     tokens = run.clear_tokens(batch=2, length=23)
     with torch.no_grad():
         whole = model(tokens).logits
@@ -85,7 +87,6 @@ def test_prompts_of_different_lengths(
 ) -> None:
     """Padded on the left each prompt is continued as alone: its blocks count from its start."""
     run, model = exported
-    fresh_seed()
     tokenizer = AutoTokenizer.from_pretrained(run.path.parent / "exported", trust_remote_code=True)
     texts = ["Sparse", "a somewhat longer one", "x"]
     batch = tokenizer(texts, return_tensors="pt", padding=True)
@@ -99,7 +100,6 @@ def test_prompts_of_different_lengths(
 
 def test_padding_changes_no_logit_and_no_gradient(exported: tuple[Run, PreTrainedModel]) -> None:
     run, model = exported
-    fresh_seed()
     tokens = run.clear_tokens(batch=1, length=17)
     left, right = 6, 3
     padded = torch.nn.functional.pad(tokens, (left, right), value=7)

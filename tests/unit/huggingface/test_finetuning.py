@@ -11,7 +11,9 @@ from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArgum
 from hysparse_megatron.huggingface import attention_hysparse
 from hysparse_megatron.huggingface.weights import TABLES, model_weights
 from tests.unit.huggingface.exports import IDS, MOE, Run, load, saved_run
-from tests.unit.single_process import DEVICE, default_group, fresh_seed
+from tests.unit.single_process import DEVICE, default_group
+
+pytestmark = pytest.mark.usefixtures("seed")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -61,7 +63,6 @@ def test_gradients_are_equal(
     overrides: list[str], recompute: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also those of key and value, which an oracle shares with its sparse layers."""
-    fresh_seed()
     # Chunks of few queries, as long texts have them.
     monkeypatch.setattr(attention_hysparse, "MAX_VALUES", 2000)
     with saved_run(tmp_path / "run", *overrides) as run:
@@ -86,7 +87,6 @@ def test_gradients_are_equal(
 
 def test_bf16_is_within_noise(tmp_path: Path) -> None:
     """Of logits, compared with how far bf16 itself moves them from fp32."""
-    fresh_seed()
     with saved_run(tmp_path / "run", "model.layout=F S S W F", *MOE, "train.precision=bf16") as run:
         tokens = run.clear_tokens()
         expected = run.logits(tokens)
@@ -104,7 +104,6 @@ def test_bf16_is_within_noise(tmp_path: Path) -> None:
 
 
 def test_learns_under_autocast(tmp_path: Path) -> None:
-    fresh_seed()
     with saved_run(tmp_path / "run", "model.layout=F S W F") as run:
         tokens = run.clear_tokens()
         model: PreTrainedModel = load(run.export(tmp_path / "exported"))
@@ -123,7 +122,6 @@ def test_learns_under_autocast(tmp_path: Path) -> None:
 
 def test_trainer_trains_and_evaluates(tmp_path: Path) -> None:
     """Logits are gathered too, of batches of several sizes."""
-    fresh_seed()
     with saved_run(tmp_path / "run", "model.layout=F S W F") as run:
         tokens = run.clear_tokens(batch=5)
         model = load(run.export(tmp_path / "exported"))

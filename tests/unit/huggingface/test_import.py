@@ -19,9 +19,11 @@ from hysparse_megatron.errors import CheckpointError
 from hysparse_megatron.training.resume import resume
 from tests.unit.huggingface.exports import IDS, MOE, Run, load, random_run, saved_run
 from tests.unit.model.tiny_models import SEQUENCE
-from tests.unit.single_process import default_group, fresh_seed
+from tests.unit.single_process import default_group
 from tools.checkpoint import main as checkpoint_main
 from tools.convert import main
+
+pytestmark = pytest.mark.usefixtures("seed")
 
 pytestmark = pytest.mark.thorough
 
@@ -65,7 +67,6 @@ def assert_same_weights(run: Run, folder: Path) -> None:
     ids=["dense", "all at once", "all at once in bf16"],
 )
 def test_round_trip_is_exact(overrides: list[str], tmp_path: Path) -> None:
-    fresh_seed()
     with saved_run(tmp_path / "run", *overrides) as run:
         exported = run.export(tmp_path / "exported", "--shard-size", "20KB")
         assert len(list(exported.glob("*.safetensors"))) > 3
@@ -90,7 +91,6 @@ def test_round_trip_is_exact(overrides: list[str], tmp_path: Path) -> None:
 
 
 def test_a_model_that_transformers_trained_and_resized(tmp_path: Path) -> None:
-    fresh_seed()
     with saved_run(tmp_path / "run", *HEAVY) as run:
         model = load(run.export(tmp_path / "exported"))
         model.resize_token_embeddings(390)

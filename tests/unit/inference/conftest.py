@@ -6,7 +6,7 @@ import pytest
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from tests.unit.single_process import fresh_seed, model_groups
+from tests.unit.single_process import model_groups
 
 
 @pytest.fixture(scope="module")
@@ -16,8 +16,3 @@ def groups() -> Iterator[ProcessGroupCollection]:
     with model_groups() as made:
         yield made
     torch.set_num_threads(before)
-
-
-@pytest.fixture
-def seed() -> int:
-    return fresh_seed()

@@ -67,8 +67,7 @@ def test_what_only_began_like_a_stop_is_given_out() -> None:
     assert rest == "aa"
 
 
-def test_any_text_comes_out_as_it_is() -> None:
-    rng = random.SystemRandom()
+def test_any_text_comes_out_as_it_is(rng: random.Random) -> None:
     for _ in range(50):
         text = "".join(rng.choices("ab\u00e9\u4e2d\U0001f40d \n", k=30))
         stop = "".join(rng.choices("ab\u00e9", k=3))

@@ -15,8 +15,8 @@ def test_without_lists_there_is_one_point() -> None:
     assert (point.config.name, point.config.run_dir) == ("one", "runs/one")
 
 
-def test_all_combinations_last_fastest() -> None:
-    seeds = random.sample(range(1000), 2)
+def test_all_combinations_last_fastest(rng: random.Random) -> None:
+    seeds = rng.sample(range(1000), 2)
     found = points([f"train.seed={seeds[0]},{seeds[1]}", "optim.warmup_steps=range(1,4)", "name=s"])
     chosen = [(point.config.train.seed, point.config.optim.warmup_steps) for point in found]
     assert chosen == list(itertools.product(seeds, (1, 2, 3)))

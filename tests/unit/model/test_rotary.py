@@ -18,7 +18,6 @@ from hysparse_megatron.config.validate import validate
 from hysparse_megatron.huggingface.settings import from_rope_parameters, rope_parameters
 from hysparse_megatron.model.layers import LayerChoice, fusions
 from hysparse_megatron.model.rotary import rotary_frequencies
-from tests.unit.single_process import fresh_seed
 
 
 def fp32_error(base: float) -> float:
@@ -41,9 +40,9 @@ def accepted(scaling: dict[str, object] | None = None, **settings: object) -> Mo
 
 
 @pytest.mark.parametrize("head_dim", [6, 20, 64, 80, 96, 112, 128, 192, 256])
-def test_every_fraction_rotates_its_channels(head_dim: int) -> None:
+def test_every_fraction_rotates_its_channels(head_dim: int, rng: random.Random) -> None:
     """All even numbers of channels, their share given in full and to nine digits."""
-    base = random.Random(fresh_seed()).uniform(100, 1e6)
+    base = rng.uniform(100, 1e6)
     for channels in range(2, head_dim + 1, 2):
         for fraction in {channels / head_dim, round(channels / head_dim, 9)}:
             model = accepted(head_dim=head_dim, rotary_base=base, rotary_fraction=fraction)
@@ -84,13 +83,12 @@ def drawn_parameters(draw: random.Random) -> dict[str, object]:
     return drawn | {name: value for name, value in optional.items() if draw.random() < 0.6}
 
 
-def test_scaled_as_transformers_does() -> None:
+def test_scaled_as_transformers_does(rng: random.Random) -> None:
     """To the bit, of drawn settings; and back from them the same."""
-    draw = random.Random(fresh_seed())
     for _ in range(200):
-        parameters = drawn_parameters(draw)
-        head_dim, base = 2 * draw.randint(2, 80), draw.uniform(500, 1e6)
-        channels = 2 * draw.randint(2, head_dim // 2)
+        parameters = drawn_parameters(rng)
+        head_dim, base = 2 * rng.randint(2, 80), rng.uniform(500, 1e6)
+        channels = 2 * rng.randint(2, head_dim // 2)
         parameters |= {"rope_theta": base, "partial_rotary_factor": channels / head_dim}
         sizes = {"head_dim": head_dim, "rotary_base": base}
         model = accepted(parameters, rotary_fraction=channels / head_dim, **sizes)

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from hysparse_megatron.runtime import megatron_on_cpu
-from tests.unit.single_process import fresh_seed
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="inactive where CUDA is used")
 
@@ -22,8 +21,7 @@ def installed() -> None:
 
 
 @pytest.fixture
-def tracker() -> Any:
-    fresh_seed()
+def tracker(seed: int) -> Any:
     made = megatron_on_cpu._make_tracker()
     made.add(MODEL_PARALLEL, 11)
     made.add("other", 12)
@@ -183,11 +181,10 @@ def test_names_and_seeds_are_used_once(tracker: Any) -> None:
     tracker.add(MODEL_PARALLEL, 11)
 
 
-def test_recompute_repeats_the_random_numbers_of_both_streams() -> None:
+def test_recompute_repeats_the_random_numbers_of_both_streams(seed: int) -> None:
     from megatron.core import tensor_parallel
     from megatron.core.tensor_parallel import random as megatron_random
 
-    fresh_seed()
     tracker = megatron_random.get_cuda_rng_tracker()
     tracker.reset()
     tracker.add(MODEL_PARALLEL, 11)

@@ -20,16 +20,15 @@ from hysparse_megatron.data.bulk.tokenizers import bytes_tokenizer
 from hysparse_megatron.huggingface.weights import model_weights
 from tests.unit.huggingface.exports import IDS, load, random_run
 from tests.unit.model.tiny_models import tiny_config
-from tests.unit.single_process import fresh_seed
 from tools.convert import main
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(tmp_path_factory: pytest.TempPathFactory, session_seed: int) -> Path:
     """A run, and what is exported of it in several shards."""
-    fresh_seed()
+    torch.manual_seed(session_seed)
     folder = tmp_path_factory.mktemp("convert")
     random_run(folder / "run", "model.layout=F S W F")
     assert export(folder / "run", folder / "out", "--shard-size", "30KB") == 0

@@ -145,7 +145,7 @@ def test_text_is_escaped(tmp_path: Path, capsys: Capture) -> None:
 
 
 def test_a_long_run_of_a_deep_model_stays_small(tmp_path: Path, capsys: Capture) -> None:
-    noise = np.random.default_rng().normal(size=20_000)
+    noise = np.random.default_rng(0).normal(size=20_000)
     made = [step_row(step + 1, loss=float(value)) for step, value in enumerate(noise)]
     gates = {f"sparse_gate/layer_{layer:03}": layer / 50 for layer in range(1, 49)}
     made += [evaluation_row(step, **gates) for step in (0, 10_000, 20_000)]

@@ -4,15 +4,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.unit.single_process import default_group, fresh_seed
+from tests.unit.single_process import default_group
 
 
 @pytest.fixture(scope="module")
 def group() -> Iterator[None]:
     with default_group():
         yield
-
-
-@pytest.fixture
-def seed() -> int:
-    return fresh_seed()

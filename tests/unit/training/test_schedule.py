@@ -77,10 +77,10 @@ def test_every_step_of_every_schedule(run: tuple[OptimConfig, int]) -> None:
 
 
 @pytest.mark.parametrize("kind", list(Schedule))
-def test_the_order_of_asking_does_not_matter(kind: Schedule) -> None:
+def test_the_order_of_asking_does_not_matter(kind: Schedule, rng: random.Random) -> None:
     steps = 40
     order = list(range(steps)) * 2
-    random.shuffle(order)
+    rng.shuffle(order)
     optim = optim_of(kind, 7, 11)
     in_order = rates(optim, steps, list(range(steps)))
     assert rates(optim, steps, order) == [in_order[step] for step in order]
