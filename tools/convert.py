@@ -7,8 +7,8 @@
 export makes a folder of a run's checkpoint, saved on any number of ranks, that transformers loads
 without any code of this project: AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=
 True). import makes of such a folder, trained further or not, one that a run starts from with
-checkpoint.load; adopt does so of a Llama, Mistral or Qwen3 model. Ends with 0, with 2 if something
-asked for cannot be, or with 6 if a checkpoint is missing or damaged.
+checkpoint.load; adopt does so of a Llama, Mistral, Qwen2 or Qwen3 model. Ends with 0, with 2 if
+something asked for cannot be, or with 6 if a checkpoint is missing or damaged.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     adopting = commands.add_parser("adopt", help=text, description=text, allow_abbrev=False)
     adopting.set_defaults(action=_adopt)
     adopting.add_argument(
-        "source", type=Path, help="its Hugging Face folder: llama, mistral, qwen3"
+        "source", type=Path, help="its Hugging Face folder: llama, mistral, qwen2, qwen3"
     )
     adopting.add_argument("folder", type=Path, help="to write; must not exist")
     adopting.add_argument("--layout", required=True, help='one letter per layer: "7*(F 3*S) F"')

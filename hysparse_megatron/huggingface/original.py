@@ -60,8 +60,6 @@ def read_original(source: Path) -> PretrainedConfig:
             f"{source / settings.CONFIG_JSON}: transformers refuses it: {reason}"
         ) from error
     problems = _problems(config, ARCHITECTURES[kind], described)
-    if (source / "adapter_config.json").exists():
-        problems.append("adapter_config.json; allowed are whole models: merge the adapter first")
     if problems:
         raise ConfigError(f"this model cannot be adopted: {'; '.join(problems)}")
     return config

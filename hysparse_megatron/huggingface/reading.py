@@ -16,6 +16,7 @@ from hysparse_megatron.huggingface.settings import read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -30,11 +31,13 @@ class _Place:
 class TensorFolder:
     """The tensors of all shards by name. Files are open only while they are read.
 
-    Raises ConfigError for a folder without safetensors, and CheckpointError, with its path, for a
-    shard that is missing, truncated or lacks what the index says.
+    Raises ConfigError for a folder without safetensors or with an adapter, and CheckpointError,
+    with its path, for a shard that is missing, truncated or lacks what the index says.
     """
 
     def __init__(self, folder: Path) -> None:
+        if (folder / ADAPTER).exists():  # which transformers would apply, where peft is installed
+            raise ConfigError(f"{folder / ADAPTER}: merge the adapter into the weights first")
         files = [SINGLE]
         named: dict[str, str] = {}
         # A whole file comes first, as in transformers: an index beside it is left from before.

@@ -222,6 +222,13 @@ class TestImportRefuses:
         (exported / "config.json").write_text("{")
         self.refused(exported, 2, "config.json cannot be read", capsys)
 
+    def test_what_transformers_would_read_besides(self, exported: Path, capsys: Capture) -> None:
+        (exported / "adapter_config.json").touch()
+        self.refused(exported, 2, "merge the adapter into the weights first", capsys)
+        (exported / "adapter_config.json").unlink()
+        edit(exported, per_layer_config={"0": {"sliding_window": 3}})
+        self.refused(exported, 2, "per_layer_config {'0': {'sliding_window': 3}}; allowed", capsys)
+
     def test_shards_that_are_missing_or_truncated(self, exported: Path, capsys: Capture) -> None:
         path = sorted(exported.glob("*.safetensors"))[1]
         content = path.read_bytes()
