@@ -92,12 +92,9 @@ def rotary_settings(config: PretrainedConfig) -> dict[str, Any]:
     rotary = dict(config.rope_parameters)
     # These architectures rotate all channels, whatever partial_rotary_factor says.
     rotary["partial_rotary_factor"] = 1.0
-    if rotary["rope_type"] == "yarn":
-        if rotary["factor"] is None:
-            original = rotary["original_max_position_embeddings"]
-            rotary["factor"] = config.max_position_embeddings / original
-        # Where it is null transformers does not round.
-        rotary["truncate"] = bool(rotary.get("truncate", True))
+    if rotary["rope_type"] == "yarn" and rotary["factor"] is None:
+        original = rotary["original_max_position_embeddings"]
+        rotary["factor"] = config.max_position_embeddings / original
     return settings.from_rope_parameters(rotary)
 
 

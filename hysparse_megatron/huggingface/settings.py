@@ -143,10 +143,13 @@ def rope_parameters(model: ModelConfig) -> dict[str, Any]:
 def from_rope_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `rope_parameters`: the three entries of a `ModelConfig`, as plain values.
 
-    `parameters` are merged as transformers would; a parameter that is null takes the default.
+    `parameters` are merged as transformers would; a parameter that is null takes the default,
+    but for `truncate`, where it is false.
     Raises ConfigError for a type that cannot be computed here and for unknown parameters.
     """
     given = {name: value for name, value in parameters.items() if value is not None}
+    if "truncate" in parameters:
+        given["truncate"] = bool(parameters["truncate"])
     kind = given.pop("rope_type", None) or given.get("type", "default")
     given.pop("type", None)
     types = {"default": RopeType.none} | {one.value: one for one in RopeType}

@@ -25,10 +25,10 @@ from tests.checkpoints import save
 from tests.unit.huggingface.adopted import start
 from tests.unit.huggingface.exports import IDS, Run, load
 from tests.unit.model.tiny_models import randomize
-from tests.unit.single_process import default_group, fresh_seed
+from tests.unit.single_process import default_group
 from tools.convert import main
 
-pytestmark = pytest.mark.thorough
+pytestmark = [pytest.mark.thorough, pytest.mark.usefixtures("seed")]
 
 ORIGINAL, LENGTH, STEPS = 16, 64, 5
 SIZES = {
@@ -111,7 +111,6 @@ def test_trained_and_exported(
     name: str, layout: str, tmp_path: Path, states: list[TrainingState]
 ) -> None:
     """At four times the length that the original was made for."""
-    fresh_seed()
     model = MODELS[name]().eval()
     randomize(model, std=1.0)
     model.save_pretrained(tmp_path / "original")

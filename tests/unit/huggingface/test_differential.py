@@ -16,7 +16,7 @@ from hysparse_megatron.runtime.process_groups import destroy_process_groups
 from hysparse_megatron.training.state import TrainingState
 from tests.unit.huggingface.adopted import logits, start
 from tests.unit.huggingface.drawn_folders import FLAWS, Folder, draw
-from tests.unit.single_process import default_group, fresh_seed
+from tests.unit.single_process import default_group
 from tools.convert import main
 
 pytestmark = pytest.mark.thorough
@@ -62,8 +62,7 @@ def adopt(folder: Folder, target: Path) -> int:
     return main(["adopt", str(folder.path), str(target), "--layout", layout, *options])
 
 
-def test_drawn_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    seed = fresh_seed()
+def test_drawn_folders(seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flaws = list(FLAWS)
     random.Random(seed).shuffle(flaws)
     worst, wrong, refused = 0.0, [], set()

@@ -25,8 +25,10 @@ from hysparse_megatron.training.state import TrainingState
 from tests.unit.huggingface.adopted import logits, start
 from tests.unit.huggingface.exports import IDS, load, saved_run
 from tests.unit.model.tiny_models import randomize
-from tests.unit.single_process import default_group, fresh_seed
+from tests.unit.single_process import default_group
 from tools.convert import main
+
+pytestmark = pytest.mark.usefixtures("seed")
 
 SIZES = {
     "vocab_size": 70,
@@ -142,7 +144,6 @@ def test_means_what_transformers_makes_of_it(
     tmp_path: Path,
     states: list[TrainingState],
 ) -> None:
-    fresh_seed()
     source = saved(kind, tmp_path / "source", **options)
     change(source)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
@@ -165,7 +166,6 @@ def test_a_window_by_default_is_refused(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_weights_keep_the_widest_type(tmp_path: Path) -> None:
     """Of what is stored as one; a run in bf16 only where all are."""
-    fresh_seed()
     source = saved("llama", tmp_path / "source")
     held = {name: tensor.bfloat16() for name, tensor in load_file(source / SINGLE).items()}
     save_file(held, source / SINGLE)
@@ -194,7 +194,6 @@ def test_exported_folders_too(
     change: Callable[[Path], None], tmp_path: Path, states: list[TrainingState]
 ) -> None:
     """What is changed in one counts in transformers and in a run that starts from it."""
-    fresh_seed()
     with saved_run(tmp_path / "run", "model.layout=2*F", "model.tie_embeddings=true") as run:
         before = run.logits(tokens := torch.randint(0, IDS, (2, 29)))
         folder = run.export(tmp_path / "exported")
