@@ -38,7 +38,7 @@ _FREE = (
 
 _FREE_FOR_WEIGHTS = (
     "model.rotary_base",
-    "model.rope_scaling",
+    "model.rope_scaling.",
     "model.window",
     "model.block_size",
     "model.num_selected_blocks",
@@ -105,7 +105,7 @@ def mismatches(config: Config, directory: Path, weights_only: bool = False) -> l
     problems = [
         Problem(key, str(now[key]), str(before[key]))
         for key in now
-        if key not in free and key in before and before[key] != now[key]
+        if key in before and before[key] != now[key] and not key.startswith(free)
     ]
     has = recorded["model"].get("vocab_size") or known
     asked = config.model.vocab_size or (None if weights_only else known)
@@ -127,7 +127,7 @@ def _refuse(config: Config, directory: Path, weights_only: bool) -> None:
     where, advice = "this run would go on from", "choose another run_dir for another model"
     if weights_only:
         where, advice = "checkpoint.load names", "load the weights of another run"
-    elif all(problem.key in _FREE_FOR_WEIGHTS for problem in problems):
+    elif all(problem.key.startswith(_FREE_FOR_WEIGHTS) for problem in problems):
         advice = f"start another run_dir from its weights: checkpoint.load={directory.parents[1]}"
     raise ConfigError(
         "\n".join(
@@ -209,22 +209,30 @@ def _other_tensors(config: Config, directory: Path, vocab_size: int | None) -> l
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     """`model.key: value` pairs, defaults resolved, without what makes no difference."""
-    model = {**_defaults(), **settings["model"]}
-    moe = {**model["moe"], **settings["model"].get("moe", {})}
-    model["layout"] = "".join(plan.kind.value for plan in parse_layout(model["layout"]).layers)
-    if model["value_head_dim"] is None:
-        model["value_head_dim"] = model["head_dim"]
-    if moe["expert_ffn_hidden_size"] is None:
-        moe["expert_ffn_hidden_size"] = model["ffn_hidden_size"]
-    if moe["balancing"] != Balancing.bias.value:
-        moe["balancing"] = "another than bias"
-    if moe["num_experts"] == 0:
-        moe = {"num_experts": 0}
-    flat = {f"model.{name}": value for name, value in model.items()}
-    del flat["model.moe"], flat["model.vocab_size"]
-    flat |= {f"model.moe.{name}": value for name, value in moe.items()}
+    flat = {**_leaves(_defaults(), "model."), **_leaves(settings["model"], "model.")}
+    layout = parse_layout(flat["model.layout"])
+    flat["model.layout"] = "".join(plan.kind.value for plan in layout.layers)
+    if flat["model.value_head_dim"] is None:
+        flat["model.value_head_dim"] = flat["model.head_dim"]
+    if flat["model.moe.expert_ffn_hidden_size"] is None:
+        flat["model.moe.expert_ffn_hidden_size"] = flat["model.ffn_hidden_size"]
+    if flat["model.moe.balancing"] != Balancing.bias.value:
+        flat["model.moe.balancing"] = "another than bias"
+    if flat["model.moe.num_experts"] == 0:
+        unused = [key for key in flat if key.startswith("model.moe.") and "num_experts" not in key]
+        for key in unused:
+            del flat[key]
+    del flat["model.vocab_size"]
     name = settings.get("optim", {}).get("name")
     return {**flat, "optim.name": name} if name else flat
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for name, value in tree.items():
+        inner = isinstance(value, dict)
+        leaves |= _leaves(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
+    return leaves
 
 
 def _defaults() -> dict[str, Any]:

@@ -52,7 +52,11 @@ def _parser() -> argparse.ArgumentParser:
     showing.add_argument("--all", action="store_true", help="tensors of the optimizer too")
     difference = add("diff", _diff, "what differs between two checkpoints", ("first", "second"))
     difference.add_argument("--all", action="store_true", help="tensors of the optimizer too")
-    pruning = add("prune", _prune, "delete what the rules do not keep; never the newest valid")
+    pruning = add(
+        "prune",
+        _prune,
+        "delete what the rules do not keep; never the newest valid, nor proven, one",
+    )
     pruning.add_argument("--keep", type=_count, metavar="N", help="newest to keep; 0 keeps all")
     pruning.add_argument("--keep-every", type=_count, metavar="STEPS", help="and multiples of it")
     pruning.add_argument("--dry-run", action="store_true", help="say it, and delete nothing")

@@ -2,6 +2,7 @@
 
     checkpoints/step-00000100/                  a checkpoint
     checkpoints/step-00000100/manifest.json     written last: files, sizes, hashes, step, ...
+    checkpoints/step-00000100/proven            empty; a good step was made after it
     checkpoints/step-00000200.tmp-1f09ab/       being written, or left behind by a killed run
     checkpoints/step-00000150.aside-77d2c0/     was newer than the one a run went on from
 
@@ -26,6 +27,7 @@ from hysparse_megatron.checkpoint.manifest import MANIFEST, read_manifest
 from hysparse_megatron.errors import CheckpointError
 from hysparse_megatron.runtime import faults
 
+_PROVEN = "proven"
 _PUBLISHED = re.compile(r"step-([0-9]+)")
 _UNFINISHED = re.compile(r"step-[0-9]+\.tmp(-\w+)?")
 
@@ -209,19 +211,39 @@ def set_aside(checkpoints: Path, after: int) -> list[Path]:
 def superfluous(checkpoints: Path, keep: int, keep_every: int, newest: Path) -> list[Path]:
     """Checkpoints before `newest` that the rules do not keep, newest first.
 
-    The newest `keep` valid ones stay, `newest` among them and always (0 keeps all), and those whose
-    step is a multiple of `keep_every` (0: no step is). Damaged ones are not ours to judge and stay,
-    and so does what a link stands for.
+    The newest `keep` valid ones stay, `newest` among them and always (0 keeps all), the newest that
+    is proven, and those whose step is a multiple of `keep_every` (0: no step is). Damaged ones are
+    not ours to judge and stay, and so does what a link stands for.
     """
     if not keep:
         return []
-    older = [path for path in published(checkpoints) if step_of(path) < step_of(newest)]
-    valid = [path for path in older if not problems_of(path, content=False)]
+    valid = older_than(newest)
+    # Those of early versions are not marked: one that another was saved after passes for proven.
+    proven = next((path for path in [newest, *valid] if is_proven(path)), (valid or [newest])[0])
     return [
         path
         for path in valid[keep - 1 :]
-        if not path.is_symlink() and (not keep_every or step_of(path) % keep_every)
+        if path != proven
+        and not path.is_symlink()
+        and (not keep_every or step_of(path) % keep_every)
     ]
+
+
+def older_than(newest: Path) -> list[Path]:
+    """Valid checkpoints, by sizes, of fewer steps in the same run, newest first."""
+    older = [path for path in published(newest.parent) if step_of(path) < step_of(newest)]
+    return [path for path in older if not problems_of(path, content=False)]
+
+
+def is_proven(directory: Path) -> bool:
+    """Whether a good step is known to have been made with the content of a checkpoint."""
+    return (directory / _PROVEN).exists()
+
+
+def mark_proven(directory: Path) -> None:
+    """Note that a good step was made. Without the note, which a full disk refuses, more is kept."""
+    with contextlib.suppress(OSError):
+        (directory / _PROVEN).touch()
 
 
 def prune(

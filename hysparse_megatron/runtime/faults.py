@@ -7,6 +7,7 @@ evaluation before the first. Without the variable nothing here does anything.
 |--------------------------|-----------------------------------------|
 | nan                      | its loss, if it has one, becomes NaN    |
 | spike                    | loss and gradient grow by `arg`, or 100 |
+| nan_weight               | the update makes one of its weights NaN |
 | sigterm, sigusr1, sigint | the rank gets that signal               |
 | sigkill, sigstop         | it is killed, or stopped                |
 | slow                     | it sleeps for `arg` seconds, or 1       |
@@ -16,7 +17,7 @@ evaluation before the first. Without the variable nothing here does anything.
 |                          | `arg` bytes into a file, or 100         |
 | kill_before_manifest     | it is killed before the manifest    |
 
-Kinds that do not touch the loss happen at a place, by default in the middle of the forward pass;
+Kinds that do not touch numbers happen at a place, by default in the middle of the forward pass;
 `arg` may name another: `sigusr1@1:4:evaluation`, `sigterm@0:4:save`, `slow@0:0:prepare/30`. At
 `write` and `prune`, where files of a checkpoint are written or deleted, the step is that one's.
 """
@@ -44,8 +45,10 @@ _SIGNALS = {
     for name in ("SIGTERM", "SIGUSR1", "SIGINT", "SIGKILL", "SIGSTOP")
 }
 _LOSS_KINDS = ("nan", "spike")
+_WEIGHT_KIND = "nan_weight"
 KINDS = (
     *_LOSS_KINDS,
+    _WEIGHT_KIND,
     *_SIGNALS,
     "slow",
     "raise",
@@ -106,7 +109,8 @@ def arm(rank: int) -> list[Fault]:
 
 def reach(place: str, step: int) -> None:
     """Say that this rank is at `place` of `step`; what was asked for there happens, once."""
-    for fault in _due(lambda fault: fault.kind not in _LOSS_KINDS and fault.place == place, step):
+    numbers = (*_LOSS_KINDS, _WEIGHT_KIND)
+    for fault in _due(lambda fault: fault.kind not in numbers and fault.place == place, step):
         if fault.kind == "raise":
             raise RuntimeError(f"a fault was asked for at step {step}")
         if fault.kind == "io_error":
@@ -126,6 +130,12 @@ def spoil[Loss](loss: Loss, step: int) -> Loss:
     for fault in _due(lambda fault: fault.kind in _LOSS_KINDS, step):
         spoiled = spoiled * (float("nan") if fault.kind == "nan" else fault.number(100))
     return spoiled
+
+
+def spoil_weight(weight: Any, step: int) -> None:
+    """Make the first value of a parameter NaN if the update of `step` is to do that."""
+    if _due(lambda fault: fault.kind == _WEIGHT_KIND, step):
+        weight.detach().view(-1)[0] = float("nan")
 
 
 def _due(wanted: Callable[[Fault], bool], step: int) -> list[Fault]:

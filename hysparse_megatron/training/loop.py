@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -35,6 +36,8 @@ class Hooks:
     measure: Callable[[int, int, float, float], dict[str, Any]] = lambda *measured: {}
     """After every step, with its tokens, its seconds and those for its data: more for its row.
     Collective."""
+    on_good_step: Callable[[], None] = lambda: None
+    """After a step that was not left out: the weights that it began with are good."""
     save: Callable[[int, dict[str, Any]], None] = lambda step, facts: None
     """Write a checkpoint after `step` steps, with facts for `Progress`. Collective."""
     poll: Callable[[], None] = lambda: None
@@ -63,7 +66,8 @@ def train(
 ) -> None:
     """Run from `progress` to the end, with evaluations on every set by its name, and checkpoints.
 
-    Raises Preempted after saving when a stop was asked for, NumericalStop after too many bad steps.
+    Raises Preempted after saving when a stop was asked for, NumericalStop after too many bad steps
+    or an evaluation that is not finite.
     """
     train_config, checkpoint = state.config.train, state.config.checkpoint
     guard = Guard(train_config.guard, progress.facts.get("guard"))
@@ -89,6 +93,8 @@ def train(
         before, position = position, batches.after(position)
         passed = (before.samples, position.samples)
         _report(state, done, passed, result, seconds, data_seconds, guard, ids, hooks)
+        if not result.skipped:
+            hooks.on_good_step()
         hooks.poll()
         if step == progress.step:
             hooks.on_first_step()
@@ -190,4 +196,9 @@ def _evaluate(
         row["eval_seconds"] = time.monotonic() - started
         for hook in hooks.on_row:
             hook(row)
+        if not math.isfinite(found.loss):
+            raise NumericalStop(
+                f"the loss on {name} is {found.loss} after step {done}: nothing is saved. The "
+                "newest checkpoint is from before; lower optim.learning_rate"
+            )
     return True

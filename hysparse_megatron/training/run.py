@@ -186,6 +186,7 @@ def _run_in(
         functools.partial(manifest_facts, config, corpus, run_id),
         say,
         functools.partial(_published, directory, watch),
+        latest,
     )
     meter = Meter(
         config,
@@ -203,15 +204,21 @@ def _run_in(
             measure=meter.measure,
             on_first_step=lambda: rendezvous.set_timeout(config.parallel.timeout_seconds),
             save=saver.save,
+            on_good_step=saver.saw_good_step,
             poll=saver.poll,
         )
         if config.tracking.architecture:
             hooks.observe = _architecture_watch(state, directory).observe
         try:
             train(state, batches, evaluations, progress, watch, hooks)
-        except (Preempted, NumericalStop):
-            # Raised by all ranks together, so that they can wait for each other's files.
+        # Raised by all ranks together, so that they can wait for each other's files.
+        except Preempted:
             saver.finish()
+            raise
+        except NumericalStop:
+            older = saver.set_aside_unproven()
+            if directory is not None and older is not None:
+                _note_checkpoint(directory, older)
             raise
         saver.finish()
     if directory is not None:

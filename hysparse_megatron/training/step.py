@@ -82,6 +82,7 @@ def train_step(
     bad = decide(sums.finite_here, loss, grad_norm)
     if bad is None:
         state.optimizer.step()
+        faults.spoil_weight(next(state.chunks[0].parameters()), step + 1)
     else:  # the schedule has moved these already, by what a bad step made of the routing
         for bias, kept in zip(biases, before, strict=True):
             bias.copy_(kept)

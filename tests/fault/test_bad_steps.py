@@ -9,6 +9,7 @@ from tests.distributed.cases import Case
 from tests.distributed.pool import WorkerPool
 from tests.fault.fault_jobs import decide_about_one_rank, one_bad_step
 from tests.fault.faulty_runs import STEPS, FaultyRun
+from tests.run.run_commands import facts
 
 NewRun = Callable[..., FaultyRun]
 
@@ -75,6 +76,34 @@ def test_nans_in_a_row_stop_the_run_and_keep_the_last_good_checkpoint(new_run: N
     assert str(ids[-1]) in output
     assert run.row(9)["skipped_steps"] == 4
     assert not run.row(6)["skipped"]
+
+
+def test_only_what_was_seen_to_be_good_is_gone_on_from(
+    straight: FaultyRun, new_run: NewRun
+) -> None:
+    """Weights that one rank's update spoils are not saved; nor is a checkpoint of finite weights
+    that lead to nothing but bad steps taken a second time."""
+    run, settings = new_run(), ["train.eval_interval=0", "checkpoint.keep=1"]
+    output = run.run(*settings, code=4, fault="nan_weight@1:8")
+    told = "weights or optimizer state on rank 1 are not finite after step 8"
+    assert f"NumericalStop: {told}" in output
+    run.assert_ended("numerical_stop", 4, None, told)
+    assert not run.row(8)["skipped"], "loss and gradient were good"
+    assert run.checkpoints() == [4]
+
+    bad = "nan@0:9,nan@0:10,nan@0:11"
+    output = run.run(*settings, "train.guard.max_bad_steps=3", code=4, fault=bad)
+    assert "resuming after step 4" in output
+    assert f"the next start goes on from {run.checkpoint(4)}" in output
+    assert run.checkpoints() == [4]
+    assert run.status()["checkpoint_step"] == 4
+    [aside] = (run.run_dir / "checkpoints").glob("step-00000008.aside-*")
+    assert str(aside) in output
+
+    output = run.run("checkpoint.keep=1", code=0)
+    assert "resuming after step 4" in output
+    assert run.checkpoints() == [8, STEPS], "no good step followed the last one"
+    assert facts(run.run_dir).items() <= facts(straight.run_dir).items()
 
 
 def test_a_spike_is_skipped_also_right_after_a_resume(new_run: NewRun) -> None:

@@ -11,10 +11,16 @@ import pytest
 
 from hysparse_megatron.checkpoint import saver as saver_module
 from hysparse_megatron.checkpoint.saver import Saver
-from hysparse_megatron.checkpoint.store import problems_of, read_manifest, step_directory
+from hysparse_megatron.checkpoint.store import (
+    is_proven,
+    problems_of,
+    published,
+    read_manifest,
+    step_directory,
+)
 from hysparse_megatron.checkpoint.writer import Job
 from hysparse_megatron.config.compose import compose
-from hysparse_megatron.errors import CheckpointError
+from hysparse_megatron.errors import CheckpointError, NumericalStop
 from tests.unit.single_process import DEVICE, default_group
 
 
@@ -31,6 +37,7 @@ class Disk:
         self.may_write = threading.Event()
         self.copied: list[int] = []
         self.error: Exception | None = None
+        self.rank_not_finite: int | None = None
 
     def start(self, state: Any, step: int, directory: Path) -> Job:
         self.copied.append(step)
@@ -48,6 +55,7 @@ class Disk:
 def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
     disk = Disk()
     monkeypatch.setattr(saver_module, "start_save", disk.start)
+    monkeypatch.setattr(saver_module, "rank_not_finite", lambda state: disk.rank_not_finite)
     return disk
 
 
@@ -62,7 +70,8 @@ def make_saver(tmp_path: Path, disk: Disk) -> Callable[..., tuple[Saver, list[st
         def facts(step: int, progress: dict[str, Any]) -> dict[str, Any]:
             return {"tokens": 2 * step, "progress": progress}
 
-        return Saver(state, tmp_path, facts, said.append), said
+        loaded = next(iter(published(tmp_path)), None)
+        return Saver(state, tmp_path, facts, said.append, loaded=loaded), said
 
     return make
 
@@ -179,6 +188,88 @@ def test_rules_are_applied_after_a_save(
     assert names(tmp_path) == [f"step-0000000{step}" for step in (4, 6, 7)]
 
 
+def test_what_is_not_finite_is_not_saved(
+    make_saver: Callable[..., tuple[Saver, list[str]]], disk: Disk, tmp_path: Path
+) -> None:
+    saver, _ = make_saver(keep=1)
+    disk.may_write.set()
+    saver.save(4, {})
+    saver.saw_good_step()
+    disk.rank_not_finite = 3
+    with pytest.raises(NumericalStop, match=r"on rank 3 are not finite after step 8") as caught:
+        saver.save(8, {})
+    assert caught.value.exit_code == 4
+    assert saver.set_aside_unproven() is None, "a good step was made with the one of step 4"
+    assert names(tmp_path) == ["step-00000004"]
+    assert disk.copied == [4]
+
+
+def test_the_older_one_stays_until_a_good_step_has_followed_the_newer(
+    make_saver: Callable[..., tuple[Saver, list[str]]], disk: Disk, tmp_path: Path
+) -> None:
+    saver, _ = make_saver(keep=1)
+    disk.may_write.set()
+    for step in (4, 8):
+        saver.save(step, {})
+        saver.finish()
+    assert names(tmp_path) == ["step-00000004", "step-00000008"]
+    for _ in range(2):
+        saver.saw_good_step()
+        saver.finish()
+    assert names(tmp_path) == ["step-00000008"]
+    assert is_proven(step_directory(tmp_path, 8))
+
+
+def test_a_good_step_during_a_save_counts_for_what_is_saved(
+    make_saver: Callable[..., tuple[Saver, list[str]]], disk: Disk, tmp_path: Path
+) -> None:
+    saver, _ = make_saver(keep=1)
+    saver.save(4, {})
+    saver.saw_good_step()
+    disk.may_write.set()
+    saver.save(8, {})
+    assert is_proven(step_directory(tmp_path, 4))
+    saver.saw_good_step()
+    saver.finish()
+    assert names(tmp_path) == ["step-00000008"]
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_after_a_numerical_stop_the_start_is_from_one_that_a_good_step_followed(
+    restarted: bool,
+    make_saver: Callable[..., tuple[Saver, list[str]]],
+    disk: Disk,
+    tmp_path: Path,
+) -> None:
+    saver, said = make_saver()
+    disk.may_write.set()
+    saver.save(4, {})
+    saver.saw_good_step()
+    saver.save(8, {})
+    if restarted:  # killed before it was known that nothing good comes of step 8
+        saver.finish()
+        saver, said = make_saver()
+    assert saver.set_aside_unproven() == step_directory(tmp_path, 4)
+    older, aside = names(tmp_path)
+    assert (older, aside.partition("-aside")[0][:20]) == ("step-00000004", "step-00000008.aside-")
+    assert "no good step was made after it" in said[-2]
+    assert "goes on from" in said[-1]
+    again, _ = make_saver()
+    assert again.set_aside_unproven() is None, "what is proven stays also if it fails this time"
+    assert names(tmp_path) == [older, aside]
+
+
+def test_the_only_checkpoint_is_not_set_aside(
+    make_saver: Callable[..., tuple[Saver, list[str]]], disk: Disk, tmp_path: Path
+) -> None:
+    saver, _ = make_saver()
+    assert saver.set_aside_unproven() is None
+    disk.may_write.set()
+    saver.save(4, {})
+    assert saver.set_aside_unproven() is None
+    assert names(tmp_path) == ["step-00000004"]
+
+
 def test_a_deletion_that_fails_is_told_and_training_goes_on(
     make_saver: Callable[..., tuple[Saver, list[str]]],
     disk: Disk,
@@ -189,6 +280,8 @@ def test_a_deletion_that_fails_is_told_and_training_goes_on(
     disk.may_write.set()
     saver.save(1, {})
     saver.finish()
+    saver.saw_good_step()
+    saver.finish()
 
     def refuse(*arguments: Any) -> None:
         raise PermissionError(1, "Operation not permitted")
@@ -196,6 +289,8 @@ def test_a_deletion_that_fails_is_told_and_training_goes_on(
     # Of the deletion alone: publishing renames too.
     monkeypatch.setattr(saver_module.store, "unfinished_name", refuse)
     saver.save(2, {})
+    saver.finish()
+    saver.saw_good_step()
     saver.finish()
     [warning] = [line for line in said if line.startswith("WARNING")]
     assert "step-00000001 could not be deleted: [Errno 1] Operation not permitted" in warning

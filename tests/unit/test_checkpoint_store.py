@@ -14,6 +14,7 @@ from hysparse_megatron.checkpoint import choice, store, writer
 from hysparse_megatron.checkpoint.manifest import LARGEST_BYTES
 from hysparse_megatron.checkpoint.store import (
     latest_checkpoint,
+    mark_proven,
     problems_of,
     prune,
     read_manifest,
@@ -357,15 +358,33 @@ def test_pruning_leaves_what_a_link_stands_for(tmp_path: Path) -> None:
 
 def test_pruning_keeps_multiples(tmp_path: Path) -> None:
     for step in range(1, 11):
-        write(tmp_path, step)
+        mark_proven(write(tmp_path, step))
     prune(tmp_path, 1, 4, step_directory(tmp_path, 10))
     assert [int(path.name[5:]) for path in sorted(tmp_path.iterdir())] == [4, 8, 10]
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_pruning_never_takes_the_newest_that_a_good_step_followed(
+    tmp_path: Path, marked: bool
+) -> None:
+    """Runs of early versions left no marks: the one before the newest passes for it."""
+    for step in (1, 2, 3, 4):
+        write(tmp_path, step)
+    if marked:
+        mark_proven(step_directory(tmp_path, 2))
+    newest = step_directory(tmp_path, 4)
+    prune(tmp_path, 1, 0, newest)
+    assert store.published(tmp_path) == [newest, step_directory(tmp_path, 2 if marked else 3)]
+    mark_proven(newest)
+    prune(tmp_path, 1, 0, newest)
+    assert store.published(tmp_path) == [newest]
+    assert problems_of(newest) == []
 
 
 def test_a_newer_one_does_not_count_as_the_newest_valid(tmp_path: Path) -> None:
     """With a flipped byte it is as large as it should be; what was just written must stay."""
     for step in (4, 8, 12):
-        write(tmp_path, step)
+        mark_proven(write(tmp_path, step))
     flip_a_byte(step_directory(tmp_path, 12))
     assert prune(tmp_path, 1, 0, step_directory(tmp_path, 8))[0] == [step_directory(tmp_path, 4)]
     assert latest_checkpoint(tmp_path)[0] == step_directory(tmp_path, 8)
@@ -375,7 +394,7 @@ def test_a_deletion_that_fails_leaves_no_half_of_a_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for step in (4, 8):
-        write(tmp_path, step)
+        mark_proven(write(tmp_path, step))
 
     def fail(path: Path) -> None:
         (path / "__0_0.distcp").unlink()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hysparse_megatron.checkpoint import store
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.config.frozen import freeze
 from tests.checkpoints import write_checkpoint
@@ -164,6 +165,7 @@ def test_prune(run_dir: Path, capsys: Capture) -> None:
     assert main(["prune", str(run_dir)]) == 0
     assert steps(run_dir) == [8, 12, 16, 20], "the run's own rules"
     damage(run_dir, 20)
+    store.mark_proven(run_dir / "checkpoints" / "step-00000016")
     assert main(["prune", str(run_dir), "--keep", "1", "--keep-every", "0"]) == 0
     assert steps(run_dir) == [16, 20], "the newest valid one, and no judgement of a damaged one"
 

@@ -37,7 +37,9 @@ class Script:
         stop_at: int | None = None,
         stop_in_evaluation: int | None = None,
         evaluations: tuple[str, ...] = ("validation",),
+        bad_evaluation: int | None = None,
     ) -> None:
+        self.bad_evaluation = bad_evaluation
         config = compose([f"train.steps={steps}", f"checkpoint.interval={interval}"])
         train = replace(config.train, eval_interval=eval_interval)
         self.state: Any = SimpleNamespace(config=replace(config, train=train))
@@ -52,6 +54,7 @@ class Script:
         self.saved_facts: dict[str, Any] = {}
         self.events: list[str] = []
         self.rows: list[dict[str, Any]] = []
+        self.good_steps: list[int] = []
         self.done = 0
         monkeypatch.setattr(loop, "train_step", self._train_step)
         monkeypatch.setattr(loop, "evaluate", self._evaluate)
@@ -79,7 +82,7 @@ class Script:
             found.append(batch)
         assert found == [["held out 0"], ["held out 1"]]
         self.events.append(f"evaluate {self.done}")
-        return HeldOutLoss(100, 2.0)
+        return HeldOutLoss(100, float("nan") if self.done == self.bad_evaluation else 2.0)
 
     def run(self, first_step: int = 0, facts: dict[str, Any] | None = None) -> "Script":
         self.done = first_step
@@ -92,7 +95,11 @@ class Script:
             num_batches=2, microbatches=lambda index: iter([f"held out {index}"])
         )
         hooks = loop.Hooks(
-            on_row=[self.rows.append], save=self._save, observe=self._observe, measure=self._measure
+            on_row=[self.rows.append],
+            save=self._save,
+            observe=self._observe,
+            measure=self._measure,
+            on_good_step=lambda: self.good_steps.append(self.done),
         )
         samples = sum(self.size(step) for step in range(first_step))
         progress = loop.Progress(first_step, Position(samples, 7, first_step), facts or {})
@@ -237,6 +244,22 @@ def test_five_bad_steps_in_a_row_stop_the_run(script: Callable[..., Script]) -> 
     saves = [event for event in found.events if event.startswith("save")]
     assert saves == ["save 2"]
     assert found.rows[-1]["step"] == 8, "the last bad step has its row"
+
+
+@pytest.mark.parametrize("step", [0, 4, 6])
+def test_nothing_is_saved_after_an_evaluation_that_is_not_finite(
+    step: int, script: Callable[..., Script]
+) -> None:
+    """At the start, where a checkpoint is due, and at the end."""
+    found = script(steps=6, interval=2, eval_interval=4, bad_evaluation=step)
+    with pytest.raises(NumericalStop, match=rf"loss on validation is nan after step {step}"):
+        found.run()
+    assert found.events[-1] == f"evaluate {step}"
+    assert math.isnan(found.rows[-1]["eval_loss"]), "it has its row all the same"
+
+
+def test_good_steps_are_told(script: Callable[..., Script]) -> None:
+    assert script(steps=5, bad=(2, 3)).run().good_steps == [1, 4, 5]
 
 
 def test_a_good_step_in_between_starts_the_count_anew(script: Callable[..., Script]) -> None:
