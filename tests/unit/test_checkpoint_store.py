@@ -346,7 +346,7 @@ def test_pruning_keeps_the_newest_valid_ones(tmp_path: Path) -> None:
 def test_pruning_leaves_what_a_link_stands_for(tmp_path: Path) -> None:
     checkpoints = tmp_path / "checkpoints"
     for step in (2, 3):
-        write(checkpoints, step)
+        mark_proven(write(checkpoints, step))
     elsewhere = write(tmp_path / "elsewhere", 1)
     link = step_directory(checkpoints, 1)
     link.symlink_to(elsewhere)
