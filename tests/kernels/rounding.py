@@ -208,22 +208,12 @@ class _Group:
         on_query += d_query**2 * self.on_lse
         on_query += torch.einsum("tgs,sd->tgd", weights, key) ** 2 * on_delta
 
-        readers = self.seen.sum((0, 1))[:, None] * grad.shape[1]
         on_d_logits = on_d_logits + d_logits**2 * self.on_lse + weights**2 * on_delta
-        sizes = torch.einsum("tgs,tgd->sd", d_logits.abs(), self.query.abs())
-        on_key = (
-            torch.einsum("tgs,tgd->sd", on_d_logits, self.query**2) + summed * readers * sizes**2
-        )
-        d_key = torch.einsum("tgs,tgd->sd", d_logits, self.query)
-
         on_weights = self.on_weights + weights**2 * self.on_lse
-        d_value = torch.einsum("tgs,tgd->sd", weights, grad)
-        sizes = torch.einsum("tgs,tgd->sd", weights, grad.abs())
-        on_value = torch.einsum("tgs,tgd->sd", on_weights, grad**2) + summed * readers * sizes**2
         found = [
             unit.store(self.scale * d_query, self.scale**2 * on_query),
-            unit.store(self.scale * d_key, self.scale**2 * on_key)[:, None],
-            unit.store(d_value, on_value)[:, None],
+            self._of_keys(self.scale * d_logits, self.scale**2 * on_d_logits, self.query),
+            self._of_keys(weights, on_weights, grad),
         ]
         if self.sink is not None:
             share = (self.sink[:, None] - self.lse).exp() * self.seen.any(-1, keepdim=True)
@@ -232,6 +222,16 @@ class _Group:
             sizes = (share * delta.abs()).sum((0, 2))
             found.append(on_sink.sum((0, 2)) + summed * len(grad) * sizes**2)
         return found
+
+    def _of_keys(self, numbers: Tensor, variance: Tensor, rows: Tensor) -> Tensor:
+        """Of the sum over tokens and heads of numbers [T, G, S] * rows [T, G, D]: [S, 1, D]."""
+        unit, readers = self.unit, self.seen.sum((0, 1))[:, None] * rows.shape[1]
+        parts = torch.einsum("tgs,tgd->gsd", numbers, rows)
+        sizes = torch.einsum("tgs,tgd->sd", numbers.abs(), rows.abs())
+        found = torch.einsum("tgs,tgd->sd", variance, rows**2)
+        # cuDNN stores the part of every head and then adds them up.
+        found += unit.summed**2 * readers * sizes**2 + (unit.stored * parts).square().sum(0)
+        return unit.store(parts.sum(0), found)[:, None]
 
 
 def assert_within(got: Tensor, exact: Tensor, variance: Tensor, what: str) -> None:

@@ -154,11 +154,14 @@ def test_what_cancels_still_rounds_and_what_is_hidden_does_not(
     inputs, grad, _ = problem(one_token, dtype)
     seen = torch.ones(1, 1, 1, 1, dtype=torch.bool)
     allowed = rounding.attention(*inputs[:3], seen, dtype=dtype, grad=grad)
-    size = rounding.Unit.of(dtype).summed
-    for variance in (allowed.query, allowed.key):
-        assert variance is not None
-        assert (variance.sqrt() > size / 100).all()
-        assert (variance.sqrt() < 1e5 * rounding.Unit.of(dtype).stored).all()
+    _, key, value = (tensor.double().abs() for tensor in inputs[:3])
+    of_heads = torch.einsum("btkgd,btkd->btkg", grad.double().abs().unflatten(2, (2, 3)), value)
+    terms = (of_heads[..., None] * key[:, :, :, None]).flatten(2, 3) * SMALL.head_dim**-0.5
+    assert allowed.query is not None
+    assert allowed.key is not None
+    assert (allowed.query > 0).all()
+    assert (allowed.key > 0).all()
+    assert (allowed.query.sqrt() < 30 * rounding.Unit.of(dtype).stored * terms).all()
     allowed = rounding.attention(
         *inputs[:3], ~seen, dtype=dtype, grad=grad, sink=torch.zeros(one_token.heads)
     )
