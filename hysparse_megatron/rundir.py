@@ -4,6 +4,7 @@ config.yaml     the frozen configuration       status.json    how the run stands
 run.json        see run_record.py          metrics.jsonl  one row a step
 checkpoints/    see checkpoint/store.py        summary.md     written at the end
 logs/           see runtime/flight_recorder.py code.diff      see source.py
+code/           see launch/snapshot.py
 """
 
 from __future__ import annotations

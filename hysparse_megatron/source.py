@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +16,18 @@ MAX_DIFF_BYTES = 2_000_000
 """More than code ever changes between two commits; a diff of data is cut there."""
 
 
+SNAPSHOT_FILE = "snapshot.json"
+"""Beside the packages of a copy that a job runs from: the `git_state` of what was copied."""
+
+
 def git_state() -> dict[str, str | bool] | None:
-    """Commit of the code that runs and whether it was changed; None outside a git checkout."""
+    """Commit of the code that runs and whether it was changed; None outside a git checkout.
+
+    A copy made for a job also says where it lies: in RUN_DIR/`snapshot`.
+    """
+    copied = _folder().parent / SNAPSHOT_FILE
+    if copied.is_file():
+        return json.loads(copied.read_text())
     try:
         commit = _git("rev-parse", "HEAD").decode().strip()
         return {"commit": commit, "dirty": bool(_git("status", "--porcelain"))}
@@ -31,7 +42,7 @@ def record_source(run_path: Path, starts: Sequence[dict[str, Any]]) -> dict[str,
     has changed since, else a new one; no file of an earlier start is written over.
     """
     state: dict[str, Any] | None = git_state()
-    if state is None or not state["dirty"]:
+    if state is None or not state["dirty"] or "snapshot" in state:
         return state
     try:
         difference = _difference()

@@ -17,10 +17,12 @@ from packaging.requirements import Requirement
 
 from hysparse_megatron.checkpoint.store import published, step_of
 from hysparse_megatron.config.cluster import Scheduler
-from hysparse_megatron.config.schema import Config, Layers, Precision, TrackingMode
+from hysparse_megatron.config.schema import Config, DataConfig, Layers, Precision, TrackingMode
 from hysparse_megatron.config.validate import has_wandb_key
 from hysparse_megatron.data.blend import parse_blend
 from hysparse_megatron.data.card import CARD_NAME, load_prepared
+from hysparse_megatron.data.corpus import open_corpus
+from hysparse_megatron.data.sources import MANY_EPOCHS, count_of, epochs
 from hysparse_megatron.errors import DataError
 from hysparse_megatron.plan.overview import Overview
 from hysparse_megatron.rundir import holder
@@ -29,6 +31,8 @@ from launch.findings import Finding, fail, ok, warn
 _PACKAGE = "hysparse-megatron"
 _LARGE_TEXT = 100 * 2**20
 """Bytes of raw text from which preparing it beforehand is worth a word."""
+_BYTES_PER_TOKEN = 4
+"""Of text that nobody has prepared yet; by language and tokenizer 2 to 5."""
 
 
 def login_checks(config: Config, overview: Overview) -> list[Finding]:
@@ -104,53 +108,78 @@ def gpus(config: Config) -> Iterator[Finding]:
 
 
 def data(config: Config) -> Iterator[Finding]:
-    """Prepared datasets whole and with their tokenizer; raw text announced."""
+    """Prepared datasets whole and with their tokenizer; raw text announced; enough for the run."""
     settings = config.data
-    for path in settings.evaluation.values():
-        yield from _prepared(config, [path]) if _is_prepared(path) else [_raw(path)]
+    for held_out in settings.evaluation.values():
+        yield _prepared(config, held_out)[0] if _is_prepared(held_out) else _raw(held_out)
+    parts: Sequence[tuple[float, str | None]] = [(1.0, settings.path)]
     if settings.blend is not None:
-        folders = [folder for _, folder in parse_blend(settings.blend)]
-    elif settings.path is not None and _is_prepared(settings.path):
-        folders = [settings.path]
-    else:
-        yield _raw(settings.path)
-        return
-    yield from _prepared(config, folders)
+        parts = parse_blend(settings.blend)
+    sizes = []
+    for _, path in parts:
+        if path is not None and _is_prepared(path):
+            finding, tokens = _prepared(config, path)
+        else:
+            finding, tokens = _raw(path), _tokens_of_text(path, settings)
+        yield finding
+        sizes.append(tokens)
+    if all(sizes):
+        yield _epochs(config, epochs(config.train.tokens, sizes, [weight for weight, _ in parts]))
 
 
 def _is_prepared(path: str) -> bool:
     return os.path.exists(os.path.join(path, CARD_NAME))
 
 
-def _prepared(config: Config, folders: Sequence[str]) -> Iterator[Finding]:
-    for folder in folders:
-        fix = "prepare it again with tools.prepare_data, or restore the file"
-        try:
-            corpus = load_prepared(folder, check_tokens=False)
-        except DataError as error:
-            yield fail("data", str(error), fix)
-            continue
-        limit = config.model.vocab_size
-        if limit is not None and corpus.vocab_size > limit:
-            fix = "raise model.vocab_size, or leave it out"
-            found = f"{folder}: {corpus.vocab_size} token ids, model.vocab_size is {limit}"
-            yield fail("data", found, fix)
-            continue
-        tokens = f"{corpus.train_tokens:,} tokens in {corpus.train_documents:,} documents"
-        hashes = f"fingerprint {corpus.fingerprint[:12]}, tokenizer {corpus.tokenizer_sha256[:12]}"
-        yield ok("data", f"{folder}: {tokens}, {hashes}")
+def _prepared(config: Config, folder: str) -> tuple[Finding, int]:
+    """What is found in the folder, and how many training tokens; 0 if it cannot be used."""
+    fix = "prepare it again with tools.prepare_data, or restore the file"
+    try:
+        corpus = load_prepared(folder, check_tokens=False)
+    except DataError as error:
+        return fail("data", str(error), fix), 0
+    limit = config.model.vocab_size
+    if limit is not None and corpus.vocab_size > limit:
+        fix = "raise model.vocab_size, or leave it out"
+        found = f"{folder}: {corpus.vocab_size} token ids, model.vocab_size is {limit}"
+        return fail("data", found, fix), 0
+    tokens = f"{corpus.train_tokens:,} tokens in {corpus.train_documents:,} documents"
+    hashes = f"fingerprint {corpus.fingerprint[:12]}, tokenizer {corpus.tokenizer_sha256[:12]}"
+    return ok("data", f"{folder}: {tokens}, {hashes}"), corpus.train_tokens
 
 
 def _raw(path: str | None) -> Finding:
     if path is None:
         return ok("data", "the sample text that ships with Python")
-    files = [Path(path)] if os.path.isfile(path) else Path(path).rglob("*")
-    size = sum(file.stat().st_size for file in files if file.is_file())
+    size = _text_bytes(path)
     found = f"{path}: {size / 1e6:,.0f} MB of text, prepared when the run starts"
     if size > _LARGE_TEXT:
         fix = "tools.prepare_data does it once, by all cores, before any GPU waits"
         return warn("data", found, fix)
     return ok("data", found)
+
+
+def _text_bytes(path: str | None) -> int:
+    if path is None:
+        return open_corpus(None).size_bytes
+    files = [Path(path)] if os.path.isfile(path) else Path(path).rglob("*")
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _tokens_of_text(path: str | None, settings: DataConfig) -> int:
+    """About how many training tokens a text has that is not prepared yet."""
+    return int(_text_bytes(path) * (1 - settings.validation_fraction) / _BYTES_PER_TOKEN)
+
+
+def _epochs(config: Config, times: float) -> Finding:
+    found = f"the run's {config.train.tokens:,} tokens read it about {count_of(times)} times"
+    if times <= MANY_EPOCHS:
+        return ok("data", found)
+    return warn(
+        "data",
+        found,
+        f"more data or fewer train.steps: beyond {MANY_EPOCHS:g} times text teaches less",
+    )
 
 
 def disk(config: Config, overview: Overview) -> Iterator[Finding]:

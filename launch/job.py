@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import jinja2
@@ -12,6 +14,8 @@ import jinja2
 from hysparse_megatron.config.cluster import Scheduler
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.config.shell_words import quoted
+from hysparse_megatron.data.blend import parse_blend
+from hysparse_megatron.errors import ConfigError
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 SCRIPT_NAME = "job.sbatch"
@@ -35,14 +39,19 @@ def ranks_per_node(config: Config) -> int:
     return config.cluster.ranks_per_node or config.cluster.gpus_per_node
 
 
-def render_job(config: Config, checkout: Path = CHECKOUT, python: str = sys.executable) -> str:
+def render_job(
+    config: Config, code: Path, checkout: Path = CHECKOUT, python: str = sys.executable
+) -> str:
     """What sbatch is given for this run.
 
-    `checkout` is the folder the job runs in, with this code and reachable from every node;
-    `python` is taken where `cluster.slurm.python` is null.
+    `code` is the folder that the packages are imported from, `checkout` the one the job runs in,
+    from which relative paths lead; both are reachable from every node. `python` is taken where
+    `cluster.slurm.python` is null. Raises ConfigError for paths that cannot be passed on.
     """
     slurm = config.cluster.slurm
     run_dir = config.run_path.absolute()
+    folders = mounted_folders(config, checkout)
+    _refuse_separators(config, code, folders)
     srun = [
         *map(quoted, slurm.srun_options),
         *([quoted(slurm.command_prefix)] if slurm.command_prefix else []),
@@ -63,10 +72,44 @@ def render_job(config: Config, checkout: Path = CHECKOUT, python: str = sys.exec
         nodes=config.cluster.nodes,
         ranks_per_node=ranks_per_node(config),
         slurm=slurm,
+        # srun does not take it over from sbatch.
+        cores=f"--cpus-per-task={slurm.cpus_per_task} " if slurm.cpus_per_task else "",
         srun=" ".join(srun),
         script=shlex.quote(str(run_dir / SCRIPT_NAME)),
         log=shlex.quote(f"{logs}/slurm-%j.log"),
         checkout=shlex.quote(str(checkout)),
         run_dir=shlex.quote(str(run_dir)),
+        code=shlex.quote(str(code)),
+        mounts=shlex.quote(",".join(map(str, folders))),
         no_rendezvous=NO_RENDEZVOUS,
     )
+
+
+def mounted_folders(config: Config, checkout: Path = CHECKOUT) -> list[Path]:
+    """What a container must see, under the same paths: the checkout, the run directory, and where
+    the data, the tokenizer, their cache and the weights to start from lie. None inside another."""
+    data = config.data
+    named = [data.path, data.tokenizer, config.checkpoint.load, *data.evaluation.values()]
+    named += [path for _, path in parse_blend(data.blend)] if data.blend else []
+    inputs = [checkout / path for path in named if path is not None]
+    # A file is mounted with what stands beside it, and so is the common stem of .bin and .idx.
+    folders = [path if path.is_dir() else path.parent for path in inputs]
+    folders += [checkout, config.run_path.absolute(), checkout / data.cache_dir]
+    outermost: list[Path] = []
+    for folder in sorted(set(folders), key=lambda path: len(path.parts)):
+        if not any(folder.is_relative_to(other) for other in outermost):
+            outermost.append(folder)
+    return outermost
+
+
+def _refuse_separators(config: Config, code: Path, folders: Sequence[Path]) -> None:
+    """Colons and commas end a path in PYTHONPATH and in a list of mounts."""
+    if ":" in str(code):
+        raise ConfigError(f"run_dir: got {config.run_path}; allowed no colon in a job's directory")
+    slurm = config.cluster.slurm
+    words = " ".join([*slurm.srun_options, slurm.command_prefix])
+    if not re.search(r"\$\{?mounts\b", words):
+        return
+    for folder in folders:
+        if set(":,") & set(str(folder)):
+            raise ConfigError(f"$mounts: got {folder}; allowed folders without colons and commas")

@@ -76,7 +76,9 @@ def _gather(value: Any) -> list[Any]:
 def _identity(config: Config, device: torch.device) -> dict[str, str]:
     """What has to be the same on all ranks, by name."""
     git = git_state()
-    code = "no git checkout" if git is None else f"{git['commit']}{'+' if git['dirty'] else ''}"
+    code = "no git checkout"
+    if git is not None:
+        code = f"{git.get('snapshot', '')} {git['commit']}{'+' if git['dirty'] else ''}".strip()
     packages = ", ".join(f"{name} {version}" for name, version in versions().items())
     found = {"configuration": config_hash(config), "code": code, "packages": packages}
     if device.type == "cuda":

@@ -40,6 +40,7 @@ from hysparse_megatron.rundir import prepare_run, refuse_start
 from launch import findings, local
 from launch.checks import login_checks
 from launch.job import SCRIPT_NAME, num_ranks, render_job
+from launch.snapshot import make_snapshot, snapshot_folder
 from launch.sweep import Point, points
 
 _QUEUE_SECONDS = 30
@@ -91,7 +92,7 @@ def _launch(point: Point, dry_run: bool, is_one_of_many: bool) -> int:
     slurm = config.cluster.scheduler is Scheduler.slurm
     if slurm and not dry_run:
         _refuse_queued(config)
-    script = render_job(config) if slurm else ""
+    script = render_job(config, snapshot_folder(config.run_path)) if slurm else ""
     overview = overview_of(config, num_ranks(config))
     found = login_checks(config, overview)
     if is_one_of_many:
@@ -133,6 +134,8 @@ def _command(config: Config) -> list[str]:
 def _submit(config: Config, script: str, command: list[str]) -> int:
     path = config.run_path
     (path / "logs").mkdir(exist_ok=True)  # sbatch does not make the folder of its output
+    make_snapshot(path)
+    Path(config.data.cache_dir).mkdir(parents=True, exist_ok=True)  # or it could not be mounted
     write_whole(path / SCRIPT_NAME, script)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

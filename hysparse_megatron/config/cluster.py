@@ -68,6 +68,9 @@ class SlurmConfig:
     python: str | None = None
     """Interpreter of the ranks, inside the container if there is one; null takes the one that
     submits."""
+    cpus_per_task: int | None = None
+    """Cores of a rank, for its threads and for what prepares and writes data; null leaves it to the
+    cluster, which often gives one."""
     signal_seconds: int = 300
     """How long before the time limit a job is told to save and stop, in seconds."""
     max_restarts: int = 5
@@ -131,19 +134,25 @@ def _words(slurm: SlurmConfig) -> Iterator[Problem]:
             if not _OPTION.match(option) or not are_safe(option):
                 text = f"one option a line, like --x=y, of {allowed}"
                 yield Problem(f"cluster.slurm.{name}", repr(option), text)
-            elif name == "options" and any(map(_is_own, shlex.split(option))):
+            elif name == "options" and _is_own(shlex.split(option), slurm):
                 allowed_here = "options that the job script does not set itself"
                 yield Problem("cluster.slurm.options", option, allowed_here)
     if slurm.command_prefix and not are_words(slurm.command_prefix):
         yield Problem("cluster.slurm.command_prefix", repr(slurm.command_prefix), WORDS)
 
 
-def _is_own(word: str) -> bool:
-    """Whether sbatch takes the word for one of `OWN_OPTIONS`; it knows them by any clear start."""
-    key = word.partition("=")[0]
-    if key.startswith("--"):
-        return any(own.startswith(key.removeprefix("--")) for own in OWN_OPTIONS)
-    return key.startswith("-") and key[1:2] in _OWN_LETTERS
+def _is_own(words: list[str], slurm: SlurmConfig) -> bool:
+    """Whether sbatch takes a word for one of `OWN_OPTIONS`; it knows them by any clear start."""
+    with_cores = slurm.cpus_per_task is not None
+    names = (*OWN_OPTIONS, "cpus-per-task") if with_cores else OWN_OPTIONS
+    letters = f"{_OWN_LETTERS}c" if with_cores else _OWN_LETTERS
+    for key in (word.partition("=")[0] for word in words):
+        if key.startswith("--"):
+            if any(own.startswith(key.removeprefix("--")) for own in names):
+                return True
+        elif key.startswith("-") and key[1:2] in letters:
+            return True
+    return False
 
 
 def _texts(cluster: ClusterConfig) -> Iterator[tuple[str, str]]:

@@ -418,6 +418,11 @@ class TrainConfig:
         given = self.batch_ramp or []
         return BatchRamp(*given) if len(given) == 3 else None
 
+    @property
+    def tokens(self) -> int:
+        """Trained on in the whole run."""
+        return self.samples_of(self.steps) * self.seq_length
+
     def samples_of(self, steps: int, place: int = 0) -> int:
         """How many samples `steps` steps take that begin after `place` samples of the order."""
         if self.ramp is None:
@@ -446,7 +451,7 @@ class DataConfig:
     validation_fraction: float = 0.05
     """Share of the documents held out for evaluation; 0, for `train.eval_batches=0`, holds out
     none."""
-    evaluation: dict[str, str] = field(default_factory=dict)
+    evaluation: dict[str, str] = field(default_factory=dict, hash=False)
     """Further evaluation sets, `{code: data/code}`: names and paths like `path`, each evaluated on
     its own validation split in the run's tokenizer, with rows and curves under its name."""
     text_key: str = "text"

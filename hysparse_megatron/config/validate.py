@@ -76,6 +76,7 @@ AT_LEAST: dict[str, int] = {
     "cluster.gpus_per_node": 1,
     "cluster.nodes": 1,
     "cluster.ranks_per_node": 1,
+    "cluster.slurm.cpus_per_task": 1,
     "cluster.slurm.signal_seconds": 1,
     "cluster.slurm.max_restarts": 0,
     "parallel.timeout_seconds": 1,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from hysparse_megatron.config.schema import DataConfig
 from hysparse_megatron.data import content
-from hysparse_megatron.data.blend import parse_blend
+from hysparse_megatron.data.blend import Blend, parse_blend
 from hysparse_megatron.data.card import CARD_NAME, PreparedCorpus, large_files, load_prepared
 from hysparse_megatron.data.dataset import BlendedSamples, Samples, TokenSamples
 from hysparse_megatron.data.prepare import prepare_corpus
@@ -70,6 +70,33 @@ class BlendedCorpus:
 
 
 TrainingData = PreparedCorpus | BlendedCorpus
+
+
+MANY_EPOCHS = 4.0
+"""Text read more often teaches clearly less than new text (Muennighoff et al., 2305.16264)."""
+
+
+def epochs(tokens: int, sizes: Sequence[int], weights: Sequence[float] = (1.0,)) -> float:
+    """How often a run of `tokens` reads a dataset, the one of a blend that it reads most often.
+
+    `sizes` are the training tokens of each, `weights` those of the blend.
+    """
+    shares = Blend(weights).shares
+    return max(
+        float(share) * tokens / max(1, size) for share, size in zip(shares, sizes, strict=True)
+    )
+
+
+def epochs_of(data: TrainingData, tokens: int) -> float:
+    """`epochs` of what a run reads."""
+    if isinstance(data, BlendedCorpus):
+        return epochs(tokens, [part.train_tokens for part in data.parts], data.weights)
+    return epochs(tokens, [data.train_tokens])
+
+
+def count_of(epochs: float) -> str:
+    """The number as people say it: 0.031, 2.5, 23,148."""
+    return f"{epochs:,.0f}" if epochs >= 10 else f"{epochs:.2g}"
 
 
 def changed_fields(before: Mapping[str, object], now: Mapping[str, object]) -> list[str]:

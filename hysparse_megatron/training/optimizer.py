@@ -13,6 +13,7 @@ from megatron.core.optimizer import (
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
@@ -72,10 +73,31 @@ def build_optimizer(
     return optimizer
 
 
+@torch.no_grad()
+def update(optimizer: MegatronOptimizer, grad_norm: float) -> None:
+    """What `optimizer.step()` does once gradients are prepared and their norm is known.
+
+    It would prepare them again and reduce a second norm over all ranks, to clip by.
+    """
+    for part in _parts(optimizer):
+        parameters = part.get_parameters()
+        if parameters and part.config.clip_grad > 0.0:
+            clip_grad_by_total_norm_fp32(
+                parameters,
+                max_norm=part.config.clip_grad,
+                total_norm=grad_norm,
+                use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+            )
+    optimizer.step_with_ready_grads()
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    return optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+
+
 def distributed_parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
     """The distributed optimizers inside `optimizer`."""
-    parts = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
-    return [part for part in parts if isinstance(part, DistributedOptimizer)]
+    return [part for part in _parts(optimizer) if isinstance(part, DistributedOptimizer)]
 
 
 _ADAM = {

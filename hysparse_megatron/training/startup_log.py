@@ -9,7 +9,7 @@ from hysparse_kernels import BackendChoice, BackendUnavailable, resolve_backend
 
 from hysparse_megatron.config.schema import Config, Precision
 from hysparse_megatron.data import EvaluationBatches
-from hysparse_megatron.data.sources import TrainingData
+from hysparse_megatron.data.sources import MANY_EPOCHS, TrainingData, count_of, epochs_of
 from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.model.layers import describe_layers
 from hysparse_megatron.model.pipeline import describe_traffic
@@ -49,6 +49,17 @@ def describe_evaluations(
     say(f"evaluation on {samples}" if told else "no evaluation: train.eval_batches is 0")
 
 
+def _describe_data(corpus: TrainingData, run_tokens: int, say: Say) -> None:
+    say(
+        f"data: {corpus.train_tokens:,} training and {corpus.validation_tokens:,} validation "
+        f"tokens, vocabulary {corpus.vocab_size}, fingerprint {corpus.fingerprint[:12]}"
+    )
+    times = epochs_of(corpus, run_tokens)
+    told = f"the whole run of {run_tokens:,} tokens reads the data {count_of(times)} times"
+    warning = "WARNING: " if times > MANY_EPOCHS else ""
+    say(f"{warning}{told}{'; more data would teach more' if warning else ''}")
+
+
 def describe_start(state: TrainingState, corpus: TrainingData, say: Say) -> None:
     """The start-up log: what runs, on what, and what every pipeline cut sends."""
     config = state.config
@@ -64,10 +75,7 @@ def describe_start(state: TrainingState, corpus: TrainingData, say: Say) -> None
     say(f"attention backend {backend.name}: {backend.reason}")
     say(describe_layers(state.layers, config.model))
     say(f"optimizer: {describe_optimizer(state)}")
-    say(
-        f"data: {corpus.train_tokens:,} training and {corpus.validation_tokens:,} validation "
-        f"tokens, vocabulary {corpus.vocab_size}, fingerprint {corpus.fingerprint[:12]}"
-    )
+    _describe_data(corpus, config.train.tokens, say)
     say(state.megatron.plan.describe())
     if parallel.pp > 1:
         say(describe_traffic(state.megatron, rows_per_rank(config), config.train.micro_batch_size))

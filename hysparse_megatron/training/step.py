@@ -18,7 +18,7 @@ from hysparse_megatron.errors import DataError
 from hysparse_megatron.evaluation.loss import HeldOutLoss
 from hysparse_megatron.runtime import faults
 from hysparse_megatron.runtime.random import seed_step
-from hysparse_megatron.training.optimizer import set_step
+from hysparse_megatron.training.optimizer import set_step, update
 from hysparse_megatron.training.state import TrainingState
 
 Batch = dict[str, Tensor]
@@ -74,6 +74,9 @@ def train_step(
     state.optimizer.zero_grad()
     biases = _expert_biases(state)
     before = [bias.clone() for bias in biases]
+    if state.loads is not None:
+        share = _counted_share(state, microbatches)
+        state.megatron.moe_grad_scale_func = lambda: share
     sums = _run_schedule(state, microbatches, step + 1, forward_only=False)
     loss = sums.loss / max(sums.tokens, 1)
     # Before the decision, and also after a bad loss: both are collective.
@@ -81,7 +84,7 @@ def train_step(
     grad_norm = float(state.optimizer.get_grad_norm())
     bad = decide(sums.finite_here, loss, grad_norm)
     if bad is None:
-        state.optimizer.step()
+        update(state.optimizer, grad_norm)
         faults.spoil_weight(next(state.chunks[0].parameters()), step + 1)
     else:  # the schedule has moved these already, by what a bad step made of the routing
         for bias, kept in zip(biases, before, strict=True):
@@ -93,6 +96,19 @@ def train_step(
         bad=bad,
         model_metrics=state.loads.take(len(microbatches)) if state.loads else {},
     )
+
+
+def _counted_share(state: TrainingState, microbatches: Sequence[Batch]) -> Tensor:
+    """Share of the global batch's labels that count: fp32 [1]. Collective.
+
+    megatron-core multiplies the experts' own losses by all tokens of a micro-batch, and divides all
+    gradients by the tokens that count; by this share their weight is the one that is set.
+    """
+    counted = sum(batch["loss_mask"].double().sum() for batch in microbatches)
+    places = sum(batch["loss_mask"].numel() for batch in microbatches)
+    found = torch.tensor([counted, places], dtype=torch.float64, device=state.device)
+    dist.all_reduce(found, group=state.groups.dp)
+    return (found[:1] / found[1]).float()
 
 
 def _expert_biases(state: TrainingState) -> list[Tensor]:

@@ -16,7 +16,8 @@ from hysparse_megatron.config.cluster import cluster_problems
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.config.validate import RULES
-from launch.job import num_ranks, ranks_per_node, render_job
+from hysparse_megatron.errors import ConfigError
+from launch.job import mounted_folders, num_ranks, ranks_per_node, render_job
 
 GOLDEN = Path(__file__).parent / "golden"
 CLUSTERS = {
@@ -40,7 +41,12 @@ UPDATE = os.environ.get("UPDATE_GOLDEN") == "1"
 
 def rendered(name: str) -> str:
     config = compose([*CLUSTERS[name], "run_dir=/shared/my runs/first"])
-    return render_job(config, checkout=Path("/shared/hysparse"), python="/shared/venv/bin/python")
+    return render_job(
+        config,
+        code=Path("/shared/my runs/first/code/0123456789ab"),
+        checkout=Path("/shared/hysparse"),
+        python="/shared/venv/bin/python",
+    )
 
 
 @pytest.mark.parametrize("name", CLUSTERS)
@@ -77,6 +83,52 @@ def test_the_local_starter_is_sound_bash() -> None:
 
 def config_of(*overrides: str) -> Config:
     return compose(list(overrides))
+
+
+def test_cores_of_a_rank() -> None:
+    """srun takes no cores over from sbatch."""
+    script = render_job(config_of("cluster=slurm", "cluster.slurm.cpus_per_task=3"), Path("/code"))
+    assert "#SBATCH --cpus-per-task=3\n" in script
+    assert script.count(" --cpus-per-task=3 ") == 2
+    for words in ("--cpus-per-task=9", "--cpus 9", "-c9"):
+        config = config_of("cluster=slurm", f'cluster.slurm.options=["{words}"]')
+        assert [problem.got for problem in cluster_problems(config.cluster)] == [words]
+        slurm = replace(config.cluster.slurm, cpus_per_task=None)
+        assert list(cluster_problems(replace(config.cluster, slurm=slurm))) == []
+
+
+def test_a_container_sees_what_the_run_names(tmp_path: Path) -> None:
+    for folder in ("checkout", "text", "tokenizers", "a", "b", "held", "start", "text/inside"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "tokenizers" / "x.json").touch()
+    config = config_of(
+        f"run_dir={tmp_path}/runs/first",
+        f"data.path={tmp_path}/text",
+        f"data.tokenizer={tmp_path}/tokenizers/x.json",
+        f"data.evaluation={{held: {tmp_path}/held, more: {tmp_path}/text/inside}}",
+        f"checkpoint.load={tmp_path}/start",
+        f"data.cache_dir={tmp_path}/cache",
+        "cluster=slurm_container",
+    )
+    folders = ("checkout", "text", "tokenizers", "held", "start", "cache", "runs/first")
+    checkout = tmp_path / "checkout"
+    assert set(mounted_folders(config, checkout)) == {tmp_path / folder for folder in folders}
+    named = ",".join(map(str, mounted_folders(config, checkout)))
+    script = render_job(config, tmp_path / "code", checkout)
+    assert f"export mounts={named}" in script
+    blend = f"0.5 {tmp_path}/a; 0.5 {tmp_path}/b"
+    blended = replace(config, data=replace(config.data, path=None, blend=blend))
+    assert {tmp_path / "a", tmp_path / "b"} <= set(mounted_folders(blended, checkout))
+    own = config_of(f"run_dir={checkout}/runs/x", "data.cache_dir=.cache/data")
+    assert mounted_folders(own, checkout) == [checkout], "all of it lies there"
+
+
+def test_paths_that_a_list_cannot_hold() -> None:
+    with pytest.raises(ConfigError, match=r"\$mounts: got /a,b;"):
+        render_job(config_of("cluster=slurm_container", "run_dir='/a,b'"), Path("/code"))
+    with pytest.raises(ConfigError, match="run_dir: got /a:b; allowed no colon"):
+        render_job(config_of("cluster=slurm", "run_dir='/a:b'"), Path("/a:b/code"))
+    render_job(config_of("cluster=slurm", "run_dir='/a,b'"), Path("/a,b/code"))
 
 
 def test_ranks() -> None:
@@ -184,7 +236,7 @@ def test_a_job_with_odd_names_runs_nothing_but_its_own(tmp_path: Path) -> None:
     )
     assert [problem for rule in RULES for problem in rule(config)] == []
     script = tmp_path / "job.sbatch"
-    script.write_text(render_job(config, checkout=folder))
+    script.write_text(render_job(config, code=run_dir, checkout=folder))
     subprocess.run(["bash", "-n", str(script)], check=True)
     programs = {"srun": SRUN, "scontrol": "#!/bin/sh\necho node1\n", "squeue": "#!/bin/sh\n"}
     for name, text in programs.items():
@@ -205,6 +257,7 @@ def test_a_job_with_odd_names_runs_nothing_but_its_own(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("canary"))
     checks, training = map(json.loads, asked.read_text().splitlines())
     own = [
+        "--cpus-per-task=8",
         f"--mounts={folder},{run_dir}:$(touch canary)",
         *("-w", "n[1-2]", "env", "A=1; touch canary", f"B={run_dir}"),
         *(slurm.python, "-m"),

@@ -1,6 +1,7 @@
 """What the checks before a run find: everything that can be wrong, made wrong."""
 
 import os
+import re
 import shutil
 import socket
 import stat
@@ -11,6 +12,7 @@ import pytest
 
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.config.schema import Config
+from hysparse_megatron.data.card import load_prepared
 from hysparse_megatron.plan.suggest import overview_of
 from hysparse_megatron.rundir import lock
 from launch import checks
@@ -108,10 +110,11 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_prepared_data_are_named_by_their_hashes(prepared: Path, tmp_path: Path) -> None:
     for setting in (f"data.path={prepared}", f"data.blend='1.0 {prepared}'"):
-        (found,) = checks.data(config_of(tmp_path, setting))
+        found, enough = checks.data(config_of(tmp_path, setting, "train.steps=1"))
         assert found.level is Level.OK
         assert "tokens in" in found.found
         assert "fingerprint" in found.found
+        assert enough.what == "data"
 
 
 def test_damaged_data_and_too_small_a_vocabulary_fail(prepared: Path, tmp_path: Path) -> None:
@@ -127,14 +130,33 @@ def test_damaged_data_and_too_small_a_vocabulary_fail(prepared: Path, tmp_path: 
     assert "train.bin" in found.found
 
 
+def test_too_little_data_for_a_run(prepared: Path, tmp_path: Path) -> None:
+    """The sample text is 10 MB, which the 80B preset would read 200,000 times."""
+    *_, found = checks.data(compose(["experiment=paper_80b_a3b_32k"]))
+    assert found.level is Level.WARN
+    number = re.search(r"500,002,979,840 tokens read it about ([\d,]+) times", found.found)
+    assert number
+    assert int(number[1].replace(",", "")) > 20_000
+    *_, found = checks.data(compose(["experiment=quickstart"]))
+    assert found.level is Level.OK
+    own = ["train.steps=100", "train.global_batch_size=8", "train.seq_length=64"]
+    tokens = load_prepared(prepared, check_tokens=False).train_tokens
+    *_, found = checks.data(config_of(tmp_path, f"data.path={prepared}", *own))
+    assert f"51,200 tokens read it about {51200 / tokens:.0f} times" in found.found
+    # Of a blend the part that is read most often counts.
+    blend = f"data.blend='3 {prepared}; 1 {prepared}'"
+    *_, found = checks.data(config_of(tmp_path, blend, *own))
+    assert f"about {0.75 * 51200 / tokens:.0f} times" in found.found
+
+
 def test_large_raw_text_gets_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = tmp_path / "text"
     text.mkdir()
     (text / "a.txt").write_text("words " * 1000)
-    (found,) = checks.data(config_of(tmp_path, f"data.path={text}"))
+    found, _ = checks.data(config_of(tmp_path, f"data.path={text}"))
     assert found.level is Level.OK
     monkeypatch.setattr(checks, "_LARGE_TEXT", 1000)
-    (found,) = checks.data(config_of(tmp_path, f"data.path={text}"))
+    found, _ = checks.data(config_of(tmp_path, f"data.path={text}"))
     assert found.level is Level.WARN
     assert "tools.prepare_data" in found.fix
 

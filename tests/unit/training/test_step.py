@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from megatron.core.optimizer import optimizer as megatron_optimizer
 from torch import Tensor
 
 from hysparse_megatron.config.compose import compose
@@ -37,6 +38,13 @@ SETTINGS = [
     "train.micro_batch_size=2",
     "optim.warmup_steps=0",
     "optim.learning_rate=0.01",
+]
+
+BALANCED = [
+    "model.moe.num_experts=4",
+    "model.moe.num_active_experts=2",
+    "model.moe.balancing=aux_loss",
+    "model.moe.aux_loss_coefficient=0",
 ]
 
 
@@ -102,6 +110,73 @@ def test_first_update_by_hand(state: TrainingState, seed: int) -> None:
         sure = clipped.abs() > 1e-6  # where rounding cannot turn the sign
         assert sure.any(), name
         torch.testing.assert_close(after[sure], wanted[sure], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def steps_of(state: TrainingState, batches: list[Batch], steps: int = 3) -> list[float]:
+    return [train_step(state, step, batches).grad_norm for step in range(steps)]
+
+
+@pytest.mark.parametrize("clip", ["0.05", "0"])
+def test_the_norm_is_reduced_once_and_the_update_is_megatrons(
+    clip: str, group: None, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit `optimizer.step()`, which reduces the norm once more."""
+    reduced = []
+    original = megatron_optimizer.get_grad_norm_fp32
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        reduced.append(1)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(megatron_optimizer, "get_grad_norm_fp32", counted)
+    batches = random_batches()
+    found = []
+    for ours in (True, False):
+        state = build_state(compose([*SETTINGS, f"optim.clip_grad={clip}"]), VOCABULARY, DEVICE)
+        if not ours:
+            monkeypatch.setattr(step_module, "update", lambda optimizer, norm: optimizer.step())
+        reduced.clear()
+        norms = steps_of(state, batches)
+        assert len(reduced) == (3 if ours else 6)
+        found.append((norms, parameters(state)))
+        destroy_process_groups()
+    assert found[0][0] == found[1][0]
+    for name, value in found[0][1].items():
+        assert torch.equal(value, found[1][1][name]), name
+
+
+def routers(state: TrainingState, batches: list[Batch]) -> dict[str, Tensor]:
+    """Gradients of the routers' weights, without an update."""
+    train_step(state, 0, batches, lambda finite, loss, norm: "only looked at")
+    (chunk,) = state.chunks
+    named = chunk.module.named_parameters()
+    return {name: p.main_grad.clone() for name, p in named if "router.weight" in name}
+
+
+@pytest.mark.parametrize("loss", ["aux_loss_coefficient", "z_loss_coefficient"])
+def test_the_weight_of_the_experts_losses_does_not_depend_on_masked_labels(
+    loss: str, group: None, seed: int
+) -> None:
+    """What such a loss adds to the routers' gradient is the same with half of the labels masked."""
+    batches = random_batches()
+    masked = [{**batch, "loss_mask": torch.ones(2, SEQUENCE)} for batch in batches]
+    masked[0]["loss_mask"][0] = 0.0
+    masked[1]["loss_mask"][:, SEQUENCE // 2 :] = 0.0
+    added = []
+    for given in (batches, masked):
+        found = []
+        for weight in (3.0, 0.0):
+            settings = [*SETTINGS, *BALANCED, f"model.moe.{loss}={weight}"]
+            state = build_state(compose(settings), VOCABULARY, DEVICE)
+            found.append(routers(state, given))
+            destroy_process_groups()
+        assert found[0]
+        added.append({name: value - found[1][name] for name, value in found[0].items()})
+    for name, whole in added[0].items():
+        assert whole.abs().max() > 0, name
+        # What is subtracted is far smaller, so that rounding stays near that of fp32.
+        bound = 1e-4 * float(whole.abs().max())
+        torch.testing.assert_close(added[1][name], whole, rtol=0, atol=bound, msg=name)
 
 
 def test_evaluation_changes_nothing(state: TrainingState, seed: int) -> None:
