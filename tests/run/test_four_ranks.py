@@ -58,4 +58,12 @@ def test_preempted_in_the_middle_and_continued(corpus: list[str], tmp_path: Path
     assert {key: after[key] for key in before} == before
     assert sorted(step for step, is_evaluation in after if not is_evaluation) == [*range(1, 41)]
     assert after[40, True]["eval_loss"] < after[0, True]["eval_loss"] - 0.2
+    # One process finds the same held-out loss, in other batches.
+    scores = tmp_path / "scores.json"
+    evaluation = ["--run-dir", str(run_dir), "--batch-size", "3", "--json", str(scores)]
+    code, output = run(evaluation, entry=("-m", "tools.evaluate"))
+    assert code == 0, output
+    (found,) = read_json(scores)["loss"]
+    assert found["all"]["loss"] == pytest.approx(after[40, True]["eval_loss"], abs=1e-5)
+    assert found["all"]["tokens"] == after[40, True]["eval_tokens"]
     assert processes_naming(str(run_dir)) == []
