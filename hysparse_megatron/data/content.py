@@ -18,7 +18,7 @@ from hysparse_megatron.errors import DataError
 SMALL_BYTES = 16 * 1024 * 1024
 """A file up to this size is hashed as a whole at once: some hundredths of a second."""
 
-NUM_BLOCKS, BLOCK_BYTES = 256, 4096
+NUM_BLOCKS, BLOCK_BYTES = 64, 16 * 1024
 """What is read at once of a larger one; changing either changes the hash in the card."""
 
 BYTES_PER_SECOND = 100_000_000
