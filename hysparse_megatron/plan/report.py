@@ -127,6 +127,12 @@ def _head(overview: Overview) -> str:
     layout = overview.plan.layout
     kinds = "".join(layer.kind.value for layer in layout.layers)
     experts = "" if config.model.moe.num_experts == 0 else f", ep {parallel.ep}"
+    ramp = ""
+    if train.ramp is not None:
+        ramp = (
+            f" (at the end of a ramp from {train.ramp.start} by {train.ramp.increment} over "
+            f"{train.ramp.samples:,} samples)"
+        )
     return (
         f"{config.model.layout}: {layout.num_layers} layers, {kinds.count('F')} full, "
         f"{kinds.count('S')} sparse, {kinds.count('W')} window\n"
@@ -135,7 +141,7 @@ def _head(overview: Overview) -> str:
         f"{groups.world_size} ranks: tp {parallel.tp}, pp {parallel.pp}, "
         f"vpp {parallel.vpp or 1}{experts}, dp {groups.dp}, "
         f"sequence parallel {'on' if parallel.sequence_parallel else 'off'}\n"
-        f"{train.global_batch_size} sequences of {train.seq_length} tokens a step, "
+        f"{train.global_batch_size} sequences of {train.seq_length} tokens a step{ramp}, "
         f"{groups.num_microbatches} micro-batches of {train.micro_batch_size} on each rank, "
         f"{train.precision.value}, recompute {train.recompute.value}"
     )

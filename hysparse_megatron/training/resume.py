@@ -64,12 +64,12 @@ def resume(state: TrainingState, latest: Path | None, corpus: TrainingData, say:
         checkpoints = latest.parent
         for path in on_rank_zero(lambda: store.set_aside(checkpoints, step), CheckpointError):
             say(f"WARNING: newer than step {step} and set aside: {path}. Delete it if of no use")
-        progress = _progress(config, step, facts)
+        progress = progress_of(config, step, facts)
         say(
             f"resuming after step {step} from {latest}: {progress.position.samples:,} samples "
             "consumed"
         )
-        _warn_of_past_skips(config, progress, say)
+        warn_of_past_skips(config, progress, say)
         return progress
     checkpoint = state.config.checkpoint
     if checkpoint.load is not None:
@@ -79,7 +79,7 @@ def resume(state: TrainingState, latest: Path | None, corpus: TrainingData, say:
     return Progress()
 
 
-def _progress(config: Config, step: int, manifest: dict[str, Any]) -> Progress:
+def progress_of(config: Config, step: int, manifest: dict[str, Any]) -> Progress:
     """Where the run of a manifest stood.
 
     Those of early versions know no samples: their batches all had one size.
@@ -89,7 +89,8 @@ def _progress(config: Config, step: int, manifest: dict[str, Any]) -> Progress:
         if "position" in facts:
             return Progress(step, Position(**facts["position"]), facts)
         samples = manifest["tokens"] // config.train.seq_length
-        steps = Skips.parse(config.data.skip_steps).data_step(step)
+        # Of the last step; what is left out right after it takes the batch size of today.
+        steps = Skips.parse(config.data.skip_steps).data_step(step - 1) + 1
         left_out = (steps - step) * (samples // max(step, 1))
     except (KeyError, TypeError) as error:
         raise CheckpointError(
@@ -98,7 +99,7 @@ def _progress(config: Config, step: int, manifest: dict[str, Any]) -> Progress:
     return Progress(step, Position(samples, left_out, steps), facts)
 
 
-def _warn_of_past_skips(config: Config, progress: Progress, say: Say) -> None:
+def warn_of_past_skips(config: Config, progress: Progress, say: Say) -> None:
     """What `data.skip_steps` names before the position can only be left out by going back."""
     named = Skips.parse(config.data.skip_steps).num_before(progress.position.steps)
     trained_on = named - (progress.position.steps - progress.step)

@@ -180,8 +180,15 @@ def test_a_finished_run_stays_as_it_is(how: str, finished, copy_of_finished: Cop
 def test_more_steps_and_other_settings_continue(copy_of_finished: Copy, finished) -> None:
     run_dir, arguments = copy_of_finished(STEPS)
     more = [*arguments, "train.steps=44", "optim.learning_rate=2e-3", "optim.decay_steps=0"]
+    before = contents(run_dir)
     code, output = run(more)
+    assert code == 2, output
+    assert "the learning rate of step 41, the next after" in output
+    assert "would be 0.002 in place of 0.0001 " in output
+    assert contents(run_dir) == before
+    code, output = run([*more, "optim.accept_schedule_change=true"])
     assert code == 0, output
+    assert "WARNING: the learning rate of step 41" in output
     assert "resuming after step 40" in output
     assert "train.steps: 40 -> 44" in output
     assert "optim.learning_rate: 0.001 -> 0.002" in output

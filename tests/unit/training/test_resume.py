@@ -1,0 +1,57 @@
+"""Where a run goes on in the order of its samples, by what a manifest says."""
+
+import random
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+
+from hysparse_megatron.config.compose import compose
+from hysparse_megatron.config.schema import Config
+from hysparse_megatron.data import Position
+from hysparse_megatron.errors import CheckpointError
+from hysparse_megatron.training.loop import Progress
+from hysparse_megatron.training.resume import progress_of, warn_of_past_skips
+
+
+@pytest.fixture(scope="module")
+def config() -> Config:
+    return compose(["data.skip_steps='3-5,20'", "train.seq_length=64", "train.global_batch_size=4"])
+
+
+def test_a_position_comes_back(config: Config, seed: int) -> None:
+    draw = random.Random(seed)
+    position = Position(*(draw.randint(0, 10**9) for _ in range(3)))
+    facts = {"position": asdict(position), "guard": {}}
+    assert progress_of(config, 7, {"progress": facts}) == Progress(7, position, facts)
+
+
+def test_early_versions_said_tokens(config: Config) -> None:
+    """All batches had one size: the one of then, whatever it is today."""
+    found = progress_of(config, 10, {"tokens": 10 * 8 * 64})
+    assert found == Progress(10, Position(samples=80, left_out=3 * 8, steps=13))
+    assert progress_of(config, 2, {"tokens": 2 * 8 * 64}).position == Position(16, 0, 2)
+    # What is left out next takes the batch size of today.
+    assert progress_of(config, 3, {"tokens": 3 * 8 * 64}).position == Position(24, 0, 3)
+    assert progress_of(config, 0, {"tokens": 0}).position == Position()
+
+
+@pytest.mark.parametrize(
+    "manifest", [{}, {"progress": {"position": {"of_another_version": 3}}}, {"tokens": None}]
+)
+def test_a_manifest_without_a_position(config: Config, manifest: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match="step 7 does not say how many samples"):
+        progress_of(config, 7, manifest)
+
+
+@pytest.mark.parametrize(
+    ("step", "steps", "trained_on"),
+    [(2, 2, 0), (3, 6, 0), (6, 6, 3), (5, 6, 2), (25, 28, 1), (25, 29, 0), (25, 25, 4)],
+)
+def test_skips_that_come_too_late_are_told(
+    config: Config, step: int, steps: int, trained_on: int
+) -> None:
+    told: list[str] = []
+    warn_of_past_skips(config, Progress(step, Position(steps=steps)), told.append)
+    assert len(told) == (trained_on > 0)
+    assert all(f"names {trained_on} steps that this run has trained on" in text for text in told)
