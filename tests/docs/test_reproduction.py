@@ -1,0 +1,52 @@
+"""docs/reproduction.md says what the results of the studies say, and its commands are valid."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+from tools.prepare_data import _parser as prepare_parser
+from tools.study.__main__ import _parser
+from tools.study.plan import read_study
+from tools.study.results import read_result
+from tools.study.table import lookup
+
+ROOT = Path(__file__).resolve().parents[2]
+STUDY = ROOT / "tools" / "study"
+TEXT = (ROOT / "docs" / "reproduction.md").read_text(encoding="utf-8")
+
+
+def test_losses_and_counts_are_those_of_the_results() -> None:
+    study = read_study(STUDY / "ablations.yaml")
+    results = STUDY / "results" / study.name
+    found = {run.name: read_result(results, run) for run in study.runs}
+    done = {name: result for name, result in found.items() if result}
+    words = {2: "two"}
+    total = len(study.runs) + len(read_study(STUDY / "claims.yaml").runs)
+    assert f"**{words[len(done)]} of its {total} runs are finished**" in TEXT.replace("\n", " ")
+    full, ours = done["full-seed1"], done["hysparse-seed1"]
+    pairs = [(full.rows[-1]["eval_loss"], ours.rows[-1]["eval_loss"])]
+    for where in ("code.loss.0.all.loss", "prose.loss.0.all.loss"):
+        pairs.append((lookup(full.evaluations, where), lookup(ours.evaluations, where)))
+    for one, other in pairs:
+        assert f"| {one:.4f} | {other:.4f} | {other - one:+.4f} |" in TEXT
+    hours = sum(result.seconds for result in done.values()) / 3600
+    assert f"({hours:.2f} hours for both)" in TEXT
+
+
+def test_shown_commands_are_valid() -> None:
+    text = TEXT.replace("\\\n", " ")
+    commands = re.findall(r"^    \.venv/bin/python -m tools\.(\S+) (.*)$", text, flags=re.M)
+    assert len(commands) == 6
+    for tool, line in commands:
+        parser = _parser() if tool == "study" else prepare_parser()
+        parser.parse_args(shlex.split(line))
+
+
+def test_the_card_names_what_the_results_were_trained_on() -> None:
+    card = json.loads((STUDY / "card.json").read_text())
+    assert set(card["parts"]) == {
+        "train-000.jsonl.zst",
+        "validation-code.jsonl.zst",
+        "validation-prose.jsonl.zst",
+    }
