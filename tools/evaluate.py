@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from hysparse_megatron.command import command, make_parser, positive
 from hysparse_megatron.config.schema import TrainConfig
+from hysparse_megatron.evaluation.progress import Progress
 from hysparse_megatron.evaluation.scores import Score, ask, require_room
 from hysparse_megatron.evaluation.tasks import TASKS
 from hysparse_megatron.files import require_writable
@@ -126,7 +127,7 @@ def _evaluate(given: argparse.Namespace, loaded: LoadedModel, is_first: bool) ->
         results[LOSS] = []
         for length in lengths:
             notes = list(_differences(given, loaded, length))
-            whole, bins, sequences = _loss(given, loaded, length, notes.append)
+            whole, bins, sequences = _loss(given, loaded, length, notes.append, not is_first)
             say(_loss_table(length, sequences, whole, bins))
             for note in notes:
                 say(f"  note: {note}")
@@ -137,16 +138,31 @@ def _evaluate(given: argparse.Namespace, loaded: LoadedModel, is_first: bool) ->
     asked = [name for name in names if name != LOSS]
     if asked:
         scores = []
-        for score in _scores(given, loaded, asked, lengths):
+        for score in _scores(given, loaded, asked, lengths, is_quiet=not is_first):
             scores.append(score)
             found = f"{score.mean:7.1%} +- {score.error:.1%}"
             say(f"{score.task:<18} {score.length:>9,} tokens  {found} of {score.samples}")
+        if not all(score.mean for score in scores):
+            say(_chance(loaded))
         results["scores"] = [dataclasses.asdict(score) for score in scores]
     return results
 
 
+def _chance(loaded: LoadedModel) -> str:
+    train = loaded.config.train
+    return (
+        "note: 0.0 % is the level of chance: the answers are numbers and words made up for each "
+        "question, which nobody guesses without\n  looking them up in the text. Models learn that "
+        f"after billions of tokens; the whole run of this one has {train.tokens:,}"
+    )
+
+
 def _scores(
-    given: argparse.Namespace, loaded: LoadedModel, names: Sequence[str], lengths: Sequence[int]
+    given: argparse.Namespace,
+    loaded: LoadedModel,
+    names: Sequence[str],
+    lengths: Sequence[int],
+    is_quiet: bool = False,
 ) -> Iterator[Score]:
     from hysparse_megatron.inference.generate import Settings, generate
 
@@ -164,6 +180,10 @@ def _scores(
     for name in names:
         for length in lengths:
             require_room(name, length, count)
+    questions = given.samples * len(names) * len(lengths)
+    label = f"{questions:,} questions of up to {max(lengths):,} tokens"
+    # Long texts take their time: by tokens, so that the time left is about right.
+    progress = Progress(label, given.samples * len(names) * sum(lengths), is_quiet)
     for name in names:
         for length in lengths:
             yield ask(
@@ -174,6 +194,7 @@ def _scores(
                 count=count,
                 continue_all=continue_all,
                 batch_size=given.batch_size,
+                answered=progress.by(length),
             )
 
 
@@ -184,7 +205,11 @@ def _tokenizer(given: argparse.Namespace, loaded: LoadedModel) -> Tokenizer:
 
 
 def _loss(
-    given: argparse.Namespace, loaded: LoadedModel, length: int, note: Callable[[str], None]
+    given: argparse.Namespace,
+    loaded: LoadedModel,
+    length: int,
+    note: Callable[[str], None],
+    is_quiet: bool,
 ) -> tuple[Bin, list[Bin], int]:
     """The loss on sequences of `length` tokens, by position too, and how many they are."""
     from hysparse_megatron.evaluation.held_out import held_out_batches, token_losses
@@ -192,7 +217,9 @@ def _loss(
 
     wanted = given.sequences or _sequences(loaded)
     batches = held_out_batches(loaded, length, wanted, given.batch_size, given.data, note)
-    whole, bins = loss_by_position(token_losses(loaded, batches), given.bins)
+    label = f"held-out loss of {batches.num_samples:,} sequences of {length:,} tokens"
+    losses = Progress(label, batches.num_batches, is_quiet).counting(token_losses(loaded, batches))
+    whole, bins = loss_by_position(losses, given.bins)
     return whole, bins, batches.num_samples
 
 

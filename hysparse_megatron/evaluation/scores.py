@@ -40,8 +40,11 @@ def ask(
     count: CountTokens,
     continue_all: Continue,
     batch_size: int = 8,
+    answered: Callable[[int], None] = lambda number: None,
 ) -> Score:
     """Ask `samples` questions of about `length` tokens. The same seed asks the same questions.
+
+    Calls `answered` with the number of questions of every batch that is done.
 
     Raises ConfigError if the length has no room for the question.
     """
@@ -52,6 +55,7 @@ def ask(
         tokens = max(count(f" {' '.join(one.answers)}.") for one in questions) + _MARGIN
         continued = continue_all(prompts, tokens)
         scores += [one.score(text) for one, text in zip(questions, continued, strict=True)]
+        answered(len(questions))
     mean = sum(scores) / len(scores)
     spread = sum((score - mean) ** 2 for score in scores) / max(1, len(scores) - 1)
     return Score(task, length, samples, mean, math.sqrt(spread / len(scores)))

@@ -134,7 +134,7 @@ class Console:
         print(
             f"step {row['step']:>{len(str(total))}}/{total}  loss {row['loss']:.4f}  "
             f"grad norm {row['grad_norm']:.3f}  lr {row['learning_rate']:.2e}  "
-            f"{row['tokens_per_second']:,.0f} tokens/s  {mfu}ETA {_duration(remaining)}{skipped}",
+            f"{row['tokens_per_second']:,.0f} tokens/s  {mfu}ETA {duration(remaining)}{skipped}",
             flush=True,
         )
 
@@ -143,7 +143,8 @@ class Console:
         print(text, flush=True)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """As minutes:seconds, or hours:minutes:seconds."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

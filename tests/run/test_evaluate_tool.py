@@ -61,6 +61,8 @@ def test_a_hardly_trained_model_answers_nothing(finished, tmp_path: Path) -> Non
         ("word_count", 300, 0.0),
     ]
     assert "300 tokens, but the model was trained on 64 at a time" in told
+    assert "8 questions of up to 300 tokens" in told
+    assert "0.0 % is the level of chance" in told
 
 
 def test_a_copying_model_answers_everything(
