@@ -81,7 +81,7 @@ def packages(config: Config) -> Iterator[Finding]:
     elif for_gpus and config.model.layers is Layers.auto:
         fix = "pip install '.[te]'; dense layers of hidden size 4096 train about twice as fast"
         yield warn("packages", "no transformer-engine: megatron-core's local layers", fix)
-    if for_gpus and importlib.util.find_spec("amp_C") is None:
+    if for_gpus and te is None and importlib.util.find_spec("amp_C") is None:
         fix = "build NVIDIA's apex from source if that matters (PyPI's `apex` is something else)"
         yield warn("packages", "no apex: weight gradients are not accumulated in the matmul", fix)
 

@@ -80,9 +80,25 @@ def _has_apex(device: torch.device) -> bool:
 def describe_layers(choice: LayerChoice, model: ModelConfig) -> str:
     """For the start-up log."""
     extras = [f"FP8 linears ({model.fp8.value})"] if model.fp8 is not Fp8.none else []
-    if choice.apex_weight_gradients:
+    if choice.transformer_engine:
+        extras.append("weight gradients added to their sum inside the matrix products")
+    elif choice.apex_weight_gradients:
         extras.append("apex's fused accumulation of weight gradients")
     return ", ".join([f"layers {choice.name}: {choice.reason}", *extras])
+
+
+def fuse_weight_gradients(choice: LayerChoice, model: torch.nn.Module) -> None:
+    """Let Transformer Engine's linear layers add weight gradients to `main_grad` as they make them.
+
+    It saves a gradient in the model's precision and a pass over both. megatron-core's setting of
+    the name is one for all layers and wants apex for the output projection, which is its own. For
+    training alone: a backward pass without gradient buffers would have nothing to add to.
+    """
+    if not choice.transformer_engine:
+        return
+    for module in model.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True  # type: ignore[assignment]
 
 
 def fusions(choice: LayerChoice, model: ModelConfig) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from hysparse_megatron.config.schema import Config, OptimizerName
 from hysparse_megatron.config.validate import MUON_PACKAGE
 from hysparse_megatron.model.builder import build_chunks
 from hysparse_megatron.model.experts import ExpertLoads
-from hysparse_megatron.model.layers import LayerChoice, resolve_layers
+from hysparse_megatron.model.layers import LayerChoice, fuse_weight_gradients, resolve_layers
 from hysparse_megatron.model.megatron_config import HySparseConfig, make_megatron_config
 from hysparse_megatron.model.pipeline import PayloadCommunicator
 from hysparse_megatron.plan.topology import plan_pipeline
@@ -100,6 +100,8 @@ def build_state(config: Config, vocab_size: int, device: torch.device) -> Traini
     models = [
         model.to(device) for model in build_chunks(config, megatron, vocab_size, groups, layers)
     ]
+    for model in models:
+        fuse_weight_gradients(layers, model)
     layouts: Sequence[FullParamLayout | None] = [None] * len(models)
     if config.optim.name is OptimizerName.muon:
         layouts = matrix_layouts(models, ddp_config, groups)

@@ -18,6 +18,7 @@ from hysparse_megatron.model.layers import (
     LayerChoice,
     LayerModules,
     describe_layers,
+    fuse_weight_gradients,
     fusions,
     resolve_layers,
 )
@@ -71,6 +72,26 @@ def test_apex_is_taken_on_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fusions(choice, model())["gradient_accumulation_fusion"]
     assert "apex's fused accumulation" in describe_layers(choice, model())
     assert not resolve_layers(model(), CPU).apex_weight_gradients
+
+
+def test_weight_gradients_are_fused_without_apex() -> None:
+    """Where Transformer Engine has the layers; megatron-core's own need apex for it."""
+
+    class Engine(torch.nn.Linear):
+        fuse_wgrad_accumulation = False
+
+    def layers() -> torch.nn.Sequential:
+        return torch.nn.Sequential(torch.nn.Sequential(Engine(2, 2)), torch.nn.Linear(2, 2))
+
+    with_engine, without = layers(), layers()
+    engine = LayerChoice(True, "", on_cuda=True)
+    fuse_weight_gradients(engine, with_engine)
+    fuse_weight_gradients(LOCAL, without)
+    assert with_engine[0][0].fuse_wgrad_accumulation
+    assert not hasattr(with_engine[1], "fuse_wgrad_accumulation")
+    assert not without[0][0].fuse_wgrad_accumulation
+    assert not fusions(engine, model())["gradient_accumulation_fusion"], "that of apex"
+    assert "inside the matrix products" in describe_layers(engine, model())
 
 
 def test_fusions() -> None:
