@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import sys
 import traceback
@@ -11,7 +13,7 @@ from hysparse_megatron.command import command
 from hysparse_megatron.errors import HySparseError
 
 
-@command
+@functools.partial(command, is_run=True)
 def main(argv: Sequence[str]) -> int:
     """Run one rank of a training run and return its exit code."""
     try:
@@ -20,8 +22,9 @@ def main(argv: Sequence[str]) -> int:
         raise
     except Exception:
         rank_number = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-        print(f"rank {rank_number} failed:", file=sys.stderr)
-        traceback.print_exc()
+        with contextlib.suppress(MemoryError):
+            print(f"rank {rank_number} failed:", file=sys.stderr)
+            traceback.print_exc()
         return 1
 
 
@@ -31,8 +34,9 @@ def _run(argv: Sequence[str]) -> int:
     from hysparse_megatron.config.cli import load, parse_arguments
     from hysparse_megatron.config.frozen import to_yaml
     from hysparse_megatron.config.validate import warnings as config_warnings
+    from hysparse_megatron.data.blend import num_datasets
     from hysparse_megatron.plan.suggest import check
-    from hysparse_megatron.runtime.launcher import rank_from_environment
+    from hysparse_megatron.runtime.launcher import rank_from_environment, require_descriptors
     from hysparse_megatron.runtime.quiet import quiet_libraries
 
     arguments = parse_arguments(argv)
@@ -42,6 +46,7 @@ def _run(argv: Sequence[str]) -> int:
         return 0
     rank = rank_from_environment()
     check(config, rank.world_size)
+    require_descriptors(rank.local_world_size, num_datasets(config.data.blend))
     if rank.rank == 0:
         for warning in config_warnings(config):
             print(f"warning: {warning}", flush=True)

@@ -14,6 +14,7 @@ from typing import NoReturn, Protocol
 
 from hysparse_megatron.errors import ConfigError, HySparseError, RankFailure, did_you_mean
 from hysparse_megatron.runtime.launcher import rank_from_environment
+from hysparse_megatron.runtime.output import end_of_output, outlast_readers
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 + SIGINT, as shells report it."""
@@ -26,18 +27,26 @@ class Main(Protocol):
         """`argv` is the command line without the program's name."""
 
 
-def command(main: Callable[[Sequence[str]], int]) -> Main:
+def command(main: Callable[[Sequence[str]], int], is_run: bool = False) -> Main:
     """Let `main` end with the exit code of an error of `errors`, after saying it in one line.
 
     An error all ranks share is told by the first; who lost another rank cannot know who else tells.
-    Without arguments it runs as this process, with its command line.
+    Without arguments it runs as this process, with its command line. It goes on when nobody reads
+    its output any more; a run also when that cannot be written: it keeps its own records.
     """
 
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None) -> int:
         if argv is None:
+            outlast_readers(whatever=is_run)
             expect_interrupt()
-            argv = sys.argv[1:]
+            try:
+                return end_of_output(guarded(sys.argv[1:]))
+            except OSError as error:
+                return end_of_output(error)
+        return guarded(argv)
+
+    def guarded(argv: Sequence[str]) -> int:
         try:
             return main(argv)
         except HySparseError as error:

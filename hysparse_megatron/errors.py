@@ -8,6 +8,7 @@
 | 4    | `NumericalStop`   | too many bad (NaN, Inf or spiking) steps in a row         |
 | 5    | `DataError`       | bad, missing or changed data                              |
 | 6    | `CheckpointError` | no valid checkpoint to load, or one that cannot be saved  |
+| 6    | `OutputError`     | metrics or status cannot be written: a full disk          |
 | else |                   | a crash: a bug of ours or a fault of the machine          |
 
 A rank that another one took along ends with that one's code, or as `RankFailure` with 1.
@@ -70,6 +71,12 @@ class DataError(HySparseError):
 
 class CheckpointError(HySparseError):
     """A checkpoint was asked for and no valid one could be used."""
+
+    exit_code = 6
+
+
+class OutputError(HySparseError):
+    """The run directory cannot be written any more. What could be saved was saved."""
 
     exit_code = 6
 

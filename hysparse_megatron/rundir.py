@@ -4,13 +4,14 @@ config.yaml     the frozen configuration       status.json    how the run stands
 run.json        see run_record.py          metrics.jsonl  one row a step
 checkpoints/    see checkpoint/store.py        summary.md     written at the end
 logs/           see runtime/flight_recorder.py code.diff      see source.py
-code/           see launch/snapshot.py
+code/           see launch/snapshot.py         .reserve       see reserve.py
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import importlib.metadata
 import os
 import platform
@@ -29,6 +30,7 @@ from hysparse_megatron.config.schema import Config
 from hysparse_megatron.continuation import check_continuation
 from hysparse_megatron.errors import ConfigError, HySparseError
 from hysparse_megatron.files import remove_temporaries
+from hysparse_megatron.reserve import Reserve
 from hysparse_megatron.run_record import open_record, write_record
 from hysparse_megatron.runtime.flight_recorder import LOG_FOLDER
 from hysparse_megatron.source import record_source
@@ -64,6 +66,7 @@ class RunDirectory:
         self.changed_keys = _changed_keys(self.path / CONFIG_FILE, config)
         self.config_hash = freeze(config, self.path)
         remove_temporaries(self.path)
+        self.reserve = Reserve(self.path)
         self.facts, damaged = self._open_record(config)
         self.warnings = [*damaged, *accepted]
         self.status = Status(self.path, restarts=self.restarts)
@@ -89,8 +92,14 @@ class RunDirectory:
 
     def close(self) -> None:
         """Give the directory up for the next run."""
-        self._lock.truncate(0)
+        self.reserve.give_up()
+        with contextlib.suppress(OSError):
+            self._lock.truncate(0)
         self._lock.close()
+
+    def write_status(self, state: str, **facts: Any) -> None:
+        """Replace `status.json`, on a full disk with the room that is reserved for it."""
+        self.reserve.attempt(functools.partial(self.status.write, state, **facts))
 
     def _open_record(self, config: Config) -> tuple[dict[str, Any], list[str]]:
         """`run.json`, its list of starts extended by this one, and what was wrong with it."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import math
 import os
 import shutil
 import subprocess
@@ -190,14 +191,25 @@ def disk(config: Config, overview: Overview) -> Iterator[Finding]:
     free = shutil.disk_usage(existing).free
     one = overview.checkpoint_bytes
     found = f"{free / 1e9:,.1f} GB free, a checkpoint takes {one / 1e9:,.2f} GB"
-    keep = config.checkpoint.keep
+    there = len(published(config.run_path / "checkpoints"))
+    most = _most_checkpoints(config)
     if free < one:
         yield fail("disk", found, f"free space at {existing}, or choose another run_dir")
-    elif keep and free < (keep + 1) * one:
-        fix = f"checkpoint.keep={keep} needs room for {keep + 1}: lower it, or free space"
-        yield warn("disk", found, fix)
+    elif free < (most - min(there, most - 1)) * one:
+        fix = f"checkpoint.keep={config.checkpoint.keep} needs room for {most}"
+        fix += f", of which {there} are there" if there else ""
+        yield warn("disk", found, f"{fix}: lower it, or free space")
     else:
         yield ok("disk", found)
+
+
+def _most_checkpoints(config: Config) -> int:
+    """How many are on the disk at a time, the one being written included."""
+    steps, checkpoint = config.train.steps, config.checkpoint
+    if not checkpoint.keep:
+        return math.ceil(steps / checkpoint.interval)
+    besides = steps // math.lcm(checkpoint.interval, checkpoint.keep_every or steps + 1)
+    return checkpoint.keep + besides + 1
 
 
 def run_directory(config: Config) -> Iterator[Finding]:

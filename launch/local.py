@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
+import functools
 import os
 import signal
 import socket
@@ -22,9 +24,21 @@ from types import FrameType
 
 from hysparse_megatron.command import command, positive
 from hysparse_megatron.config.cli import arguments_of, load, run_parser
-from hysparse_megatron.plan.suggest import check
+from hysparse_megatron.config.schema import Config
+from hysparse_megatron.data.blend import num_datasets
+from hysparse_megatron.errors import ConfigError
+from hysparse_megatron.plan.suggest import check, overview_of
 from hysparse_megatron.rundir import amend_status, refuse_start
+from hysparse_megatron.runtime.launcher import (
+    LOOPBACK,
+    STORE_DESCRIPTOR,
+    loopback_interface,
+    require_descriptors,
+)
+from hysparse_megatron.runtime.signals import signals_to_handle
 from hysparse_megatron.status import STATES
+from launch.checks import disk
+from launch.findings import Level
 
 SECONDS_TO_FOLLOW = 5.0
 """How long ranks may outlive one that failed: they have lost it, or will never notice."""
@@ -32,11 +46,12 @@ SECONDS_TO_END = 60.0
 """The same where it ended as it should."""
 _LOOK_SECONDS = 0.05
 _PR_SET_PDEATHSIG = 1
+_LAST_PORT = 65535
 _FORCED = 128
 """Above this, a rank's code is that of a signal it was sent for the third time."""
 
 
-@command
+@functools.partial(command, is_run=True)
 def main(argv: Sequence[str]) -> int:
     """Run with `argv`, the command line without the program's name; returns the exit code."""
     parser = run_parser("launch.local", "Train with several processes on this machine.")
@@ -55,6 +70,8 @@ def main(argv: Sequence[str]) -> int:
     if not parsed.show:
         check(config, num_ranks)
         refuse_start(config)
+        require_descriptors(num_ranks, num_datasets(config.data.blend))
+        _look_at_the_disk(config, num_ranks)
     module = ["-m", "hysparse_megatron", *parsed.words]
     if parsed.show:
         return subprocess.run([sys.executable, *module], check=False).returncode
@@ -74,6 +91,19 @@ def main(argv: Sequence[str]) -> int:
     return ending.code
 
 
+def _look_at_the_disk(config: Config, num_ranks: int) -> None:
+    """Compare what is free with what the checkpoints will take, as `launch.submit` does.
+
+    Raises ConfigError if there is no room for one.
+    """
+    for finding in disk(config, overview_of(config, num_ranks)):
+        text = f"{finding.what}: {finding.found}. {finding.fix}"
+        if finding.level is Level.FAIL:
+            raise ConfigError(text)
+        if finding.level is Level.WARN:
+            print(f"warning: {text}", flush=True)
+
+
 @dataclass(frozen=True)
 class Ending:
     """How a run ended: its exit code and the rank that began it."""
@@ -88,28 +118,33 @@ class Ranks:
     """The running ranks of one run."""
 
     def __init__(self, command: Sequence[str], num_ranks: int) -> None:
-        port = free_port(int(os.environ.get("MASTER_PORT", "0")))
+        store = listen(_wanted_port())
         threads = str(max(1, (os.cpu_count() or 1) // num_ranks))
         shared = {
             "WORLD_SIZE": str(num_ranks),
             "LOCAL_WORLD_SIZE": str(num_ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
+            "MASTER_ADDR": LOOPBACK,
+            "MASTER_PORT": str(store.getsockname()[1]),
         }
+        defaults = {"OMP_NUM_THREADS": threads, **loopback_interface()}
         self.processes: list[subprocess.Popen[bytes]] = []
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        for number in signals_to_handle():
             signal.signal(number, self._pass_on)
         for rank in range(num_ranks):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            if rank == 0:
+                own[STORE_DESCRIPTOR] = str(store.fileno())
             self.processes.append(
                 subprocess.Popen(
                     command,
-                    env={"OMP_NUM_THREADS": threads, **os.environ, **shared, **own},
+                    env={**defaults, **os.environ, **shared, **own},
+                    pass_fds=[store.fileno()] if rank == 0 else [],
                     # Ctrl-C reaches the ranks through us, once, like any other signal.
                     start_new_session=True,
                     preexec_fn=_end_with_launcher,
                 )
             )
+        store.close()  # rank 0 alone keeps it: it ends with that rank
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         del frame
@@ -177,15 +212,41 @@ def _end_with_launcher() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def free_port(wanted: int = 0) -> int:
-    """`wanted` if nobody listens there, else a free port, with a note about it."""
-    with socket.socket() as probe:
-        try:
-            probe.bind(("127.0.0.1", wanted))
-        except OSError as error:
+def _wanted_port() -> int:
+    text = os.environ.get("MASTER_PORT", "0")
+    if not text.isdecimal() or int(text) > _LAST_PORT:
+        raise ConfigError(f"MASTER_PORT: got {text}; allowed a port, up to {_LAST_PORT}")
+    return int(text)
+
+
+def listen(wanted: int = 0) -> socket.socket:
+    """A socket at which the ranks meet, reachable from this machine alone.
+
+    At port `wanted` if that is free, else at another one, with a note about it. Raises ConfigError
+    if there is no loopback to listen at.
+    """
+    try:
+        return _listen(wanted)
+    except OSError as error:
+        if wanted and error.errno in (errno.EADDRINUSE, errno.EACCES):
             print(f"note: port {wanted} cannot be used ({error.strerror}); taking another one")
-            return free_port()
-        return probe.getsockname()[1]
+            return listen()
+        raise ConfigError(
+            f"nobody can listen at {LOOPBACK}, where the ranks of this machine meet "
+            f"({error.strerror}): bring up the loopback, ip link set lo up"
+        ) from error
+
+
+def _listen(port: int) -> socket.socket:
+    server = socket.socket()
+    try:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind((LOOPBACK, port))
+        server.listen(socket.SOMAXCONN)
+    except OSError:
+        server.close()
+        raise
+    return server
 
 
 if __name__ == "__main__":

@@ -23,13 +23,22 @@ from pathlib import Path
 from typing import Any
 
 from hysparse_megatron.command import command, make_parser
-from hysparse_megatron.errors import CheckpointError, ConfigError, DataError, NumericalStop
+from hysparse_megatron.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    NumericalStop,
+    OutputError,
+)
 from hysparse_megatron.rundir import amend_status
 from hysparse_megatron.status import TIME_FORMAT, read_object, read_status, write_json
 
 RECORD = "requeue.json"
 
-_FINAL = {error.exit_code for error in (ConfigError, NumericalStop, DataError, CheckpointError)}
+_FINAL = {
+    error.exit_code
+    for error in (ConfigError, NumericalStop, DataError, CheckpointError, OutputError)
+}
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ failed check, no sbatch, or the run's last job is still in the queue; of a run h
 from __future__ import annotations
 
 import argparse
+import functools
 import shlex
 import shutil
 import subprocess
@@ -46,7 +47,7 @@ from launch.sweep import Point, points
 _QUEUE_SECONDS = 30
 
 
-@command
+@functools.partial(command, is_run=True)
 def main(argv: Sequence[str]) -> int:
     """Submit or run what `argv` names, the command line without the program's name."""
     parser = make_parser("launch.submit", __doc__)

@@ -8,7 +8,6 @@ goes on from there.
 from __future__ import annotations
 
 import functools
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ from hysparse_megatron.checkpoint.state import start_save
 from hysparse_megatron.checkpoint.writer import CheckpointWrite
 from hysparse_megatron.errors import CheckpointError, NumericalStop
 from hysparse_megatron.runtime.agreement import on_rank_zero
+from hysparse_megatron.runtime.worker import Worker
 from hysparse_megatron.training.state import TrainingState
 
 
@@ -48,7 +48,7 @@ class Saver:
         self._newest = loaded
         self._is_proven = False
         """Whether a good step was made with what was saved or loaded last."""
-        self._deleting: threading.Thread | None = None
+        self._deleting: Worker | None = None
         self._waited_seconds = 0.0
         self._began = 0.0
 
@@ -147,11 +147,10 @@ class Saver:
     def _tidy(self, newest: Path) -> None:
         if dist.get_rank() == 0:
             # To delete a large file takes time as well.
-            arguments = (newest, self._is_proven, self._deleting)
-            self._deleting = threading.Thread(target=self._prune, args=arguments, daemon=True)
-            self._deleting.start()
+            prune = functools.partial(self._prune, newest, self._is_proven, self._deleting)
+            self._deleting = Worker(prune)
 
-    def _prune(self, newest: Path, is_proven: bool, before: threading.Thread | None) -> None:
+    def _prune(self, newest: Path, is_proven: bool, before: Worker | None) -> None:
         if before is not None:
             before.join()
         if is_proven:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from hysparse_megatron.errors import CheckpointError
 from hysparse_megatron.files import sync_folder
 from hysparse_megatron.runtime import faults
 from hysparse_megatron.runtime.agreement import on_rank_zero
+from hysparse_megatron.runtime.worker import Worker
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,7 @@ class CheckpointWrite:
             self._job = start(self._temporary)
         except (Exception, CheckpointException) as error:  # torch's is no Exception
             self._failure = describe_error(error)
-        self._thread = threading.Thread(target=self._write, name="checkpoint", daemon=True)
-        self._thread.start()
+        self._thread = Worker(self._write)
         if not in_background:
             self._thread.join()
 

@@ -19,6 +19,11 @@ MOST_PLACES = 100_000
 """Places of the longest pattern: weights are kept to five digits."""
 
 
+def num_datasets(blend: str | None) -> int:
+    """How many datasets are open in a run; one without a blend."""
+    return len(parse_blend(blend)) if blend else 1
+
+
 def parse_blend(text: str) -> list[tuple[float, str]]:
     """`"0.7 data/web; 0.3 data/code"` -> weights and paths. ValueError says what is wrong."""
     parts = []

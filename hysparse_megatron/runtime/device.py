@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from hysparse_megatron.config.schema import ParallelConfig
 from hysparse_megatron.runtime import megatron_on_cpu, rendezvous
-from hysparse_megatron.runtime.launcher import Rank
+from hysparse_megatron.runtime.launcher import Rank, loopback_interface
 
 
 def start(rank: Rank, parallel: ParallelConfig) -> torch.device:
@@ -31,6 +31,8 @@ def start(rank: Rank, parallel: ParallelConfig) -> torch.device:
         backend = "nccl" if cuda else "gloo"
         if rank.world_size == 1 and "MASTER_ADDR" not in os.environ:
             store: dist.Store = dist.HashStore()
+            for name, value in loopback_interface().items():
+                os.environ.setdefault(name, value)
         else:
             store = rendezvous.join(rank, parallel.timeout_seconds)
         dist.init_process_group(

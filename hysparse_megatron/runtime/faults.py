@@ -8,13 +8,16 @@ evaluation before the first. Without the variable nothing here does anything.
 | nan                      | its loss, if it has one, becomes NaN    |
 | spike                    | loss and gradient grow by `arg`, or 100 |
 | nan_weight               | the update makes one of its weights NaN |
-| sigterm, sigusr1, sigint | the rank gets that signal               |
+| sigterm, sigusr1,        | the rank gets that signal               |
+| sigint, sighup, sigquit  |                                         |
 | sigkill, sigstop         | it is killed, or stopped                |
 | slow                     | it sleeps for `arg` seconds, or 1       |
 | raise                    | it fails with a RuntimeError            |
 | io_error                 | it fails with an OSError                |
 | full_disk                | from then on it can write no more than  |
 |                          | `arg` bytes into a file, or 100         |
+| out_of_memory            | from then on it gets no more than `arg` |
+|                          | bytes of memory, or none                |
 | kill_before_manifest     | it is killed before the manifest    |
 
 Kinds that do not touch numbers happen at a place, by default in the middle of the forward pass;
@@ -42,7 +45,7 @@ PLACES = ("forward", "evaluation", "save", "write", "manifest", "prune", "prepar
 
 _SIGNALS = {
     name.lower(): signal.Signals[name]
-    for name in ("SIGTERM", "SIGUSR1", "SIGINT", "SIGKILL", "SIGSTOP")
+    for name in ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP", "SIGQUIT", "SIGKILL", "SIGSTOP")
 }
 _LOSS_KINDS = ("nan", "spike")
 _WEIGHT_KIND = "nan_weight"
@@ -54,6 +57,7 @@ KINDS = (
     "raise",
     "io_error",
     "full_disk",
+    "out_of_memory",
     "kill_before_manifest",
 )
 
@@ -82,6 +86,8 @@ class Fault:
 
 
 _armed: list[Fault] = []
+_armed_memory: list[bytes] = []
+"""What `out_of_memory` has taken."""
 
 
 def parse(text: str) -> list[Fault]:
@@ -120,8 +126,28 @@ def reach(place: str, step: int) -> None:
         elif fault.kind == "full_disk":
             _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
             resource.setrlimit(resource.RLIMIT_FSIZE, (int(fault.number(100)), hard))
+        elif fault.kind == "out_of_memory":
+            _use_up_memory(int(fault.number(0)))
         else:
             os.kill(os.getpid(), _SIGNALS.get(fault.kind, signal.SIGKILL))
+
+
+def _use_up_memory(left: int) -> None:
+    """Take all memory but `left` bytes, and get no more: raises MemoryError."""
+    room = bytearray(left)
+    with open("/proc/self/status") as file:
+        (used,) = (int(line.split()[1]) << 10 for line in file if line.startswith("VmData"))
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (used, hard))
+    taken: list[bytes] = _armed_memory
+    for size in (1 << 16, 1 << 9):
+        try:
+            while True:
+                taken.append(bytes(size))
+        except MemoryError:
+            pass
+    del room
+    raise MemoryError("a fault was asked for")
 
 
 def spoil[Loss](loss: Loss, step: int) -> Loss:

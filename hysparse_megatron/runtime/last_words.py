@@ -6,7 +6,9 @@ its last words in the store that all of them share; whoever lost contact reads t
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import socket
 import threading
 import time
@@ -16,11 +18,60 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from hysparse_megatron.errors import HySparseError, RankFailure
+from hysparse_megatron.runtime.worker import Worker
 
 WAIT_SECONDS = 1.5
 """How long a rank waits for the words of the others: what it may take beyond the timeout."""
 
 _LOOK_SECONDS = 0.05
+_RESERVE_BYTES = 4 << 20
+"""Kept for the end of a rank that has no other memory left."""
+
+
+class _Teller:
+    """The thread that talks to the store. It stands ready from the start: a rank that has used up
+    its memory, or its threads, could not start one."""
+
+    def __init__(self) -> None:
+        self._asked = threading.Event()
+        self._done = threading.Event()
+        self._error: BaseException | None = None
+        self._lost = False
+        self._heard: dict[int, dict[str, Any]] = {}
+        self._reserve = bytearray(_RESERVE_BYTES)
+        Worker(self._run)
+
+    def tell(self, error: BaseException, lost: bool) -> tuple[dict[int, dict[str, Any]], bool]:
+        """Leave words, after a lost contact listen to others'; what was heard, if in time."""
+        self._error, self._lost = error, lost
+        self._asked.set()
+        return self._heard, self._done.wait(WAIT_SECONDS + 0.5)
+
+    def make_room(self) -> None:
+        """Give back the memory that was kept for what is left to do."""
+        self._reserve = bytearray()
+
+    def _run(self) -> None:
+        self._asked.wait()
+        assert self._error is not None
+        try:
+            store = distributed_c10d._get_default_store()
+            words = json.dumps(_words(self._error, self._lost))
+            store.set(_key(dist.get_rank()), words)
+            if self._lost:
+                _listen(store, self._heard)
+        except (RuntimeError, ValueError, MemoryError):
+            pass  # the store went with the rank that kept it
+        self._done.set()
+
+
+_teller: _Teller | None = None
+
+
+def prepare() -> None:
+    """Get ready to explain. Call it when the default process group exists."""
+    global _teller
+    _teller = _Teller()
 
 
 def explain(error: BaseException) -> BaseException:
@@ -28,25 +79,17 @@ def explain(error: BaseException) -> BaseException:
 
     Local; may take WAIT_SECONDS after a lost contact. Never raises.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if _teller is None or not dist.is_initialized() or dist.get_world_size() == 1:
         return error
+    _teller.make_room()
     lost = _is_lost_contact(error)
-    heard: dict[int, dict[str, Any]] = {}
-    done = threading.Event()
-
-    def talk() -> None:
-        try:
-            store = distributed_c10d._get_default_store()
-            store.set(_key(dist.get_rank()), json.dumps(_words(error, lost)))
-            if lost:
-                _listen(store, heard)
-        except (RuntimeError, ValueError):
-            pass  # the store went with the rank that kept it
-        done.set()
-
-    # In a thread: a store whose keeper was stopped would never answer.
-    threading.Thread(target=talk, daemon=True).start()
-    answered = done.wait(WAIT_SECONDS + 0.5)
+    if not lost and not isinstance(error, HySparseError):
+        # Before anything that may fail or wait; without buffers, so that it is out.
+        line = f"rank {dist.get_rank()} failed: {_name(error)}\n"
+        with contextlib.suppress(OSError):
+            os.write(2, line.encode(errors="replace"))
+    # By a thread: a store whose keeper was stopped would never answer.
+    heard, answered = _teller.tell(error, lost)
     return _judge(error, heard, answered) if lost else error
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from hysparse_megatron.errors import RankFailure
-from hysparse_megatron.runtime.launcher import Rank
+from hysparse_megatron.runtime.launcher import LOOPBACK, STORE_DESCRIPTOR, Rank
 
 _LOOK_SECONDS = 0.1
 
@@ -23,14 +23,20 @@ def join(rank: Rank, timeout_seconds: float) -> dist.Store:
 
     Raises RankFailure, naming who is missing, if not all have come within `timeout_seconds`.
     """
-    host = os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    host = os.environ.setdefault("MASTER_ADDR", LOOPBACK)
     port = int(os.environ.setdefault("MASTER_PORT", "29500"))
     limit = timedelta(seconds=timeout_seconds)
     # Under torchrun its agent may keep the store.
     keeps_store = rank.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
         store: dist.Store = dist.TCPStore(
-            host, port, rank.world_size, keeps_store, limit, wait_for_workers=False
+            host,
+            port,
+            rank.world_size,
+            keeps_store,
+            limit,
+            wait_for_workers=False,
+            master_listen_fd=_handed_over() if keeps_store else None,
         )
     except (dist.DistError, RuntimeError) as error:
         if keeps_store:
@@ -54,6 +60,15 @@ def join(rank: Rank, timeout_seconds: float) -> dist.Store:
             f"rank 0 left {host}:{port} before all had joined ({_first_line(error)})", 0
         ) from error
     return store
+
+
+def _handed_over() -> int | None:
+    """The listening socket that the launcher of one machine gave to rank 0; None without one."""
+    number = os.environ.pop(STORE_DESCRIPTOR, None)
+    if number is None:
+        return None
+    os.set_inheritable(int(number), False)
+    return int(number)
 
 
 def _wait_for_all(store: dist.Store, rank: Rank, timeout_seconds: float) -> None:

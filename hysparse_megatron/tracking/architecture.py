@@ -15,12 +15,22 @@ from hysparse_megatron.tracking.selections import write_selections
 
 
 class ArchitectureWatch:
-    """Watches evaluations on every rank, and writes selections on those with a `run_path`."""
+    """Watches evaluations on every rank, and writes selections on those with a `run_path`.
 
-    def __init__(self, probe: Probe, block_size: int, run_path: Path | None) -> None:
+    `lost` is told why they cannot be written, instead of an error on one rank alone.
+    """
+
+    def __init__(
+        self,
+        probe: Probe,
+        block_size: int,
+        run_path: Path | None,
+        lost: Callable[[OSError], None],
+    ) -> None:
         self._probe = probe
         self._block_size = block_size
         self._run_path = run_path
+        self._lost = lost
 
     @contextlib.contextmanager
     def observe(self, step: int) -> Iterator[Callable[[], dict[str, Any]]]:
@@ -41,5 +51,8 @@ class ArchitectureWatch:
                 "document_starts": found.document_starts,
                 "layers": found.selections,
             }
-            write_selections(self._run_path, line)
+            try:
+                write_selections(self._run_path, line)
+            except OSError as error:
+                self._lost(error)
         return {**found.values, "architecture_seconds": found.seconds}

@@ -68,19 +68,31 @@ def chart_values(row: dict[str, Any]) -> dict[str, float | str]:
 class MetricsFile:
     """Appends rows to `metrics.jsonl`; each is on disk before the call returns to the loop.
 
-    After a resume rows of repeated steps stand twice; the last one counts.
+    After a resume rows of repeated steps stand twice; the last one counts. What cannot be written
+    is kept, and goes first the next time, from where it was cut.
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = open_lines(path)
+        open_lines(path).close()
+        self._file = path.open("ab", buffering=0)
+        self._pending = b""
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one row."""
-        self._file.write(json.dumps(row) + "\n")
+        """Append one row. Raises OSError; the row is kept then."""
+        self._pending += (json.dumps(row) + "\n").encode()
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what is kept."""
+        while self._pending:
+            self._pending = self._pending[self._file.write(self._pending) :]
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file. Raises OSError if rows are lost by that."""
+        try:
+            self.flush()
+        finally:
+            self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -29,11 +29,13 @@ def recorded(
     first_step: int,
     described: dict[str, Any],
     say: Say,
+    lost: Callable[[OSError], None],
 ) -> Iterator[list[Callable[[Row], None]]]:
     """What gets the rows of `metrics.jsonl`, on rank 0 alone: the others have no `directory`.
 
     `described` are facts for the trackers beside configuration and run record. Closed at the end,
-    with the exit code of what happened within.
+    with the exit code of what happened within. `lost` is told why the run directory cannot be
+    written, instead of an error that would leave the other ranks waiting.
     """
     if directory is None:
         yield []
@@ -48,19 +50,26 @@ def recorded(
     every = config.tracking.steps_between_lines(config.train.steps)
     console = Console(config.train, every)
     exit_code = 1
+
+    def keep(write: Callable[[], None], again: Callable[[], None] | None = None) -> None:
+        with contextlib.suppress(OSError):
+            directory.reserve.attempt(write, again)
+        if directory.reserve.failure is not None:
+            lost(directory.reserve.failure)
+
     try:
         yield [
-            metrics.write,
+            lambda row: keep(functools.partial(metrics.write, row), metrics.flush),
             *(tracker.log for tracker in trackers),
             functools.partial(_print_row, console, say),
-            functools.partial(_update_status, directory),
+            lambda row: keep(lambda: directory.status.write("running", step=row["step"])),
         ]
         exit_code = 0
     except HySparseError as error:
         exit_code = error.exit_code
         raise
     finally:
-        metrics.close()
+        keep(metrics.close, lambda: None)
         for tracker in trackers:
             tracker.close(exit_code)
 
@@ -87,7 +96,3 @@ def _print_row(console: Console, say: Say, row: Row) -> None:
         )
     else:
         console.step(row)
-
-
-def _update_status(directory: RunDirectory, row: Row) -> None:
-    directory.status.write("running", step=row["step"])

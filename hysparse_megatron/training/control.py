@@ -6,11 +6,11 @@ update, in evaluation, and while data is prepared. So nobody stops, skips or goe
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from enum import IntEnum
@@ -19,11 +19,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from hysparse_megatron.errors import DataError, Preempted
+from hysparse_megatron.errors import DataError, HySparseError, OutputError, Preempted
 from hysparse_megatron.runtime.agreement import agree_on
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-"""A scheduler's pre-emption, Slurm's early warning, and Ctrl-C."""
+from hysparse_megatron.runtime.signals import STOP_SIGNALS, signals_to_handle
+from hysparse_megatron.runtime.worker import Worker
 
 SIGNALS_TO_FORCE = 3
 """The first asks, the second is one too many in a hurry; this one ends the rank where it stands."""
@@ -40,19 +39,24 @@ class Flag(IntEnum):
     SIGTERM = 0
     SIGUSR1 = 1
     SIGINT = 2
-    DEADLINE = 3
-    STOP_FILE = 4
-    LOSS_NOT_FINITE = 5
-    GRADIENT_NOT_FINITE = 6
-    LOSS_SPIKE = 7
-    GRADIENT_SPIKE = 8
-    BUSY = 9
+    SIGHUP = 3
+    SIGQUIT = 4
+    DEADLINE = 5
+    STOP_FILE = 6
+    LOST_OUTPUT = 7
+    """A row, or the status, cannot be written."""
+    LOSS_NOT_FINITE = 8
+    GRADIENT_NOT_FINITE = 9
+    LOSS_SPIKE = 10
+    GRADIENT_SPIKE = 11
+    BUSY = 12
     """Not done preparing; the others wait."""
-    DATA_CHANGED = 10
+    DATA_CHANGED = 13
     """A data file does not hold what its card says."""
 
 
-STOPS = (Flag.SIGTERM, Flag.SIGUSR1, Flag.SIGINT, Flag.DEADLINE, Flag.STOP_FILE)
+_SIGNALS = (Flag[number.name] for number in STOP_SIGNALS)
+STOPS = (*_SIGNALS, Flag.DEADLINE, Flag.STOP_FILE, Flag.LOST_OUTPUT)
 
 
 class Signals:
@@ -68,10 +72,10 @@ class Signals:
         self._handled = 0
         reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
-        for number in STOP_SIGNALS:
+        for number in signals_to_handle():
             signal.signal(number, self._handle)
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=self._listen, args=(reader,), daemon=True).start()
+        Worker(functools.partial(self._listen, reader))
 
     def _handle(self, *_: object) -> None:
         self._handled += 1
@@ -152,6 +156,8 @@ class Watch:
         self.stopping_rank: int | None = None
         self.data_problem: Callable[[], DataError | None] = lambda: None
         """What this rank has found out about its data files meanwhile."""
+        self._lost_output = ""
+        self._has_lost_output = False
 
     def poll(self, raised: Iterable[Flag] = ()) -> dict[Flag, int]:
         """Flags that are up on some rank, `raised` here among them, each with a rank that has it.
@@ -174,7 +180,15 @@ class Watch:
                 name = flag.name if flag.name.startswith("SIG") else flag.name.lower()
                 self.stopping = f"{name.replace('_', ' ')} on rank {found[flag]}"
                 self.stopping_rank = found[flag]
+        self._has_lost_output |= Flag.LOST_OUTPUT in found
         return found
+
+    def lose_output(self, error: OSError) -> None:
+        """Say that what this rank has to write cannot be written; all ranks stop at the next poll.
+
+        Call it on rank 0, which writes.
+        """
+        self._lost_output = self._lost_output or str(error)
 
     def _stops(self) -> Iterable[Flag]:
         yield from (Flag[signal.Signals(number).name] for number in set(self._signals.received))
@@ -182,6 +196,8 @@ class Watch:
             yield Flag.DEADLINE
         if dist.get_rank() == 0 and self._stop_file.exists():
             yield Flag.STOP_FILE
+        if self._lost_output:
+            yield Flag.LOST_OUTPUT
 
     def forget_stop_file(self) -> None:
         """Delete the stop file, for the next start. Call it on rank 0."""
@@ -202,8 +218,7 @@ class Watch:
             except BaseException as error:
                 failure.append(error)
 
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
+        thread = Worker(work)
         busy = True
         while busy:
             thread.join(_LOOK_SECONDS)
@@ -216,7 +231,19 @@ class Watch:
     def stop_before_first_step(self) -> None:
         """Raise Preempted if a stop was agreed on: there is nothing to save yet."""
         if self.stopping is not None:
-            raise Preempted(
-                f"stopped by {self.stopping} before any step of this start; nothing new to save. "
-                "The same command continues"
-            )
+            raise self.ending("before any step of this start; nothing new to save")
+
+    def ending(self, where: str) -> HySparseError:
+        """The error to stop with, `where` training stands."""
+        if not self._has_lost_output:
+            return Preempted(f"stopped by {self.stopping} {where}. The same command continues")
+        return OutputError(
+            f"{self._stop_file.parent} cannot be written ({self._lost_output or 'see rank 0'}); "
+            f"stopped {where}. Make room there, and the same command continues"
+        )
+
+    def require_output(self) -> None:
+        """Raise OutputError on all ranks if what belongs to the last steps is not on disk."""
+        self.poll()
+        if self._has_lost_output:
+            raise self.ending("after the last step, which is saved")

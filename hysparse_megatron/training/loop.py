@@ -12,7 +12,7 @@ from typing import Any
 
 from hysparse_megatron.config.schema import VALIDATION
 from hysparse_megatron.data import BatchSource, EvaluationBatches, Position
-from hysparse_megatron.errors import NumericalStop, Preempted
+from hysparse_megatron.errors import NumericalStop
 from hysparse_megatron.runtime import faults
 from hysparse_megatron.training.control import Watch
 from hysparse_megatron.training.guard import Guard, reason
@@ -66,8 +66,8 @@ def train(
 ) -> None:
     """Run from `progress` to the end, with evaluations on every set by its name, and checkpoints.
 
-    Raises Preempted after saving when a stop was asked for, NumericalStop after too many bad steps
-    or an evaluation that is not finite.
+    Raises Preempted after saving when a stop was asked for, OutputError when rows could not be
+    written, NumericalStop after too many bad steps or an evaluation that is not finite.
     """
     train_config, checkpoint = state.config.train, state.config.checkpoint
     guard = Guard(train_config.guard, progress.facts.get("guard"))
@@ -120,10 +120,7 @@ def train(
             watch.deadline.saw_save(time.monotonic() - started)
             saved = done
         if watch.stopping and not last:
-            raise Preempted(
-                f"stopped by {watch.stopping} after step {done}; saved at step {saved}. The same "
-                "command continues"
-            )
+            raise watch.ending(f"after step {done}; saved at step {saved}")
 
 
 def _report(

@@ -31,6 +31,7 @@ from hysparse_megatron.errors import (
     DataError,
     HySparseError,
     NumericalStop,
+    OutputError,
     Preempted,
     RankFailure,
 )
@@ -86,6 +87,7 @@ def run(config: Config, rank: Rank, overrides: Sequence[str] = ()) -> None:
                 rank=error.rank,
             )
         raise
+    last_words.prepare()
     say: Say = functools.partial(print, flush=True) if rank.rank == 0 else _say_nothing
     for fault in planned:
         say(f"WARNING: {faults.VARIABLE} asks for {fault}")
@@ -123,7 +125,7 @@ def _write_end(directory: RunDirectory, error: BaseException, watch: Watch) -> N
     cause = str(error) if ours else f"{type(error).__name__}: {error}"
     state = STATES.get(code, "failed")
     with contextlib.suppress(OSError):  # the error itself must not be lost over a full disk
-        directory.status.write(state, exit_code=code, cause=cause, rank=rank)
+        directory.write_status(state, exit_code=code, cause=cause, rank=rank)
 
 
 def _say_nothing(text: str) -> None:
@@ -165,12 +167,12 @@ def _run_in(
         done = store.read_manifest(latest)["step"]
         if done >= config.train.steps:
             if directory is not None and directory.state() != "finished":
-                directory.status.write("finished", exit_code=0, step=done)  # killed at its very end
+                directory.write_status("finished", exit_code=0, step=done)  # killed at its very end
             say(f"{config.run_path} is finished: step {done} of {config.train.steps}, {latest}")
             say("train on with a larger train.steps, or start anew with another run_dir")
             return
     if directory is not None:
-        directory.status.write("running", step=done)
+        directory.write_status("running", step=done)
     torch.autograd.set_detect_anomaly(config.debug.detect_anomaly)
     corpus, others = _prepare_data(config, rank, watch, say)
     state = build_state(config, corpus.vocab_size, device)
@@ -198,7 +200,8 @@ def _run_in(
         say=say,
     )
     described = describe_run(config, corpus.vocab_size, rank.world_size)
-    with recorded(config, directory, progress.step, described, say) as on_row:
+    lost = watch.lose_output
+    with recorded(config, directory, progress.step, described, say, lost) as on_row:
         hooks = Hooks(
             on_row=on_row,
             measure=meter.measure,
@@ -208,11 +211,11 @@ def _run_in(
             poll=saver.poll,
         )
         if config.tracking.architecture:
-            hooks.observe = _architecture_watch(state, directory).observe
+            hooks.observe = _architecture_watch(state, directory, lost).observe
         try:
             train(state, batches, evaluations, progress, watch, hooks)
         # Raised by all ranks together, so that they can wait for each other's files.
-        except Preempted:
+        except (Preempted, OutputError):
             saver.finish()
             raise
         except NumericalStop:
@@ -221,8 +224,9 @@ def _run_in(
                 _note_checkpoint(directory, older)
             raise
         saver.finish()
+    watch.require_output()
     if directory is not None:
-        directory.status.write("finished", exit_code=0, step=config.train.steps)
+        directory.write_status("finished", exit_code=0, step=config.train.steps)
         try:
             ranks, tokenizer = rank.world_size, corpus.tokenizer_path
             say(write_summary(config, directory, tokenizer, ranks, overrides))
@@ -230,12 +234,14 @@ def _run_in(
             say(f"WARNING: no summary.md: {type(error).__name__}: {error}")
 
 
-def _architecture_watch(state: TrainingState, directory: RunDirectory | None) -> ArchitectureWatch:
+def _architecture_watch(
+    state: TrainingState, directory: RunDirectory | None, lost: Callable[[OSError], None]
+) -> ArchitectureWatch:
     config = state.config
     sequence = config.train.seq_length
     probe = Probe(state.chunks, state.megatron, state.groups, sequence, state.device)
     run_path = directory.path if directory else None
-    return ArchitectureWatch(probe, config.model.block_size, run_path)
+    return ArchitectureWatch(probe, config.model.block_size, run_path, lost)
 
 
 def _note_checkpoint(directory: RunDirectory, checkpoint: Path) -> None:

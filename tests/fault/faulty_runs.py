@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -70,10 +71,19 @@ class FaultyRun:
         kept = [json.dumps(row) + "\n" for row in rows(self.run_dir) if row["step"] <= step]
         (self.run_dir / "metrics.jsonl").write_text("".join(kept))
 
-    def start(self, *overrides: str, fault: str = "", **variables: str) -> Command:
-        """Start all ranks by the launcher."""
+    def start(
+        self,
+        *overrides: str,
+        fault: str = "",
+        whose_output_ends_at: str | None = None,
+        **variables: str,
+    ) -> Command:
+        """Start all ranks by the launcher; nobody reads their output from some text on."""
         arguments = ["--nproc", str(self.ranks), *self.settings, *overrides]
-        return self._keep(Command(arguments, entry=LOCAL, **{VARIABLE: fault}, **variables))
+        variables |= {VARIABLE: fault}
+        return self._keep(
+            Command(arguments, entry=LOCAL, closes_after=whose_output_ends_at, **variables)
+        )
 
     def start_rank(self, rank: int, port: int, *overrides: str, **variables: str) -> Command:
         """Start one rank without a launcher."""
@@ -179,6 +189,12 @@ def rank_pids(run: FaultyRun) -> list[int]:
             (rank,) = (e for e in environment if e.startswith(b"RANK="))
             found[int(rank.partition(b"=")[2])] = int(pid)
     return [found[rank] for rank in sorted(found)]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def seconds_of_the_end(command: Command, after: str) -> float:

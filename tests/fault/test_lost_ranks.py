@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from launch.local import SECONDS_TO_FOLLOW, free_port
+from launch.local import SECONDS_TO_FOLLOW
 from tests.fault.faulty_runs import (
     FOUR_RANKS,
     SECONDS_TO_NOTICE,
     TIMEOUT,
     FaultyRun,
+    free_port,
     rank_pids,
     seconds_of_the_end,
     short,
@@ -68,6 +69,18 @@ def test_a_rank_that_fails_by_itself(new_run: NewRun) -> None:
     assert "rank 1 failed:" in output
     assert "Traceback" in output
     run.assert_ended("failed", 1, 1, r"rank 1 on .* failed: RuntimeError: a fault was asked for")
+
+
+@pytest.mark.parametrize("left", [0, 8_400_000])
+def test_a_rank_without_memory(left: int, new_run: NewRun) -> None:
+    """Not even for a thread; or for its stack, but not for its first line: then it never begins."""
+    run = new_run()
+    command = run.start(*short(5), fault=f"out_of_memory@1:3:forward/{left}")
+    assert seconds_of_the_end(command, "step 2/") < TIMEOUT / 2
+    assert command.finish() == 1, command.output
+    run.assert_nothing_left()
+    assert "rank 1 failed: MemoryError" in command.output
+    run.assert_ended("failed", 1, 1, r"rank 1 on .* failed: MemoryError")
 
 
 def test_nothing_outlives_a_killed_launcher_and_its_lock_is_stale(new_run: NewRun) -> None:

@@ -5,10 +5,19 @@ import signal
 import time
 from collections.abc import Callable
 
+import psutil
+
+from hysparse_megatron.status import read_status
 from tests.fault.faulty_runs import FOUR_RANKS, STEPS, FaultyRun, assert_equal, rank_pids
-from tests.run.run_commands import facts
+from tests.run.run_commands import Command, facts, rows
 
 NewRun = Callable[..., FaultyRun]
+
+
+def wait_until(condition: Callable[[], bool], command: Command) -> None:
+    while not condition():
+        assert command.process.poll() is None, command.output
+        time.sleep(0.1)
 
 
 def test_three_resumes_repeat_the_straight_run(straight: FaultyRun, new_run: NewRun) -> None:
@@ -106,10 +115,40 @@ def test_a_signal_while_data_is_prepared(new_run: NewRun) -> None:
     """On a rank that only waits for the one that prepares."""
     run = new_run()
     command = run.start(fault="slow@0:0:prepare/100")
-    while not (run.run_dir / "status.json").exists():  # written just before
-        assert command.process.poll() is None, command.output
-        time.sleep(0.1)
+    wait_until((run.run_dir / "status.json").exists, command)  # written just before
     os.kill(rank_pids(run)[1], signal.SIGUSR1)
     assert command.finish(30) == 3, command.output
     run.assert_nothing_left()
     run.assert_ended("preempted", 3, 1, "SIGUSR1 on rank 1 before any step")
+
+
+def test_a_closed_terminal_costs_no_run(new_run: NewRun) -> None:
+    """Who reads the output is gone, as after `| head`; then the terminal's signal. Meanwhile no
+    process of the run listens at an address that another machine could reach."""
+    run = new_run()
+    command = run.start("train.steps=100000", whose_output_ends_at="step      2/100000")
+    wait_until(lambda: (read_status(run.run_dir).get("step") or 0) >= 5, command)
+    listening = [
+        connection.laddr.ip
+        for pid in [command.process.pid, *rank_pids(run)]
+        for connection in psutil.Process(pid).net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert listening
+    assert set(listening) == {"127.0.0.1"}
+    command.send(signal.SIGHUP)
+    assert command.finish() == 3
+    run.assert_nothing_left()
+    run.assert_ended("preempted", 3, run.status()["rank"], "SIGHUP on rank")
+    step = run.status()["step"]
+    assert run.checkpoints()[-1] == step
+    assert [row["step"] for row in rows(run.run_dir) if "loss" in row] == [*range(1, step + 1)]
+
+
+def test_a_full_disk_while_rows_are_written(new_run: NewRun) -> None:
+    """No file grows beyond 4,000 bytes: a few rows of metrics, the whole status, no checkpoint."""
+    run = new_run()
+    output = run.run("checkpoint.interval=100", code=6, fault="full_disk@0:1:forward/4000")
+    assert "step-0000000" in output
+    run.assert_ended("failed", 6, None, r"step-0000000\d was not written|cannot be written")
+    assert (run.run_dir / "metrics.jsonl").stat().st_size == 4000

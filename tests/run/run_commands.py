@@ -67,16 +67,18 @@ def environment(**more: str) -> dict[str, str]:
 
 
 class Command:
-    """A started command; its output is read all the time, by a thread."""
+    """A started command; its output is read by a thread, to its end or to a line with a text."""
 
     def __init__(
         self,
         arguments: Sequence[str],
         entry: Sequence[str] = TRAIN,
         cwd: Path = ROOT,
+        closes_after: str | None = None,
         **variables: str,
     ) -> None:
         self.arguments = list(arguments)
+        self._closes_after = closes_after
         self.process = subprocess.Popen(
             [sys.executable, *entry, *arguments],
             cwd=cwd,
@@ -98,6 +100,9 @@ class Command:
             with self._news:
                 self._lines.append(line)
                 self._news.notify_all()
+            if self._closes_after is not None and self._closes_after in line:
+                self.process.stdout.close()
+                return
 
     @property
     def output(self) -> str:

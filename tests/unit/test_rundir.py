@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from hysparse_megatron import rundir
+from hysparse_megatron.checkpoint.manifest import write_manifest
 from hysparse_megatron.config.compose import compose, config_hash, load_frozen
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.errors import ConfigError
@@ -161,10 +162,13 @@ def test_the_id_in_a_garbled_record_comes_from_where_else_it_stands(
     first.close()
     known = first.facts["id"]
     if where == "manifest":
-        for step, content in ((8, {"run_id": known}), (12, [])):
-            folder = config.run_path / "checkpoints" / f"step-{step:08d}"
+        facts = {"bytes": 1, "sha256": "0" * 64}
+        folders = [config.run_path / "checkpoints" / f"step-{step:08d}" for step in (8, 12)]
+        for folder in folders:
             folder.mkdir(parents=True)
-            (folder / "manifest.json").write_text(json.dumps(content))
+        files = {"__0_0.distcp": facts, ".metadata": facts}
+        write_manifest(folders[0], {"step": 8, "run_id": known, "files": files})
+        (folders[1] / "manifest.json").write_text("[]")
     else:
         for name in (f"offline-run-20260102_030405-{known}", "run-20260101_030405-older", "latest"):
             (config.run_path / "wandb" / name).mkdir(parents=True)

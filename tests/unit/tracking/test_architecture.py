@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from hysparse_megatron.model.probe import Findings
 from hysparse_megatron.tracking.architecture import ArchitectureWatch
 from hysparse_megatron.tracking.selections import SELECTIONS_FILE, read_selections
@@ -39,7 +41,7 @@ def observe(watch: ArchitectureWatch, probe: FakeProbe, step: int) -> dict[str, 
 
 def test_row_and_file(tmp_path: Path) -> None:
     probe: Any = FakeProbe()
-    watch = ArchitectureWatch(probe, 64, tmp_path)
+    watch = ArchitectureWatch(probe, 64, tmp_path, pytest.fail)
     row = observe(watch, probe, 10)
     assert row == {"oracle_mass/layer_004": 0.9, "architecture_seconds": 0.25}
     probe.found = replace(FOUND, selections={4: [[], [1]]})
@@ -61,8 +63,8 @@ def test_row_and_file(tmp_path: Path) -> None:
 
 def test_only_one_rank_writes_and_only_if_there_is_something(tmp_path: Path) -> None:
     probe: Any = FakeProbe()
-    observe(ArchitectureWatch(probe, 64, None), probe, 1)
+    observe(ArchitectureWatch(probe, 64, None, pytest.fail), probe, 1)
     probe.found = replace(FOUND, selections={})
-    observe(ArchitectureWatch(probe, 64, tmp_path), probe, 1)
+    observe(ArchitectureWatch(probe, 64, tmp_path, pytest.fail), probe, 1)
     assert list(tmp_path.iterdir()) == []
     assert read_selections(tmp_path) == {}

@@ -1,5 +1,6 @@
 """Who gets a row, and what the trackers are told about the run."""
 
+import errno
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +12,10 @@ from hysparse_megatron.config.compose import compose
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.errors import Preempted
 from hysparse_megatron.plan.overview import make_overview
+from hysparse_megatron.reserve import RESERVE_FILE, Reserve
 from hysparse_megatron.rundir import RunDirectory
 from hysparse_megatron.tracking import records
+from hysparse_megatron.tracking.metrics import MetricsFile
 from hysparse_megatron.tracking.records import describe_run, recorded
 
 STEP = {
@@ -63,7 +66,7 @@ def config(tmp_path: Path) -> Config:
 
 
 def record(config: Config, directory: RunDirectory, said: list[str], error: Any = None) -> None:
-    with recorded(config, directory, 0, {"world_size": 4}, said.append) as on_row:
+    with recorded(config, directory, 0, {"world_size": 4}, said.append, pytest.fail) as on_row:
         for row in (STEP, EVALUATION, NAMED):
             for hook in on_row:
                 hook(row)
@@ -103,16 +106,21 @@ def test_trackers_learn_how_it_ended(
 
 
 def test_ranks_without_a_directory_record_nothing(config: Config, made: list[Fake]) -> None:
-    with recorded(config, None, 0, {}, print) as on_row:
+    with recorded(config, None, 0, {}, print, pytest.fail) as on_row:
         assert on_row == []
     assert made == []
 
 
-def test_tensorboard_goes_on_where_the_run_does(config: Config, made: list[Fake]) -> None:
+def test_tensorboard_goes_on_where_the_run_does(
+    config: Config, made: list[Fake], tmp_path: Path
+) -> None:
     directory: Any = SimpleNamespace(
-        path=config.run_path, metrics=config.run_path.parent / "m", facts={"id": "x"}
+        path=config.run_path,
+        metrics=config.run_path.parent / "m",
+        facts={"id": "x"},
+        reserve=Reserve(tmp_path),
     )
-    with recorded(config, directory, 7, {}, print):
+    with recorded(config, directory, 7, {}, print, pytest.fail):
         pass
     assert made[1].arguments[:2] == (config.run_path, 7)
 
@@ -127,3 +135,65 @@ def test_parameters_are_the_planners() -> None:
         "world_size": 16,
         "parameters": {"total": expected.total, "active": expected.active},
     }
+
+
+class FullDisk:
+    """A file system without room for a byte while the reserve is there, or for ever."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, reserve: Path, for_ever: bool) -> None:
+        self.is_full = False
+        write = MetricsFile.flush
+
+        def flush(file: MetricsFile) -> None:
+            if self.is_full and (for_ever or reserve.exists()):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            write(file)
+
+        monkeypatch.setattr(MetricsFile, "flush", flush)
+
+
+@pytest.mark.parametrize("for_ever", [False, True])
+def test_a_full_disk_loses_no_row_that_can_be_kept_and_is_told(
+    config: Config, made: list[Fake], monkeypatch: pytest.MonkeyPatch, for_ever: bool
+) -> None:
+    """The other ranks learn of it by a flag: an error here alone would leave them waiting."""
+    directory = RunDirectory(config)
+    disk = FullDisk(monkeypatch, directory.path / RESERVE_FILE, for_ever)
+    lost: list[OSError] = []
+    with recorded(config, directory, 0, {}, [].append, lost.append) as on_row:
+        for row in (STEP, EVALUATION, NAMED):
+            disk.is_full = row is not STEP
+            for hook in on_row:
+                hook(row)
+            assert bool(lost) is disk.is_full
+        disk.is_full = for_ever
+    assert {error.errno for error in lost} == {errno.ENOSPC}
+    kept = [json.loads(line) for line in directory.metrics.read_text().splitlines()]
+    assert kept == ([STEP] if for_ever else [STEP, EVALUATION, NAMED])
+    directory.write_status("failed", exit_code=6)
+    assert json.loads((directory.path / "status.json").read_text())["state"] == "failed"
+    directory.close()
+
+
+def test_rows_that_come_late_are_not_torn(tmp_path: Path) -> None:
+    """A write that got half a row down goes on from there."""
+    metrics = MetricsFile(tmp_path / "m")
+    file: Any = metrics._file
+    left = [7]
+
+    def write(content: bytes) -> int:
+        if not left[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        done = file.write(content[: left[0]])
+        left[0] -= done
+        return done
+
+    metrics._file = SimpleNamespace(write=write, close=file.close)
+    for _ in range(2):
+        with pytest.raises(OSError, match="No space"):
+            metrics.write(STEP)
+    left[0] = 10**6
+    metrics.write(EVALUATION)
+    metrics.close()
+    kept = [json.loads(line) for line in (tmp_path / "m").read_text().splitlines()]
+    assert kept == [STEP, STEP, EVALUATION]

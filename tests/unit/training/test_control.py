@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from hysparse_megatron.errors import DataError, Preempted
+from hysparse_megatron.errors import DataError, OutputError, Preempted
+from hysparse_megatron.runtime.signals import STOP_SIGNALS
 from hysparse_megatron.training import control
-from hysparse_megatron.training.control import STOP_SIGNALS, Deadline, Flag, Signals, Watch
+from hysparse_megatron.training.control import Deadline, Flag, Signals, Watch
 from tests.unit.single_process import DEVICE
 
 
@@ -24,6 +25,20 @@ def signals() -> Iterator[Signals]:
     signal.set_wakeup_fd(descriptor)
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+def test_nohup_is_heeded() -> None:
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    descriptor = signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        Signals()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGQUIT) != before[signal.SIGQUIT]
+    finally:
+        signal.set_wakeup_fd(descriptor)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -52,7 +67,7 @@ def test_changed_data_end_the_run(watch: Watch) -> None:
         watch.poll()
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP", "SIGQUIT"])
 def test_a_signal_is_known_to_the_next_poll(watch: Watch, name: str) -> None:
     interval = sys.getswitchinterval()
     sys.setswitchinterval(5)  # no other thread runs unless this one waits for it
@@ -129,3 +144,18 @@ def test_a_stop_ends_work(watch: Watch, tmp_path: Path) -> None:
     with pytest.raises(Preempted, match="stop file on rank 0 before any step"):
         watch.attend(lambda: release.wait(60))
     release.set()
+
+
+def test_output_that_is_lost_stops_the_run(watch: Watch, tmp_path: Path) -> None:
+    watch.require_output()
+    watch.lose_output(OSError(28, "No space left on device"))
+    watch.lose_output(OSError(5, "Input/output error"))
+    assert watch.poll() == {Flag.LOST_OUTPUT: 0}
+    ending = watch.ending("after step 7; saved at step 7")
+    assert isinstance(ending, OutputError)
+    assert ending.exit_code == 6
+    assert f"{tmp_path} cannot be written ([Errno 28] No space left on device)" in str(ending)
+    with pytest.raises(OutputError, match="before any step of this start"):
+        watch.stop_before_first_step()
+    with pytest.raises(OutputError, match="after the last step, which is saved"):
+        watch.require_output()

@@ -49,6 +49,7 @@ class Script:
             poll=lambda raised=(): dict.fromkeys(raised, 0),
             stopping=None,
             stop_before_first_step=lambda: None,
+            ending=lambda where: Preempted(f"stopped by {self.watch.stopping} {where}."),
             deadline=Deadline(None, {}),
         )
         self.saved_facts: dict[str, Any] = {}
