@@ -7,6 +7,7 @@ from typing import Any
 
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.config.frozen import freeze
+from tests.checkpoints import write_step
 
 DATA = {"fingerprint": "abc", "train_tokens": 1000}
 
@@ -71,10 +72,7 @@ def make_run(
     (path / "run.json").write_text(json.dumps(record))
     (path / "status.json").write_text(json.dumps({"state": "running", "step": 4}))
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
-    checkpoint = path / "checkpoints" / "step-00000004"
-    checkpoint.mkdir(parents=True)
-    manifest = {"step": 4, "tokens": 2048, "data": data, "files": {}}
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    write_step(path / "checkpoints", 4, {"tokens": 2048, "data": data})
     line = {
         "step": 4,
         "block_size": 8,
