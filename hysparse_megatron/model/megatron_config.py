@@ -78,15 +78,15 @@ class HySparseConfig(TransformerConfig):
         return self.hidden_size + sum(self.shared_widths().columns(self.pipeline_dtype))
 
 
-def _point_to_point(pp: int, vpp: int | None) -> dict[str, bool]:
+def _point_to_point(vpp: int | None) -> dict[str, bool]:
     """How pipeline neighbours talk.
 
-    With two ranks and interleaving the previous and the next rank are the same process, and a
-    batch of sends and receives would silently mix the two directions: never batch there.
+    With interleaving the next chunk computes while the last one's output travels. A batch of sends
+    and receives would wait for it; and where the previous and the next rank are the same process,
+    with two ranks, it would silently mix the two directions.
     """
-    if vpp is not None and pp == 2:
-        return {"overlap_p2p_comm": True, "batch_p2p_comm": False}
-    return {"overlap_p2p_comm": False, "batch_p2p_comm": True}
+    interleaved = vpp is not None
+    return {"overlap_p2p_comm": interleaved, "batch_p2p_comm": not interleaved}
 
 
 def _recompute(recompute: Recompute) -> dict[str, object]:
@@ -183,7 +183,7 @@ def make_megatron_config(
         use_cpu_initialization=True,
         masked_softmax_fusion=False,
         **fusions(layers, model),
-        **_point_to_point(parallel.pp, parallel.vpp),
+        **_point_to_point(parallel.vpp),
         **_recompute(config.train.recompute),
         pipeline=pipeline,
         value_dim=model.value_dim,

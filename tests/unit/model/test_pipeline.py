@@ -63,6 +63,14 @@ def test_without_interleaving_no_group_size_is_needed() -> None:
     assert receive_order(plan_of(2, 1), 1, 3, None) == ([1, 1, 1], [])
 
 
+@pytest.mark.parametrize(("pp", "vpp"), [(2, None), (4, None), (2, 2), (3, 2), (4, 2)])
+def test_interleaved_stages_send_while_they_compute(pp: int, vpp: int | None) -> None:
+    layers = f"model.layout=F {pp * (vpp or 1)}*S"
+    sizes = [f"parallel.pp={pp}", f"parallel.vpp={'null' if vpp is None else vpp}"]
+    found = tiny_megatron_config(tiny_config(layers, *sizes))
+    assert (found.overlap_p2p_comm, found.batch_p2p_comm) == (vpp is not None, vpp is None)
+
+
 @pytest.mark.parametrize(
     ("precision", "element_bytes", "index_columns"), [("fp32", 4, 12), ("bf16", 2, 12)]
 )
