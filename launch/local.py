@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from types import FrameType
 
-from hysparse_megatron.command import command, positive
+from hysparse_megatron.command import INTERRUPTED, command, positive
 from hysparse_megatron.config.cli import arguments_of, load, run_parser
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.data.blend import num_datasets
@@ -77,7 +77,8 @@ def main(argv: Sequence[str]) -> int:
         return subprocess.run([sys.executable, *module], check=False).returncode
     ranks = Ranks([sys.executable, *module], num_ranks)
     ending = ranks.wait()
-    if ending.cause is not None:
+    # After Ctrl-C the rank has said so.
+    if ending.cause is not None and ending.code != INTERRUPTED:
         print(ending.cause, file=sys.stderr, flush=True)
     if ending.code not in (0, 2):  # a bad configuration was no start
         amend_status(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -41,7 +43,8 @@ def run_units(
     try:
         while True:
             while len(pending) < 2 * workers and (unit := next(units, None)) is not None:
-                future = pool.submit(run_unit, unit, _own(unit, sources))
+                with _without_interrupts():  # it may start a worker
+                    future = pool.submit(run_unit, unit, _own(unit, sources))
                 units_of[future] = unit
                 pending.add(future)
             if not pending:
@@ -59,6 +62,19 @@ def run_units(
     finally:
         stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Ctrl-C reaches all processes of a terminal: what is started within never sees it.
+
+    A worker that imports cannot ignore it by itself yet. Here it waits until the end of the block.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _run_here(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from hysparse_megatron.data import load_prepared
@@ -127,6 +129,26 @@ def test_a_signal_stops_it_soon_and_the_same_command_goes_on(
     done = subprocess.run([*command, "--verify"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "going on after" in done.stderr
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.3])
+def test_ctrl_c_reaches_workers_that_are_not_ready(tmp_path: Path, seconds: float) -> None:
+    """It goes to all processes of the terminal; one that imports cannot know yet what to do."""
+    source = write_corpus(tmp_path / "a.jsonl", 5_000_000)
+    command = [*COMMAND, "--workers", "2", "--output", str(tmp_path / "out"), str(source)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    parent = psutil.Process(process.pid)
+    while process.poll() is None and len(parent.children()) < 2:  # one looks after shared memory
+        time.sleep(0.002)
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGINT)
+    errors = process.communicate(timeout=180)[1]
+    assert process.returncode == 3, errors
+    assert errors.rstrip().endswith("Preempted: stopped by SIGINT; the same command goes on")
+    assert "Traceback" not in errors
+    assert "interrupted" not in errors
 
 
 def test_memory_does_not_grow_with_the_input(tmp_path: Path) -> None:
