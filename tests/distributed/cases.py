@@ -49,6 +49,10 @@ TWO_INSIDE = "F 2*S | F S | S | S F"
 INTERLEAVED = "F S | S F | 2*S | S F"
 HALF_BATCH = {"global_batch_size": 4}
 """Two micro-batches instead of four, where more would only take longer."""
+EIGHT = {"steps": 8}
+SHORT = {**HALF_BATCH, **EIGHT}
+"""For all that a model may have beside. What layouts do to a step shows in the first ones, and what
+they do to many of them is shown by the plain model's."""
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32,
@@ -152,8 +156,10 @@ class Case:
 
 def reference_of(config: Config) -> Config:
     """The same model and training on one process: no parallel sizes, no cuts, no recompute."""
+    muon = dataclasses.replace(config.optim.muon, tp_mode=MuonConfig.tp_mode)  # for slices alone
     return dataclasses.replace(
         config,
+        optim=dataclasses.replace(config.optim, muon=muon),
         model=dataclasses.replace(config.model, layout=without_cuts(config.model.layout)),
         train=dataclasses.replace(config.train, recompute=Recompute.none),
         parallel=ParallelConfig(),

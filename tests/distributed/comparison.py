@@ -9,7 +9,6 @@ from typing import NamedTuple
 import numpy as np
 
 from hysparse_megatron.config.schema import Config
-from tests.distributed.cases import STEPS
 from tests.distributed.ranks import RankRun
 from tests.distributed.reassemble import (
     relative_difference,
@@ -25,8 +24,12 @@ GRAD_NORM_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4
 """Of every parameter, relative to its largest entry; of the norm in every step. One token whose
 backward pass is badly conditioned moves all gradients below it, now and then, in one step."""
-GRADIENT_STEPS = (0, STEPS - 1)
-"""Steps whose gradients are compared, parameter by parameter."""
+
+
+def gradient_steps(steps: int) -> tuple[int, int]:
+    """Those of `steps` whose gradients are compared, parameter by parameter."""
+    return 0, steps - 1
+
 
 ReferenceFor = Callable[[Config], RankRun]
 """The one-process run that a configuration is compared with."""
@@ -92,8 +95,9 @@ def compare(
     reference: RankRun, runs: Sequence[RankRun], num_groups: int, sequence_parallel: bool = False
 ) -> Differences:
     """Everything that a layout of `num_groups` KV groups must share with the reference."""
+    steps = len(reference.losses)
     for run in runs:
-        assert len(run.losses) == len(run.grad_norms) == STEPS
+        assert len(run.losses) == len(run.grad_norms) == steps
         # No question of rounding: every rank is told the same number.
         assert run.losses == runs[0].losses
         assert run.grad_norms == runs[0].grad_norms
@@ -105,7 +109,7 @@ def compare(
         grad_norm=float(relative_norms.max()),
         median_grad_norm=float(np.median(relative_norms)),
     )
-    for step in GRADIENT_STEPS:
+    for step in gradient_steps(steps):
         expected = whole([(reference.place, reference.gradients[step])])
         actual = whole([(run.place, run.gradients[step]) for run in runs])
         assert actual.keys() == expected.keys()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 
 from hysparse_megatron.config.frozen import config_hash
 from hysparse_megatron.config.schema import Config
-from tests.distributed.cases import STEPS, reference_of
-from tests.distributed.comparison import GRADIENT_STEPS, ParityRow, ReferenceFor
+from tests.distributed.cases import Case, reference_of
+from tests.distributed.comparison import ParityRow, ReferenceFor, gradient_steps
 from tests.distributed.pool import WorkerPool
 from tests.distributed.ranks import RankRun, train_reference
 
@@ -38,31 +39,51 @@ def pool() -> Iterator[WorkerPool]:
 def reference_for(
     pool: WorkerPool, session_seed: int, request: pytest.FixtureRequest
 ) -> ReferenceFor:
-    """The one-process run that a configuration is compared with; made once per model."""
+    """The one-process run that a configuration is compared with; made once per model.
+
+    Together with those that the next tests will ask for, one on each core.
+    """
     made: dict[str, RankRun] = {}
+    coming = {config_hash(alone): alone for alone in references_of(request.session.items)}
+
+    def make(missing: list[Config]) -> None:
+        runs = pool.run_apart(
+            train_reference,
+            [
+                {"config": alone, "steps": alone.train.steps}
+                | {"gradient_steps": gradient_steps(alone.train.steps)}
+                for alone in missing
+            ],
+            seed=session_seed,
+            least_gap=LEAST_GAP,
+            most_tries=MOST_TRIES,
+        )
+        for alone, run in zip(missing, runs, strict=True):
+            made[config_hash(alone)] = run
+            request.config.stash[_notes].append(
+                f"reference {len(made)}: {run.redrawn} batches with near-ties drawn anew, "
+                f"smallest gap left {run.smallest_gap:.1e}"
+            )
 
     def get(config: Config) -> RankRun:
         alone = reference_of(config)
         model = config_hash(alone)
         if model not in made:
-            made[model] = pool.run(
-                1,
-                train_reference,
-                config=alone,
-                seed=session_seed,
-                steps=STEPS,
-                gradient_steps=GRADIENT_STEPS,
-                least_gap=LEAST_GAP,
-                most_tries=MOST_TRIES,
-            )[0]
-            run = made[model]
-            request.config.stash[_notes].append(
-                f"reference {len(made)}: {run.redrawn} batches with near-ties drawn anew, "
-                f"smallest gap left {run.smallest_gap:.1e}"
-            )
+            others = [one for key, one in coming.items() if key not in made and key != model]
+            make([alone, *others[: (os.cpu_count() or 1) - 1]][: pool.max_workers])
         return made[model]
 
     return get
+
+
+def references_of(items: list[pytest.Item]) -> list[Config]:
+    """What tests will compare their case with, in their order."""
+    found = []
+    for item in items:
+        case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
+        if isinstance(case, Case) and "reference_for" in getattr(item, "fixturenames", ()):
+            found.append(reference_of(case.config()))
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -71,19 +71,46 @@ class WorkerPool:
         WorkerError with each failing rank's traceback, or the ranks that were not done in
         `timeout` seconds.
         """
-        if world_size > self.max_workers:
-            raise ValueError(f"{world_size} ranks asked of a pool of {self.max_workers}")
-        limit = timeout + (FIRST_JOB_EXTRA_SECONDS if self._start(world_size) else 0.0)
+        limit = self._limit(world_size, timeout)
         self._jobs += 1
-        for rank in range(world_size):
-            job = _Job(function, arguments, rank, world_size, self._store.port, self._jobs, limit)
-            self._workers[rank].connection.send(job)
-        results, failures = self._collect(world_size, limit)
+        return self._run(
+            [
+                _Job(function, arguments, rank, world_size, self._store.port, self._jobs, limit)
+                for rank in range(world_size)
+            ]
+        )
+
+    def run_apart(
+        self,
+        function: Callable[..., Any],
+        each: list[dict[str, Any]],
+        timeout: float = 120.0,
+        **arguments: Any,
+    ) -> list[Any]:
+        """`[function(0, **each[0], **arguments), ...]`, at the same time, each on one rank."""
+        limit = self._limit(len(each), timeout)
+        jobs = []
+        for own in each:
+            self._jobs += 1
+            jobs.append(_Job(function, own | arguments, 0, 1, self._store.port, self._jobs, limit))
+        return self._run(jobs)
+
+    def _limit(self, workers: int, timeout: float) -> float:
+        """Seconds that a job of so many workers, which are started, may take."""
+        if workers > self.max_workers:
+            raise ValueError(f"{workers} ranks asked of a pool of {self.max_workers}")
+        return timeout + (FIRST_JOB_EXTRA_SECONDS if self._start(workers) else 0.0)
+
+    def _run(self, jobs: list[_Job]) -> list[Any]:
+        """Worker i does job i."""
+        for worker, job in zip(self._workers, jobs, strict=False):
+            worker.connection.send(job)
+        results, failures = self._collect(len(jobs), jobs[0].timeout)
         if failures:
             self.close()
-            name = f"{function.__module__}.{function.__name__}"
-            raise WorkerError(f"{name} on {world_size} ranks\n" + "\n".join(failures))
-        return [results[rank] for rank in range(world_size)]
+            name = f"{jobs[0].function.__module__}.{jobs[0].function.__name__}"
+            raise WorkerError(f"{name} on {len(jobs)} ranks\n" + "\n".join(failures))
+        return [results[rank] for rank in range(len(jobs))]
 
     def pids(self) -> list[int]:
         """Process ids of the running workers."""

@@ -15,11 +15,13 @@ from hysparse_megatron.checkpoint.store import (
 )
 from hysparse_megatron.config.schema import Precision
 from tests.distributed.cases import (
+    EIGHT,
     EXPERTS,
     HALF_BATCH,
     INSIDE,
     INTERLEAVED,
     MUON,
+    SHORT,
     TWO_INSIDE,
     Case,
     random_tokens,
@@ -45,13 +47,13 @@ SAVE_AFTER, STEPS = 3, 6
 EVAL_TOLERANCE, LOSS_TOLERANCE = 1e-6, 1e-5
 
 QKV_BIAS = {"qkv_bias": True}
-SAVED = Case("tp2-pp2-sp", INSIDE, tp=2, pp=2, sp=True, model=QKV_BIAS)
+SAVED = Case("tp2-pp2-sp", INSIDE, tp=2, pp=2, sp=True, model=QKV_BIAS, train=EIGHT)
 LOADED = [
-    Case("one-process", model=QKV_BIAS),
-    Case("pp4", TWO_INSIDE, pp=4, model=QKV_BIAS),
-    Case("pp2-vpp2", INTERLEAVED, pp=2, vpp=2, model=QKV_BIAS),
-    Case("dp2", dp=2, model=QKV_BIAS),
-    Case("tp4", tp=4, model=QKV_BIAS),
+    Case("one-process", model=QKV_BIAS, train=EIGHT),
+    Case("pp4", TWO_INSIDE, pp=4, model=QKV_BIAS, train=EIGHT),
+    Case("pp2-vpp2", INTERLEAVED, pp=2, vpp=2, model=QKV_BIAS, train=EIGHT),
+    Case("dp2", dp=2, model=QKV_BIAS, train=EIGHT),
+    Case("tp4", tp=4, model=QKV_BIAS, train=EIGHT),
     SAVED,
 ]
 
@@ -215,11 +217,11 @@ def test_leftover_of_a_killed_write_is_replaced(pool: WorkerPool, checkpoints: P
     assert sorted(files) == ["__0_0.distcp", "__1_0.distcp"]
 
 
-SAVED_EXPERTS = Case("ep2-tp2-sp", tp=2, sp=True, ep=2, model=EXPERTS, train=HALF_BATCH)
+SAVED_EXPERTS = Case("ep2-tp2-sp", tp=2, sp=True, ep=2, model=EXPERTS, train=SHORT)
 LOADED_EXPERTS = [
-    Case("one-process", model=EXPERTS, train=HALF_BATCH),
-    Case("ep2-pp2-dp2", INSIDE, pp=2, dp=2, ep=2, model=EXPERTS, train=HALF_BATCH),
-    Case("ep4-tp2-dp2", tp=2, sp=True, dp=2, ep=4, model=EXPERTS, train=HALF_BATCH),
+    Case("one-process", model=EXPERTS, train=SHORT),
+    Case("ep2-pp2-dp2", INSIDE, pp=2, dp=2, ep=2, model=EXPERTS, train=SHORT),
+    Case("ep4-tp2-dp2", tp=2, sp=True, dp=2, ep=4, model=EXPERTS, train=SHORT),
     SAVED_EXPERTS,
 ]
 
@@ -272,11 +274,11 @@ def test_experts_continue_at_any_size(
     assert_goes_on(case, SAVED_EXPERTS, pool, saved_experts)
 
 
-SAVED_MUON = Case("muon-tp2-dp2", tp=2, sp=True, dp=2, ep=2, model=EXPERTS, optim=MUON)
+SAVED_MUON = Case("muon-tp2-dp2", tp=2, sp=True, dp=2, ep=2, model=EXPERTS, train=EIGHT, optim=MUON)
 LOADED_MUON = [
-    Case("one-process", model=EXPERTS, optim=MUON),
-    Case("pp2-dp2-ep2", INSIDE, pp=2, dp=2, ep=2, model=EXPERTS, optim=MUON),
-    Case("tp2-ep2", tp=2, sp=True, ep=2, model=EXPERTS, optim=MUON),
+    Case("one-process", model=EXPERTS, train=EIGHT, optim=MUON),
+    Case("pp2-dp2-ep2", INSIDE, pp=2, dp=2, ep=2, model=EXPERTS, train=EIGHT, optim=MUON),
+    Case("tp2-ep2", tp=2, sp=True, ep=2, model=EXPERTS, train=EIGHT, optim=MUON),
     SAVED_MUON,
 ]
 

@@ -21,22 +21,24 @@ from hysparse_megatron.config.schema import (
     SinkKind,
 )
 from tests.distributed.cases import (
+    EIGHT,
     HALF_BATCH,
     INSIDE,
     INTERLEAVED,
     MUON,
+    SHORT,
     STEPS,
     TWO_INSIDE,
     Case,
 )
 from tests.distributed.comparison import (
     GRAD_NORM_TOLERANCE,
-    GRADIENT_STEPS,
     GRADIENT_TOLERANCE,
     LOSS_TOLERANCE,
     ParityRow,
     ReferenceFor,
     compare,
+    gradient_steps,
 )
 from tests.distributed.pool import WorkerPool
 from tests.distributed.ranks import RankRun, train
@@ -49,6 +51,7 @@ HYBRID_INTERLEAVED = "F S | W S | F W | F"
 
 FULL = {**HALF_BATCH, "recompute": Recompute.full}
 SELECTIVE = {**HALF_BATCH, "recompute": Recompute.selective}
+SHORT_FULL, SHORT_SELECTIVE = {**FULL, **SHORT}, {**SELECTIVE, **SHORT}
 MQA = {"num_query_groups": 1}
 WIDE = {"gate": GateKind.channel, "value_head_dim": 12}
 FORCED = {"num_selected_blocks": 3, "forced_first_blocks": 1, "forced_recent_blocks": 1}
@@ -81,15 +84,18 @@ BIASED = experts(
     balancing=Balancing.bias,
     bias_update_rate=0.01,
 )
-DENSE_FIRST = experts(num_dense_first_layers=1, router_score=RouterScore.sigmoid)
+DENSE_FIRST: dict[str, Any] = {
+    "model": experts(num_dense_first_layers=1, router_score=RouterScore.sigmoid),
+    "train": EIGHT,
+}
 
 CASES = [
     Case("tp2", tp=2, train=HALF_BATCH),
     Case("tp2-sp", tp=2, sp=True, train=HALF_BATCH),
-    Case("tp4-4groups", tp=4, model={"num_query_groups": 4}, train=HALF_BATCH),
-    Case("bias-tp4-sp-2groups", tp=4, sp=True, model={**QKV_BIAS, **PADDED}, train=HALF_BATCH),
-    Case("tp2-mqa", tp=2, model=MQA, train=HALF_BATCH),
-    Case("tp2-pp2-sp-mqa-inside", INSIDE, tp=2, pp=2, sp=True, model=MQA, train=HALF_BATCH),
+    Case("tp4-4groups", tp=4, model={"num_query_groups": 4}, train=SHORT),
+    Case("bias-tp4-sp-2groups", tp=4, sp=True, model={**QKV_BIAS, **PADDED}, train=SHORT),
+    Case("tp2-mqa", tp=2, model=MQA, train=SHORT),
+    Case("tp2-pp2-sp-mqa-inside", INSIDE, tp=2, pp=2, sp=True, model=MQA, train=SHORT),
     Case("pp2-border", ON_BORDER, pp=2),
     Case("pp2-inside", INSIDE, pp=2),
     Case("pp4-two-inside", TWO_INSIDE, pp=4),
@@ -104,31 +110,31 @@ CASES = [
     Case("recompute-selective", train=SELECTIVE),
     Case("recompute-full-tp2-pp2-sp-inside", INSIDE, tp=2, pp=2, sp=True, train=FULL),
     Case("recompute-selective-tp2-pp2-sp", INSIDE, tp=2, pp=2, sp=True, train=SELECTIVE),
-    Case("tied-pp2", INSIDE, pp=2, model={**TIED, **PADDED}, train=HALF_BATCH),
-    Case("qk-norm-tp2-sp", tp=2, sp=True, model={"qk_norm": True}, train=HALF_BATCH),
-    Case("channel-gate-wide-value-tp2-pp2", INSIDE, tp=2, pp=2, model=WIDE, train=HALF_BATCH),
-    Case("shared-sink-tp2", tp=2, model={"sink": SinkKind.shared}, train=HALF_BATCH),
-    Case("forced-blocks-tp2-pp2-inside", INSIDE, tp=2, pp=2, model=FORCED, train=HALF_BATCH),
-    Case("hybrid-tp2-sp", HYBRID, tp=2, sp=True, train=HALF_BATCH),
-    Case("hybrid-pp2-vpp2", HYBRID_INTERLEAVED, pp=2, vpp=2, train=HALF_BATCH),
-    Case("full-gate-tp2-sp", tp=2, sp=True, model=GATED, train=HALF_BATCH),
-    Case("moe-tp2-sp-ep2", tp=2, sp=True, ep=2, model=SOFTMAX, train=HALF_BATCH),
-    Case("moe-pp2-ep2-inside", INSIDE, pp=2, dp=2, ep=2, model=SOFTMAX, train=HALF_BATCH),
-    Case("moe-shared-tp2-dp2-ep2", tp=2, sp=True, dp=2, ep=2, model=SHARED, train=HALF_BATCH),
-    Case("moe-bias-tp2-dp2-ep4", tp=2, sp=True, dp=2, ep=4, model=BIASED, train=HALF_BATCH),
-    Case("moe-dense-first-pp2-vpp2-ep2", INTERLEAVED, pp=2, vpp=2, dp=2, ep=2, model=DENSE_FIRST),
-    Case("moe-recompute-full-tp2-ep2", tp=2, sp=True, ep=2, model=SOFTMAX, train=FULL),
-    Case("documents-tp2-pp2-sp", INSIDE, tp=2, pp=2, sp=True, train=FULL, documents=True),
-    Case("documents-tp2-mqa", tp=2, model=MQA, train=SELECTIVE, documents=True),
-    Case("documents-pp2-vpp2", HYBRID_INTERLEAVED, pp=2, vpp=2, train=HALF_BATCH, documents=True),
-    Case("documents-moe-dp2-ep2", dp=2, ep=2, model=SOFTMAX, train=HALF_BATCH, documents=True),
-    Case("muon-dp2", dp=2, train=HALF_BATCH, optim=MUON),
-    Case("muon-bias-tp2-sp", tp=2, sp=True, model=QKV_BIAS, train=HALF_BATCH, optim=MUON),
-    Case("muon-tp2-distributed", tp=2, train=HALF_BATCH, optim=muon(tp_mode=DISTRIBUTED)),
-    Case("muon-tied-pp2-dp2", INSIDE, pp=2, dp=2, model=TIED, train=HALF_BATCH, optim=MUON),
-    Case("muon-whole-projections-tp4", tp=4, train=HALF_BATCH, optim=muon(split_qkv=False)),
-    Case("muon-moe-tp2-sp-ep2", tp=2, sp=True, ep=2, model=SHARED, train=HALF_BATCH, optim=MUON),
-    Case("muon-moe-dp2-ep2", dp=2, ep=2, model=SHARED, train=HALF_BATCH, optim=MUON),
+    Case("tied-pp2", INSIDE, pp=2, model={**TIED, **PADDED}, train=SHORT),
+    Case("qk-norm-tp2-sp", tp=2, sp=True, model={"qk_norm": True}, train=SHORT),
+    Case("channel-gate-wide-value-tp2-pp2", INSIDE, tp=2, pp=2, model=WIDE, train=SHORT),
+    Case("shared-sink-tp2", tp=2, model={"sink": SinkKind.shared}, train=SHORT),
+    Case("forced-blocks-tp2-pp2-inside", INSIDE, tp=2, pp=2, model=FORCED, train=SHORT),
+    Case("hybrid-tp2-sp", HYBRID, tp=2, sp=True, train=SHORT),
+    Case("hybrid-pp2-vpp2", HYBRID_INTERLEAVED, pp=2, vpp=2, train=SHORT),
+    Case("full-gate-tp2-sp", tp=2, sp=True, model=GATED, train=SHORT),
+    Case("moe-tp2-sp-ep2", tp=2, sp=True, ep=2, model=SOFTMAX, train=SHORT),
+    Case("moe-pp2-ep2-inside", INSIDE, pp=2, dp=2, ep=2, model=SOFTMAX, train=SHORT),
+    Case("moe-shared-tp2-dp2-ep2", tp=2, sp=True, dp=2, ep=2, model=SHARED, train=SHORT),
+    Case("moe-bias-tp2-dp2-ep4", tp=2, sp=True, dp=2, ep=4, model=BIASED, train=SHORT),
+    Case("moe-dense-first-pp2-vpp2-ep2", INTERLEAVED, pp=2, vpp=2, dp=2, ep=2, **DENSE_FIRST),
+    Case("moe-recompute-full-tp2-ep2", tp=2, sp=True, ep=2, model=SOFTMAX, train=SHORT_FULL),
+    Case("documents-tp2-pp2-sp", INSIDE, tp=2, pp=2, sp=True, train=SHORT_FULL, documents=True),
+    Case("documents-tp2-mqa", tp=2, model=MQA, train=SHORT_SELECTIVE, documents=True),
+    Case("documents-pp2-vpp2", HYBRID_INTERLEAVED, pp=2, vpp=2, train=SHORT, documents=True),
+    Case("documents-moe-dp2-ep2", dp=2, ep=2, model=SOFTMAX, train=SHORT, documents=True),
+    Case("muon-dp2", dp=2, train=SHORT, optim=MUON),
+    Case("muon-bias-tp2-sp", tp=2, sp=True, model=QKV_BIAS, train=SHORT, optim=MUON),
+    Case("muon-tp2-distributed", tp=2, train=SHORT, optim=muon(tp_mode=DISTRIBUTED)),
+    Case("muon-tied-pp2-dp2", INSIDE, pp=2, dp=2, model=TIED, train=SHORT, optim=MUON),
+    Case("muon-whole-projections-tp4", tp=4, train=SHORT, optim=muon(split_qkv=False)),
+    Case("muon-moe-tp2-sp-ep2", tp=2, sp=True, ep=2, model=SHARED, train=SHORT, optim=MUON),
+    Case("muon-moe-dp2-ep2", dp=2, ep=2, model=SHARED, train=SHORT, optim=MUON),
 ]
 
 
@@ -143,7 +149,7 @@ def test_layout_trains_like_one_process(
         train,
         config=config,
         tokens=reference.tokens,
-        gradient_steps=GRADIENT_STEPS,
+        gradient_steps=gradient_steps(len(reference.tokens)),
     )
     differences = compare(reference, runs, config.model.num_query_groups, case.sp)
     parity_rows.append(differences.row(case.name, case.world_size))
@@ -155,9 +161,10 @@ def test_slices_of_matrices_are_other_matrices(
 ) -> None:
     """Muon's blockwise mode trains another way at every size, and the comparison says so."""
     blockwise = muon(tp_mode=MuonTensorParallel.blockwise)
-    config = Case("blockwise", tp=2, train=HALF_BATCH, optim=blockwise).config()
+    config = Case("blockwise", tp=2, train=SHORT, optim=blockwise).config()
     reference = reference_for(config)
-    runs = pool.run(2, train, config=config, tokens=reference.tokens, gradient_steps=GRADIENT_STEPS)
+    compared = gradient_steps(len(reference.tokens))
+    runs = pool.run(2, train, config=config, tokens=reference.tokens, gradient_steps=compared)
     assert runs[0].losses[0] == pytest.approx(reference.losses[0], abs=LOSS_TOLERANCE)
     differences = compare(reference, runs, config.model.num_query_groups)
     assert differences.loss > 100 * LOSS_TOLERANCE
@@ -169,7 +176,7 @@ def test_reference_is_worth_comparing_with(reference_for: ReferenceFor) -> None:
     Whether training gets anywhere is not asked here: the tokens are random.
     """
     reference = reference_for(Case("base").config())
-    for step in GRADIENT_STEPS:
+    for step in gradient_steps(STEPS):
         for name, piece in reference.gradients[step].items():
             assert np.abs(piece.value).max() > 0, f"{name} got no gradient"
     selected = np.concatenate([step[0].reshape(-1, 2) for step in reference.selections])

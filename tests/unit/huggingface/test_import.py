@@ -23,9 +23,7 @@ from tests.unit.single_process import default_group
 from tools.checkpoint import main as checkpoint_main
 from tools.convert import main
 
-pytestmark = pytest.mark.usefixtures("seed")
-
-pytestmark = pytest.mark.thorough
+pytestmark = [pytest.mark.thorough, pytest.mark.usefixtures("seed")]
 
 HEAVY = [
     "model.layout=F S W S F",
