@@ -35,7 +35,8 @@ train: $(STAMP) ## Train EXPERIMENT on NPROC local ranks, or resume it; add over
 	@$(PY) -m launch.local --nproc $(NPROC) $(if $(EXPERIMENT),experiment=$(EXPERIMENT)) $(ARGS)
 
 # Tests of one process at a time share the cores; those of several need them. 5: none chosen.
-SHARED := -n auto --maxprocesses 4 --dist loadfile
+# By file in their order, in which the longest do not come last, as those of few tests would.
+SHARED := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 ALONE := not slow and not distributed and not fault and not slurm
 # HYSPARSE_TEST_SEED=n in the environment is the first seed; without it, a fresh one.
 SEEDS ?= 20

@@ -75,7 +75,7 @@ def test_what_is_named_is_so() -> None:
     assert f"start at {NEUTRAL_SINK:.0f}" in TEXT
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_program_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -28,7 +28,7 @@ from test_bulk_formats import write_gzip, write_parquet
 from hysparse_megatron.data.bulk import prepare_bulk, verify_prepared
 from hysparse_megatron.errors import ConfigError, DataError
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.thorough
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -189,7 +189,7 @@ def test_one_bad_point_submits_none(
     assert not asked.exists()
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
 def test_one_point_over_the_run_of_another_model_submits_none(
     dry_run: list[str], slurm: Slurm, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -16,7 +16,7 @@ from tests.checkpoints import write_checkpoint
 from tests.unit.single_process import default_group
 from tools.checkpoint import main
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.thorough
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -17,7 +17,7 @@ from hysparse_megatron.data import load_prepared
 from tools.measure_prepare import peak_tree_bytes, write_corpus
 from tools.prepare_data import main
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.thorough
 
 ROOT = Path(__file__).resolve().parents[3]
 COMMAND = [sys.executable, "-m", "tools.prepare_data", "--tokenizer", "bytes"]

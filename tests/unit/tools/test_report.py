@@ -172,7 +172,7 @@ def browser() -> str:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_in_a_browser(scheme: str, tmp_path: Path, capsys: Capture) -> None:
     """Pictures are decoded and not blank, nothing is wider than the window, text is readable."""
