@@ -7,6 +7,7 @@ import pytest
 
 from hysparse_megatron.config.frozen import load_frozen
 from hysparse_megatron.layout import LayerKind, parse_layout
+from hysparse_megatron.runtime.faults import VARIABLE
 from hysparse_megatron.tracking.metrics import read_metrics
 from tools.measure_adoption import main
 
@@ -83,11 +84,14 @@ def test_mistakes_end_with_2(
 
 
 @pytest.mark.thorough
-def test_a_command_that_fails_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    more = ["--folder", str(tmp_path), "--layout", "F S", "--sequences", "100000"]
+def test_a_command_that_fails_is_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, "io_error@0:0:prepare")
+    more = ["--folder", str(tmp_path), "--layout", "F S"]
     assert main([*SMALL, *SHORT, *more, "--seeds", "1"]) == 5
     told = capsys.readouterr().err
-    assert "fewer than one global batch of 100000" in told
+    assert "DataError" in told
     assert "ended with exit code 5: hysparse_megatron --config" in told
     assert main([*SMALL, *SHORT, *more, "--seeds", "1"]) == 2
     assert "has seed-1 already" in capsys.readouterr().err
