@@ -242,8 +242,9 @@ def is_proven(directory: Path) -> bool:
 
 def mark_proven(directory: Path) -> None:
     """Note that a good step was made. Without the note, which a full disk refuses, more is kept."""
-    with contextlib.suppress(OSError):
-        (directory / _PROVEN).touch()
+    if not is_proven(directory):
+        with contextlib.suppress(OSError):
+            (directory / _PROVEN).touch()
 
 
 def prune(

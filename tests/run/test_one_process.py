@@ -21,6 +21,7 @@ from run_commands import (
     write_text,
 )
 
+from hysparse_megatron.checkpoint.store import is_proven
 from hysparse_megatron.config.compose import compose, load_frozen
 from hysparse_megatron.tracking.selections import read_selections
 
@@ -148,7 +149,8 @@ def test_checkpoints_of_a_run(finished) -> None:
         there = {
             str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()
         }
-        assert there == {*manifest["files"], "manifest.json"}
+        assert there - {"proven"} == {*manifest["files"], "manifest.json"}
+        assert is_proven(directory) == (step < 40)  # no step has followed the last one
         for name, entry in manifest["files"].items():
             content = (directory / name).read_bytes()
             assert len(content) == entry["bytes"]
