@@ -7,8 +7,6 @@ shapes of their tensors.
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -67,10 +65,10 @@ def refuse_mismatch(config: Config) -> None:
     shapes. Damaged ones are passed over here: who loads them tells. Raises CheckpointError where
     the run directory holds weights to start from, which cannot be continued.
     """
-    if not config.checkpoint.resume:
-        directory = None
-    else:
-        directory = _newest(config.run_path / "checkpoints")
+    directory = None
+    if config.checkpoint.resume:
+        # Whatever step is asked for: all checkpoints of a run are of one model.
+        directory = store.to_continue(config.run_path / "checkpoints", None)
     if directory is not None:
         if "data" not in store.read_manifest(directory):
             raise weights_alone(directory)
@@ -79,6 +77,19 @@ def refuse_mismatch(config: Config) -> None:
         directory = _named(Path(config.checkpoint.load), config.checkpoint.step)
         if directory is not None:
             _refuse(config, directory, weights_only=True)
+
+
+def require_same_model(config: Config, directory: Path) -> None:
+    """Raise CheckpointError, naming all differences, where `config` describes another model.
+
+    For settings that come from a run's config.yaml, beside which the checkpoint lies.
+    """
+    problems = [found for found in mismatches(config, directory) if found.key != "optim.name"]
+    if problems:
+        lines = _lines(problems, f"{CONFIG_FILE} has")
+        raise CheckpointError(
+            "\n".join([f"{directory} was made with other settings than the run's:", *lines])
+        )
 
 
 def weights_alone(directory: Path) -> CheckpointError:
@@ -118,12 +129,6 @@ def _refuse(config: Config, directory: Path, weights_only: bool) -> None:
     problems = mismatches(config, directory, weights_only)
     if not problems:
         return
-    lines = [
-        f"  {problem.key}: the checkpoint has {problem.allowed}, asked for {problem.got}"
-        for problem in problems[:_MOST_LINES]
-    ]
-    if len(problems) > _MOST_LINES:
-        lines.append(f"  and {len(problems) - _MOST_LINES} more")
     where, advice = "this run would go on from", "choose another run_dir for another model"
     if weights_only:
         where, advice = "checkpoint.load names", "load the weights of another run"
@@ -133,7 +138,7 @@ def _refuse(config: Config, directory: Path, weights_only: bool) -> None:
         "\n".join(
             [
                 f"{directory}, which {where}, was made with other settings:",
-                *lines,
+                *_lines(problems, "asked for"),
                 f"Set them as the checkpoint has them, or {advice}. Nothing was changed",
             ]
         ),
@@ -141,20 +146,22 @@ def _refuse(config: Config, directory: Path, weights_only: bool) -> None:
     )
 
 
-def _newest(checkpoints: Path) -> Path | None:
-    """The newest whole checkpoint, by sizes; None where there is none."""
-    judge = functools.partial(store.problems_of, content=False)
-    with contextlib.suppress(CheckpointError):
-        return store.latest_checkpoint(checkpoints, judge)[0]
-    return None
+def _lines(problems: list[Problem], other: str) -> list[str]:
+    lines = [
+        f"  {problem.key}: the checkpoint has {problem.allowed}, {other} {problem.got}"
+        for problem in problems[:_MOST_LINES]
+    ]
+    left_out = len(problems) - _MOST_LINES
+    return [*lines, f"  and {left_out} more"] if left_out > 0 else lines
 
 
 def _named(path: Path, step: int | None) -> Path | None:
     """What `checkpoint.load` means by a step or run directory; None where that is not whole."""
-    if step is None and not store.is_checkpoint(path):
-        return _newest(path / "checkpoints")
-    is_step = store.is_checkpoint(path)
-    directory = path if is_step else store.step_directory(path / "checkpoints", step or 0)
+    if not store.is_checkpoint(path) and step is None:
+        return store.to_continue(path / "checkpoints", None)
+    directory = path
+    if not store.is_checkpoint(path):
+        directory = store.step_directory(path / "checkpoints", step or 0)
     return None if store.problems_of(directory, content=False) else directory
 
 

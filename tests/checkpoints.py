@@ -1,7 +1,6 @@
 """Writes whole checkpoints in tests: of anything, or of a training state."""
 
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,15 +25,13 @@ def write_checkpoint(
     return CheckpointWrite(checkpoints, step, start, facts).finish()
 
 
-def write_step(
-    checkpoints: Path, step: int, facts: dict[str, Any], tensors: dict[str, Any] | None = None
-) -> Path:
+def write_step(checkpoints: Path, step: int, facts: dict[str, Any]) -> Path:
     """A whole checkpoint of one small file, for what only looks at manifests. Needs no ranks."""
     directory = step_directory(checkpoints, step)
     directory.mkdir(parents=True)
     shard = directory / "__0_0.distcp"
     shard.write_text(f"weights {step}")
-    (directory / INDEX).write_text(json.dumps({"tensors": tensors or {}, "objects": []}))
+    (directory / INDEX).write_text('{"tensors": {}, "objects": {}}')
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": digest_of(path)}
         for path in directory.iterdir()

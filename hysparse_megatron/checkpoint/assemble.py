@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.storage import WriteResult
 
 from hysparse_megatron.checkpoint.tensors import write_index
 from hysparse_megatron.checkpoint.writer import CheckpointWrite, Job
@@ -41,6 +42,15 @@ class Source:
     dtype: torch.dtype
     read: Callable[[], Tensor]
     """Returns it, on the CPU."""
+
+
+class _IndexedWriter(torch_checkpoint.FileSystemWriter):
+    """Writes `tensors.json` too."""
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        super().finish(metadata, results)
+        places = {result.index: result.storage_data for part in results for result in part}
+        write_index(metadata, places, Path(self.path))
 
 
 class _ReadWhenWritten(DefaultSavePlanner):
@@ -84,11 +94,9 @@ def _write(sources: Mapping[str, Source], directory: Path) -> None:
     torch_checkpoint.save(
         {**_OBJECTS, **planned},
         # Of a file with several tensors torch would keep all in memory.
-        storage_writer=torch_checkpoint.FileSystemWriter(directory, single_file_per_rank=False),
+        storage_writer=_IndexedWriter(directory, single_file_per_rank=False),
         planner=_ReadWhenWritten(sources),
     )
-    written = torch_checkpoint.FileSystemReader(directory).read_metadata()
-    write_index(written, written.storage_data, directory)
     (directory / "metadata.json").write_text(json.dumps(_FORMAT))
 
 

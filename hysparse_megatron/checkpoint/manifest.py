@@ -102,6 +102,9 @@ def _check_kinds(content: Mapping[str, Any]) -> None:
         if name in content and not isinstance(content[name], kind):
             found = type(content[name]).__name__
             raise CheckpointError(f"its {name} is a {found}, not a {kind.__name__}")
+    position = content.get("progress", {}).get("position", {})
+    if not isinstance(position, dict) or not all(map(_is_count, position.values())):
+        raise CheckpointError("its progress.position does not count samples and steps")
     guard = content.get("progress", {}).get("guard", {})
     if not isinstance(guard, dict):
         raise CheckpointError("its progress.guard holds no names and values")

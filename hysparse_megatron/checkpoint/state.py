@@ -7,6 +7,7 @@ state of their own.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch.distributed.checkpoint.api import CheckpointException
 
 from hysparse_megatron.checkpoint.moments import taken_in_place
+from hysparse_megatron.checkpoint.reader import use_for_loading
 from hysparse_megatron.checkpoint.staging import StagingWriter
 from hysparse_megatron.checkpoint.writer import Job
 from hysparse_megatron.errors import CheckpointError
@@ -32,8 +34,13 @@ from hysparse_megatron.model.stack import EXTRA_STATE
 from hysparse_megatron.training.optimizer import distributed_parts
 from hysparse_megatron.training.state import TrainingState
 
-# torch's CheckpointException is no Exception.
-_LOAD_ERRORS = (CheckpointException, CheckpointingException, KeyError, ValueError, RuntimeError)
+_DAMAGED = (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError)
+"""What it ends in to read plain values that are not those of an optimizer."""
+
+_LOAD_ERRORS = (CheckpointException, CheckpointingException, pickle.UnpicklingError, *_DAMAGED)
+
+_LONGEST_CAUSE = 500
+"""Characters: megatron-core lists all names of a checkpoint where it misses one."""
 
 
 def _metadata(groups: ProcessGroupCollection) -> dict[str, Any]:
@@ -100,10 +107,20 @@ def load_state(state: TrainingState, directory: Path, weights_only: bool = False
         dict(wanted), is_loading=True, metadata=metadata
     )
     loaded = _load(wanted, state.models, directory)
+    try:
+        _load_optimizer(state, loaded["optimizer"])
+        return int(loaded["step"])
+    except _DAMAGED as error:
+        raise CheckpointError(
+            f"{directory} holds no state of this optimizer: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _load_optimizer(state: TrainingState, loaded: dict[Any, Any]) -> None:
     # megatron-core pairs groups by their learning rates, among others, and would take the rest
     # from the checkpoint: today's settings count.
     optim = state.config.optim
-    for part in _optimizer_parts(loaded["optimizer"]):
+    for part in _optimizer_parts(loaded):
         for group in part["optimizer"]["param_groups"]:
             today = {
                 "max_lr": optim.learning_rate,
@@ -114,8 +131,7 @@ def load_state(state: TrainingState, directory: Path, weights_only: bool = False
             }
             # AdamW's groups have no momentum, Muon's no betas.
             group.update({name: value for name, value in today.items() if name in group})
-    state.optimizer.load_state_dict(loaded["optimizer"])
-    return int(loaded["step"])
+    state.optimizer.load_state_dict(loaded)
 
 
 def load_weights(
@@ -132,17 +148,28 @@ def _load(
     wanted: dict[str, Any], models: Sequence[MegatronModule], directory: Path
 ) -> dict[str, Any]:
     """What `wanted` names, with the weights put into `models`."""
+    use_for_loading(directory)
     try:
         loaded = dist_checkpointing.load(wanted, str(directory))
     except _LOAD_ERRORS as error:
+        cause = _first_cause(error)
+        if isinstance(cause, CheckpointError | pickle.UnpicklingError):
+            raise CheckpointError(f"{directory} cannot be read: {cause}") from error
         raise CheckpointError(
-            f"{directory} cannot be loaded into this model: {error}\n"
+            f"{directory} cannot be loaded into this model: {str(cause)[:_LONGEST_CAUSE]}\n"
             "model.* and optim.name must be what the checkpoint was made with; parallel.* may "
             "differ"
         ) from error
     for index, model in enumerate(models):
         _load_weights(model, loaded[f"model{index}"])
     return loaded
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """What failed on a rank; torch's own error is a list of tracebacks, and no Exception."""
+    if isinstance(error, CheckpointException):
+        return next((cause for cause, _ in error.failures.values()), error)
+    return error
 
 
 def _load_weights(module: torch.nn.Module, weights: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint, described by JSON and read without unpickling anything.
+"""The content of a checkpoint, described by JSON and read without unpickling.
 
 megatron-core's format describes tensors in a pickle, `.metadata`, and stores each as a zip archive
 of its bytes and a pickle that says how to build a tensor of them. `tensors.json` names the place,
@@ -6,9 +6,10 @@ shape and type of every tensor, so that the bytes suffice.
 
     {"tensors": {NAME: {"dtype": "float32", "shape": [8, 4], "chunks": [
         {"offsets": [0, 0], "sizes": [4, 4], "file": "__0_0.distcp", "start": 64, "bytes": 1261}
-     ]}}, "objects": [NAME]}
+     ]}}, "objects": {NAME: {"file": "__0_0.distcp", "start": 1325, "bytes": 2093}}}
 
-`objects` are pickled: settings of the optimizer, needed to go on training and not for the weights.
+`objects` are settings of the optimizer, needed to go on training and not for the weights. Early
+versions gave their names alone; where they lie stands in `.metadata` then.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import json
 import math
 import sys
 import zipfile
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +28,15 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from hysparse_megatron.checkpoint.early import read_early_index
 from hysparse_megatron.errors import CheckpointError
 
 INDEX = "tensors.json"
 OPTIMIZER = "optimizer."
 """What the names of optimizer state begin with."""
+
+Index = dict[str, dict[str, Any]]
+"""`tensors` and `objects`, as above."""
 
 
 def write_index(metadata: Metadata, places: dict[Any, Any], directory: Path) -> None:
@@ -38,40 +45,81 @@ def write_index(metadata: Metadata, places: dict[Any, Any], directory: Path) -> 
     `places` says where each chunk and object lies, by its `MetadataIndex`.
     """
     tensors: dict[str, Any] = {}
-    objects = []
+    objects: dict[str, Any] = {}
     sizes: dict[tuple[str, tuple[int, ...]], list[int]] = {}
     for name, entry in metadata.state_dict_metadata.items():
-        if not isinstance(entry, TensorStorageMetadata):
-            objects.append(name)
-            continue
-        dtype = str(entry.properties.dtype).removeprefix("torch.")
-        tensors[name] = {"dtype": dtype, "shape": list(entry.size), "chunks": []}
-        sizes |= {(name, tuple(chunk.offsets)): list(chunk.sizes) for chunk in entry.chunks}
+        if isinstance(entry, TensorStorageMetadata):
+            dtype = str(entry.properties.dtype).removeprefix("torch.")
+            tensors[name] = {"dtype": dtype, "shape": list(entry.size), "chunks": []}
+            sizes |= {(name, tuple(chunk.offsets)): list(chunk.sizes) for chunk in entry.chunks}
     for index, place in places.items():
-        if index.fqn in tensors:
-            offsets = tuple(index.offset or ())
-            tensors[index.fqn]["chunks"].append(
-                {
-                    "offsets": list(offsets),
-                    "sizes": sizes[index.fqn, offsets],
-                    "file": place.relative_path,
-                    "start": place.offset,
-                    "bytes": place.length,
-                }
-            )
+        where = {"file": place.relative_path, "start": place.offset, "bytes": place.length}
+        if index.fqn not in tensors:
+            objects[index.fqn] = where
+            continue
+        offsets = tuple(index.offset or ())
+        chunk = {"offsets": list(offsets), "sizes": sizes[index.fqn, offsets], **where}
+        tensors[index.fqn]["chunks"].append(chunk)
     with (directory / INDEX).open("w") as file:
-        json.dump({"tensors": tensors, "objects": sorted(objects)}, file)
+        json.dump({"tensors": tensors, "objects": objects}, file)
 
 
 def read_index(directory: Path) -> dict[str, dict[str, Any]]:
     """The tensors of a checkpoint by name: dtype, shape and chunks. Raises CheckpointError."""
+    return _checked(directory, ("tensors",))["tensors"]
+
+
+def read_whole_index(directory: Path) -> Index:
+    """Tensors and objects of a checkpoint. Raises CheckpointError for an index that is damaged."""
+    return _checked(directory, ("tensors", "objects"))
+
+
+def _checked(directory: Path, parts: Sequence[str]) -> Index:
+    path = directory / INDEX
     try:
-        return json.loads((directory / INDEX).read_text())["tensors"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{directory / INDEX} cannot be read ({type(error).__name__}: {error}); checkpoints of "
-            "early versions have none"
-        ) from error
+        index = json.loads(path.read_text()) if path.exists() else read_early_index(directory)
+        if "objects" in parts and isinstance(index["objects"], list):
+            index["objects"] = read_early_index(directory)["objects"]
+        file_sizes = {file.name: file.stat().st_size for file in directory.iterdir()}
+        checks = {"tensors": _check_tensor, "objects": _check_place}
+        for part in parts:
+            for name, entry in index[part].items():
+                checks[part](name, entry, file_sizes)
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+    return index
+
+
+def _check_tensor(name: str, entry: dict[str, Any], file_sizes: dict[str, int]) -> None:
+    """Raise ValueError unless the chunks lie in the tensor and are as many values as it has."""
+    dtype = getattr(torch, entry["dtype"], None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{name}: no type of numbers: {entry['dtype']}")
+    shape = _counts(entry["shape"])
+    covered = 0
+    for chunk in entry["chunks"]:
+        _check_place(name, chunk, file_sizes)
+        offsets, sizes = _counts(chunk["offsets"]), _counts(chunk["sizes"])
+        ends = zip(offsets, sizes, shape, strict=True)
+        if any(offset + size > whole for offset, size, whole in ends):
+            raise ValueError(f"{name}: a chunk {sizes} at {offsets} is not in {shape}")
+        if math.prod(sizes) * dtype.itemsize > chunk["bytes"]:
+            raise ValueError(f"{name}: {chunk['bytes']} bytes are no {sizes} of {dtype}")
+        covered += math.prod(sizes)
+    if covered != math.prod(shape):
+        raise ValueError(f"{name}: chunks hold {covered} of the values of {shape}")
+
+
+def _check_place(name: str, place: dict[str, Any], file_sizes: dict[str, int]) -> None:
+    start, length = _counts([place["start"], place["bytes"]])
+    if start + length > file_sizes.get(place["file"], -1):
+        raise ValueError(f"{name} is said to lie in {place['file']}, which does not hold it")
+
+
+def _counts(values: list[Any]) -> list[int]:
+    if not all(type(value) is int and value >= 0 for value in values):
+        raise ValueError(f"no sizes: {values}")
+    return values
 
 
 def num_bytes(entry: dict[str, Any]) -> int:
@@ -86,38 +134,35 @@ def read_tensor(directory: Path, entry: dict[str, Any]) -> Tensor:
     """
     dtype = getattr(torch, entry["dtype"])
     whole = torch.empty(entry["shape"], dtype=dtype)
-    covered = 0
     for chunk in entry["chunks"]:
-        content = _content(directory / chunk["file"], chunk["start"], chunk["bytes"])
         numel = math.prod(chunk["sizes"])
-        if len(content) != numel * dtype.itemsize:
-            raise CheckpointError(
-                f"{directory / chunk['file']}: {len(content)} bytes at {chunk['start']} are no "
-                f"tensor {chunk['sizes']} of {entry['dtype']}"
-            )
-        covered += numel
+        content = _content(directory / chunk["file"], chunk, numel * dtype.itemsize)
         if numel:
             piece = torch.frombuffer(content, dtype=dtype).view(chunk["sizes"])
             places = zip(chunk["offsets"], chunk["sizes"], strict=True)
             whole[tuple(slice(start, start + size) for start, size in places)] = piece
-    if covered != whole.numel():
-        raise CheckpointError(
-            f"{directory}: chunks hold {covered} of the {whole.numel()} values of a tensor"
-        )
     return whole
 
 
-def _content(path: Path, start: int, length: int) -> bytearray:
-    """The bytes of the tensor archived there."""
-    with path.open("rb") as file:
-        file.seek(start)
-        archived = file.read(length)
+def _content(path: Path, chunk: dict[str, Any], num_bytes: int) -> bytearray:
+    """The bytes of the tensor archived there, which are to be so many."""
+    start = chunk["start"]
     try:
+        with path.open("rb") as file:
+            file.seek(start)
+            archived = file.read(chunk["bytes"])
         with zipfile.ZipFile(io.BytesIO(archived)) as archive:
             names = {name.partition("/")[2]: name for name in archive.namelist()}
             order = archive.read(names["byteorder"]).decode()
+            found = archive.getinfo(names["data/0"]).file_size
+            # Asked before: a few bytes may stand for more than memory holds.
+            if found != num_bytes:
+                raise CheckpointError(
+                    f"{path}: {found} bytes at {start} are no tensor of {num_bytes} bytes, "
+                    f"{chunk['sizes']}"
+                )
             content = bytearray(archive.read(names["data/0"]))
-    except (zipfile.BadZipFile, KeyError, UnicodeDecodeError) as error:
+    except (OSError, zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError) as error:
         raise CheckpointError(f"{path}: no tensor at {start}: {error}") from error
     if order != sys.byteorder:
         raise CheckpointError(f"{path} was written on a machine of {order}-endian numbers")

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from hysparse_megatron.checkpoint import store, tensors
+from hysparse_megatron.compatibility import require_same_model
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.errors import CheckpointError
 from hysparse_megatron.huggingface import settings, tokenizer_files
@@ -51,6 +52,7 @@ def export(request: Request, folder: Path, say: Say) -> None:
     Raises CheckpointError for a checkpoint that cannot be read or fitted to the run's settings, or
     a folder that cannot be written, and ConfigError for everything else.
     """
+    require_same_model(request.config, request.checkpoint)
     index = tensors.read_index(request.checkpoint)
     index = {name: e for name, e in index.items() if not name.startswith(tensors.OPTIMIZER)}
     rows = _fitting_rows(request, index)

@@ -15,6 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from hysparse_megatron.checkpoint import choice, store
 from hysparse_megatron.checkpoint.state import load_weights
+from hysparse_megatron.compatibility import require_same_model
 from hysparse_megatron.config.frozen import CONFIG_FILE, load_frozen
 from hysparse_megatron.config.problems import as_error
 from hysparse_megatron.config.schema import Config, Fp8, Recompute
@@ -129,6 +130,7 @@ def load_model(
         CheckpointError: there is no such checkpoint, it is damaged or of another model.
     """
     directory = _choose(run_dir, checkpoint, verify)
+    on_rank_zero(lambda: require_same_model(config, directory), CheckpointError)
     manifest = on_rank_zero(lambda: store.read_manifest(directory), CheckpointError)
     known = store.tokenizer_facts(manifest)
     vocab_size = known.get("vocab_size") or config.model.vocab_size

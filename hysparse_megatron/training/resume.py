@@ -61,6 +61,8 @@ def resume(state: TrainingState, latest: Path | None, corpus: TrainingData, say:
         # Once more, as this may be an older checkpoint than the one that was looked at first.
         on_rank_zero(lambda: check_continuation(config, latest), ConfigError)
         step = load_state(state, latest)
+        if step != facts["step"]:
+            raise CheckpointError(f"{latest} holds the state after step {step}: was it renamed?")
         checkpoints = latest.parent
         for path in on_rank_zero(lambda: store.set_aside(checkpoints, step), CheckpointError):
             say(f"WARNING: newer than step {step} and set aside: {path}. Delete it if of no use")

@@ -150,6 +150,7 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
     "tokens that are text": edited(tokens="80"),
     "a model that is text": edited(model="large"),
     "progress that is a number": edited(progress=3),
+    "a position that is text": edited(progress={"position": {"samples": "4"}}),
     "a guard that is a number": edited(progress={"guard": 3}),
     "losses that are text": edited(progress={"guard": {"losses": ["1"]}}),
     "a file above": with_file("../elsewhere"),
