@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import signal
 import sys
 import zlib
 from collections import defaultdict
@@ -24,6 +25,10 @@ ROUND = "hypothesis_round"
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Who starts us in the background ignores them, and what we start would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
     # In the environment, so that the workers of pytest-xdist take the same.
     os.environ.setdefault(SEED, str(random.SystemRandom().randrange(2**31)))
 
