@@ -1,6 +1,5 @@
 """One process as a whole run: megatron-core on this machine's device, groups of one rank."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -38,10 +37,3 @@ def model_groups() -> Iterator[ProcessGroupCollection]:
             yield build_process_groups(ParallelConfig(), num_query_groups=1)
         finally:
             destroy_process_groups()
-
-
-def fresh_seed() -> int:
-    """Seeds torch with HYSPARSE_TEST_SEED. Tests take the fixture `seed` instead, see conftest."""
-    seed = int(os.environ["HYSPARSE_TEST_SEED"])
-    torch.manual_seed(seed)
-    return seed

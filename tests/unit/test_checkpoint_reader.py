@@ -21,15 +21,15 @@ from hysparse_megatron.runtime.process_groups import destroy_process_groups
 from hysparse_megatron.training.state import TrainingState, build_state
 from hysparse_megatron.training.step import train_step
 from tests.checkpoints import save
-from tests.unit.single_process import DEVICE, default_group, fresh_seed
+from tests.unit.single_process import DEVICE, default_group
 from tests.unit.training.test_step import SETTINGS, VOCABULARY, random_batches
 
 COMMON, WEIGHT = "common_state/shard_0_1", "decoder.final_norm.weight"
 
 
 @pytest.fixture(scope="module", params=["adamw", "muon"])
-def state(request: pytest.FixtureRequest) -> Iterator[TrainingState]:
-    fresh_seed()
+def state(request: pytest.FixtureRequest, session_seed: int) -> Iterator[TrainingState]:
+    torch.manual_seed(session_seed)
     with default_group():
         config = compose([*SETTINGS, f"optim.name={request.param}", "train.precision=bf16"])
         built = build_state(config, VOCABULARY, DEVICE)

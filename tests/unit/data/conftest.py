@@ -21,8 +21,3 @@ def shared_corpus(tmp_path_factory: pytest.TempPathFactory) -> PreparedCorpus:
 def shared_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One small source file for tests that only read it."""
     return write_json_lines(tmp_path_factory.mktemp("source") / "corpus.jsonl", 40)
-
-
-@pytest.fixture
-def fresh_seed(seed: int) -> int:
-    return seed

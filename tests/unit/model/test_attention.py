@@ -194,7 +194,9 @@ def test_oracle_keys_and_values_collect_gradient_from_every_reader(
 
     alone = [gradient([index]) for index in range(3)]
     together = gradient([0, 1, 2])
-    torch.testing.assert_close(together, alone[0] + alone[1] + alone[2], rtol=1e-4, atol=1e-5)
+    # Entries are sums over all tokens, some of which cancel.
+    largest = max(float(part.abs().max()) for part in alone)
+    torch.testing.assert_close(together, sum(alone), rtol=0, atol=1e-5 * largest)
     for reader in alone[1:]:
         assert reader[:, :16].abs().max() == 0, "a reader must not reach the oracle's queries"
         assert reader[:, 16:24].abs().max() > 0
