@@ -20,7 +20,7 @@ from megatron.core.tensor_parallel import random as megatron_random
 from hysparse_megatron.checkpoint.saver import Saver
 from hysparse_megatron.checkpoint.state import load_state, start_save
 from hysparse_megatron.checkpoint.store import resolve_checkpoint
-from hysparse_megatron.checkpoint.tensors import read_weights
+from hysparse_megatron.checkpoint.tensors import INDEX, read_weights
 from hysparse_megatron.checkpoint.writer import CheckpointWrite, Job
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.data import BatchSource, Position, TokenSamples
@@ -306,3 +306,5 @@ def weights_without_pickle(rank: int, run_dir: Path) -> dict[str, np.ndarray]:
 
 def _write_file(path: Path, rank: int) -> None:
     (path / f"__{rank}_0.distcp").write_bytes(bytes(100 + rank))
+    if rank == 0:
+        (path / INDEX).write_text("{}")

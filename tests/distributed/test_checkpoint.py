@@ -13,6 +13,7 @@ from hysparse_megatron.checkpoint.store import (
     read_manifest,
     step_directory,
 )
+from hysparse_megatron.checkpoint.tensors import INDEX
 from hysparse_megatron.config.schema import Precision
 from tests.distributed.cases import (
     EIGHT,
@@ -158,7 +159,7 @@ def test_manifest_names_the_files_of_all_ranks(checkpoints: Path) -> None:
     manifest = read_manifest(directory)
     assert (manifest["step"], manifest["fact"]) == (200, 7)
     sizes = {name: entry["bytes"] for name, entry in manifest["files"].items()}
-    assert sizes == {"__0_0.distcp": 100, "__1_0.distcp": 101}
+    assert sizes == {"__0_0.distcp": 100, "__1_0.distcp": 101, INDEX: 2}
     (directory / "__1_0.distcp").write_bytes(b"cut short")
     assert problems_of(directory)
     assert latest_checkpoint(checkpoints)[0] == step_directory(checkpoints, 100)
@@ -214,7 +215,7 @@ def test_leftover_of_a_killed_write_is_replaced(pool: WorkerPool, checkpoints: P
     pool.run(2, write_files, checkpoints=checkpoints, steps=(300,))
     assert not unfinished.exists()
     files = read_manifest(step_directory(checkpoints, 300))["files"]
-    assert sorted(files) == ["__0_0.distcp", "__1_0.distcp"]
+    assert sorted(files) == ["__0_0.distcp", "__1_0.distcp", INDEX]
 
 
 SAVED_EXPERTS = Case("ep2-tp2-sp", tp=2, sp=True, ep=2, model=EXPERTS, train=SHORT)

@@ -36,7 +36,7 @@ BAD = {
     "model.block_size=4096": "model.block_size",
     "optim.beta1=2": "optim.beta1",
     "tracking.mode=sometimes": "tracking.mode",
-    "+extra.key=1": "extra",
+    "+extra.key=1": "extra.key",
 }
 
 TOGETHER = ("optim.beta1", "train.deadline_minutes", "parallel.timeout_seconds", "parallel.cp")
