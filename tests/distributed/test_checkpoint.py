@@ -127,7 +127,7 @@ def test_weights_need_no_pickle(
     """From the shares of four ranks; the same numbers as megatron-core loads into one process."""
     run_dir, _, _ = saved
     [read] = pool.run(1, weights_without_pickle, run_dir=run_dir)
-    [loaded] = pool.run(1, load_weights, config=Case("one-process").config(), run_dir=run_dir)
+    [loaded] = pool.run(1, load_weights, config=LOADED[0].config(), run_dir=run_dir)
     for name, piece in loaded.items():
         assert np.array_equal(read[name], piece.value), name
     assert loaded.keys() == read.keys()
