@@ -30,12 +30,11 @@ def test_a_preempted_job_is_requeued_and_repeats_the_straight_run(
     run = new_run()
     run.submit("tracking=wandb_offline")
     run.wait_for("step  5/12")
-    second = cluster.submit(run.settings, code=2)
-    assert f"job {run.job} of {run.run_dir} is in the queue (running)" in second
-
     cluster.call("scancel", "--signal=USR1", "--batch", run.job)
     run.wait_for("requeue: pre-empted: stopped by SIGUSR1")
     run.wait_for_state("PENDING")
+    second = cluster.submit(run.settings, code=2)
+    assert f"job {run.job} of {run.run_dir} is in the queue (pending)" in second
     status = run.read("status.json")
     assert (status["state"], status["exit_code"]) == ("preempted", 3)
     stopped = status["checkpoint_step"]
