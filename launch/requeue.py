@@ -30,7 +30,7 @@ from hysparse_megatron.errors import (
     NumericalStop,
     OutputError,
 )
-from hysparse_megatron.rundir import amend_status
+from hysparse_megatron.rundir import amend_status, holder
 from hysparse_megatron.status import TIME_FORMAT, read_object, read_status, write_json
 
 RECORD = "requeue.json"
@@ -106,6 +106,8 @@ def main(argv: Sequence[str]) -> int:
         is_of_this_start = _seconds(status.get("started")) >= int(given.started)
     else:
         is_of_this_start = bool(given.wrote)
+    if holder(given.run_dir) is not None:
+        is_of_this_start = False  # another run owns the directory, and writes its status
     if is_of_this_start and status.get("state") == "running":
         # Nobody was left to write down how it ended.
         cause = "the ranks ended without a word: killed, or out of memory"

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from hysparse_megatron.status import stamp, write_json
+from hysparse_megatron.rundir import lock
+from hysparse_megatron.status import read_status, stamp, write_json
 from launch.requeue import RECORD, Decision, decide, main
 
 
@@ -147,3 +148,14 @@ def test_a_garbled_status_is_decided_upon(
     (tmp_path / "status.json").write_text('{"state": "running", "checkpoint_step": 3}')
     assert main(["--max-restarts", "2", "--wrote", "1", str(tmp_path)]) == 0
     assert "the ranks ended without a word" in capsys.readouterr().out
+
+
+def test_the_status_of_a_run_that_holds_the_directory_is_not_this_jobs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_json(tmp_path / "status.json", {"state": "running", "checkpoint_step": 50})
+    held, _ = lock(tmp_path)
+    with held:
+        assert main([str(tmp_path), "--max-restarts", "3", "--wrote", "1"]) == 0
+    assert capsys.readouterr().out.startswith("leave: it ended before it had begun")
+    assert read_status(tmp_path)["state"] == "running"
