@@ -6,6 +6,7 @@ import argparse
 import functools
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import get_close_matches
@@ -85,6 +86,8 @@ def expect_interrupt() -> None:
         os._exit(INTERRUPTED)
 
     sys.excepthook = hook
+    # Who started us may have kept it back until now.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def make_parser(module: str, description: str | None) -> CommandParser:

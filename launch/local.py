@@ -142,7 +142,7 @@ class Ranks:
                     pass_fds=[store.fileno()] if rank == 0 else [],
                     # Ctrl-C reaches the ranks through us, once, like any other signal.
                     start_new_session=True,
-                    preexec_fn=_end_with_launcher,
+                    preexec_fn=_prepare_rank,
                 )
             )
         store.close()  # rank 0 alone keeps it: it ends with that rank
@@ -207,8 +207,10 @@ def _signal_name(number: int) -> str:
     return f"signal {number}"
 
 
-def _end_with_launcher() -> None:
-    """Let the system kill a rank when the launcher dies, even by SIGKILL. Runs in the rank."""
+def _prepare_rank() -> None:
+    """Let the system kill a rank when the launcher dies, even by SIGKILL, and keep Ctrl-C for when
+    it can be told in one line: see `expect_interrupt`. Runs in the rank."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     with contextlib.suppress(OSError, AttributeError):  # Linux only
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 

@@ -13,7 +13,6 @@ tensor or pipeline parallelism in memory, whatever layout it was trained in.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import subprocess
@@ -28,33 +27,28 @@ from torch import Tensor
 
 from benchmarks.problem import Problem
 from benchmarks.selections import Captured, describe, made_up, statistics
+from hysparse_megatron.command import command, make_parser
 from hysparse_megatron.config.compose import load_frozen
 from hysparse_megatron.config.schema import Config, ParallelConfig
-from hysparse_megatron.errors import HySparseError
 from hysparse_megatron.runtime.launcher import Rank
 from hysparse_megatron.runtime.quiet import quiet_libraries
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str]) -> int:
     """Train if asked to, capture, save and describe."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser("benchmarks.capture", __doc__)
     parser.add_argument("output", type=Path, help="file to write, .npz")
     parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="run directory")
     parser.add_argument("--sequence", type=int, help="tokens; default: as in training")
     parser.add_argument("--train", nargs="*", metavar="OVERRIDE", help="train the run first")
-    options = parser.parse_args(argv)
-    try:
-        if options.train is not None:
-            code = _train([*options.train, f"run_dir={options.run}"])
-            if code:
-                print(f"training failed with exit code {code}", file=sys.stderr)
-                return code
-        captured = capture(options.run, options.sequence)
-    except HySparseError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+    options = parser.parse_args(list(argv))
+    if options.train is not None:
+        code = _train([*options.train, f"run_dir={options.run}"])
+        if code:
+            print(f"training failed with exit code {code}", file=sys.stderr)
+            return code
+    captured = capture(options.run, options.sequence)
     captured.save(options.output)
     print(f"{options.output}: {options.output.stat().st_size / 1e3:.0f} kB")
     print(json.dumps({k: v for k, v in captured.facts.items() if k != "statistics"}))

@@ -3,12 +3,15 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
-from run_commands import LOCAL, ROOT, run
+from run_commands import LOCAL, ROOT, Command, run
 
 from hysparse_megatron.config.compose import compose, from_yaml
 
@@ -35,6 +38,19 @@ def test_the_launcher_explains_its_own_option() -> None:
     _, output = run(["--help"], entry=LOCAL)
     assert "--nproc RANKS" in output
     assert "usage: python -m launch.local" in output
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.5])
+def test_ctrl_c_in_the_first_seconds_of_a_run(seconds: float, tmp_path: Path) -> None:
+    """Sent to the launcher as soon as it has ranks, which import for seconds before they begin."""
+    command = Command(["--nproc", "2", "parallel.tp=2", f"run_dir={tmp_path / 'run'}"], entry=LOCAL)
+    launcher = psutil.Process(command.process.pid)
+    while command.process.poll() is None and len(launcher.children()) < 2:
+        time.sleep(0.001)
+    time.sleep(seconds)
+    command.send(signal.SIGINT)
+    assert command.finish() == 130, command.output
+    assert command.output == "interrupted\n"
 
 
 def test_make_help_lists_every_target() -> None:

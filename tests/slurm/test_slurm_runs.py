@@ -20,7 +20,11 @@ def test_a_straight_run_checks_both_nodes_and_finishes(straight: SlurmRun) -> No
     assert "leave: finished" in log
     status = straight.read("status.json")
     assert (status["state"], status["exit_code"], status["restarts"]) == ("finished", 0, 0)
-    assert straight.read("run.json")["jobs"] == [straight.job]
+    record = straight.read("run.json")
+    assert record["jobs"] == [straight.job]
+    copied = record["starts"][0]["git"]["snapshot"]
+    assert f"code          the same on all 4 ranks: {copied}" in log
+    assert (straight.run_dir / copied / "hysparse_megatron").is_dir()
 
 
 def test_a_preempted_job_is_requeued_and_repeats_the_straight_run(
