@@ -25,7 +25,7 @@ import yaml
 from hysparse_megatron import __version__
 from hysparse_megatron.checkpoint.store import published
 from hysparse_megatron.compatibility import refuse_mismatch
-from hysparse_megatron.config.frozen import CONFIG_FILE, freeze, load_frozen, to_yaml
+from hysparse_megatron.config.frozen import CONFIG_FILE, config_hash, freeze, load_frozen, to_yaml
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.continuation import check_continuation
 from hysparse_megatron.errors import ConfigError, HySparseError
@@ -64,12 +64,22 @@ class RunDirectory:
         self._lock, self.former_owner = lock(self.path)
         (self.path / LOG_FOLDER).mkdir(exist_ok=True)
         self.changed_keys = _changed_keys(self.path / CONFIG_FILE, config)
-        self.config_hash = freeze(config, self.path)
+        self.config_hash = config_hash(config)
+        self._config = config
+        if not (self.path / CONFIG_FILE).exists():
+            self.keep_settings()
         remove_temporaries(self.path)
         self.reserve = Reserve(self.path)
         self.facts, damaged = self._open_record(config)
         self.warnings = [*damaged, *accepted]
         self.status = Status(self.path, restarts=self.restarts)
+
+    def keep_settings(self) -> None:
+        """Freeze the configuration, in place of the last start's: this one has what it needs.
+
+        Not before: other commands read a good run by what it ran with.
+        """
+        freeze(self._config, self.path)
 
     @property
     def checkpoints(self) -> Path:

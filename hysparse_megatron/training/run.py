@@ -178,6 +178,7 @@ def _run_in(
     state = build_state(config, corpus.vocab_size, device)
     describe_start(state, corpus, say)
     progress = resume(state, latest, corpus, say)
+    on_rank_zero(lambda: directory.keep_settings() if directory else None, ConfigError)
     batches, evaluations = _batches(state, corpus, others, watch)
     describe_evaluations(evaluations, config.train.seq_length, say)
 

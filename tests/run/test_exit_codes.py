@@ -183,11 +183,13 @@ def test_changed_data_under_a_resume(copy_of_finished: Copy, tmp_path: Path) -> 
     run_dir, arguments = copy_of_finished(20)
     other = write_text(tmp_path / "other", seed=-1)
     before = contents(run_dir / "checkpoints")
+    config = (run_dir / "config.yaml").read_text()
     code, output = run([*arguments, f"data.path={other}"])
     assert code == 5, output
     assert "the data changed since" in output
     assert f"checkpoint.load={run_dir}" in output
     assert contents(run_dir / "checkpoints") == before
+    assert (run_dir / "config.yaml").read_text() == config, "of the data it was trained on"
     status = read_json(run_dir / "status.json")
     assert (status["state"], status["exit_code"]) == ("failed", 5)
 

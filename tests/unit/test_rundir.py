@@ -99,6 +99,9 @@ def test_records_of_several_starts(config: Config, monkeypatch: pytest.MonkeyPat
         "name: first -> second",
         f"train.steps: {config.train.steps} -> 7",
     ]
+    # A start that has not come so far as to train leaves the settings that the run has.
+    assert load_frozen(config.run_path / "config.yaml") == config
+    second.keep_settings()
     assert load_frozen(config.run_path / "config.yaml") == changed
 
 
@@ -332,6 +335,7 @@ def test_nothing_is_written_through_a_link(config: Config, tmp_path: Path, name:
     for link in (name, f"{name}.tmp", f".{name}.{os.getpid()}.tmp"):
         (config.run_path / link).symlink_to(target)
     directory = RunDirectory(config)
+    directory.keep_settings()
     directory.status.write("running", step=1)
     directory.close()
     assert target.read_text() == "mine"
