@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import multiprocessing
 import os
 import re
 import signal
@@ -86,8 +87,9 @@ def expect_interrupt() -> None:
         os._exit(INTERRUPTED)
 
     sys.excepthook = hook
-    # Who started us may have kept it back until now.
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    # A launcher keeps it from its ranks until now; worker processes are never to see it.
+    if multiprocessing.current_process().name == "MainProcess":
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def make_parser(module: str, description: str | None) -> CommandParser:

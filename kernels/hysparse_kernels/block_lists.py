@@ -187,9 +187,11 @@ def build_block_lists(
     batch, groups, sequence, selected = block_indices.shape
     table = block_table(batch, sequence, block_size, cu_seqlens, block_indices.device)
     if table.packed:
+        # Of sequences of one token, reshape makes a view: not in the order that kernels read.
         rows = block_indices.transpose(0, 1).reshape(groups, batch * sequence, selected)
     else:
         rows = block_indices.reshape(batch * groups, sequence, selected)
+    rows = rows.contiguous()
     tile, part = tile_of_two_parts(heads)
     if with_triton:
         from hysparse_kernels import triton_lists as builder

@@ -412,6 +412,8 @@ def interpreted(generator: random.Random) -> None:
     compare(Case(1, 1, 1, 1, 16, 16, 16, 1, 1), torch.float32, "cpu", seed())
     # One token: all terms of dq and dk cancel, for 16 heads that share a key.
     compare(Case(2, 1, 32, 2, 16, 32, 32, 3, 3), torch.float32, "cpu", seed())
+    # Packed, in two rows whose selections differ.
+    compare(Case(2, 1, 2, 2, 16, 16, 16, 1, 1, (1, 1)), torch.float32, "cpu", seed())
     compare_leak(torch.float32, "cpu", seed())
     compare_lists(Case(1, 40, 32, 1, 16, 16, 4, 64, 1), "cpu", seed())
     with several_passes(3, 300, 2**14):
