@@ -9,6 +9,7 @@
 | 5    | `DataError`       | bad, missing or changed data                              |
 | 6    | `CheckpointError` | no valid checkpoint to load, or one that cannot be saved  |
 | 6    | `OutputError`     | metrics or status cannot be written: a full disk          |
+| 130  |                   | Ctrl-C in a tool, or before a run has begun               |
 | else |                   | a crash: a bug of ours or a fault of the machine          |
 
 A rank that another one took along ends with that one's code, or as `RankFailure` with 1.

@@ -20,6 +20,7 @@ exit codes:
   4  numerical stop: too many bad steps in a row
   5  bad data
   6  no valid checkpoint
+  130  Ctrl-C before there was anything to save; later it ends with 3
   any other code is a crash"""
 
 _EXAMPLES = """\

@@ -26,6 +26,7 @@ print(json.dumps([where, source.git_state()]))' >> "$ASKED"
 """In place of what the ranks would run: where their code comes from."""
 
 
+@pytest.mark.thorough
 def test_a_job_runs_what_was_submitted(tmp_path: Path) -> None:
     checkout, run_dir, programs = (tmp_path / name for name in ("checkout", "run", "bin"))
     for part in PARTS:
