@@ -15,12 +15,13 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
 
+from hysparse_megatron.architecture.layout import parse_layout
+from hysparse_megatron.architecture.model import Balancing, ModelConfig
+from hysparse_megatron.architecture.parameters import padded_vocab_size
 from hysparse_megatron.checkpoint import store
 from hysparse_megatron.config.frozen import CONFIG_FILE, load_frozen, schema_node, to_yaml
-from hysparse_megatron.config.schema import Balancing, Config, ModelConfig, OptimizerName
+from hysparse_megatron.config.schema import Config, OptimizerName
 from hysparse_megatron.errors import CheckpointError, ConfigError, Problem
-from hysparse_megatron.layout import parse_layout
-from hysparse_megatron.plan.parameters import padded_vocab_size
 
 _FREE = (
     "model.backend",

@@ -24,12 +24,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hysparse_megatron.architecture.kv_cache import kv_cache_bytes
 from hysparse_megatron.command import command, make_parser, positive
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.config.schema import Config, Precision
 from hysparse_megatron.config.validate import check
 from hysparse_megatron.errors import ConfigError
-from hysparse_megatron.plan.kv_cache import kv_cache_bytes
 from hysparse_megatron.plan.memory import GIB
 from hysparse_megatron.runtime.launcher import Rank
 from hysparse_megatron.runtime.quiet import quiet_libraries

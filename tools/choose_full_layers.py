@@ -21,10 +21,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hysparse_megatron.architecture.layout import parse_layout
 from hysparse_megatron.command import command, make_parser, positive
 from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.files import require_writable
-from hysparse_megatron.layout import parse_layout
 from hysparse_megatron.runtime.launcher import rank_from_environment
 from hysparse_megatron.runtime.quiet import quiet_libraries
 

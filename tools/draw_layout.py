@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from xml.sax.saxutils import escape
 
+from hysparse_megatron.architecture.layers import LayerKind
+from hysparse_megatron.architecture.layout import Layout, parse_layout
 from hysparse_megatron.command import command, make_parser
 from hysparse_megatron.files import require_writable
-from hysparse_megatron.layout import LayerKind, Layout, parse_layout
 
 COLUMN, HEIGHT, TOP, LEFT = 84, 330, 92, 24
 COLORS = {LayerKind.FULL: "#d9480f", LayerKind.SPARSE: "#1971c2", LayerKind.WINDOW: "#2b8a3e"}

@@ -30,6 +30,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hysparse_megatron.architecture.layers import LayerKind
+from hysparse_megatron.architecture.layout import parse_layout
 from hysparse_megatron.command import command, make_parser, positive
 from hysparse_megatron.config.compose import compose, load_frozen
 from hysparse_megatron.config.frozen import CONFIG_FILE, freeze
@@ -37,7 +39,6 @@ from hysparse_megatron.config.schema import Config, Schedule
 from hysparse_megatron.data.bulk.packages import require_package
 from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.files import require_writable
-from hysparse_megatron.layout import LayerKind, parse_layout
 from hysparse_megatron.runtime.quiet import quiet_libraries
 from hysparse_megatron.tracking.metrics import read_metrics
 

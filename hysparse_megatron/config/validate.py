@@ -13,35 +13,26 @@ import re
 from collections.abc import Callable, Iterator
 from operator import attrgetter
 
+from hysparse_megatron.architecture.layers import LayerKind
+from hysparse_megatron.architecture.layout import Layout, LayoutError, parse_layout
+from hysparse_megatron.architecture.model import Backend, Balancing, Fp8, Layers, RouterScore
+from hysparse_megatron.architecture.parameters import gate_width
+from hysparse_megatron.architecture.rope import RopeType, rope_problems
+from hysparse_megatron.architecture.stages import check_stages, stage_layers
 from hysparse_megatron.config import paths
 from hysparse_megatron.config.cluster import cluster_problems
 from hysparse_megatron.config.problems import as_error
-from hysparse_megatron.config.rope import RopeType, rope_problems
 from hysparse_megatron.config.schema import (
     VALIDATION,
-    Backend,
-    Balancing,
     Config,
-    Fp8,
-    Layers,
     OptimizerName,
     Precision,
     Recompute,
-    RouterScore,
     TrackingMode,
 )
 from hysparse_megatron.data.blend import parse_blend
 from hysparse_megatron.data.order import Skips
 from hysparse_megatron.errors import Problem
-from hysparse_megatron.layout import (
-    LayerKind,
-    Layout,
-    LayoutError,
-    check_stages,
-    parse_layout,
-    stage_layers,
-)
-from hysparse_megatron.plan.parameters import gate_width
 
 FP8_UNIT = 16
 """Rows and columns of an FP8 matrix come in multiples of this."""

@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+from hysparse_megatron.architecture.layers import LayerKind
+from hysparse_megatron.architecture.layout import parse_layout
 from hysparse_megatron.data import EvaluationBatches
 from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.evaluation.held_out import token_losses
 from hysparse_megatron.evaluation.positions import loss_by_position
 from hysparse_megatron.inference.load import LoadedModel
-from hysparse_megatron.layout import LayerKind, parse_layout
 from hysparse_megatron.model.attention import WindowAttention
 from hysparse_megatron.runtime.agreement import on_rank_zero
 

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from hysparse_megatron.architecture.layers import LayerKind
+from hysparse_megatron.architecture.layout import parse_layout
 from hysparse_megatron.checkpoint.assemble import Source
 from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.huggingface import settings
@@ -30,7 +32,6 @@ from hysparse_megatron.huggingface.original import (
 )
 from hysparse_megatron.huggingface.reading import TensorFolder
 from hysparse_megatron.huggingface.weights import Fused, model_weights
-from hysparse_megatron.layout import LayerKind, parse_layout
 
 NEUTRAL_SINK = -10.0
 """Of windows: takes less than 5e-5 from a row whose largest logit is 0, and can still be learnt."""

@@ -12,12 +12,14 @@ import torch
 import yaml  # type: ignore[import-untyped]
 from torch import Tensor
 
+from hysparse_megatron.architecture.model import ModelConfig
+from hysparse_megatron.architecture.parameters import padded_vocab_size
 from hysparse_megatron.checkpoint.assemble import Source, save_weights
 from hysparse_megatron.checkpoint.store import digest_of
 from hysparse_megatron.compatibility import compared_settings
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.config.frozen import freeze, to_yaml
-from hysparse_megatron.config.schema import Config, ModelConfig, Precision
+from hysparse_megatron.config.schema import Config, Precision
 from hysparse_megatron.data.card import TOKENIZER_NAME
 from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.huggingface import settings, tokenizer_files
@@ -29,7 +31,6 @@ from hysparse_megatron.huggingface.weights import (
     Fused,
     model_weights,
 )
-from hysparse_megatron.plan.parameters import padded_vocab_size
 from hysparse_megatron.rundir import versions
 
 EXPERIMENT = "experiment.yaml"

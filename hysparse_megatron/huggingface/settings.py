@@ -13,14 +13,14 @@ from typing import Any, cast
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from hysparse_megatron.architecture.layout import parse_layout
+from hysparse_megatron.architecture.model import ModelConfig
+from hysparse_megatron.architecture.rope import PARAMETERS, RopeType
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.config.frozen import schema_node
 from hysparse_megatron.config.problems import as_error
-from hysparse_megatron.config.rope import PARAMETERS, RopeType
-from hysparse_megatron.config.schema import ModelConfig
 from hysparse_megatron.config.validate import validate
 from hysparse_megatron.errors import ConfigError
-from hysparse_megatron.layout import parse_layout
 
 CONFIG_JSON = "config.json"
 MODEL_TYPE = "hysparse"

@@ -15,14 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hysparse_megatron.config.schema import (
-    Balancing,
-    FullGate,
-    GateKind,
-    ModelConfig,
-    SinkKind,
-)
-from hysparse_megatron.layout import LayerKind, parse_layout
+from hysparse_megatron.architecture.layers import FullGate, GateKind, LayerKind, SinkKind
+from hysparse_megatron.architecture.layout import parse_layout
+from hysparse_megatron.architecture.model import Balancing, ModelConfig
 
 KEPT_IN_FP32 = ("_sink", ".expert_bias")
 """Ends of names of tensors that are fp32 whatever the precision of the rest."""

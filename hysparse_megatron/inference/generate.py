@@ -13,13 +13,13 @@ import torch.distributed as dist
 from hysparse_kernels import FP8
 from torch import Tensor
 
+from hysparse_megatron.architecture.layers import LayerKind
 from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.inference.forward import advance, logits_of
 from hysparse_megatron.inference.kv_cache import KvCache
 from hysparse_megatron.inference.load import LoadedModel
 from hysparse_megatron.inference.sampling import Sampler, Sampling
 from hysparse_megatron.inference.steps import EagerSteps, GraphedSteps, why_no_graph
-from hysparse_megatron.layout import LayerKind
 from hysparse_megatron.runtime.agreement import on_every_rank
 
 _LEAST_STEPS_OF_A_GRAPH = 16

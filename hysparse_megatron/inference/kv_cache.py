@@ -7,8 +7,8 @@
 | window | the same ring                                                          |
 
 All memory is taken at the start, for as many tokens as each sequence may come to, so that nothing
-moves or grows later. Bytes are those of the tensors' storage, not a formula's: `plan.kv_cache` has
-the formula (HySparse, arXiv 2602.03560, section 3).
+moves or grows later. Bytes are those of the tensors' storage, not a formula's:
+`architecture.kv_cache` has the formula (HySparse, arXiv 2602.03560, section 3).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from collections.abc import Sequence
 import torch
 from hysparse_kernels import Chunk, TokenCache, WindowCache
 
-from hysparse_megatron.config.schema import ModelConfig
-from hysparse_megatron.layout import LayerKind
+from hysparse_megatron.architecture.layers import LayerKind
+from hysparse_megatron.architecture.model import ModelConfig
 from hysparse_megatron.model.sharing import CachedStep
 
 

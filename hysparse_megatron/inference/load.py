@@ -13,20 +13,21 @@ import torch
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from hysparse_megatron.architecture.layers import LayerKind
+from hysparse_megatron.architecture.layout import parse_layout
+from hysparse_megatron.architecture.model import Fp8
 from hysparse_megatron.checkpoint import choice, store
 from hysparse_megatron.checkpoint.state import load_weights
 from hysparse_megatron.compatibility import require_same_model
 from hysparse_megatron.config.frozen import CONFIG_FILE, load_frozen
 from hysparse_megatron.config.problems import as_error
-from hysparse_megatron.config.schema import Config, Fp8, Recompute
+from hysparse_megatron.config.schema import Config, Recompute
 from hysparse_megatron.config.validate import plan_problems
 from hysparse_megatron.data.run_tokenizer import with_own_tokenizer
 from hysparse_megatron.errors import CheckpointError, HySparseError
-from hysparse_megatron.layout import LayerKind, parse_layout
 from hysparse_megatron.model.builder import build_chunks
 from hysparse_megatron.model.layers import resolve_layers
 from hysparse_megatron.model.megatron_config import make_megatron_config
-from hysparse_megatron.plan.topology import plan_pipeline
 from hysparse_megatron.runtime import device as runtime_device
 from hysparse_megatron.runtime.agreement import on_rank_zero
 from hysparse_megatron.runtime.launcher import Rank
@@ -159,7 +160,7 @@ def build_model(
     """
     groups = build_process_groups(config.parallel, config.model.num_query_groups)
     layers = resolve_layers(config.model, device)
-    megatron = make_megatron_config(config, plan_pipeline(config.model, config.parallel), layers)
+    megatron = make_megatron_config(config, layers)
     megatron.perform_initialization = False  # all of it is loaded
     megatron.apply_rope_fusion = False  # the fused rotation knows one position a row of tokens
     (model,) = build_chunks(config, megatron, vocab_size, groups, layers)

@@ -6,11 +6,11 @@ import torch
 import torch.distributed as dist
 from hysparse_kernels import FP8
 
+from hysparse_megatron.architecture.kv_cache import all_full, kv_cache_bytes
+from hysparse_megatron.architecture.layers import LayerKind
 from hysparse_megatron.inference.generate import Generated, Settings, new_cache
 from hysparse_megatron.inference.kv_cache import KvCache
 from hysparse_megatron.inference.load import LoadedModel
-from hysparse_megatron.layout import LayerKind
-from hysparse_megatron.plan.kv_cache import all_full, kv_cache_bytes
 
 _NAMES = {LayerKind.FULL: "full", LayerKind.SPARSE: "sparse", LayerKind.WINDOW: "window"}
 

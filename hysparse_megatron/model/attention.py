@@ -31,7 +31,7 @@ from hysparse_kernels import (
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from hysparse_megatron.config.schema import FullGate, GateKind, SinkKind
+from hysparse_megatron.architecture.layers import FullGate, GateKind, SinkKind
 from hysparse_megatron.model.attention_base import AttentionSubmodules, BaseAttention
 from hysparse_megatron.model.megatron_config import HySparseConfig
 from hysparse_megatron.model.projection import Part

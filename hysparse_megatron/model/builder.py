@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from hysparse_megatron.architecture.parameters import padded_vocab_size
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.model.language_model import LanguageModel
@@ -12,7 +13,6 @@ from hysparse_megatron.model.megatron_config import HySparseConfig
 from hysparse_megatron.model.rotary import rotary_frequencies
 from hysparse_megatron.model.sharing import MAX_PAYLOAD_BLOCKS
 from hysparse_megatron.model.spec import stack_spec
-from hysparse_megatron.plan.parameters import padded_vocab_size
 from hysparse_megatron.runtime.random import seed_initialization
 
 

@@ -18,7 +18,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import GroupedMLPSubmodules
 
-from hysparse_megatron.config.schema import Fp8, Layers, ModelConfig
+from hysparse_megatron.architecture.model import Fp8, Layers, ModelConfig
 from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.model.norm import RMSNorm
 

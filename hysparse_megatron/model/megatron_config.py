@@ -7,19 +7,12 @@ from dataclasses import dataclass
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from hysparse_megatron.config.schema import (
-    Balancing,
-    Config,
-    FullGate,
-    GateKind,
-    ModelConfig,
-    Precision,
-    Recompute,
-    SinkKind,
-)
+from hysparse_megatron.architecture.layers import FullGate, GateKind, SinkKind
+from hysparse_megatron.architecture.model import Balancing, ModelConfig
+from hysparse_megatron.architecture.stages import PipelinePlan, plan_pipeline
+from hysparse_megatron.config.schema import Config, Precision, Recompute
 from hysparse_megatron.model.layers import LOCAL, LayerChoice, fusions
 from hysparse_megatron.model.sharing import SharedWidths
-from hysparse_megatron.plan.topology import PipelinePlan
 
 
 @dataclass
@@ -139,13 +132,12 @@ def _normal(std: float):
     return lambda tensor: torch.nn.init.normal_(tensor, mean=0.0, std=std)
 
 
-def make_megatron_config(
-    config: Config, pipeline: PipelinePlan, layers: LayerChoice = LOCAL
-) -> HySparseConfig:
+def make_megatron_config(config: Config, layers: LayerChoice = LOCAL) -> HySparseConfig:
     """The configuration that all layers of all stages are built from."""
     model: ModelConfig = config.model
     parallel = config.parallel
     dtype = torch.bfloat16 if config.train.precision is Precision.bf16 else torch.float32
+    pipeline = plan_pipeline(model.layout, parallel.pp, parallel.vpp)
     num_layers = pipeline.layout.num_layers
     return HySparseConfig(
         num_layers=num_layers,

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import get_schedule_table
 
+from hysparse_megatron.architecture.stages import PipelinePlan
 from hysparse_megatron.model.megatron_config import HySparseConfig
-from hysparse_megatron.plan.topology import PipelinePlan
 from hysparse_megatron.runtime.rendezvous import current_timeout
 
 _NOTHING = [0, 0, 0]

@@ -13,8 +13,8 @@ import math
 import torch
 from torch import Tensor
 
-from hysparse_megatron.config.rope import RopeScalingConfig, RopeType
-from hysparse_megatron.config.schema import ModelConfig
+from hysparse_megatron.architecture.model import ModelConfig
+from hysparse_megatron.architecture.rope import RopeScalingConfig, RopeType
 
 
 def rotary_frequencies(model: ModelConfig, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -15,7 +15,7 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
-from hysparse_megatron.layout import LayerKind
+from hysparse_megatron.architecture.layers import LayerKind
 from hysparse_megatron.model.attention import FullAttention, SparseAttention, WindowAttention
 from hysparse_megatron.model.attention_base import AttentionSubmodules
 from hysparse_megatron.model.experts import moe_layer

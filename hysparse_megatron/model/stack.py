@@ -25,7 +25,8 @@ from megatron.core.transformer.utils import sharded_state_dict_default
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
-from hysparse_megatron.layout import LayerKind, live_oracle
+from hysparse_megatron.architecture.layers import LayerKind
+from hysparse_megatron.architecture.stages import live_oracle
 from hysparse_megatron.model.megatron_config import HySparseConfig
 from hysparse_megatron.model.sharing import CachedStep, Shared, SharedAttention, pack, unpack
 from hysparse_megatron.runtime.random import seed_initialization

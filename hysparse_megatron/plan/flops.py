@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hysparse_megatron.config.schema import ModelConfig, Recompute
-from hysparse_megatron.layout import LayerKind
-from hysparse_megatron.plan.parameters import count_parameters
+from hysparse_megatron.architecture.layers import LayerKind
+from hysparse_megatron.architecture.model import ModelConfig
+from hysparse_megatron.architecture.parameters import count_parameters
+from hysparse_megatron.config.schema import Recompute
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,10 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from hysparse_megatron.config.schema import (
-    Config,
-    GateKind,
-    OptimizerName,
-    Precision,
-    Recompute,
-)
-from hysparse_megatron.layout import LayerKind
-from hysparse_megatron.plan.parameters import RankParameters, gate_width, padded_vocab_size
-from hysparse_megatron.plan.topology import PipelinePlan
+from hysparse_megatron.architecture.layers import GateKind, LayerKind
+from hysparse_megatron.architecture.parameters import RankParameters, gate_width, padded_vocab_size
+from hysparse_megatron.architecture.stages import PipelinePlan
+from hysparse_megatron.config.schema import Config, OptimizerName, Precision, Recompute
 from hysparse_megatron.plan.traffic import (
     element_bytes,
     groups_on_rank,

@@ -8,29 +8,29 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from hysparse_megatron.architecture.kv_cache import (
+    CONTEXT_LENGTHS,
+    all_full,
+    hybrid_window,
+    kv_cache_bytes,
+)
+from hysparse_megatron.architecture.layers import LayerKind
+from hysparse_megatron.architecture.parameters import (
+    ModelParameters,
+    RankParameters,
+    count_parameters,
+    parameters_on_rank,
+)
+from hysparse_megatron.architecture.stages import PipelinePlan, plan_pipeline
 from hysparse_megatron.config.schema import Config, Precision
-from hysparse_megatron.layout import LayerKind
 from hysparse_megatron.plan.flops import (
     ForwardFlops,
     forward_flops,
     layer_flops,
     training_flops,
 )
-from hysparse_megatron.plan.kv_cache import (
-    CONTEXT_LENGTHS,
-    all_full,
-    hybrid_window,
-    kv_cache_bytes,
-)
 from hysparse_megatron.plan.memory import GIB, RankMemory, rank_memory
-from hysparse_megatron.plan.parameters import (
-    ModelParameters,
-    RankParameters,
-    count_parameters,
-    parameters_on_rank,
-)
 from hysparse_megatron.plan.schedule import EFFICIENCY, NOMINAL_TFLOPS, StepTime, pipeline_time
-from hysparse_megatron.plan.topology import PipelinePlan, plan_pipeline
 from hysparse_megatron.plan.traffic import Collectives, Cut, collectives, cuts
 
 
@@ -136,7 +136,7 @@ def rank_groups(config: Config, world_size: int) -> RankGroups:
 def make_overview(config: Config, world_size: int) -> Overview:
     """The plan of a valid configuration. Raises ValueError without `model.vocab_size`."""
     model = config.model
-    plan = plan_pipeline(model, config.parallel)
+    plan = plan_pipeline(model.layout, config.parallel.pp, config.parallel.vpp)
     kinds = tuple(layer.kind for layer in plan.layout.layers)
     groups = rank_groups(config, world_size)
     counted = count_parameters(model, kinds)
@@ -194,7 +194,7 @@ def _rank(
     groups: RankGroups,
     pp_rank: int,
 ) -> PipelineRank:
-    held = parameters_on_rank(counted, plan, config.parallel, pp_rank)
+    held = parameters_on_rank(counted, plan, config.parallel.tp, config.parallel.ep, pp_rank)
     return PipelineRank(
         held,
         rank_memory(config, plan, pp_rank, held, groups.num_microbatches, groups.dp, groups.edp),

@@ -8,11 +8,11 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from hysparse_megatron.architecture.layout import LayoutError, parse_layout
 from hysparse_megatron.config.problems import as_error
 from hysparse_megatron.config.schema import Config, ParallelConfig, Recompute
 from hysparse_megatron.config.validate import plan_problems, validate
 from hysparse_megatron.errors import ConfigError, Problem
-from hysparse_megatron.layout import LayoutError, parse_layout
 from hysparse_megatron.plan.memory import GIB
 from hysparse_megatron.plan.overview import Overview, make_overview
 from hysparse_megatron.plan.vocabulary import with_run_vocabulary

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hysparse_megatron.config.schema import Config, ModelConfig, Precision, Recompute
-from hysparse_megatron.layout import LayerKind
-from hysparse_megatron.plan.parameters import RankParameters
-from hysparse_megatron.plan.topology import PipelinePlan
+from hysparse_megatron.architecture.layers import LayerKind
+from hysparse_megatron.architecture.model import ModelConfig
+from hysparse_megatron.architecture.parameters import RankParameters
+from hysparse_megatron.architecture.stages import PipelinePlan
+from hysparse_megatron.config.schema import Config, Precision, Recompute
 
 
 @dataclass(frozen=True)

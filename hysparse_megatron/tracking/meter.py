@@ -12,10 +12,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from hysparse_megatron.architecture.layout import parse_layout
+from hysparse_megatron.architecture.parameters import with_vocabulary
 from hysparse_megatron.config.schema import Config, Recompute
-from hysparse_megatron.layout import parse_layout
 from hysparse_megatron.plan.flops import forward_flops, training_flops
-from hysparse_megatron.plan.parameters import with_vocabulary
 from hysparse_megatron.runtime.clock import ForwardClock
 
 NUM_NAMED = 3

@@ -9,10 +9,10 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
+from hysparse_megatron.architecture.parameters import parameters_of
 from hysparse_megatron.config.frozen import to_yaml
 from hysparse_megatron.config.schema import VALIDATION, Config
 from hysparse_megatron.errors import HySparseError
-from hysparse_megatron.plan.parameters import parameters_of
 from hysparse_megatron.rundir import RunDirectory
 from hysparse_megatron.tracking.metrics import Console, MetricsFile, evaluation_of
 from hysparse_megatron.tracking.tensorboard import TensorBoard

@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping
 import torch
 from hysparse_kernels import BackendChoice, BackendUnavailable, resolve_backend
 
+from hysparse_megatron.architecture.parameters import parameters_of
 from hysparse_megatron.config.schema import Config, Precision
 from hysparse_megatron.data import EvaluationBatches
 from hysparse_megatron.data.sources import MANY_EPOCHS, TrainingData, count_of, epochs_of
 from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.model.layers import describe_layers
 from hysparse_megatron.model.pipeline import describe_traffic
-from hysparse_megatron.plan.parameters import parameters_of
 from hysparse_megatron.training.state import TrainingState, describe_optimizer, rows_per_rank
 
 Say = Callable[[str], None]

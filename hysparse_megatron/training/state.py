@@ -25,7 +25,6 @@ from hysparse_megatron.model.experts import ExpertLoads
 from hysparse_megatron.model.layers import LayerChoice, fuse_weight_gradients, resolve_layers
 from hysparse_megatron.model.megatron_config import HySparseConfig, make_megatron_config
 from hysparse_megatron.model.pipeline import PayloadCommunicator
-from hysparse_megatron.plan.topology import plan_pipeline
 from hysparse_megatron.runtime.clock import ForwardClock
 from hysparse_megatron.runtime.process_groups import build_process_groups
 from hysparse_megatron.runtime.random import seed_step
@@ -58,11 +57,6 @@ class TrainingState:
         """The chunks without what wraps them for training."""
         return [chunk.module for chunk in self.chunks]
 
-    @property
-    def is_last_stage(self) -> bool:
-        """Whether this rank computes the loss."""
-        return self.groups.pp.rank() == self.groups.pp.size() - 1
-
     def num_parameters(self) -> int:
         """Parameters on this rank (a tied output projection counts on its stage too)."""
         return sum(p.numel() for chunk in self.chunks for p in chunk.parameters())
@@ -92,7 +86,7 @@ def build_state(config: Config, vocab_size: int, device: torch.device) -> Traini
     vocab_size = config.model.vocab_size or vocab_size
     groups = build_process_groups(config.parallel, config.model.num_query_groups)
     layers = resolve_layers(config.model, device)
-    megatron = make_megatron_config(config, plan_pipeline(config.model, config.parallel), layers)
+    megatron = make_megatron_config(config, layers)
     megatron.finalize_model_grads_func = finalize_model_grads
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=True

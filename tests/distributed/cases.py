@@ -14,25 +14,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hysparse_megatron.architecture.layout import parse_layout
+from hysparse_megatron.architecture.model import Balancing, ModelConfig, MoeConfig, RouterScore
 from hysparse_megatron.config.schema import (
-    Balancing,
     Config,
     DataConfig,
     MatmulPrecision,
-    ModelConfig,
-    MoeConfig,
     MuonConfig,
     MuonTensorParallel,
     OptimConfig,
     OptimizerName,
     ParallelConfig,
     Recompute,
-    RouterScore,
     TrainConfig,
 )
 from hysparse_megatron.config.validate import check
 from hysparse_megatron.data.batches import separate_documents
-from hysparse_megatron.layout import parse_layout
 
 VOCAB = 128
 SEQ_LENGTH = 32

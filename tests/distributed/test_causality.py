@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from hysparse_megatron.config.schema import MoeConfig
+from hysparse_megatron.architecture.model import MoeConfig
 from tests.distributed.cases import (
     HALF_BATCH,
     INSIDE,

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models
 
+from hysparse_megatron.architecture.model import Balancing, MoeConfig, RouterScore
 from hysparse_megatron.config.frozen import freeze
-from hysparse_megatron.config.schema import Balancing, MoeConfig, RouterScore
 from tests.distributed.cases import INSIDE, Case, reference_of
 from tests.distributed.checkpoint_jobs import save_initial
 from tests.distributed.pool import WorkerPool

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hysparse_megatron.config.schema import MoeConfig
+from hysparse_megatron.architecture.model import MoeConfig
 from hysparse_megatron.inference.sampling import Sampling
 from tests.distributed.cases import HALF_BATCH, INSIDE, Case
 from tests.distributed.generation_jobs import (

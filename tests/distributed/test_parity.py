@@ -10,16 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hysparse_megatron.config.schema import (
-    Balancing,
-    FullGate,
-    GateKind,
-    MoeConfig,
-    MuonTensorParallel,
-    Recompute,
-    RouterScore,
-    SinkKind,
-)
+from hysparse_megatron.architecture.layers import FullGate, GateKind, SinkKind
+from hysparse_megatron.architecture.model import Balancing, MoeConfig, RouterScore
+from hysparse_megatron.config.schema import MuonTensorParallel, Recompute
 from tests.distributed.cases import (
     EIGHT,
     HALF_BATCH,

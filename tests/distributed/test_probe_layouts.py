@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from hysparse_megatron.config.schema import MoeConfig
-from hysparse_megatron.layout import parse_layout
+from hysparse_megatron.architecture.layout import parse_layout
+from hysparse_megatron.architecture.model import MoeConfig
 from hysparse_megatron.model.probe import Findings
 from tests.distributed.cases import HALF_BATCH, INSIDE, INTERLEAVED, Case, reference_of
 from tests.distributed.conftest import LEAST_GAP, MOST_TRIES

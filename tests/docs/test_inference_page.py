@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from hysparse_megatron.architecture.kv_cache import all_full
+from hysparse_megatron.architecture.layers import LayerKind
+from hysparse_megatron.architecture.layout import parse_layout
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.inference.kv_cache import KvCache
-from hysparse_megatron.layout import LayerKind, parse_layout
-from hysparse_megatron.plan.kv_cache import all_full
 from tools import benchmark_decode
 from tools.generate import _parser
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from hysparse_megatron.config.schema import Balancing, MoeConfig, RouterScore
+from hysparse_megatron.architecture.model import Balancing, MoeConfig, RouterScore
 from tests.distributed.cases import Case
 from tests.distributed.pool import WorkerPool
 from tests.fault.fault_jobs import decide_about_one_rank, one_bad_step

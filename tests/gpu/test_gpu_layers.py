@@ -20,7 +20,6 @@ from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.model.builder import build_chunks
 from hysparse_megatron.model.layers import LayerChoice, resolve_layers
 from hysparse_megatron.model.megatron_config import make_megatron_config
-from hysparse_megatron.plan.topology import plan_pipeline
 from hysparse_megatron.runtime import device as runtime_device
 from hysparse_megatron.runtime.launcher import Rank
 from hysparse_megatron.runtime.process_groups import build_process_groups, destroy_process_groups
@@ -67,7 +66,7 @@ def groups() -> Iterator[ProcessGroupCollection]:
 
 def build(config: Config, groups: ProcessGroupCollection) -> tuple[HybridModel, LayerChoice]:
     layers = resolve_layers(config.model, torch.device("cuda"))
-    megatron = make_megatron_config(config, plan_pipeline(config.model, config.parallel), layers)
+    megatron = make_megatron_config(config, layers)
     (model,) = build_chunks(config, megatron, VOCABULARY, groups, layers)
     return model.to("cuda"), layers
 

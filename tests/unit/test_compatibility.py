@@ -9,6 +9,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from hysparse_megatron.architecture.parameters import padded_vocab_size
 from hysparse_megatron.checkpoint.assemble import Source, save_weights
 from hysparse_megatron.compatibility import compared_settings, refuse_mismatch
 from hysparse_megatron.config.compose import compose
@@ -16,7 +17,6 @@ from hysparse_megatron.config.frozen import build, config_hash, freeze, to_yaml
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.errors import CheckpointError, ConfigError
 from hysparse_megatron.huggingface.weights import model_weights
-from hysparse_megatron.plan.parameters import padded_vocab_size
 from hysparse_megatron.rundir import RunDirectory, prepare_run
 from tests.checkpoints import write_step
 from tests.run.run_commands import contents

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from hysparse_megatron.config.schema import ModelConfig
+from hysparse_megatron.architecture.model import ModelConfig
 from tools.step_benchmark.rows import Row
 from tools.step_benchmark.slices import FULL, HYSPARSE, MEGATRON, SWA
 

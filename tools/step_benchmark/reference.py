@@ -12,11 +12,11 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 
+from hysparse_megatron.architecture.parameters import padded_vocab_size
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.model.layers import LayerChoice
 from hysparse_megatron.model.megatron_config import HySparseConfig
 from hysparse_megatron.model.rotary import rotary_frequencies
-from hysparse_megatron.plan.parameters import padded_vocab_size
 from hysparse_megatron.runtime import megatron_on_cpu
 from hysparse_megatron.runtime.random import seed_step
 

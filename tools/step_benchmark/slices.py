@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from hysparse_megatron.layout import LayerKind, parse_layout
+from hysparse_megatron.architecture.layers import LayerKind
+from hysparse_megatron.architecture.layout import parse_layout
 
 FULL, SWA, HYSPARSE, MEGATRON = "full", "swa", "hysparse", "megatron"
 LAYOUTS = (FULL, SWA, HYSPARSE)

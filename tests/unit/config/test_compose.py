@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from hysparse_megatron.architecture.layout import parse_layout
+from hysparse_megatron.architecture.stages import live_oracle, stage_layers
 from hysparse_megatron.config import compose as compose_module
 from hysparse_megatron.config.compose import (
     GROUPS,
@@ -23,7 +25,6 @@ from hysparse_megatron.config.describe import ALIASES, all_keys
 from hysparse_megatron.config.schema import Precision, Schedule, TrackingMode
 from hysparse_megatron.config.validate import validate
 from hysparse_megatron.errors import ConfigError
-from hysparse_megatron.layout import live_oracle, parse_layout, stage_layers
 from hysparse_megatron.plan.suggest import check
 
 PRESETS = [(group, option) for group in GROUPS for option in group_options(group)]
@@ -249,7 +250,7 @@ def test_composing_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_bad_configuration_is_found_without_loading_torch() -> None:
     code = (
-        "import sys, hysparse_megatron.layout\n"
+        "import sys, hysparse_megatron.architecture.layout\n"
         "from hysparse_megatron.config import cli, validate\n"
         "validate.validate(cli.load(cli.parse_arguments(['train.steps=0'])), world_size=1)\n"
         "print([name for name in ('torch', 'megatron', 'transformers') if name in sys.modules])"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from hysparse_megatron.architecture.model import ModelConfig
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.config.frozen import (
     build,
@@ -14,7 +15,7 @@ from hysparse_megatron.config.frozen import (
     load_frozen,
     to_yaml,
 )
-from hysparse_megatron.config.schema import Config, ModelConfig, TrainConfig
+from hysparse_megatron.config.schema import Config, TrainConfig
 from hysparse_megatron.errors import ConfigError
 
 

@@ -8,16 +8,12 @@ from typing import Any
 
 import pytest
 
+from hysparse_megatron.architecture.model import Backend, Balancing, Fp8, Layers, MoeConfig
+from hysparse_megatron.architecture.rope import RopeScalingConfig, RopeType
 from hysparse_megatron.config import validate as rules
 from hysparse_megatron.config.compose import compose
-from hysparse_megatron.config.rope import RopeScalingConfig, RopeType
 from hysparse_megatron.config.schema import (
-    Backend,
-    Balancing,
     Config,
-    Fp8,
-    Layers,
-    MoeConfig,
     MuonConfig,
     OptimizerName,
     Precision,

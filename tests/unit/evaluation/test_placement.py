@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from hysparse_megatron.architecture.layers import LayerKind
+from hysparse_megatron.architecture.layout import parse_layout
 from hysparse_megatron.data import EvaluationBatches
 from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.evaluation.held_out import token_losses
 from hysparse_megatron.evaluation.placement import Placement, layout_of
 from hysparse_megatron.evaluation.positions import loss_by_position
 from hysparse_megatron.inference.load import LoadedModel, build_model
-from hysparse_megatron.layout import LayerKind, parse_layout
 from hysparse_megatron.runtime.process_groups import destroy_process_groups
 from tests.unit.model.tiny_models import SEQUENCE, VOCABULARY, randomize, tiny_config
 from tests.unit.single_process import DEVICE, default_group

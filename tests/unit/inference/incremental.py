@@ -12,10 +12,10 @@ import torch
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from torch import Tensor
 
+from hysparse_megatron.architecture.layout import parse_layout
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.inference.forward import advance, logits_of
 from hysparse_megatron.inference.kv_cache import KvCache
-from hysparse_megatron.layout import parse_layout
 from hysparse_megatron.model import attention
 from tests.distributed.ranks import SelectionRecorder
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 from hysparse_kernels import FP8
 
+from hysparse_megatron.architecture.kv_cache import kv_cache_bytes
+from hysparse_megatron.architecture.layers import LayerKind
+from hysparse_megatron.architecture.layout import parse_layout
+from hysparse_megatron.architecture.model import ModelConfig
 from hysparse_megatron.config.compose import compose
-from hysparse_megatron.config.schema import ModelConfig
 from hysparse_megatron.inference.kv_cache import KvCache
-from hysparse_megatron.layout import LayerKind, parse_layout
-from hysparse_megatron.plan.kv_cache import kv_cache_bytes
 
 CONTEXT = 32_768
 PAPER_FACTOR = 9.47

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from hysparse_megatron.architecture.model import Fp8
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.config.frozen import freeze
-from hysparse_megatron.config.schema import Fp8, Recompute
+from hysparse_megatron.config.schema import Recompute
 from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.inference.load import inference_config
 

@@ -11,8 +11,9 @@ from plain_model import PlainSettings, token_losses
 from tiny_models import SEQUENCE, VOCABULARY, randomize, tiny_config, tiny_model
 from torch import Tensor
 
-from hysparse_megatron.config.schema import Config, GateKind
-from hysparse_megatron.layout import parse_layout
+from hysparse_megatron.architecture.layers import GateKind
+from hysparse_megatron.architecture.layout import parse_layout
+from hysparse_megatron.config.schema import Config
 from hysparse_megatron.model import attention
 from hysparse_megatron.model.attention import FullAttention
 from hysparse_megatron.model.sharing import SharedAttention

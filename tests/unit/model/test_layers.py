@@ -8,11 +8,11 @@ import torch
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
 
+from hysparse_megatron.architecture.layers import LayerKind
+from hysparse_megatron.architecture.model import ModelConfig
 from hysparse_megatron.checkpoint.state import _load_weights
 from hysparse_megatron.config.compose import compose
-from hysparse_megatron.config.schema import ModelConfig
 from hysparse_megatron.errors import CheckpointError, ConfigError
-from hysparse_megatron.layout import LayerKind
 from hysparse_megatron.model.layers import (
     LOCAL,
     LayerChoice,

@@ -3,9 +3,9 @@
 import pytest
 from tiny_models import tiny_config, tiny_megatron_config
 
-from hysparse_megatron.layout import parse_layout, stage_layers
+from hysparse_megatron.architecture.layout import parse_layout
+from hysparse_megatron.architecture.stages import PipelinePlan, stage_layers
 from hysparse_megatron.model.pipeline import describe_traffic, receive_order
-from hysparse_megatron.plan.topology import PipelinePlan
 
 
 def plan_of(pp: int, chunks: int) -> PipelinePlan:

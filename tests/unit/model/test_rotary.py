@@ -12,8 +12,9 @@ from tiny_models import SEQUENCE, tiny_config, tiny_model
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from hysparse_megatron.config.rope import RopeScalingConfig, RopeType
-from hysparse_megatron.config.schema import Config, ModelConfig
+from hysparse_megatron.architecture.model import ModelConfig
+from hysparse_megatron.architecture.rope import RopeScalingConfig, RopeType
+from hysparse_megatron.config.schema import Config
 from hysparse_megatron.config.validate import validate
 from hysparse_megatron.huggingface.settings import from_rope_parameters, rope_parameters
 from hysparse_megatron.model.layers import LayerChoice, fusions

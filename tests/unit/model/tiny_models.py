@@ -8,7 +8,6 @@ from hysparse_megatron.config.compose import compose
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.model.builder import build_chunks
 from hysparse_megatron.model.megatron_config import HySparseConfig, make_megatron_config
-from hysparse_megatron.plan.topology import plan_pipeline
 from tests.unit.single_process import DEVICE
 
 SEQUENCE = 29
@@ -34,7 +33,7 @@ def tiny_config(*overrides: str) -> Config:
 
 
 def tiny_megatron_config(config: Config) -> HySparseConfig:
-    return make_megatron_config(config, plan_pipeline(config.model, config.parallel))
+    return make_megatron_config(config)
 
 
 def tiny_model(config: Config, groups: ProcessGroupCollection) -> HybridModel:

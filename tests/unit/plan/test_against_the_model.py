@@ -24,7 +24,6 @@ from hysparse_megatron.config.validate import validate
 from hysparse_megatron.model.builder import build_chunks
 from hysparse_megatron.model.megatron_config import HySparseConfig, make_megatron_config
 from hysparse_megatron.plan.overview import Overview, make_overview
-from hysparse_megatron.plan.topology import plan_pipeline
 from hysparse_megatron.runtime import megatron_on_cpu
 from hysparse_megatron.runtime.process_groups import build_process_groups, destroy_process_groups
 
@@ -88,11 +87,10 @@ def rank_of_a_world(config: Config, rank: int, size: int) -> Iterator[ProcessGro
 
 
 def built(config: Config, groups: ProcessGroupCollection) -> list[torch.nn.Module]:
-    plan = plan_pipeline(config.model, config.parallel)
     vocab_size = config.model.vocab_size
     assert vocab_size is not None
     with torch.device("meta"):
-        return list(build_chunks(config, make_megatron_config(config, plan), vocab_size, groups))
+        return list(build_chunks(config, make_megatron_config(config), vocab_size, groups))
 
 
 @pytest.mark.parametrize(
@@ -154,8 +152,7 @@ SHARING = [
 def test_cuts_carry_what_the_model_packs(overrides: list[str]) -> None:
     inside = "model.layout=4*(F 5*S) F 8*S F 9*S F"
     config = compose(["model=hysparse_7b", inside, *overrides])
-    plan = plan_pipeline(config.model, config.parallel)
-    megatron: HySparseConfig = make_megatron_config(config, plan)
+    megatron: HySparseConfig = make_megatron_config(config)
     overview: Overview = make_overview(config, config.parallel.tp * config.parallel.pp)
     assert any(stage.cut is not None and stage.cut.oracle is not None for stage in overview.stages)
     split = config.parallel.tp if config.parallel.sequence_parallel else 1

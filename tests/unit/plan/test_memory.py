@@ -7,11 +7,11 @@ import torch
 from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 from torch import Tensor
 
+from hysparse_megatron.architecture.stages import plan_pipeline
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.config.schema import OptimizerName, Precision
 from hysparse_megatron.plan.memory import in_flight, state_bytes
 from hysparse_megatron.plan.overview import make_overview
-from hysparse_megatron.plan.topology import plan_pipeline
 from hysparse_megatron.runtime.process_groups import destroy_process_groups
 from hysparse_megatron.training.muon import matrix_parts
 from hysparse_megatron.training.optimizer import distributed_parts
@@ -157,7 +157,7 @@ def test_in_flight_follows_the_schedule() -> None:
         config = compose(
             ["model.layout=16*F", f"parallel.pp={pp}", f"parallel.vpp={vpp if vpp > 1 else 'null'}"]
         )
-        plan = plan_pipeline(config.model, config.parallel)
+        plan = plan_pipeline(config.model.layout, config.parallel.pp, config.parallel.vpp)
         for rank in range(pp):
             total = count * vpp
             warm = pp - rank - 1 if vpp == 1 else (pp - rank - 1) * 2 + (vpp - 1) * pp

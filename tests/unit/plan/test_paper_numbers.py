@@ -4,12 +4,13 @@ from dataclasses import replace
 
 import pytest
 
+from hysparse_megatron.architecture.kv_cache import all_full, hybrid_window, kv_cache_bytes
+from hysparse_megatron.architecture.layers import GateKind, LayerKind
+from hysparse_megatron.architecture.layout import parse_layout
+from hysparse_megatron.architecture.model import ModelConfig
+from hysparse_megatron.architecture.parameters import count_parameters
 from hysparse_megatron.config.compose import compose
-from hysparse_megatron.config.schema import GateKind, ModelConfig
-from hysparse_megatron.layout import LayerKind, parse_layout
 from hysparse_megatron.plan.flops import forward_flops, mean_keys_seen
-from hysparse_megatron.plan.kv_cache import all_full, hybrid_window, kv_cache_bytes
-from hysparse_megatron.plan.parameters import count_parameters
 
 MILLION = 2**20
 HYBRID_SWA_9_FULL = "8*(F 5*W) F"

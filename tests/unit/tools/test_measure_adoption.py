@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from hysparse_megatron.architecture.layers import LayerKind
+from hysparse_megatron.architecture.layout import parse_layout
 from hysparse_megatron.config.frozen import load_frozen
-from hysparse_megatron.layout import LayerKind, parse_layout
 from hysparse_megatron.runtime.faults import VARIABLE
 from hysparse_megatron.tracking.metrics import read_metrics
 from tools.measure_adoption import main

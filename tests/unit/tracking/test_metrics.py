@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
+from hysparse_megatron.architecture.layout import parse_layout
 from hysparse_megatron.config.cli import load, parse_arguments
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.config.frozen import freeze
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.config.validate import check
-from hysparse_megatron.layout import parse_layout
 from hysparse_megatron.tracking.metrics import (
     Console,
     MetricsFile,

@@ -1,13 +1,20 @@
-"""The pipeline plan against a recomputation that follows every layer one by one."""
+"""Stages against all splits, and what crosses cuts against a recomputation layer by layer."""
 
 import itertools
+import random
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hysparse_megatron.config.compose import compose
-from hysparse_megatron.layout import parse_layout
-from hysparse_megatron.plan.topology import PipelinePlan, plan_pipeline
+from hysparse_megatron.architecture.layout import MAX_LAYERS, Layout, LayoutError, parse_layout
+from hysparse_megatron.architecture.stages import (
+    COSTS,
+    PipelinePlan,
+    live_oracle,
+    plan_pipeline,
+    stage_layers,
+)
 
 # (layers after the first, cut before each of them, pp)
 LAYERS = st.lists(st.tuples(st.sampled_from("FSW"), st.booleans()), max_size=12)
@@ -79,14 +86,77 @@ def test_pattern_places_and_description(case: tuple[PipelinePlan, str, list[int]
         assert line.endswith(f"oracle {oracle} across the cut") == (oracle is not None)
 
 
-def test_a_plan_from_a_configuration() -> None:
-    config = compose(["model.layout=F 3*S F | 3*S F", "parallel.pp=2"])
-    plan = plan_pipeline(config.model, config.parallel)
+def test_a_plan_of_a_layout() -> None:
+    plan = plan_pipeline("F 3*S F | 3*S F", 2)
     assert plan.stages == (range(5), range(5, 9))
     assert plan.oracle_into(1) == 4
     assert plan.describe().splitlines()[1] == (
         "stage 1 (pp rank 1, chunk 0): layers 5-8 SSSF, reads on from oracle 4 across the cut"
     )
-    config = compose(["model.layout=F 3*S F 3*S", "parallel.pp=2", "parallel.vpp=2"])
-    plan = plan_pipeline(config.model, config.parallel)
+    plan = plan_pipeline("F 3*S F 3*S", 2, 2)
     assert (plan.pp, plan.num_chunks, len(plan.stages)) == (2, 2, 4)
+
+
+def test_live_oracle() -> None:
+    layout = parse_layout("F S S W F S W F F")
+    live = [live_oracle(layout, index) for index in range(layout.num_layers + 1)]
+    assert live == [None, 0, 0, None, None, 4, None, None, None, None]
+    assert live_oracle(parse_layout("F W S"), 1) == 0
+
+
+def all_splits(layout: Layout, num_stages: int) -> list[tuple[range, ...]]:
+    splits = []
+    for cuts in itertools.combinations(range(1, layout.num_layers), num_stages - 1):
+        if set(layout.cuts) <= set(cuts):
+            edges = (0, *cuts, layout.num_layers)
+            splits.append(tuple(range(a, b) for a, b in itertools.pairwise(edges)))
+    return splits
+
+
+def balance(layout: Layout, costs: list[float], stages: tuple[range, ...]) -> tuple[float, int]:
+    inside = sum(live_oracle(layout, stage.start) is not None for stage in stages[1:])
+    return max(sum(costs[index] for index in stage) for stage in stages), inside
+
+
+@pytest.mark.parametrize("trial", range(120))
+def test_stages_are_the_best_of_all_splits(trial: int, rng: random.Random) -> None:
+    text = "F" + "".join(rng.choice("FSSW") for _ in range(rng.randint(0, 9)))
+    for _ in range(rng.randint(0, 2)):
+        place = rng.randint(1, len(text))
+        if place < len(text) and "|" not in text[place - 1 : place + 1]:
+            text = f"{text[:place]}|{text[place:]}"
+    layout = parse_layout(text)
+    num_stages = rng.randint(len(layout.cuts) + 1, layout.num_layers)
+    costs = [COSTS[plan.kind] for plan in layout.layers]
+    stages = stage_layers(layout, num_stages)
+    splits = all_splits(layout, num_stages)
+    assert stages in splits
+    best = min(balance(layout, costs, split) for split in splits)
+    assert balance(layout, costs, stages) == best
+
+
+def test_equal_balance_prefers_the_border_of_a_block() -> None:
+    # A cut before layer 2 or 3 costs the same at most; only the second is a border.
+    assert stage_layers(parse_layout("F 2*S F S"), 2) == (range(3), range(3, 5))
+    # Better balance wins over the border.
+    assert stage_layers(parse_layout("F 3*S F S"), 2) == (range(3), range(3, 6))
+
+
+def test_forced_cuts() -> None:
+    layout = parse_layout("F 3*S F | 3*S F")
+    assert stage_layers(layout, 2) == (range(5), range(5, 9))
+    stages = stage_layers(layout, 4)
+    assert 5 in [stage.start for stage in stages]
+    assert len(stages) == 4
+    with pytest.raises(LayoutError, match="1 cuts, but 1 pipeline stages") as caught:
+        stage_layers(layout, 1)
+    assert caught.value.position == layout.text.index("|")
+    with pytest.raises(LayoutError, match="9 layers cannot fill 10"):
+        stage_layers(layout, 10)
+
+
+def test_stages_of_a_large_model_are_quick_and_balanced() -> None:
+    layout = parse_layout("4*(F 11*S) F")
+    stages = stage_layers(layout, 16)
+    assert [index for stage in stages for index in stage] == list(range(49))
+    assert len(stage_layers(parse_layout(f"{MAX_LAYERS}*F"), 64)) == 64

@@ -10,27 +10,13 @@ forces a pipeline cut before the next layer, also inside a repeat: `2*(F S | S) 
 A sparse layer reads the nearest full layer before it.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import Enum
-from math import inf
 
+from hysparse_megatron.architecture.layers import LayerKind
 from hysparse_megatron.errors import ConfigError
 
 MAX_LAYERS = 1024
 """Longest layout accepted; far above any real model, so that a slip of a digit is an error."""
-
-
-class LayerKind(Enum):
-    """What a layer's attention is; the value is its letter in a layout."""
-
-    FULL = "F"
-    SPARSE = "S"
-    WINDOW = "W"
-
-
-DEFAULT_COSTS = {LayerKind.FULL: 2.0, LayerKind.SPARSE: 1.5, LayerKind.WINDOW: 1.0}
-"""Rough relative time of one layer, used to balance stages when no measured costs are given."""
 
 
 @dataclass(frozen=True)
@@ -192,101 +178,3 @@ def _repeated(text: str, position: int, symbols: list[_Symbol], repeat: int) -> 
     if sum(symbol.letter != "|" for symbol in symbols) * repeat > MAX_LAYERS:
         raise LayoutError.at(text, position, f"repeat too large: at most {MAX_LAYERS} layers")
     return symbols * repeat
-
-
-def live_oracle(layout: Layout, layer_index: int) -> int | None:
-    """The oracle whose key, value and indices must cross a cut before `layer_index`, if any."""
-    for plan in layout.layers[layer_index:]:
-        if plan.kind is LayerKind.FULL:
-            return None
-        if plan.oracle is not None:
-            return plan.oracle if plan.oracle < layer_index else None
-    return None
-
-
-def check_stages(layout: Layout, num_stages: int) -> None:
-    """Raise `LayoutError` unless the layout, with its forced cuts, can fill `num_stages`."""
-    if num_stages > layout.num_layers:
-        message = f"{layout.num_layers} layers cannot fill {num_stages} pipeline stages"
-        raise LayoutError.at(layout.text, max(len(layout.text.rstrip()) - 1, 0), message)
-    if len(layout.cuts) > num_stages - 1:
-        position = layout.cut_positions[num_stages - 1] if layout.cut_positions else 0
-        message = f"{len(layout.cuts)} cuts, but {num_stages} pipeline stages take at most "
-        raise LayoutError.at(layout.text, position, f"{message}{num_stages - 1}")
-
-
-def stage_layers(
-    layout: Layout, num_stages: int, costs: Sequence[float] | None = None
-) -> tuple[range, ...]:
-    """Split the layers into `num_stages` contiguous stages (pp * vpp of them, in model order).
-
-    Forced cuts are kept; the others are chosen so that the most expensive stage costs as little
-    as possible, then so that the fewest cuts fall inside a hybrid block (those must send key,
-    value and indices), then so that the stages are as even as possible. `costs` holds one
-    relative cost per layer, at least 0; without it `DEFAULT_COSTS` apply.
-    """
-    if num_stages < 1:
-        raise ValueError(f"num_stages must be at least 1, got {num_stages}")
-    if costs is None:
-        costs = [DEFAULT_COSTS[plan.kind] for plan in layout.layers]
-    if len(costs) != layout.num_layers or not all(0 <= cost < inf for cost in costs):
-        raise ValueError(f"need {layout.num_layers} finite costs of at least 0, got {costs}")
-    check_stages(layout, num_stages)
-    return _balance(layout, num_stages, costs)
-
-
-def _balance(layout: Layout, num_stages: int, costs: Sequence[float]) -> tuple[range, ...]:
-    """Exact dynamic programme over (stages used, layers used), in two passes."""
-    num_layers = layout.num_layers
-    prefix = [0.0]
-    for cost in costs:
-        prefix.append(prefix[-1] + cost)
-    # A stage that ends before layer `end` starts at or after the last forced cut before it.
-    earliest = [
-        max((cut for cut in layout.cuts if cut < end), default=0)
-        for end in range(1, 1 + num_layers)
-    ]
-    limit = _smallest_maximum(num_stages, prefix, earliest) * (1 + 1e-9)
-    inside = [live_oracle(layout, index) is not None for index in range(num_layers)]
-
-    # best[end]: (cuts inside a block, sum of squared stage costs) of the cheapest split.
-    nothing = (num_layers + 1, inf)
-    best: list[tuple[int, float]] = [(0, 0.0)] + [nothing] * num_layers
-    starts: list[list[int]] = []
-    for _ in range(num_stages):
-        following = [nothing] * (num_layers + 1)
-        chosen = [-1] * (num_layers + 1)
-        for end in range(1, num_layers + 1):
-            for start in range(end - 1, earliest[end - 1] - 1, -1):
-                cost = prefix[end] - prefix[start]
-                if cost > limit:
-                    break
-                crossings = best[start][0] + (inside[start] if start else 0)
-                candidate = (crossings, best[start][1] + cost * cost)
-                if candidate < following[end]:
-                    following[end], chosen[end] = candidate, start
-        best = following
-        starts.append(chosen)
-
-    stages: list[range] = []
-    end = num_layers
-    for chosen in reversed(starts):
-        stages.append(range(chosen[end], end))
-        end = chosen[end]
-    return tuple(reversed(stages))
-
-
-def _smallest_maximum(num_stages: int, prefix: list[float], earliest: list[int]) -> float:
-    """The cost of the most expensive stage in the split that makes it as small as possible."""
-    num_layers = len(prefix) - 1
-    best = [0.0] + [inf] * num_layers
-    for _ in range(num_stages):
-        following = [inf] * (num_layers + 1)
-        for end in range(1, num_layers + 1):
-            for start in range(end - 1, earliest[end - 1] - 1, -1):
-                cost = prefix[end] - prefix[start]
-                if cost >= following[end]:
-                    break
-                following[end] = min(following[end], max(cost, best[start]))
-        best = following
-    return best[num_layers]

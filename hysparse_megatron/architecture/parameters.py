@@ -9,15 +9,10 @@ import dataclasses
 from dataclasses import dataclass
 from functools import lru_cache
 
-from hysparse_megatron.config.schema import (
-    FullGate,
-    GateKind,
-    ModelConfig,
-    ParallelConfig,
-    SinkKind,
-)
-from hysparse_megatron.layout import LayerKind, parse_layout
-from hysparse_megatron.plan.topology import PipelinePlan
+from hysparse_megatron.architecture.layers import FullGate, GateKind, LayerKind, SinkKind
+from hysparse_megatron.architecture.layout import parse_layout
+from hysparse_megatron.architecture.model import ModelConfig
+from hysparse_megatron.architecture.stages import PipelinePlan
 
 VOCAB_MULTIPLE = 128
 """The vocabulary is padded to a multiple of this, whatever the tensor-parallel size.
@@ -216,7 +211,7 @@ def _num_sinks(model: ModelConfig, kind: LayerKind) -> int:
 
 
 def parameters_on_rank(
-    counted: ModelParameters, plan: PipelinePlan, parallel: ParallelConfig, pp_rank: int
+    counted: ModelParameters, plan: PipelinePlan, tp: int, ep: int, pp_rank: int
 ) -> RankParameters:
     """What one rank of pipeline rank `pp_rank` holds, all its model chunks together."""
     dense = experts = matrices = largest = largest_expert = 0
@@ -224,15 +219,15 @@ def parameters_on_rank(
     for chunk in range(plan.num_chunks):
         stage = plan.stage_index(pp_rank, chunk)
         layers = [counted.layers[layer] for layer in plan.stages[stage]]
-        dense += sum(layer.dense_on_rank(parallel.tp) for layer in layers)
-        experts += sum(layer.experts_on_rank(parallel.ep) for layer in layers)
-        matrices += sum(layer.matrices_on_rank(parallel.tp) for layer in layers)
-        largest += max(layer.largest_on_rank(parallel.tp) for layer in layers)
+        dense += sum(layer.dense_on_rank(tp) for layer in layers)
+        experts += sum(layer.experts_on_rank(ep) for layer in layers)
+        matrices += sum(layer.matrices_on_rank(tp) for layer in layers)
+        largest += max(layer.largest_on_rank(tp) for layer in layers)
         largest_expert += max(layer.largest_expert_matrix for layer in layers)
         if stage == 0:
-            dense += counted.embedding // parallel.tp
+            dense += counted.embedding // tp
         if stage == last:
             # A tied output projection is a second copy unless it stands beside the embedding.
             copied = counted.embedding if stage > 0 else 0
-            dense += (counted.output or copied) // parallel.tp + counted.final_norm
+            dense += (counted.output or copied) // tp + counted.final_norm
     return RankParameters(dense, experts, matrices, largest, largest_expert)

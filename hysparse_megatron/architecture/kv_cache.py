@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hysparse_megatron.config.schema import ModelConfig
-from hysparse_megatron.layout import LayerKind
+from hysparse_megatron.architecture.layers import LayerKind
+from hysparse_megatron.architecture.model import ModelConfig
 
 CONTEXT_LENGTHS = (8_192, 16_384, 32_768, 131_072, 1_048_576)
 """The lengths that tables show, in tokens."""
