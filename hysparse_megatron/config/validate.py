@@ -13,6 +13,8 @@ import re
 from collections.abc import Callable, Iterator
 from operator import attrgetter
 
+from hysparse_kernels import limits
+
 from hysparse_megatron.architecture.layers import LayerKind
 from hysparse_megatron.architecture.layout import Layout, LayoutError, parse_layout
 from hysparse_megatron.architecture.model import Backend, Balancing, Fp8, Layers, RouterScore
@@ -119,10 +121,6 @@ ABOVE_ZERO = (
 FRACTIONS = ("model.hidden_dropout", "optim.beta1", "optim.beta2", "optim.muon.momentum")
 """Numbers from 0 up to, but not including, 1."""
 
-
-TRITON_BLOCK_SIZES = (16, 32, 64, 128)
-TRITON_MAX_HEAD_DIM = 256
-"""What `hysparse_kernels.triton_attention` takes; repeated here because that imports torch."""
 
 MUON_PACKAGE = "emerging-optimizers"
 MUON_VERSIONS = "0.3"
@@ -390,17 +388,21 @@ def _backend(config: Config) -> Iterator[Problem]:
     if config.model.backend is not Backend.triton:
         return
     model = config.model
-    if config.train.precision is not Precision.bf16:
-        yield Problem("model.backend", "triton", "auto or reference with train.precision=fp32")
-    if model.block_size not in TRITON_BLOCK_SIZES:
-        allowed = f"one of {', '.join(map(str, TRITON_BLOCK_SIZES))} with model.backend=triton"
+    precision = config.train.precision.value
+    if precision not in limits.DTYPES:
+        allowed = f"auto or reference with train.precision={precision}"
+        yield Problem("model.backend", "triton", allowed)
+    if model.block_size not in limits.BLOCK_SIZES:
+        allowed = f"one of {', '.join(map(str, limits.BLOCK_SIZES))} with model.backend=triton"
         yield Problem("model.block_size", str(model.block_size), allowed)
-    if model.block_size == 128 and max(model.head_dim, model.value_dim) > 128:
-        allowed = "at most 64 with model.backend=triton and heads wider than 128"
-        yield Problem("model.block_size", "128", allowed)
+    *_, shorter, longest = limits.BLOCK_SIZES
+    widest = limits.LONGEST_BLOCK_MAX_HEAD_DIM
+    if model.block_size == longest and max(model.head_dim, model.value_dim) > widest:
+        allowed = f"at most {shorter} with model.backend=triton and heads wider than {widest}"
+        yield Problem("model.block_size", str(longest), allowed)
     for key, width in (("head_dim", model.head_dim), ("value_head_dim", model.value_dim)):
-        if width > TRITON_MAX_HEAD_DIM:
-            allowed = f"at most {TRITON_MAX_HEAD_DIM} with model.backend=triton"
+        if width > limits.MAX_HEAD_DIM:
+            allowed = f"at most {limits.MAX_HEAD_DIM} with model.backend=triton"
             yield Problem(f"model.{key}", str(width), allowed)
 
 

@@ -1,35 +1,15 @@
-"""Attention operations of HySparse (arXiv 2602.03560): torch only, no Megatron, no GPU needed."""
+"""Attention operations of HySparse (arXiv 2602.03560): torch only, no Megatron, no GPU needed.
 
-from hysparse_kernels.accumulation import KeyValueGradients
-from hysparse_kernels.block_lists import BlockLists
-from hysparse_kernels.cached_attention import (
-    CachedFullOutput,
-    cached_full_attention,
-    cached_sparse_attention,
-    cached_window_attention,
-    resolve_cached_backend,
-)
-from hysparse_kernels.dispatch import (
-    BACKENDS,
-    BackendChoice,
-    BackendUnavailable,
-    block_sparse_attention,
-    block_topk,
-    oracle_attention,
-    prepare_selection,
-    resolve_backend,
-    sliding_window_attention,
-)
-from hysparse_kernels.gating import gated_sum
-from hysparse_kernels.key_value_cache import FP8, Chunk, TokenCache, WindowCache
-from hysparse_kernels.reference import OracleOutput, ReduceScores
-from hysparse_kernels.selection import (
-    has_a_choice,
-    neighbour_agreement,
-    selected_mass,
-    selected_mass_of_sample,
-    shared_blocks,
-)
+The names are loaded at first use, so that `hysparse_kernels.limits` can be read without torch.
+"""
+
+# ruff: noqa: F403, F405
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hysparse_kernels.public import *
 
 __all__ = [
     "BACKENDS",
@@ -61,3 +41,10 @@ __all__ = [
     "shared_blocks",
     "sliding_window_attention",
 ]
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module("hysparse_kernels.public"), name)

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from hysparse_kernels.block_lists import BlockLists
 
+DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+"""As limits.py writes them."""
+
 
 def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
     """query [B,S,HQ,D], key [B,S,HKV,D], value [B,S,HKV,DV]: one float dtype, one device."""

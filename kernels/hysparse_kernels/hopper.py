@@ -20,7 +20,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from hysparse_kernels import hopper_dkv, hopper_dq, hopper_forward, hopper_oracle
+from hysparse_kernels import hopper_dkv, hopper_dq, hopper_forward, hopper_oracle, limits
 from hysparse_kernels import triton_kernels as portable
 from hysparse_kernels.accumulation import KeyValueGradients
 from hysparse_kernels.documents import cut
@@ -29,12 +29,9 @@ from hysparse_kernels.triton_launch import Saved, Walk, gradient_buffers
 from hysparse_kernels.triton_topk import Selector
 
 _LOG2_E = 1.4426950408889634
-_KEYS = 64
+_KEYS = limits.HOPPER_BLOCK_SIZE
 """Keys per step of the window and block-sparse kernels: one block."""
 _ORACLE_KEYS = 128
-_ORACLE_BLOCK_SIZES = (32, 64, 128)
-_MOST_BLOCKS = 4096
-"""More scores of one token do not fit into the registers of a warp."""
 _ROWS = 64
 """Rows of a part: tokens times query heads of a group."""
 _SHARED_BYTES = 226 * 2**10
@@ -66,19 +63,19 @@ def why_not(
         blocks = triton.cdiv(selector.longest, selector.rule.block_size)
         if selector.rule.reduce_scores is not None:
             reason = "they do not hand out scores, which reduce_scores asks for"
-        elif selector.rule.block_size not in _ORACLE_BLOCK_SIZES:
-            reason = f"they select blocks of {_ORACLE_BLOCK_SIZES} keys"
-        elif blocks > _MOST_BLOCKS:
-            reason = f"they rank up to {_MOST_BLOCKS} blocks, not {blocks}"
+        elif selector.rule.block_size not in limits.HOPPER_ORACLE_BLOCK_SIZES:
+            reason = f"they select blocks of {limits.HOPPER_ORACLE_BLOCK_SIZES} keys"
+        elif blocks > limits.HOPPER_ORACLE_MAX_BLOCKS:
+            reason = f"they rank up to {limits.HOPPER_ORACLE_MAX_BLOCKS} blocks, not {blocks}"
     return reason
 
 
 def why_not_shape(heads: int, width: int, value_width: int) -> str | None:
     """Why these kernels do not take so many heads per group and such head dims, or None."""
-    if (width, value_width) not in ((64, 64), (64, 128), (128, 64), (128, 128), (192, 128)):
+    if (width, value_width) not in limits.HOPPER_HEAD_DIMS:
         return f"they take head dims 64, 128 (values too) and 192/128, not {width}/{value_width}"
-    if heads > 64 or heads & (heads - 1):
-        return f"they take 1, 2, 4, ... 64 heads per group, not {heads}"
+    if heads > limits.HOPPER_MAX_HEADS or heads & (heads - 1):
+        return f"they take 1, 2, 4, ... {limits.HOPPER_MAX_HEADS} heads per group, not {heads}"
     return None
 
 

@@ -12,10 +12,11 @@ import torch
 import triton
 from torch import Tensor
 
-from hysparse_kernels import hopper
+from hysparse_kernels import hopper, limits
 from hysparse_kernels import triton_kernels as kernels
 from hysparse_kernels._reference_selection import ReduceScores, SelectionRule
 from hysparse_kernels.accumulation import KeyValueGradients
+from hysparse_kernels.arguments import DTYPE_NAMES
 from hysparse_kernels.block_lists import BlockLists, build_block_lists
 from hysparse_kernels.reference import OracleOutput
 from hysparse_kernels.triton_launch import (
@@ -26,9 +27,6 @@ from hysparse_kernels.triton_launch import (
     query_gradient,
 )
 from hysparse_kernels.triton_topk import Selector
-
-_MAX_HEAD_DIM = 256
-_BLOCK_SIZES = (16, 32, 64, 128)
 
 
 def why_not(
@@ -41,14 +39,16 @@ def why_not(
     interpreted = triton.knobs.runtime.interpret
     if device.type != "cuda" and not interpreted:
         return f"the Triton kernels need a CUDA device, the tensors are on {device.type}"
-    if dtype not in (None, torch.bfloat16, torch.float16) and not interpreted:
-        return f"the Triton kernels take bf16 and fp16, not {dtype}"
-    if head_dim is not None and head_dim > _MAX_HEAD_DIM:
-        return f"the Triton kernels take head dims up to {_MAX_HEAD_DIM}, not {head_dim}"
-    if block_size is not None and block_size not in _BLOCK_SIZES:
-        return f"the Triton kernels take block sizes {_BLOCK_SIZES}, not {block_size}"
-    if block_size == 128 and head_dim is not None and head_dim > 128:
-        return f"blocks of 128 keys with head dim {head_dim} do not fit into shared memory"
+    taken = dtype is None or DTYPE_NAMES.get(dtype) in limits.DTYPES
+    if not taken and not interpreted:
+        return f"the Triton kernels take {' and '.join(limits.DTYPES)}, not {dtype}"
+    if head_dim is not None and head_dim > limits.MAX_HEAD_DIM:
+        return f"the Triton kernels take head dims up to {limits.MAX_HEAD_DIM}, not {head_dim}"
+    if block_size is not None and block_size not in limits.BLOCK_SIZES:
+        return f"the Triton kernels take block sizes {limits.BLOCK_SIZES}, not {block_size}"
+    longest = block_size == limits.BLOCK_SIZES[-1]
+    if longest and head_dim is not None and head_dim > limits.LONGEST_BLOCK_MAX_HEAD_DIM:
+        return f"blocks of {block_size} keys with head dim {head_dim} do not fit into shared memory"
     return None
 
 

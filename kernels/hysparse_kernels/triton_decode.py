@@ -20,9 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hysparse_kernels import limits, triton_topk
 from hysparse_kernels import triton_decode_kernels as kernels
-from hysparse_kernels import triton_topk
 from hysparse_kernels._reference_selection import SelectionRule, offered_scores
+from hysparse_kernels.arguments import DTYPE_NAMES
 from hysparse_kernels.key_value_cache import FP8, Chunk, TokenCache, WindowCache
 
 _LOG2_E = 1.4426950408889634
@@ -31,9 +32,6 @@ _SHARED_MEMORY_BYTES = 96 * 2**10
 _PROGRAMS_PER_MULTIPROCESSOR = 2
 _TILES_PER_FAR_SPLIT = 4
 """Least for a full layer: with fewer keys a split writes too much for what it reads."""
-_MAX_HEAD_DIM = 256
-_MAX_HEADS = 128
-_BLOCK_SIZES = (16, 32, 64, 128)
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
@@ -46,13 +44,13 @@ def why_not(
     if device.type != "cuda" and not interpreted:
         return f"the Triton kernels need a CUDA device, the tensors are on {device.type}"
     heads = query.shape[2] // caches[0].key.shape[-2]
-    if heads > _MAX_HEADS:
-        return f"the Triton kernels take up to {_MAX_HEADS} query heads per KV group, not {heads}"
-    if block_size is not None and block_size not in _BLOCK_SIZES:
-        return f"the Triton kernels take block sizes {_BLOCK_SIZES}, not {block_size}"
+    if heads > (most := limits.DECODE_MAX_HEADS):
+        return f"the Triton kernels take up to {most} query heads per KV group, not {heads}"
+    if block_size is not None and block_size not in limits.BLOCK_SIZES:
+        return f"the Triton kernels take block sizes {limits.BLOCK_SIZES}, not {block_size}"
     stored = [cache.key.dtype for cache in caches]
     for dtype in (query.dtype, *(dtype for dtype in stored if dtype != FP8)):
-        if dtype not in _TYPES:
+        if DTYPE_NAMES.get(dtype) not in limits.DECODE_DTYPES:
             return f"the Triton decode kernels take bf16, fp16 and fp32, not {dtype}"
     if (
         FP8 in stored
@@ -61,8 +59,8 @@ def why_not(
     ):
         return "an FP8 cache needs a GPU of compute capability 8.9 or later for Triton"
     width = max(query.shape[-1], *(cache.value.shape[-1] for cache in caches))
-    if width > _MAX_HEAD_DIM:
-        return f"the Triton kernels take head dims up to {_MAX_HEAD_DIM}, not {width}"
+    if width > limits.MAX_HEAD_DIM:
+        return f"the Triton kernels take head dims up to {limits.MAX_HEAD_DIM}, not {width}"
     return None
 
 

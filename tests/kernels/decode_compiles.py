@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 compiled: collections.Counter[str] = collections.Counter()
 
 
-class _NoGpu:
+class NoGpu:
     """Stands in for a driver: says what to compile for, and can do nothing else."""
 
     def __init__(self, capability: int) -> None:
@@ -90,13 +90,13 @@ def main() -> None:
     """Every kernel, over types, head dims, group and block sizes."""
     JITFunction.run = functools.partialmethod(_run)
     for capability in (90, 80):
-        driver.set_active(_NoGpu(capability))
+        driver.set_active(NoGpu(capability))
         _call(torch.bfloat16, 16, (192, 128), 64)
         _call(torch.bfloat16, 1, (96, 96), 32)
         _call(torch.float16, 3, (64, 64), 128)
         _call(torch.float32, 16, (128, 128), 64)
         _call(torch.bfloat16, 64, (256, 256), 64)
-    driver.set_active(_NoGpu(90))
+    driver.set_active(NoGpu(90))
     _call(torch.bfloat16, 16, (192, 128), 64, FP8)
     _call(torch.float16, 4, (128, 128), 64, FP8)
     _call(torch.float32, 20, (256, 256), 128, FP8)

@@ -1,0 +1,83 @@
+"""Compile the portable kernels for GPUs without one: `python -m tests.kernels.triton_compiles`.
+
+What runs is the launching code itself, on CPU tensors, with launches turned into compilations.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+
+import torch
+import triton
+from hysparse_kernels import triton_attention, triton_gating, triton_topk
+from hysparse_kernels.block_lists import build_block_lists
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from tests.kernels.decode_compiles import SHARED_BYTES, NoGpu
+
+DTYPE = torch.bfloat16
+compiled: collections.Counter[str] = collections.Counter()
+
+
+def _call(
+    heads: int, dims: tuple[int, int], block_size: int, cu_seqlens: torch.Tensor | None
+) -> None:
+    """Forward and backward of every operation, two groups."""
+
+    def tensor(count: int, width: int) -> torch.Tensor:
+        return torch.zeros(1, 200, count, width, dtype=DTYPE, requires_grad=True)
+
+    query, key, value = tensor(2 * heads, dims[0]), tensor(2, dims[0]), tensor(2, dims[1])
+    sink = torch.zeros(2 * heads, requires_grad=True)
+    packed = {"cu_seqlens": cu_seqlens}
+    oracle = triton_attention.oracle_attention(
+        query, key, value, block_size=block_size, num_selected=2, **packed
+    )
+    oracle.output.sum().backward()
+    # What was compiled has not run: the indices are any numbers.
+    indices = torch.zeros(1, 2, 200, 2, dtype=torch.int32)
+    build_block_lists(indices, heads, block_size, cu_seqlens)
+    lists = build_block_lists(indices, heads, block_size, cu_seqlens, with_triton=False)
+    triton_attention.block_sparse_attention(
+        query, key, value, indices, block_size=block_size, sink=sink, lists=lists, **packed
+    ).sum().backward()
+    triton_attention.sliding_window_attention(
+        query, key, value, window=100, sink=sink, **packed
+    ).sum().backward()
+    triton_topk.block_topk(torch.zeros(3, 40), 4)
+    for width in (1, dims[1]):
+        gates = (tensor(2 * heads, width), tensor(2 * heads, width))
+        branch = tensor(2 * heads, dims[1])
+        triton_gating.gated_sum(branch, branch, *gates).sum().backward()
+
+
+def _run(self: JITFunction, *args: object, **kwargs: object) -> object:
+    kernel = _original(self, *args, **{**kwargs, "warmup": True})
+    name, shared = self.__name__, kernel.metadata.shared
+    limit = SHARED_BYTES[driver.active.get_current_target().arch]
+    assert shared <= limit, f"{name} takes {shared} bytes of shared memory"
+    compiled[name] += 1
+    return kernel
+
+
+_original = JITFunction.run
+
+
+def main() -> None:
+    """Every kernel and mode, dense and packed."""
+    JITFunction.run = functools.partialmethod(_run)
+    driver.set_active(NoGpu(90))
+    _call(16, (128, 128), 64, None)
+    _call(3, (96, 64), 32, torch.tensor([0, 50, 50, 200], dtype=torch.int32))
+    assert set(compiled) == {
+        "forward_kernel", "dq_kernel", "dkv_kernel", "group_scores_kernel", "topk_kernel",
+        "union_kernel", "map_kernel", "count_kernel", "compact_kernel", "chunk_kernel",
+        "_forward", "_backward",
+    }  # fmt: skip
+    print(f"{compiled.total()} compiled with triton {triton.__version__}")
+
+
+if __name__ == "__main__":
+    main()
