@@ -219,7 +219,7 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     """`model.key: value` pairs, defaults resolved, without what makes no difference."""
     flat = {**_leaves(_defaults(), "model."), **_leaves(settings["model"], "model.")}
     layout = parse_layout(flat["model.layout"])
-    flat["model.layout"] = "".join(plan.kind.value for plan in layout.layers)
+    flat["model.layout"] = layout.letters
     if flat["model.value_head_dim"] is None:
         flat["model.value_head_dim"] = flat["model.head_dim"]
     if flat["model.moe.expert_ffn_hidden_size"] is None:

@@ -18,7 +18,6 @@ from hysparse_megatron.files import require_writable
 
 COLUMN, HEIGHT, TOP, LEFT = 84, 330, 92, 24
 COLORS = {LayerKind.FULL: "#d9480f", LayerKind.SPARSE: "#1971c2", LayerKind.WINDOW: "#2b8a3e"}
-NAMES = {LayerKind.FULL: "full", LayerKind.SPARSE: "sparse", LayerKind.WINDOW: "window"}
 TITLES = {
     LayerKind.FULL: "exact attention; picks blocks",
     LayerKind.SPARSE: "reads picked blocks, plus a window",
@@ -55,7 +54,7 @@ def _layer(layout: Layout, index: int) -> str:
     x = _x(index)
     return (
         f'<rect x="{x - 32}" y="{TOP}" width="64" height="54" rx="6" fill="{COLORS[kind]}"/>'
-        f'<text x="{x}" y="{TOP + 24}" fill="white" font-weight="bold">{NAMES[kind]}</text>'
+        f'<text x="{x}" y="{TOP + 24}" fill="white" font-weight="bold">{kind.label}</text>'
         f'<text x="{x}" y="{TOP + 42}" fill="white">{index}</text>'
         f'<rect x="{x - 32}" y="{TOP + 66}" width="64" height="{cache_height}" rx="3" '
         f'fill="{COLORS[kind]}" opacity="0.35"><title>{escape(cache)}</title></rect>'
@@ -86,13 +85,13 @@ def _cut(index: int) -> str:
 
 def _legend(layout: Layout) -> str:
     lines = []
-    kinds = [kind for kind in LayerKind if any(plan.kind is kind for plan in layout.layers)]
+    kinds = [kind for kind in LayerKind if kind in layout.kinds]
     for row, kind in enumerate(kinds):
         y = TOP + 186 + 20 * row
         lines.append(
             f'<rect x="{LEFT + 10}" y="{y - 11}" width="14" height="14" fill="{COLORS[kind]}"/>'
             f'<text x="{LEFT + 32}" y="{y}" text-anchor="start">'
-            f"{NAMES[kind]}: {TITLES[kind]}</text>"
+            f"{kind.label}: {TITLES[kind]}</text>"
         )
     return "".join(lines)
 

@@ -84,7 +84,7 @@ def _check(given: argparse.Namespace) -> None:
     """Find out before minutes of work. Raises ConfigError."""
     if given.layout is not None:
         given.layers = parse_layout(given.layout).num_layers
-        if all(plan.kind is LayerKind.FULL for plan in parse_layout(given.layout).layers):
+        if set(parse_layout(given.layout).kinds) == {LayerKind.FULL}:
             raise ConfigError(f"--layout: {given.layout} has full layers alone: there is no gap")
     elif given.full_layers >= given.layers:
         raise ConfigError(

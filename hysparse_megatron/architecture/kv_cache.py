@@ -26,13 +26,11 @@ def kv_cache_bytes(
 
     Two bytes a number are bf16, one is FP8; those of windows where they differ from full layers'.
     """
-    full = sum(kind is LayerKind.FULL for kind in layout)
-    windows = len(layout) - full
-    per_token = model.num_query_groups * (model.head_dim + model.value_dim)
     in_window = bytes_per_number if window_bytes_per_number is None else window_bytes_per_number
-    return per_token * (
-        full * context_length * bytes_per_number
-        + windows * min(context_length, model.window) * in_window
+    return sum(
+        model.attention(kind).cached_numbers(context_length)
+        * (bytes_per_number if kind.caches_all else in_window)
+        for kind in layout
     )
 
 
@@ -43,4 +41,4 @@ def all_full(layout: Sequence[LayerKind]) -> tuple[LayerKind, ...]:
 
 def hybrid_window(layout: Sequence[LayerKind]) -> tuple[LayerKind, ...]:
     """The sliding-window baseline of a layout: windows where it is sparse."""
-    return tuple(LayerKind.WINDOW if kind is LayerKind.SPARSE else kind for kind in layout)
+    return tuple(LayerKind.WINDOW if kind.reads_oracle else kind for kind in layout)

@@ -12,7 +12,7 @@ A sparse layer reads the nearest full layer before it.
 
 from dataclasses import dataclass, field
 
-from hysparse_megatron.architecture.layers import LayerKind
+from hysparse_megatron.architecture.layers import KINDS, LayerKind
 from hysparse_megatron.errors import ConfigError
 
 MAX_LAYERS = 1024
@@ -41,6 +41,16 @@ class Layout:
     def num_layers(self) -> int:
         """Layers of the whole model."""
         return len(self.layers)
+
+    @property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """The kind of every layer."""
+        return tuple(layer.kind for layer in self.layers)
+
+    @property
+    def letters(self) -> str:
+        """One letter per layer."""
+        return "".join(kind.value for kind in self.kinds)
 
 
 class LayoutError(ConfigError):
@@ -88,13 +98,16 @@ def parse_layout(text: str) -> Layout:
             cuts.append(len(layers))
             cut_positions.append(symbol.position)
             continue
-        kind = LayerKind(symbol.letter)
-        if kind is LayerKind.SPARSE and oracle is None:
-            message = "a sparse layer S before any full layer F: it has no oracle to read"
+        kind = KINDS[symbol.letter]
+        if kind.reads_oracle and oracle is None:
+            message = (
+                f"a {kind.label} layer {kind.value} before any full layer F: it has no oracle to "
+                "read"
+            )
             raise LayoutError.at(text, symbol.position, message)
-        if kind is LayerKind.FULL:
+        if kind.is_oracle:
             oracle = len(layers)
-        layers.append(LayerPlan(kind, oracle if kind is LayerKind.SPARSE else None))
+        layers.append(LayerPlan(kind, oracle if kind.reads_oracle else None))
     if not layers:
         raise LayoutError.at(text, 0, "an empty layout: name at least one layer")
     if cuts and cuts[-1] == len(layers):
@@ -121,11 +134,12 @@ def _expand(text: str) -> list[_Symbol]:
             _close_group(text, position, open_groups)
         elif character == "|":
             open_groups[-1].symbols.append(_Symbol("|", position))
-        elif character in "FSW":
+        elif character in KINDS:
             body = [_Symbol(character, position)]
             open_groups[-1].symbols += _repeated(text, start, body, repeat)
         else:
-            message = f"unknown layer {character!r}: use F (full), S (sparse) or W (window)"
+            *others, last = (f"{kind.value} ({kind.label})" for kind in LayerKind)
+            message = f"unknown layer {character!r}: use {', '.join(others)} or {last}"
             raise LayoutError.at(text, position, message)
         position += 1
     if len(open_groups) > 1:

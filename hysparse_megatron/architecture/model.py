@@ -7,7 +7,14 @@ line. Fields without a default must be given by a preset or by the user.
 from dataclasses import dataclass, field
 from enum import Enum
 
-from hysparse_megatron.architecture.layers import FullGate, GateKind, SinkKind
+from hysparse_megatron.architecture.layers import (
+    AttentionLayer,
+    AttentionSizes,
+    FullGate,
+    GateKind,
+    LayerKind,
+    SinkKind,
+)
 from hysparse_megatron.architecture.rope import RopeScalingConfig
 
 
@@ -142,6 +149,24 @@ class ModelConfig:
     """Matrix products of Transformer Engine's linear layers in FP8; attention stays in bf16."""
     rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
     moe: MoeConfig = field(default_factory=MoeConfig)
+
+    def attention(self, kind: LayerKind) -> AttentionLayer:
+        """What the attention of a layer of this kind is."""
+        sizes = AttentionSizes(
+            hidden_size=self.hidden_size,
+            num_heads=self.num_attention_heads,
+            num_groups=self.num_query_groups,
+            head_dim=self.head_dim,
+            value_dim=self.value_dim,
+            window=self.window,
+            selected_tokens=self.num_selected_blocks * self.block_size,
+            qkv_bias=self.qkv_bias,
+            qk_norm=self.qk_norm,
+            gate=self.gate,
+            full_gate=self.full_gate,
+            sink=self.sink,
+        )
+        return AttentionLayer(kind, sizes)
 
     @property
     def expert_width(self) -> int:

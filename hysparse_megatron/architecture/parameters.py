@@ -9,7 +9,7 @@ import dataclasses
 from dataclasses import dataclass
 from functools import lru_cache
 
-from hysparse_megatron.architecture.layers import FullGate, GateKind, LayerKind, SinkKind
+from hysparse_megatron.architecture.layers import LayerKind
 from hysparse_megatron.architecture.layout import parse_layout
 from hysparse_megatron.architecture.model import ModelConfig
 from hysparse_megatron.architecture.stages import PipelinePlan
@@ -33,8 +33,7 @@ def with_vocabulary(model: ModelConfig, vocab_size: int) -> ModelConfig:
 
 def parameters_of(model: ModelConfig, vocab_size: int) -> ModelParameters:
     """Those of a run's model, tied and replicated ones once; `vocab_size` is the data's."""
-    kinds = tuple(layer.kind for layer in parse_layout(model.layout).layers)
-    return count_parameters(with_vocabulary(model, vocab_size), kinds)
+    return count_parameters(with_vocabulary(model, vocab_size), parse_layout(model.layout).kinds)
 
 
 @dataclass(frozen=True)
@@ -152,62 +151,30 @@ def count_parameters(model: ModelConfig, layout: tuple[LayerKind, ...]) -> Model
 
 def _layer(model: ModelConfig, kind: LayerKind, index: int) -> LayerParameters:
     hidden, moe = model.hidden_size, model.moe
-    qk_norms = 2 * model.head_dim if model.qk_norm else 0
+    attention = model.attention(kind)
     feed_forward, experts, active, router = 3 * hidden * model.ffn_hidden_size, 0, 0, 0
     if model.is_moe_layer(index):
         one = 3 * hidden * model.expert_width
         experts, active = moe.num_experts * one, moe.num_active_experts * one
         router = moe.num_experts * hidden
         feed_forward = 3 * hidden * moe.shared_expert_ffn_hidden_size
-    fused = _fused_outputs(model, kind)
-    vectors = _num_sinks(model, kind) + (fused if model.qkv_bias else 0)
+    vectors = attention.num_vector_parameters
     widest = max(
-        fused,
-        model.num_attention_heads * model.value_dim,
+        attention.projection_rows,
+        attention.output_width,
         2 * (moe.shared_expert_ffn_hidden_size if experts else model.ffn_hidden_size),
     )
     return LayerParameters(
-        attention=attention_matrices(model, kind) + vectors,
+        attention=attention.num_matrix_parameters + vectors,
         feed_forward=feed_forward,
         experts=experts,
         router=router,
-        norms=2 * hidden + qk_norms,
+        norms=2 * hidden + attention.num_norm_parameters,
         active_experts=active,
         attention_vectors=vectors,
         largest_matrix=hidden * widest,
         largest_expert_matrix=2 * hidden * model.expert_width if experts else 0,
     )
-
-
-def attention_matrices(model: ModelConfig, kind: LayerKind) -> int:
-    """Weights of the fused input projection and the output projection of one layer."""
-    outputs = _fused_outputs(model, kind) + model.num_attention_heads * model.value_dim
-    return model.hidden_size * outputs
-
-
-def _fused_outputs(model: ModelConfig, kind: LayerKind) -> int:
-    """Rows of the fused input projection."""
-    heads, groups = model.num_attention_heads, model.num_query_groups
-    outputs = heads * model.head_dim + groups * (model.head_dim + model.value_dim)
-    return outputs + heads * gate_width(model, kind)
-
-
-def gate_width(model: ModelConfig, kind: LayerKind) -> int:
-    """Gate logits per query head of one layer, both branches of a sparse layer together."""
-    if kind is LayerKind.SPARSE:
-        return 2 * (1 if model.gate is GateKind.head else model.value_dim)
-    if kind is LayerKind.FULL:
-        return {FullGate.none: 0, FullGate.head: 1, FullGate.channel: model.value_dim}[
-            model.full_gate
-        ]
-    return 0
-
-
-def _num_sinks(model: ModelConfig, kind: LayerKind) -> int:
-    if kind is LayerKind.FULL or model.sink is SinkKind.none:
-        return 0
-    branches = 2 if kind is LayerKind.SPARSE and model.sink is SinkKind.branch else 1
-    return branches * model.num_attention_heads
 
 
 def parameters_on_rank(

@@ -11,11 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import inf
 
-from hysparse_megatron.architecture.layers import LayerKind
 from hysparse_megatron.architecture.layout import Layout, LayoutError, parse_layout
-
-COSTS = {LayerKind.FULL: 2.0, LayerKind.SPARSE: 1.5, LayerKind.WINDOW: 1.0}
-"""Rough relative time of one layer, used to balance stages."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +61,7 @@ class PipelinePlan:
         """One line per stage: where it runs, its layers, what enters it."""
         lines = []
         for index, stage in enumerate(self.stages):
-            kinds = "".join(self.layout.layers[layer].kind.value for layer in stage)
+            kinds = self.layout.letters[stage.start : stage.stop]
             oracle = self.oracle_into(index)
             enters = "" if oracle is None else f", reads on from oracle {oracle} across the cut"
             lines.append(
@@ -85,7 +81,7 @@ def plan_pipeline(layout_text: str, pp: int, vpp: int | None = None) -> Pipeline
 def live_oracle(layout: Layout, layer_index: int) -> int | None:
     """The oracle whose key, value and indices must cross a cut before `layer_index`, if any."""
     for plan in layout.layers[layer_index:]:
-        if plan.kind is LayerKind.FULL:
+        if plan.kind.is_oracle:
             return None
         if plan.oracle is not None:
             return plan.oracle if plan.oracle < layer_index else None
@@ -113,7 +109,7 @@ def stage_layers(layout: Layout, num_stages: int) -> tuple[range, ...]:
     if num_stages < 1:
         raise ValueError(f"num_stages must be at least 1, got {num_stages}")
     check_stages(layout, num_stages)
-    return _balance(layout, num_stages, [COSTS[plan.kind] for plan in layout.layers])
+    return _balance(layout, num_stages, [kind.relative_time for kind in layout.kinds])
 
 
 def _balance(layout: Layout, num_stages: int, costs: Sequence[float]) -> tuple[range, ...]:

@@ -18,7 +18,6 @@ from hysparse_kernels import limits
 from hysparse_megatron.architecture.layers import LayerKind
 from hysparse_megatron.architecture.layout import Layout, LayoutError, parse_layout
 from hysparse_megatron.architecture.model import Backend, Balancing, Fp8, Layers, RouterScore
-from hysparse_megatron.architecture.parameters import gate_width
 from hysparse_megatron.architecture.rope import RopeType, rope_problems
 from hysparse_megatron.architecture.stages import check_stages, stage_layers
 from hysparse_megatron.config import paths
@@ -467,8 +466,8 @@ def _fused_width(config: Config) -> int:
     model = config.model
     groups = max(1, model.num_query_groups // max(config.parallel.tp, 1))
     heads = model.num_attention_heads // max(model.num_query_groups, 1)
-    per_head = model.head_dim + gate_width(model, LayerKind.SPARSE)
-    return groups * (heads * per_head + model.head_dim + model.value_dim)
+    attention = model.attention(LayerKind.SPARSE)
+    return groups * (heads * attention.head_rows + attention.group_rows)
 
 
 def _ranks(config: Config, world_size: int) -> Iterator[Problem]:

@@ -9,6 +9,7 @@ see a window alone. A sparse branch can make up for much of the rest, but only b
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -39,12 +40,12 @@ class Choice:
 
 def require_windows(layout: str) -> None:
     """Raise ConfigError unless all layers see a window alone."""
-    kinds = [plan.kind.value for plan in parse_layout(layout).layers]
-    others = set(kinds) - {LayerKind.WINDOW.value}
+    letters = parse_layout(layout).letters
+    others = set(letters) - {LayerKind.WINDOW.value}
     if others:
         raise ConfigError(
             f"the model has layers of kind {', '.join(sorted(others))}; allowed is W alone: "
-            f'adopt the original with --layout "{len(kinds)}*W" and the window wanted'
+            f'adopt the original with --layout "{len(letters)}*W" and the window wanted'
         )
 
 
@@ -80,7 +81,9 @@ class Placement:
         windowed = [attention.config for attention in changed]
         for attention in changed:
             attention.config = copy.copy(attention.config)
-            attention.config.window = self._length
+            attention.config.architecture = dataclasses.replace(
+                attention.config.architecture, window=self._length
+            )
         try:
             whole, _ = loss_by_position(token_losses(self._loaded, self._batches), num_bins=1)
         finally:

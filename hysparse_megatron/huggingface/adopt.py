@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from transformers import PretrainedConfig
 
 from hysparse_megatron.architecture.layers import LayerKind
 from hysparse_megatron.architecture.layout import parse_layout
+from hysparse_megatron.architecture.model import ModelConfig
 from hysparse_megatron.checkpoint.assemble import Source
 from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.huggingface import settings
@@ -31,7 +32,7 @@ from hysparse_megatron.huggingface.original import (
     rotary_settings,
 )
 from hysparse_megatron.huggingface.reading import TensorFolder
-from hysparse_megatron.huggingface.weights import Fused, model_weights
+from hysparse_megatron.huggingface.weights import PARTS, Fused, model_weights
 
 NEUTRAL_SINK = -10.0
 """Of windows: takes less than 5e-5 from a row whose largest logit is 0, and can still be learnt."""
@@ -59,7 +60,7 @@ def adopt(source: Path, folder: Path, choices: Choices, say: Say) -> None:
     """
     original = read_original(source)
     model = settings.model_config(_tree(original, choices))
-    kinds = [plan.kind for plan in parse_layout(model.layout).layers]
+    kinds = parse_layout(model.layout).kinds
     if len(kinds) != original.num_hidden_layers:
         raise ConfigError(
             f"--layout: {choices.layout} has {len(kinds)} layers, but the model in {source} has "
@@ -70,11 +71,12 @@ def adopt(source: Path, folder: Path, choices: Choices, say: Say) -> None:
     tensors = TensorFolder(source)
     model = untied(model, tensors, say)
     weights = model_weights(model, original.vocab_size)
+    new = _new_names(model, kinds)
     kept = {
         name: shape
         for weight in weights
         for name, shape in weight.shapes.items()
-        if not name.endswith(_NEW)
+        if not name.endswith(new)
     }
     check_names(tensors, kept, ignored=("rotary_emb.inv_freq",))
     sources = {}
@@ -82,42 +84,44 @@ def adopt(source: Path, folder: Path, choices: Choices, say: Say) -> None:
         kind = kinds[int(weight.name.split(".")[2])] if ".layers." in weight.name else None
         of_the_original = [name for name, _ in weight.parts if name in kept]
         dtype = tensors.widest(of_the_original) if of_the_original else torch.float32
-        read = functools.partial(_read, weight, kind, tensors, choices, dtype)
+        read = functools.partial(_read, weight, kind, new, tensors, choices, dtype)
         sources[weight.name] = padded(weight.name, Source(weight.shape, dtype, read))
     write_start(source, folder, model, sources, original.max_position_embeddings, say)
 
 
-_NEW = (
-    "sparse_gate.weight",
-    "sparse_gate.bias",
-    "window_gate.weight",
-    "window_gate.bias",
-    "sparse_sink",
-    "window_sink",
-)
-"""Ends of names of weights that the original does not have."""
+def _new_names(model: ModelConfig, kinds: Iterable[LayerKind]) -> tuple[str, ...]:
+    """Ends of names of weights that the original does not have."""
+    layers = [model.attention(kind) for kind in set(kinds)]
+    gates = [f".{PARTS[gate.name]}.{of}" for one in layers for gate in one.gates for of in _LINEAR]
+    return (*gates, *(f".{sink}" for one in layers for sink in one.sinks))
+
+
+_LINEAR = ("weight", "bias")
 
 
 def _read(
     weight: Fused,
     kind: LayerKind | None,
+    new: tuple[str, ...],
     tensors: TensorFolder,
     choices: Choices,
     dtype: torch.dtype,
 ) -> Tensor:
-    made = {"sparse_sink": choices.sparse_sink, "window_sink": NEUTRAL_SINK}
     parts = {}
     for name, shape in weight.shapes.items():
-        last = name.rpartition(".")[2]
-        if last in made:
-            parts[name] = torch.full(shape, made[last])
-        elif name.endswith(_NEW):
+        if not name.endswith(new):
+            parts[name] = tensors.read(name).to(dtype)
+        elif name.endswith(".sparse_sink"):
+            parts[name] = torch.full(shape, choices.sparse_sink)
+        elif name.endswith(".window_sink"):
+            parts[name] = torch.full(shape, NEUTRAL_SINK)
+        elif name.endswith(("_gate.weight", "_gate.bias")):
             parts[name] = torch.zeros(shape, dtype=dtype)
         else:
-            parts[name] = tensors.read(name).to(dtype)
+            raise ConfigError(f"{name}: not known how it begins in an adopted model")
     whole = weight.join(parts)
     # Exact in every float format: it only moves the exponent.
-    doubled = kind is LayerKind.SPARSE and weight.name.endswith("linear_proj.weight")
+    doubled = kind is not None and kind.reads_oracle and weight.name.endswith("linear_proj.weight")
     return 2 * whole if doubled else whole
 
 

@@ -63,11 +63,12 @@ def export(request: Request, folder: Path, say: Say) -> None:
     ids = tokenizer_files.check_vocabulary(tokenizer, rows, identity.get("vocab_size"))
     # Without the rows that fill the embedding up to a round number, which no loss has seen.
     rows = request.config.model.vocab_size or ids
+    described = _description(request, rows, index[EMBEDDING]["dtype"])
     weights = model_weights(request.config.model, rows)
 
     def write(target: Path) -> None:
         _write_weights(request, weights, index, target, say)
-        _describe(request, target, rows, index[EMBEDDING]["dtype"])
+        tokenizer_files.write_object(target / settings.CONFIG_JSON, described)
         length = request.config.train.seq_length
         tokenizer_files.write_tokenizer(tokenizer, target, length)
         end = tokenizer_files.end_of_document(tokenizer)
@@ -149,9 +150,9 @@ def _shards(weights: Sequence[Fused], sizes: Sequence[int], limit: int) -> list[
     return shards
 
 
-def _describe(request: Request, folder: Path, rows: int, dtype: str) -> None:
+def _description(request: Request, rows: int, dtype: str) -> dict[str, Any]:
+    """`config.json`. Raises ConfigError for a model that has no place in an exported folder."""
     if request.dtype is not None:
         dtype = str(request.dtype).removeprefix("torch.")
     length = request.config.train.seq_length
-    described = settings.to_json(request.config.model, rows, length, dtype)
-    tokenizer_files.write_object(folder / settings.CONFIG_JSON, described)
+    return settings.to_json(request.config.model, rows, length, dtype)

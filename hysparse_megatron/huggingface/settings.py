@@ -62,6 +62,14 @@ _MOE = {
 }
 """Names of `ModelConfig` and `MoeConfig`, and those of `config.json`."""
 
+EXPORTED = {
+    "layout": ("F", "S", "W"),
+    "gate": ("head", "channel"),
+    "sink": ("branch", "shared", "none"),
+    "full_gate": ("none", "head", "channel"),
+}
+"""What modeling_hysparse.py can compute, by setting."""
+
 _AUTO_MAP = {
     "AutoConfig": "configuration_hysparse.HySparseConfig",
     "AutoModel": "modeling_hysparse.HySparseModel",
@@ -72,19 +80,27 @@ _AUTO_MAP = {
 def to_json(model: ModelConfig, vocab_rows: int, seq_length: int, dtype: str) -> dict[str, Any]:
     """`config.json` of a model whose embedding has `vocab_rows` rows of `dtype`.
 
-    `seq_length` is what it was trained on, in tokens.
+    `seq_length` is what it was trained on, in tokens. Raises ConfigError for a layer, gate or sink
+    that the modeling file does not have.
     """
-    settings = {
+    settings: dict[str, Any] = {
         "architectures": ["HySparseForCausalLM"],
         "auto_map": _AUTO_MAP,
         "model_type": MODEL_TYPE,
         "dtype": dtype,
         "vocab_size": vocab_rows,
-        "layout": "".join(plan.kind.value for plan in parse_layout(model.layout).layers),
+        "layout": parse_layout(model.layout).letters,
         "max_position_embeddings": seq_length,
         "value_head_dim": model.value_dim,
     }
     settings |= {theirs: _plain(getattr(model, ours)) for ours, theirs in _MODEL.items()}
+    for name, known in EXPORTED.items():
+        for value in settings[name] if name == "layout" else [settings[name]]:
+            if value not in known:
+                raise ConfigError(
+                    f"model.{name}: {value} cannot be exported: modeling_hysparse.py knows "
+                    f"{', '.join(known)}"
+                )
     settings["rope_parameters"] = rope_parameters(model)
     if model.moe.num_experts:
         settings |= {theirs: _plain(getattr(model.moe, ours)) for ours, theirs in _MOE.items()}

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hysparse_megatron.architecture.layers import FullGate, GateKind, LayerKind, SinkKind
+from hysparse_megatron.architecture.layers import LayerKind
 from hysparse_megatron.architecture.layout import parse_layout
 from hysparse_megatron.architecture.model import Balancing, ModelConfig
+from hysparse_megatron.errors import ConfigError
 
 KEPT_IN_FP32 = ("_sink", ".expert_bias")
 """Ends of names of tensors that are fp32 whatever the precision of the rest."""
@@ -79,8 +80,8 @@ def model_weights(model: ModelConfig, vocab_rows: int) -> list[Fused]:
     """All weights of a model whose embedding has `vocab_rows` rows, in its order."""
     hidden = model.hidden_size
     weights = [Fused.alone(EMBEDDING, "model.embed_tokens.weight", vocab_rows, hidden)]
-    for index, plan in enumerate(parse_layout(model.layout).layers):
-        weights += _layer(model, plan.kind, index)
+    for index, kind in enumerate(parse_layout(model.layout).kinds):
+        weights += _layer(model, kind, index)
     weights.append(Fused.alone("decoder.final_norm.weight", "model.norm.weight", hidden))
     if not model.tie_embeddings:
         weights.append(Fused.alone(OUTPUT, "lm_head.weight", vocab_rows, hidden))
@@ -103,12 +104,17 @@ def _layer(model: ModelConfig, kind: LayerKind, index: int) -> Iterator[Fused]:
 def attention_weights(
     model: ModelConfig, kind: LayerKind, ours: str, theirs: str
 ) -> Iterator[Fused]:
-    """Those of one attention layer; `ours` and `theirs` are what their names begin with."""
+    """Those of one attention layer; `ours` and `theirs` are what their names begin with.
+
+    Raises ConfigError where the layer has a part that the folder's modeling file does not.
+    """
+    attention = model.attention(kind)
     heads, groups = model.num_attention_heads, model.num_query_groups
-    parts = {"q_proj": heads // groups * model.head_dim}
-    parts |= {"k_proj": model.head_dim, "v_proj": model.value_dim}
-    parts |= {gate: heads // groups * width for gate, width in _gates(model, kind).items()}
-    rows = groups * sum(parts.values())
+    parts = {
+        _known(PARTS, part.name, kind): part.width * (heads // groups if part.per_head else 1)
+        for part in attention.parts
+    }
+    rows = attention.projection_rows
     shapes: dict[str, tuple[int, ...]] = {"weight": (rows, model.hidden_size)}
     if model.qkv_bias:
         shapes["bias"] = (rows,)
@@ -119,33 +125,36 @@ def attention_weights(
         f"{ours}.linear_proj.weight",
         f"{theirs}.o_proj.weight",
         model.hidden_size,
-        heads * model.value_dim,
+        attention.output_width,
     )
     if model.qk_norm:
         for which in "qk":
             yield Fused.alone(
                 f"{ours}.{which}_layernorm.weight", f"{theirs}.{which}_norm.weight", model.head_dim
             )
-    for sink in _sinks(model, kind):
-        yield Fused.alone(f"{ours}.{sink}", f"{theirs}.{sink}", heads)
+    for sink in attention.sinks:
+        yield Fused.alone(f"{ours}.{sink}", f"{theirs}.{_known(_SINKS, sink, kind)}", heads)
 
 
-def _gates(model: ModelConfig, kind: LayerKind) -> dict[str, int]:
-    """Gates of a layer and their width per head, in the order of the fused projection."""
-    if kind is LayerKind.SPARSE:
-        width = 1 if model.gate is GateKind.head else model.value_dim
-        return {"sparse_gate": width, "window_gate": width}
-    if kind is LayerKind.FULL and model.full_gate is not FullGate.none:
-        return {"output_gate": 1 if model.full_gate is FullGate.head else model.value_dim}
-    return {}
+PARTS = {
+    "query": "q_proj",
+    "key": "k_proj",
+    "value": "v_proj",
+    "gate": "output_gate",
+    "sparse_gate": "sparse_gate",
+    "window_gate": "window_gate",
+}
+_SINKS = {name: name for name in ("sparse_sink", "window_sink", "shared_sink")}
+"""Names of an attention layer's parts and sinks, and those of modeling_hysparse.py."""
 
 
-def _sinks(model: ModelConfig, kind: LayerKind) -> tuple[str, ...]:
-    if kind is LayerKind.FULL or model.sink is SinkKind.none:
-        return ()
-    if kind is LayerKind.WINDOW:
-        return ("window_sink",)
-    return ("shared_sink",) if model.sink is SinkKind.shared else ("sparse_sink", "window_sink")
+def _known(names: Mapping[str, str], ours: str, kind: LayerKind) -> str:
+    if ours not in names:
+        raise ConfigError(
+            f"a {kind.label} layer has {ours}, for which the Hugging Face model has no place; "
+            f"it knows {', '.join(names)}"
+        )
+    return names[ours]
 
 
 def _dense(model: ModelConfig, ours: str, theirs: str) -> Iterator[Fused]:

@@ -58,7 +58,7 @@ class KvCache:
         entries = min(model.window, max(capacities))
         self.layers: tuple[TokenCache | WindowCache, ...] = tuple(
             TokenCache(capacities, *widths, full_dtype, device)
-            if kind is LayerKind.FULL
+            if kind.caches_all
             else WindowCache(len(capacities), entries, *widths, window_dtype, device)
             for kind in kinds
         )

@@ -54,7 +54,7 @@ class LoadedModel:
     @property
     def kinds(self) -> tuple[LayerKind, ...]:
         """The kind of every layer."""
-        return tuple(plan.kind for plan in parse_layout(self.config.model.layout).layers)
+        return parse_layout(self.config.model.layout).kinds
 
     @property
     def dtype(self) -> torch.dtype:
@@ -71,7 +71,7 @@ def inference_config(run_dir: Path, world_size: int) -> Config:
     config = load_frozen(run_dir / CONFIG_FILE)
     experts = config.model.moe.num_experts
     spread = world_size if experts and experts % world_size == 0 else 1
-    layout = "".join(plan.kind.value for plan in parse_layout(config.model.layout).layers)
+    layout = parse_layout(config.model.layout).letters
     config = dataclasses.replace(
         config,
         data=with_own_tokenizer(config.data, run_dir),

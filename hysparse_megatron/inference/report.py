@@ -12,8 +12,6 @@ from hysparse_megatron.inference.generate import Generated, Settings, new_cache
 from hysparse_megatron.inference.kv_cache import KvCache
 from hysparse_megatron.inference.load import LoadedModel
 
-_NAMES = {LayerKind.FULL: "full", LayerKind.SPARSE: "sparse", LayerKind.WINDOW: "window"}
-
 
 def report(loaded: LoadedModel, generated: Generated, settings: Settings) -> str:
     """Lines of text, the same on all ranks. Collective over tensor ranks.
@@ -35,7 +33,7 @@ def report(loaded: LoadedModel, generated: Generated, settings: Settings) -> str
         )
         for tokens in cache.capacities
     )
-    kept = ", ".join(f"{_NAMES[kind]} {size:,}" for kind, size in of_kind.items() if size)
+    kept = ", ".join(f"{kind.label} {size:,}" for kind, size in of_kind.items() if size)
     lines = [
         _speed("prefill", generated.prefill_tokens, generated.prefill_seconds),
         _speed("decode", generated.decode_tokens, generated.decode_seconds)

@@ -32,7 +32,7 @@ def why_no_graph(loaded: LoadedModel, cache: KvCache) -> str | None:
     chunk = Chunk.replayed(range(len(cache.capacities)), cache.capacities, cache.device)
     heads = (config.num_attention_heads, config.head_dim)
     query = torch.empty(1, 1, *heads, dtype=loaded.dtype, device=cache.device)
-    backend = loaded.model.config.attention_backend_name
+    backend = config.backend.value
     for layer in cache.layers:
         block_size = config.block_size if isinstance(layer, TokenCache) else None
         choice = resolve_cached_backend(backend, query, chunk, layer, block_size=block_size)

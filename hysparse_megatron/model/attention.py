@@ -31,10 +31,8 @@ from hysparse_kernels import (
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from hysparse_megatron.architecture.layers import FullGate, GateKind, SinkKind
 from hysparse_megatron.model.attention_base import AttentionSubmodules, BaseAttention
 from hysparse_megatron.model.megatron_config import HySparseConfig
-from hysparse_megatron.model.projection import Part
 from hysparse_megatron.model.sharing import CachedSelection, CachedStep, Shared, SharedAttention
 from hysparse_megatron.runtime.process_groups import groups_sharing_a_kv_head
 
@@ -51,14 +49,6 @@ class FullAttention(BaseAttention):
     layer reads them. With `full_gate` a sigmoid gate scales the output per head or channel (gated
     attention, arXiv 2505.06708), as in the paper's 80B full-attention baseline.
     """
-
-    @staticmethod
-    def _parts(config: HySparseConfig) -> tuple[Part, ...]:
-        parts = BaseAttention._parts(config)
-        if config.full_gate is FullGate.none:
-            return parts
-        width = 1 if config.full_gate is FullGate.head else config.value_dim
-        return (*parts, Part("gate", width, per_head=True))
 
     def __init__(
         self,
@@ -124,7 +114,7 @@ class FullAttention(BaseAttention):
                 **self._selection_rule(),
                 select=select and not second_time,
                 cu_seqlens=documents,
-                backend=self.config.attention_backend_name,
+                backend=self.config.architecture.backend.value,
             )
             return result.output, result.block_indices
 
@@ -143,18 +133,18 @@ class FullAttention(BaseAttention):
             step.chunk,
             **self._selection_rule(),
             select=self.is_read,
-            backend=self.config.attention_backend_name,
+            backend=self.config.architecture.backend.value,
         )
         return output, None if indices is None else CachedSelection(cache, indices)
 
     def _selection_rule(self) -> dict[str, Any]:
         """The same in training and generation."""
         return {
-            "block_size": self.config.block_size,
-            "num_selected": self.config.num_selected_blocks,
+            "block_size": self.config.architecture.block_size,
+            "num_selected": self.config.architecture.num_selected_blocks,
             "reduce_scores": self._reduce_scores if self.score_group is not None else None,
-            "forced_first_blocks": self.config.forced_first_blocks,
-            "forced_recent_blocks": self.config.forced_recent_blocks,
+            "forced_first_blocks": self.config.architecture.forced_first_blocks,
+            "forced_recent_blocks": self.config.architecture.forced_recent_blocks,
         }
 
     def _reduce_scores(self, scores: Tensor) -> Tensor:
@@ -166,10 +156,6 @@ class FullAttention(BaseAttention):
 
 class WindowAttention(BaseAttention):
     """Sliding-window attention with a sink per head: Eq. 5, the hybrid baseline's layer."""
-
-    @staticmethod
-    def _sinks(config: HySparseConfig) -> tuple[str, ...]:
-        return () if config.sink is SinkKind.none else ("window_sink",)
 
     def forward(
         self,
@@ -191,9 +177,9 @@ class WindowAttention(BaseAttention):
                 _kernel_layout(parts["value"]),
                 cast(WindowCache, step.cache),
                 step.chunk,
-                window=self.config.window,
+                window=self.config.architecture.window,
                 sink=sink,
-                backend=self.config.attention_backend_name,
+                backend=self.config.architecture.backend.value,
             )
             return self._project(attention), shared
         attend = functools.partial(self._attend, documents)
@@ -212,35 +198,15 @@ class WindowAttention(BaseAttention):
             _kernel_layout(query),
             _kernel_layout(key),
             _kernel_layout(value),
-            window=self.config.window,
+            window=self.config.architecture.window,
             sink=sink,
             cu_seqlens=documents,
-            backend=self.config.attention_backend_name,
+            backend=self.config.architecture.backend.value,
         )
-
-
-_SINKS = {
-    SinkKind.branch: ("sparse_sink", "window_sink"),
-    SinkKind.shared: ("shared_sink",),
-    SinkKind.none: (),
-}
 
 
 class SparseAttention(BaseAttention):
     """Two gated branches with one query: the oracle's blocks, and a window of its own (Eq. 4-9)."""
-
-    @staticmethod
-    def _parts(config: HySparseConfig) -> tuple[Part, ...]:
-        gate_width = 1 if config.gate is GateKind.head else config.value_dim
-        return (
-            *BaseAttention._parts(config),
-            Part("sparse_gate", gate_width, per_head=True),
-            Part("window_gate", gate_width, per_head=True),
-        )
-
-    @staticmethod
-    def _sinks(config: HySparseConfig) -> tuple[str, ...]:
-        return _SINKS[config.sink]
 
     def forward(
         self,
@@ -297,13 +263,13 @@ class SparseAttention(BaseAttention):
         window_sink: Tensor | None,
     ) -> Tensor:
         """Gated sum of both branches, [B, S, HQ, DV]; gates [S, B, HQ, 1 or DV]."""
-        backend = self.config.attention_backend_name
+        backend = self.config.architecture.backend.value
         sparse = block_sparse_attention(
             _kernel_layout(query),
             _kernel_layout(key),
             _kernel_layout(value),
             block_indices,
-            block_size=self.config.block_size,
+            block_size=self.config.architecture.block_size,
             sink=sparse_sink,
             lists=lists,
             accumulate=gradients,
@@ -314,7 +280,7 @@ class SparseAttention(BaseAttention):
             _kernel_layout(query),
             _kernel_layout(window_key),
             _kernel_layout(window_value),
-            window=self.config.window,
+            window=self.config.architecture.window,
             sink=window_sink,
             cu_seqlens=documents,
             backend=backend,
@@ -341,11 +307,11 @@ class SparseAttention(BaseAttention):
             *selection,
             cast(WindowCache, step.cache),
             step.chunk,
-            block_size=self.config.block_size,
-            window=self.config.window,
+            block_size=self.config.architecture.block_size,
+            window=self.config.architecture.window,
             sparse_sink=sinks[0],
             window_sink=sinks[-1],
-            backend=self.config.attention_backend_name,
+            backend=self.config.architecture.backend.value,
         )
 
 

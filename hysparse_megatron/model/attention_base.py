@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hysparse_megatron.model.megatron_config import HySparseConfig
 from hysparse_megatron.model.norm import RMSNorm
-from hysparse_megatron.model.projection import GroupedProjection, Part
+from hysparse_megatron.model.projection import GroupedProjection
 
 
 @dataclass
@@ -50,11 +50,12 @@ class BaseAttention(MegatronModule):
         self.layer_number = layer_number
         self.tp_group = pg_collection.tp
         self.cp_group = pg_collection.cp
+        described = config.architecture.attention(config.plan.layout.kinds[layer_number - 1])
         self.linear_qkv = GroupedProjection(
-            config, submodules.linear_qkv, self._parts(config), pg_collection
+            config, submodules.linear_qkv, described.parts, pg_collection
         )
         self.linear_proj = submodules.linear_proj(
-            config.num_attention_heads * config.value_dim,
+            described.output_width,
             config.hidden_size,
             config=config,
             init_method=config.output_layer_init_method,
@@ -69,35 +70,17 @@ class BaseAttention(MegatronModule):
         self.k_layernorm: RMSNorm | None = None
         if config.qk_layernorm:
             # megatron-core sums the gradients of parameters with these names over tensor ranks.
-            self.q_layernorm = RMSNorm(
-                config, int(config.kv_channels or 0), config.layernorm_epsilon
-            )
-            self.k_layernorm = RMSNorm(
-                config, int(config.kv_channels or 0), config.layernorm_epsilon
-            )
+            width = config.architecture.head_dim
+            self.q_layernorm = RMSNorm(config, width, config.layernorm_epsilon)
+            self.k_layernorm = RMSNorm(config, width, config.layernorm_epsilon)
         heads = config.num_attention_heads // config.tensor_model_parallel_size
-        self.sink_names = self._sinks(config)
+        self.sink_names = described.sinks
         for sink in self.sink_names:
             # One logit per head, in fp32 whatever the model's precision, split like the heads.
             parameter = torch.nn.Parameter(torch.zeros(heads, dtype=torch.float32))
             tensor_parallel.set_tensor_model_parallel_attributes(parameter, True, 0, 1)
             parameter.is_sink = True  # type: ignore[attr-defined] # a parameter group of its own
             self.register_parameter(sink, parameter)
-
-    @staticmethod
-    def _parts(config: HySparseConfig) -> tuple[Part, ...]:
-        """What the input projection computes."""
-        head_dim = int(config.kv_channels or 0)
-        return (
-            Part("query", head_dim, per_head=True),
-            Part("key", head_dim, per_head=False),
-            Part("value", config.value_dim, per_head=False),
-        )
-
-    @staticmethod
-    def _sinks(config: HySparseConfig) -> tuple[str, ...]:
-        """Names of the learnable sinks."""
-        return ()
 
     def _query_and_key(
         self, parts: dict[str, Tensor], rotary_pos_emb: Tensor | None
@@ -113,7 +96,7 @@ class BaseAttention(MegatronModule):
                 tensor,
                 rotary_pos_emb,
                 config=self.config,
-                mscale=self.config.rotary_scale,
+                mscale=self.config.architecture.rope_scaling.attention_scale,
                 cp_group=self.cp_group,
             )
             for tensor in (query, key)

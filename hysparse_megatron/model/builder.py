@@ -27,7 +27,7 @@ def build_chunks(
 
     Initial weights depend on `config.train.seed` alone, not on the parallel layout.
     """
-    num_blocks = -(-config.train.seq_length // megatron.block_size)
+    num_blocks = -(-config.train.seq_length // config.model.block_size)
     largest = MAX_PAYLOAD_BLOCKS[megatron.pipeline_dtype.itemsize]
     if config.parallel.pp > 1 and num_blocks > largest:
         raise ConfigError(

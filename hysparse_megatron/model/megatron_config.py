@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from hysparse_megatron.architecture.layers import FullGate, GateKind, SinkKind
 from hysparse_megatron.architecture.model import Balancing, ModelConfig
 from hysparse_megatron.architecture.stages import PipelinePlan, plan_pipeline
 from hysparse_megatron.config.schema import Config, Precision, Recompute
@@ -19,30 +18,12 @@ from hysparse_megatron.model.sharing import SharedWidths
 class HySparseConfig(TransformerConfig):
     """megatron-core's configuration plus what the attention layers and the stack need."""
 
-    pipeline: PipelinePlan | None = None
+    plan: PipelinePlan = field(kw_only=True)
     """Kind, oracle and stage of every layer."""
-    value_dim: int = 0
-    """Channels of one value head."""
-    block_size: int = 64
-    num_selected_blocks: int = 16
-    window: int = 128
-    gate: GateKind = GateKind.head
-    sink: SinkKind = SinkKind.branch
-    full_gate: FullGate = FullGate.none
-    forced_first_blocks: int = 0
-    forced_recent_blocks: int = 0
-    rotary_scale: float = 1.0
-    """Factor on the cosines and sines of the rotary embedding."""
-    attention_backend_name: str = "auto"
-    """Backend of the attention math: auto, reference or triton."""
+    architecture: ModelConfig = field(kw_only=True)
+    """What the layers are."""
     init_seed: int = 0
     """Seed from which every layer's initial weights are derived."""
-
-    @property
-    def plan(self) -> PipelinePlan:
-        """`pipeline`, which every model has."""
-        assert self.pipeline is not None
-        return self.pipeline
 
     def is_moe_layer(self, index: int) -> bool:
         """Whether the layer with this index from 0 has experts."""
@@ -58,9 +39,9 @@ class HySparseConfig(TransformerConfig):
         sequence_parallel = self.sequence_parallel and self.tensor_model_parallel_size > 1
         return SharedWidths(
             num_query_groups=self.groups_per_rank(),
-            key_dim=int(self.kv_channels or 0),
-            value_dim=self.value_dim,
-            num_selected_blocks=self.num_selected_blocks,
+            key_dim=self.architecture.head_dim,
+            value_dim=self.architecture.value_dim,
+            num_selected_blocks=self.architecture.num_selected_blocks,
             tokens_per_row=self.tensor_model_parallel_size if sequence_parallel else 1,
         )
 
@@ -137,8 +118,8 @@ def make_megatron_config(config: Config, layers: LayerChoice = LOCAL) -> HySpars
     model: ModelConfig = config.model
     parallel = config.parallel
     dtype = torch.bfloat16 if config.train.precision is Precision.bf16 else torch.float32
-    pipeline = plan_pipeline(model.layout, parallel.pp, parallel.vpp)
-    num_layers = pipeline.layout.num_layers
+    plan = plan_pipeline(model.layout, parallel.pp, parallel.vpp)
+    num_layers = plan.layout.num_layers
     return HySparseConfig(
         num_layers=num_layers,
         hidden_size=model.hidden_size,
@@ -177,17 +158,7 @@ def make_megatron_config(config: Config, layers: LayerChoice = LOCAL) -> HySpars
         **fusions(layers, model),
         **_point_to_point(parallel.vpp),
         **_recompute(config.train.recompute),
-        pipeline=pipeline,
-        value_dim=model.value_dim,
-        block_size=model.block_size,
-        num_selected_blocks=model.num_selected_blocks,
-        window=model.window,
-        gate=model.gate,
-        sink=model.sink,
-        full_gate=model.full_gate,
-        forced_first_blocks=model.forced_first_blocks,
-        forced_recent_blocks=model.forced_recent_blocks,
-        rotary_scale=model.rope_scaling.attention_scale,
-        attention_backend_name=model.backend.value,
+        plan=plan,
+        architecture=model,
         init_seed=config.train.seed,
     )

@@ -105,7 +105,7 @@ class Probe:
         self._sums = torch.zeros(
             layers, len(QUANTITIES), 2, dtype=torch.float64, device=self._device
         )
-        count, kept = len(self.positions), self._config.num_selected_blocks
+        count, kept = len(self.positions), self._config.architecture.num_selected_blocks
         self._starts = torch.full((count,), _NOT_HERE, dtype=torch.int32, device=self._device)
         self._blocks = torch.full(
             (len(self._oracles), count, kept), _NOT_HERE, dtype=torch.int32, device=self._device
@@ -176,8 +176,8 @@ class Probe:
         batch = indices.shape[0]
         chosen = has_a_choice(
             at,
-            self._config.num_selected_blocks,
-            block_size=self._config.block_size,
+            self._config.architecture.num_selected_blocks,
+            block_size=self._config.architecture.block_size,
             batch=batch,
             sequence=self._sequence,
             cu_seqlens=documents,
@@ -187,7 +187,7 @@ class Probe:
             shared.key.transpose(0, 1),
             indices[:, :, at],
             at,
-            block_size=self._config.block_size,
+            block_size=self._config.architecture.block_size,
             cu_seqlens=documents,
         )
         self._add(index, "oracle_mass", mass, chosen)

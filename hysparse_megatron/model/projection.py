@@ -14,23 +14,13 @@ which is what the shared key and value need.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import all_gather_last_dim_from_tensor_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from hysparse_megatron.architecture.layers import Part
 from hysparse_megatron.model.megatron_config import HySparseConfig
-
-
-@dataclass(frozen=True)
-class Part:
-    """One output of the projection: `width` channels per query head, or per KV group."""
-
-    name: str
-    width: int
-    per_head: bool
 
 
 class GroupedProjection(MegatronModule):

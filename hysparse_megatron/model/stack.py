@@ -71,7 +71,7 @@ class HySparseStack(MegatronModule):
         self.layers = torch.nn.ModuleList()
         for index in self.layer_indices:
             seed_initialization(config.init_seed, "layer", index)
-            kind = plan.layout.layers[index].kind
+            kind = plan.layout.kinds[index]
             self.layers.append(
                 build_module(
                     submodules.layers[kind, config.is_moe_layer(index)],
@@ -137,7 +137,7 @@ class HySparseStack(MegatronModule):
                 hidden, shared = self._run(layer, hidden, shared, rotary_pos_emb, documents, step)
                 if live_oracle(plan.layout, index + 1) is None:
                     shared = None  # free key and value with their last reader
-                elif plan.layout.layers[index].kind is LayerKind.FULL and step is None:
+                elif plan.layout.kinds[index].is_oracle and step is None:
                     shared = self._prepared(cast(SharedAttention, shared), documents)
 
         if self.post_process:
@@ -157,9 +157,9 @@ class HySparseStack(MegatronModule):
         lists = prepare_selection(
             shared.block_indices,
             self.config.num_attention_heads // self.tp_group.size(),
-            block_size=self.config.block_size,
+            block_size=self.config.architecture.block_size,
             cu_seqlens=documents,
-            backend=self.config.attention_backend_name,
+            backend=self.config.architecture.backend.value,
         )
         shared = shared._replace(lists=lists)
         recomputes = self.config.recompute_granularity is not None

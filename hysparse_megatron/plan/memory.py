@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from hysparse_megatron.architecture.layers import GateKind, LayerKind
-from hysparse_megatron.architecture.parameters import RankParameters, gate_width, padded_vocab_size
+from hysparse_megatron.architecture.layers import LayerKind
+from hysparse_megatron.architecture.parameters import RankParameters, padded_vocab_size
 from hysparse_megatron.architecture.stages import PipelinePlan
 from hysparse_megatron.config.schema import Config, OptimizerName, Precision, Recompute
 from hysparse_megatron.plan.traffic import (
@@ -92,27 +92,26 @@ def _share(matrices: int, largest: int, ranks: int) -> int:
 def layer_activations(config: Config, plan: PipelinePlan, layer: int) -> Counter[str]:
     """Bytes that one layer keeps of one micro-batch, by what they are, without any recompute."""
     model, tp = config.model, config.parallel.tp
-    kind = plan.layout.layers[layer].kind
+    attention = model.attention(plan.layout.kinds[layer])
     element, rows = element_bytes(config), token_rows(config)
     tokens = config.train.seq_length * config.train.micro_batch_size
     heads, groups = model.num_attention_heads // tp, groups_on_rank(model, tp)
-    query, key_value = heads * model.head_dim, groups * (model.head_dim + model.value_dim)
     output = heads * model.value_dim
-    branches = 2 if kind is LayerKind.SPARSE else 1
+    branches = len(attention.kind.branches)
     kept: Counter[str] = Counter()
     # The norm keeps the residual stream, the projection what the norm made of it.
     kept["residual stream and norms"] += 2 * rows * model.hidden_size * element
     # Cosines and sines, once for the query and once for the key.
     kept["attention"] += 4 * config.train.seq_length * model.rotary_dim * element
     # The value is a view of the fused projection; query and key exist once more, rotated.
-    fused = query + key_value + heads * gate_width(model, kind)
-    kept["attention"] += tokens * (fused + query + groups * model.head_dim) * element
+    fused = heads * attention.head_rows + groups * attention.group_rows
+    kept["attention"] += tokens * (fused + (heads + groups) * model.head_dim) * element
     kept["attention"] += branches * tokens * (output * element + heads * 4)
-    if kind is LayerKind.SPARSE:
+    if branches > 1:
         # The gated sum that the output projection reads, and both gates in fp32.
-        per_head = 1 if model.gate is GateKind.head else model.value_dim
-        kept["attention"] += tokens * (output * element + 2 * heads * per_head * 4)
-    if kind is LayerKind.FULL and plan.is_read(layer):
+        gates = heads * sum(gate.width for gate in attention.gates)
+        kept["attention"] += tokens * (output * element + gates * 4)
+    if plan.is_read(layer):
         key_and_value, _ = shared_bytes(config)
         kept["shared key and value"] += key_and_value
         kept["selections"] += tokens * groups * model.num_selected_blocks * 4
@@ -153,7 +152,7 @@ def _kept_activations(config: Config, plan: PipelinePlan, layer: int) -> Counter
     heads = model.num_attention_heads // tp
     if config.train.recompute is Recompute.selective:
         # Made again: what attention and its gates keep for themselves, except the last output.
-        branches = 2 if plan.layout.layers[layer].kind is LayerKind.SPARSE else 1
+        branches = len(plan.layout.kinds[layer].branches)
         again = branches * tokens * (heads * model.value_dim * element + heads * 4)
         if branches == 1:
             again -= tokens * heads * model.value_dim * element  # the output projection reads it
@@ -170,7 +169,7 @@ def _alike(config: Config, plan: PipelinePlan, layers: list[int]) -> dict[int, i
     """One layer of every sort among `layers`, and how many there are of it."""
     found: dict[tuple[LayerKind, bool, bool], tuple[int, int]] = {}
     for layer in layers:
-        kind = plan.layout.layers[layer].kind
+        kind = plan.layout.kinds[layer]
         sort = (kind, plan.is_read(layer), config.model.is_moe_layer(layer))
         first, count = found.get(sort, (layer, 0))
         found[sort] = (first, count + 1)

@@ -26,7 +26,6 @@ from hysparse_megatron.config.schema import Config, Precision
 from hysparse_megatron.plan.flops import (
     ForwardFlops,
     forward_flops,
-    layer_flops,
     training_flops,
 )
 from hysparse_megatron.plan.memory import GIB, RankMemory, rank_memory
@@ -104,7 +103,7 @@ class Overview:
     @property
     def cache(self) -> tuple[CacheRow, ...]:
         """The key-value cache by context length."""
-        kinds = tuple(layer.kind for layer in self.plan.layout.layers)
+        kinds = self.plan.layout.kinds
         return tuple(_cache_row(self.config, kinds, length) for length in CONTEXT_LENGTHS)
 
     @property
@@ -137,7 +136,7 @@ def make_overview(config: Config, world_size: int) -> Overview:
     """The plan of a valid configuration. Raises ValueError without `model.vocab_size`."""
     model = config.model
     plan = plan_pipeline(model.layout, config.parallel.pp, config.parallel.vpp)
-    kinds = tuple(layer.kind for layer in plan.layout.layers)
+    kinds = plan.layout.kinds
     groups = rank_groups(config, world_size)
     counted = count_parameters(model, kinds)
     flops = forward_flops(model, kinds, config.train.seq_length)
@@ -167,22 +166,19 @@ def _stages(
     config: Config, plan: PipelinePlan, counted: ModelParameters, flops: ForwardFlops
 ) -> tuple[Stage, ...]:
     train = config.train
+    sequence, layout = train.seq_length, plan.layout
     tokens_on_rank = train.seq_length * train.micro_batch_size / config.parallel.tp
     entering = [None, *cuts(config, plan)]
     found = []
     for index, layers in enumerate(plan.stages):
         per_token = sum(
-            layer_flops(
-                config.model,
-                plan.layout.layers[layer].kind,
-                counted.layers[layer].matrices,
-                train.seq_length,
-            )
+            2.0 * counted.layers[layer].matrices
+            + sum(config.model.attention(layout.kinds[layer]).flops(sequence).values())
             for layer in layers
         )
         if index == len(plan.stages) - 1:
             per_token += flops.output
-        kinds = "".join(plan.layout.layers[layer].kind.value for layer in layers)
+        kinds = layout.letters[layers.start : layers.stop]
         found.append(Stage(layers, kinds, per_token * tokens_on_rank, entering[index]))
     return tuple(found)
 

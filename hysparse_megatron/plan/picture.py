@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 from math import log10
 from xml.sax.saxutils import escape
 
+from hysparse_megatron.architecture.layers import KINDS
 from hysparse_megatron.plan.memory import GIB, RankMemory
 from hysparse_megatron.plan.overview import CacheRow, Overview
 
 WIDTH, HEIGHT, MARGIN = 1000, 560, 60
 STRIP_TOP, PANEL_TOP, PANEL_HEIGHT = 80, 210, 270
-KIND_COLORS = {"F": "#d9480f", "S": "#1971c2", "W": "#2b8a3e"}
-KIND_NAMES = {"F": "full", "S": "sparse", "W": "window"}
+COLORS = ("#d9480f", "#1971c2", "#2b8a3e", "#7048e8", "#f08c00", "#0b7285")
+KIND_COLORS = dict(zip(KINDS, COLORS, strict=False))
 BAR_COLORS = ("#364fc7", "#1098ad", "#37b24d", "#f59f00", "#e8590c", "#868e96")
 CACHES: tuple[tuple[str, str, Callable[[CacheRow], int]], ...] = (
     ("this layout", "#d9480f", lambda row: row.ours),
@@ -75,7 +76,7 @@ def _layers(overview: Overview) -> list[str]:
             f'<rect x="{left}" y="{STRIP_TOP + 84}" width="12" height="12" '
             f'fill="{KIND_COLORS[kind]}"/>'
         )
-        parts.append(_text(left + 18, STRIP_TOP + 94, KIND_NAMES[kind]))
+        parts.append(_text(left + 18, STRIP_TOP + 94, KINDS[kind].label))
     return parts
 
 

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from hysparse_megatron.architecture.layers import LayerKind
 from hysparse_megatron.plan.memory import GIB, RankMemory
 from hysparse_megatron.plan.overview import Overview, PipelineRank
 
@@ -37,9 +38,7 @@ def as_values(overview: Overview) -> dict[str, Any]:
         "flops_per_token": {
             "linear": overview.flops.linear,
             "output": overview.flops.output,
-            "full_attention": overview.flops.full_attention,
-            "sparse_attention": overview.flops.sparse_attention,
-            "window_attention": overview.flops.window_attention,
+            **{f"{name.value}_attention": n for name, n in overview.flops.branches.items()},
             "forward": overview.flops.total,
             "training": overview.training_flops_per_token,
         },
@@ -125,7 +124,7 @@ def _head(overview: Overview) -> str:
     config, groups, counted = overview.config, overview.groups, overview.parameters
     parallel, train = config.parallel, config.train
     layout = overview.plan.layout
-    kinds = "".join(layer.kind.value for layer in layout.layers)
+    kinds = ", ".join(f"{layout.kinds.count(kind)} {kind.label}" for kind in LayerKind)
     experts = "" if config.model.moe.num_experts == 0 else f", ep {parallel.ep}"
     ramp = ""
     if train.ramp is not None:
@@ -134,8 +133,7 @@ def _head(overview: Overview) -> str:
             f"{train.ramp.samples:,} samples)"
         )
     return (
-        f"{config.model.layout}: {layout.num_layers} layers, {kinds.count('F')} full, "
-        f"{kinds.count('S')} sparse, {kinds.count('W')} window\n"
+        f"{config.model.layout}: {layout.num_layers} layers, {kinds}\n"
         f"vocabulary: {config.model.vocab_size:,} token ids ({overview.vocabulary})\n"
         f"parameters: {counted.total:,} in total, {counted.active:,} active\n"
         f"{groups.world_size} ranks: tp {parallel.tp}, pp {parallel.pp}, "
@@ -152,9 +150,7 @@ def _flops(overview: Overview) -> str:
     named = {
         "linear layers": flops.linear,
         "output": flops.output,
-        "full attention": flops.full_attention,
-        "sparse attention": flops.sparse_attention,
-        "window attention": flops.window_attention,
+        **{f"{branch.value} attention": value for branch, value in flops.branches.items()},
     }
     rows = [
         [name, f"{value / 1e9:.3f}", f"{value / flops.total:.1%}"]

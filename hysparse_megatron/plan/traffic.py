@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hysparse_megatron.architecture.layers import LayerKind
 from hysparse_megatron.architecture.model import ModelConfig
 from hysparse_megatron.architecture.parameters import RankParameters
 from hysparse_megatron.architecture.stages import PipelinePlan
@@ -124,8 +123,7 @@ def _tensor_bytes(config: Config, plan: PipelinePlan, layer: int) -> float:
     backward = 3 if parallel.sequence_parallel else 2
     total = blocks * whole * (2 * _passes(train.recompute) + backward)
     ranks_per_group = parallel.tp // model.num_query_groups
-    is_oracle = plan.layout.layers[layer].kind is LayerKind.FULL and plan.is_read(layer)
-    if ranks_per_group > 1 and is_oracle:
+    if ranks_per_group > 1 and plan.is_read(layer):
         # Ranks that share a KV group agree on the blocks: fp32 scores are max-reduced.
         blocks_per_sequence = -(-train.seq_length // model.block_size)
         total += 2 * _ring(ranks_per_group) * tokens * blocks_per_sequence * 4

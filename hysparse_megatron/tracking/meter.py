@@ -160,8 +160,7 @@ def model_flops_per_token(config: Config, vocab_size: int) -> float:
     Attention is counted causally over whole sequences, also where document masks make it cheaper.
     """
     model = with_vocabulary(config.model, vocab_size)
-    kinds = [layer.kind for layer in parse_layout(model.layout).layers]
-    forward = forward_flops(model, kinds, config.train.seq_length)
+    forward = forward_flops(model, parse_layout(model.layout).kinds, config.train.seq_length)
     return training_flops(forward, Recompute.none)
 
 

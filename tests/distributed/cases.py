@@ -165,7 +165,7 @@ def reference_of(config: Config) -> Config:
 
 def without_cuts(layout: str) -> str:
     """The same layers, one letter each, so that equal models have equal layouts."""
-    return "".join(plan.kind.value for plan in parse_layout(layout).layers)
+    return parse_layout(layout).letters
 
 
 def _mixed(seed: int, parts: tuple[int, ...]) -> int:

@@ -56,7 +56,7 @@ def test_figures_are_those_of_the_caches(row: tuple[str, ...]) -> None:
     name, layout, *figures, factor = row
     model = compose([f"model={name}"]).model
     assert model.layout == layout
-    kinds = [plan.kind for plan in parse_layout(layout).layers]
+    kinds = parse_layout(layout).kinds
     found, full = (
         KvCache(
             model,

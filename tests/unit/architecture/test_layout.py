@@ -6,15 +6,10 @@ from hysparse_megatron.architecture.layers import LayerKind
 from hysparse_megatron.architecture.layout import (
     MAX_LAYERS,
     LayerPlan,
-    Layout,
     LayoutError,
     parse_layout,
 )
 from hysparse_megatron.errors import ConfigError
-
-
-def letters(layout: Layout) -> str:
-    return "".join(plan.kind.value for plan in layout.layers)
 
 
 @pytest.mark.parametrize(
@@ -35,16 +30,16 @@ def letters(layout: Layout) -> str:
 )
 def test_good_layouts(text: str, expected: str, cuts: tuple[int, ...]) -> None:
     layout = parse_layout(text)
-    assert letters(layout) == expected
+    assert layout.letters == expected
     assert layout.cuts == cuts
     assert all(text[position] == "|" for position in layout.cut_positions)
 
 
 def test_presets_of_the_paper() -> None:
     dense, sparse = parse_layout("8*(F 3*S) F 2*S F"), parse_layout("4*(F 11*S) F")
-    full = [i for i, plan in enumerate(sparse.layers) if plan.kind is LayerKind.FULL]
+    full = [i for i, kind in enumerate(sparse.kinds) if kind is LayerKind.FULL]
     assert dense.num_layers == 36
-    assert letters(dense).count("F") == 10
+    assert dense.letters.count("F") == 10
     assert sparse.num_layers == 49
     assert full == [0, 12, 24, 36, 48]
 

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from hysparse_megatron.architecture.layout import MAX_LAYERS, Layout, LayoutError, parse_layout
 from hysparse_megatron.architecture.stages import (
-    COSTS,
     PipelinePlan,
     live_oracle,
     plan_pipeline,
@@ -127,7 +126,7 @@ def test_stages_are_the_best_of_all_splits(trial: int, rng: random.Random) -> No
             text = f"{text[:place]}|{text[place:]}"
     layout = parse_layout(text)
     num_stages = rng.randint(len(layout.cuts) + 1, layout.num_layers)
-    costs = [COSTS[plan.kind] for plan in layout.layers]
+    costs = [kind.relative_time for kind in layout.kinds]
     stages = stage_layers(layout, num_stages)
     splits = all_splits(layout, num_stages)
     assert stages in splits

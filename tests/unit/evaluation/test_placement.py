@@ -101,6 +101,6 @@ def test_layouts_are_written_as_they_are_read() -> None:
     assert layout_of([0, 5, 7], 8) == "F 4*S F S F"
     for _ in range(20):
         full = {0} | {n for n in range(random.randint(1, 40)) if random.random() < 0.3}
-        kinds = [plan.kind for plan in parse_layout(layout_of(sorted(full), 41)).layers]
+        kinds = parse_layout(layout_of(sorted(full), 41)).kinds
         assert [n for n, kind in enumerate(kinds) if kind is LayerKind.FULL] == sorted(full)
         assert len(kinds) == 41

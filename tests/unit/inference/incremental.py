@@ -65,7 +65,7 @@ def without_near_ties(
 
 def make_cache(config: Config, capacities: Sequence[int], **other: Any) -> KvCache:
     """A cache in the precision of the tests' models, in which unwritten memory would be seen."""
-    kinds = [plan.kind for plan in parse_layout(config.model.layout).layers]
+    kinds = parse_layout(config.model.layout).kinds
     options = {"full_dtype": torch.float32, "window_dtype": torch.float32, "device": "cpu"}
     cache = KvCache(config.model, kinds, capacities, **{**options, **other})
     poison(cache)

@@ -19,7 +19,7 @@ BF16 = torch.bfloat16
 
 
 def kinds(model: ModelConfig) -> list[LayerKind]:
-    return [plan.kind for plan in parse_layout(model.layout).layers]
+    return list(parse_layout(model.layout).kinds)
 
 
 def cache_of(model: ModelConfig, *capacities: int, full_dtype: torch.dtype = BF16) -> KvCache:

@@ -54,7 +54,7 @@ VARIANTS: dict[str, list[str]] = {
 def plain_settings(config: Config) -> PlainSettings:
     model = config.model
     return PlainSettings(
-        kinds="".join(plan.kind.value for plan in parse_layout(model.layout).layers),
+        kinds=parse_layout(model.layout).letters,
         heads=model.num_attention_heads,
         groups=model.num_query_groups,
         head_dim=model.head_dim,

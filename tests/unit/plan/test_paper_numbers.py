@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 
 from hysparse_megatron.architecture.kv_cache import all_full, hybrid_window, kv_cache_bytes
-from hysparse_megatron.architecture.layers import GateKind, LayerKind
+from hysparse_megatron.architecture.layers import Branch, GateKind, LayerKind, mean_keys_seen
 from hysparse_megatron.architecture.layout import parse_layout
 from hysparse_megatron.architecture.model import ModelConfig
 from hysparse_megatron.architecture.parameters import count_parameters
 from hysparse_megatron.config.compose import compose
-from hysparse_megatron.plan.flops import forward_flops, mean_keys_seen
+from hysparse_megatron.plan.flops import forward_flops
 
 MILLION = 2**20
 HYBRID_SWA_9_FULL = "8*(F 5*W) F"
@@ -106,7 +106,7 @@ def test_attention_flops_of_hysparse2s_comparison() -> None:
     wide = model("hysparse_80b_a3b", "model.head_dim=192")
     for layout, full in ((HYBRID_SWA_9_FULL, 193.3), ("4*(F 11*S) F", 107.4)):
         flops = forward_flops(wide, kinds(layout), MILLION)
-        assert flops.full_attention / 1e9 == pytest.approx(full, rel=1e-3)
+        assert flops.branches[Branch.FULL] / 1e9 == pytest.approx(full, rel=1e-3)
 
 
 def test_keys_seen_are_counted_one_by_one() -> None:
@@ -120,9 +120,9 @@ def test_short_contexts_see_less_than_the_window() -> None:
     ours = model("hysparse_7b")
     layout = kinds(ours.layout)
     flops = forward_flops(ours, layout, 100)
-    per_layer = flops.full_attention / 10
-    assert flops.window_attention == pytest.approx(26 * per_layer)
-    assert flops.sparse_attention == pytest.approx(26 * per_layer)
+    per_layer = flops.branches[Branch.FULL] / 10
+    assert flops.branches[Branch.WINDOW] == pytest.approx(26 * per_layer)
+    assert flops.branches[Branch.SELECTED] == pytest.approx(26 * per_layer)
 
 
 # Parameters --------------------------------------------------------------------------------------

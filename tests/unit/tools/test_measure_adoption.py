@@ -48,10 +48,10 @@ def test_shares_are_of_the_losses_of_the_two_runs(
         adopted.train, adopted.optim, adopted.model,
     )  # fmt: skip
     assert full.train.seed == 7
-    kinds = [plan.kind for plan in parse_layout(adopted.model.layout).layers]
+    kinds = parse_layout(adopted.model.layout).kinds
     assert [kinds.count(kind) for kind in (LayerKind.FULL, LayerKind.SPARSE)] == [2, 1]
     assert parse_layout(row["layout"]).layers == parse_layout(adopted.model.layout).layers
-    assert {plan.kind for plan in parse_layout(full.model.layout).layers} == {LayerKind.FULL}
+    assert set(parse_layout(full.model.layout).kinds) == {LayerKind.FULL}
 
     gap = row["adopted"] - row["original"]
     left = row["adopted_trained_on"] - row["original_trained_on"]

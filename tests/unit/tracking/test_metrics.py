@@ -339,10 +339,7 @@ def test_suggested_commands_are_right(kind: str, tmp_path: Path) -> None:
     # All of them decay at their end, which the longer run would not have done yet.
     accepted = replace(config.optim, accept_schedule_change=True)
     assert train_on == replace(config, train=longer, optim=accepted)
-    letters = [
-        "".join(plan.kind.value for plan in parse_layout(one.model.layout).layers)
-        for one in (config, full, windows, tuned)
-    ]
+    letters = [parse_layout(one.model.layout).letters for one in (config, full, windows, tuned)]
     assert letters[1:3] == ["F" * len(letters[0]), letters[0].replace("S", "W")]
     assert letters[3] == letters[0]
     assert tuned.checkpoint.load == str(config.run_path)
