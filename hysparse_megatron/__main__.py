@@ -1,4 +1,4 @@
-"""`python -m hysparse_megatron [overrides]`: one rank. Exit codes: see `errors`."""
+"""`hysparse train [overrides]`: one rank. Exit codes: see `errors`."""
 
 from __future__ import annotations
 

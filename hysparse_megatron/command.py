@@ -7,10 +7,14 @@ import functools
 import multiprocessing
 import os
 import re
+import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import get_close_matches
+from importlib.util import find_spec
+from pathlib import Path
 from types import TracebackType
 from typing import NoReturn, Protocol
 
@@ -92,14 +96,35 @@ def expect_interrupt() -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
-def make_parser(module: str, description: str | None) -> CommandParser:
-    """The parser of `python -m module`; `description` is the docstring that its help shows."""
+def make_parser(program: str, description: str | None) -> CommandParser:
+    """The parser of a command, such as `hysparse plan`, with the docstring that its help shows."""
     return CommandParser(
-        prog=f"python -m {module}",
+        prog=program,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=description,
         allow_abbrev=False,
     )
+
+
+def hysparse() -> str:
+    """What to type here for the command `hysparse` of this environment: never what is not there."""
+    python = Path(sys.executable)
+    script = python.with_name("hysparse")
+    if not script.is_file():
+        return f"{_from_here(python)} -m hysparse_megatron.main"
+    return "hysparse" if shutil.which("hysparse") == str(script) else _from_here(script)
+
+
+def _from_here(path: Path) -> str:
+    here = Path.cwd()
+    return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))
+
+
+def import_paths() -> str:
+    """PYTHONPATH of a child process that is to find the packages of this one, wherever it runs."""
+    specs = [find_spec(name) for name in ("hysparse_megatron", "hysparse_kernels")]
+    roots = [str(Path(spec.origin).parents[1]) for spec in specs if spec and spec.origin]
+    return os.pathsep.join([*roots, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 class CommandParser(argparse.ArgumentParser):

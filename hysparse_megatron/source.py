@@ -1,4 +1,4 @@
-"""Which code runs: its commit, and what of it is in no commit."""
+"""Which code runs: its commit, what of it is in no commit, and its license."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import itertools
 import json
 import subprocess
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,16 @@ SNAPSHOT_FILE = "snapshot.json"
 """Beside the packages of a copy that a job runs from: the `git_state` of what was copied."""
 
 
+def license_text() -> str:
+    """The license of this project: of the checkout, or as it was installed."""
+    beside = _folder().parent / "LICENSE"
+    if beside.is_file():
+        return beside.read_text(encoding="utf-8")
+    text = metadata.distribution("hysparse-megatron").read_text("licenses/LICENSE")
+    assert text is not None, "the wheel holds it"
+    return text
+
+
 def git_state() -> dict[str, str | bool] | None:
     """Commit of the code that runs and whether it was changed; None outside a git checkout.
 
@@ -29,6 +40,8 @@ def git_state() -> dict[str, str | bool] | None:
     if copied.is_file():
         return json.loads(copied.read_text())
     try:
+        # Installed into an environment inside another project's checkout, it is not of that one.
+        _git("ls-files", "--error-unmatch", str(Path(__file__).resolve()))
         commit = _git("rev-parse", "HEAD").decode().strip()
         return {"commit": commit, "dirty": bool(_git("status", "--porcelain"))}
     except (OSError, subprocess.SubprocessError):

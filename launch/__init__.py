@@ -1,4 +1,4 @@
-"""Commands that start training, each `python -m launch.NAME`."""
+"""Commands that start training, each a subcommand of `hysparse`."""
 
 from hysparse_megatron.command import expect_interrupt
 

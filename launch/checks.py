@@ -28,7 +28,8 @@ from hysparse_megatron.data.sources import MANY_EPOCHS, count_of, epochs
 from hysparse_megatron.errors import DataError
 from hysparse_megatron.plan.overview import Overview
 from hysparse_megatron.rundir import holder
-from launch.findings import Finding, fail, ok, warn
+
+from .findings import Finding, fail, ok, warn
 
 _PACKAGE = "hysparse-megatron"
 _LARGE_TEXT = 100 * 2**20
@@ -135,7 +136,7 @@ def _is_prepared(path: str) -> bool:
 
 def _prepared(config: Config, folder: str) -> tuple[Finding, int]:
     """What is found in the folder, and how many training tokens; 0 if it cannot be used."""
-    fix = "prepare it again with tools.prepare_data, or restore the file"
+    fix = "prepare it again with hysparse prepare-data, or restore the file"
     try:
         corpus = load_prepared(folder, check_tokens=False)
     except DataError as error:
@@ -156,7 +157,7 @@ def _raw(path: str | None) -> Finding:
     size = _text_bytes(path)
     found = f"{path}: {size / 1e6:,.0f} MB of text, prepared when the run starts"
     if size > _LARGE_TEXT:
-        fix = "tools.prepare_data does it once, by all cores, before any GPU waits"
+        fix = "hysparse prepare-data does it once, by all cores, before any GPU waits"
         return warn("data", found, fix)
     return ok("data", found)
 

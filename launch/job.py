@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import shlex
 import sys
@@ -11,46 +10,32 @@ from pathlib import Path
 
 import jinja2
 
-from hysparse_megatron.config.cluster import Scheduler
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.config.shell_words import quoted
 from hysparse_megatron.data.blend import parse_blend
 from hysparse_megatron.errors import ConfigError
+from hysparse_megatron.plan.ranks import ranks_per_node
 
-CHECKOUT = Path(__file__).resolve().parent.parent
 SCRIPT_NAME = "job.sbatch"
 
 NO_RENDEZVOUS = 75
-"""Exit code of `launch.preflight` where ranks did not meet; trying again elsewhere may help."""
-
-
-def num_ranks(config: Config) -> int:
-    """Processes that the run will have, by its cluster and parallel sizes."""
-    cluster, parallel = config.cluster, config.parallel
-    if cluster.scheduler is Scheduler.local:
-        # Experts lie on tensor- and data-parallel ranks of a stage.
-        fewest = parallel.pp * math.lcm(parallel.tp * parallel.cp, parallel.ep)
-        return cluster.ranks_per_node or max(1, fewest)
-    return cluster.nodes * ranks_per_node(config)
-
-
-def ranks_per_node(config: Config) -> int:
-    """Processes on one node of a Slurm job."""
-    return config.cluster.ranks_per_node or config.cluster.gpus_per_node
+"""Exit code of `hysparse preflight` where ranks did not meet; trying again elsewhere may help."""
 
 
 def render_job(
-    config: Config, code: Path, checkout: Path = CHECKOUT, python: str = sys.executable
+    config: Config, code: Path, folder: Path | None = None, python: str = sys.executable
 ) -> str:
     """What sbatch is given for this run.
 
-    `code` is the folder that the packages are imported from, `checkout` the one the job runs in,
-    from which relative paths lead; both are reachable from every node. `python` is taken where
-    `cluster.slurm.python` is null. Raises ConfigError for paths that cannot be passed on.
+    `code` is the folder that the packages are imported from, `folder` the one the job runs in, from
+    which relative paths lead (None: the working directory); both are reachable from every node.
+    `python` is taken where `cluster.slurm.python` is null. Raises ConfigError for paths that cannot
+    be passed on.
     """
     slurm = config.cluster.slurm
     run_dir = config.run_path.absolute()
-    folders = mounted_folders(config, checkout)
+    folder = folder or Path.cwd()
+    folders = mounted_folders(config, folder)
     _refuse_separators(config, code, folders)
     srun = [
         *map(quoted, slurm.srun_options),
@@ -77,7 +62,7 @@ def render_job(
         srun=" ".join(srun),
         script=shlex.quote(str(run_dir / SCRIPT_NAME)),
         log=shlex.quote(f"{logs}/slurm-%j.log"),
-        checkout=shlex.quote(str(checkout)),
+        folder=shlex.quote(str(folder)),
         run_dir=shlex.quote(str(run_dir)),
         code=shlex.quote(str(code)),
         mounts=shlex.quote(",".join(map(str, folders))),
@@ -85,16 +70,17 @@ def render_job(
     )
 
 
-def mounted_folders(config: Config, checkout: Path = CHECKOUT) -> list[Path]:
-    """What a container must see, under the same paths: the checkout, the run directory, and where
-    the data, the tokenizer, their cache and the weights to start from lie. None inside another."""
+def mounted_folders(config: Config, folder: Path) -> list[Path]:
+    """What a container must see, under the same paths: the job's folder, the run directory, and
+    where the data, the tokenizer, their cache and the weights to start from lie. None inside
+    another."""
     data = config.data
     named = [data.path, data.tokenizer, config.checkpoint.load, *data.evaluation.values()]
     named += [path for _, path in parse_blend(data.blend)] if data.blend else []
-    inputs = [checkout / path for path in named if path is not None]
+    inputs = [folder / path for path in named if path is not None]
     # A file is mounted with what stands beside it, and so is the common stem of .bin and .idx.
     folders = [path if path.is_dir() else path.parent for path in inputs]
-    folders += [checkout, config.run_path.absolute(), checkout / data.cache_dir]
+    folders += [folder, config.run_path.absolute(), folder / data.cache_dir]
     outermost: list[Path] = []
     for folder in sorted(set(folders), key=lambda path: len(path.parts)):
         if not any(folder.is_relative_to(other) for other in outermost):

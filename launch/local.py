@@ -1,4 +1,4 @@
-"""Start all ranks of a run on this machine: `python -m launch.local --nproc 4 [overrides]`.
+"""Start all ranks of a run on this machine: `hysparse launch --nproc 4 [overrides]`.
 
 Checks the configuration once, before any rank starts, so that mistakes cost seconds and exit with
 code 2. Then it starts the ranks, passes signals on to all of them, and sees to it that none is
@@ -37,8 +37,9 @@ from hysparse_megatron.runtime.launcher import (
 )
 from hysparse_megatron.runtime.signals import signals_to_handle
 from hysparse_megatron.status import STATES
-from launch.checks import disk
-from launch.findings import Level
+
+from .checks import disk
+from .findings import Level
 
 SECONDS_TO_FOLLOW = 5.0
 """How long ranks may outlive one that failed: they have lost it, or will never notice."""
@@ -54,7 +55,7 @@ _FORCED = 128
 @functools.partial(command, is_run=True)
 def main(argv: Sequence[str]) -> int:
     """Run with `argv`, the command line without the program's name; returns the exit code."""
-    parser = run_parser("launch.local", "Train with several processes on this machine.")
+    parser = run_parser("hysparse launch", "Train with several processes on this machine.")
     parser.add_argument(
         "--nproc",
         "--nproc-per-node",
@@ -93,7 +94,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _look_at_the_disk(config: Config, num_ranks: int) -> None:
-    """Compare what is free with what the checkpoints will take, as `launch.submit` does.
+    """Compare what is free with what the checkpoints will take, as `hysparse submit` does.
 
     Raises ConfigError if there is no room for one.
     """

@@ -1,4 +1,4 @@
-"""Look before a run: `python -m launch.preflight [--config FILE] [overrides]`.
+"""Look before a run: `hysparse preflight [--config FILE] [overrides]`.
 
 Alone it checks what one process can see. As one process per rank, under srun or torchrun, every
 machine checks itself, all ranks compare what they run, and one all-reduce goes over all of them.
@@ -14,14 +14,16 @@ import sys
 from collections.abc import Sequence
 
 from hysparse_megatron.command import command
-from hysparse_megatron.config.cli import load, parse_arguments
+from hysparse_megatron.config.cli import arguments_of, load, settings_parser
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.errors import RankFailure
+from hysparse_megatron.plan.ranks import num_ranks
 from hysparse_megatron.plan.suggest import check, overview_of
 from hysparse_megatron.runtime.launcher import Rank, rank_from_environment
-from launch.checks import login_checks, node_checks
-from launch.findings import as_text, has_failed
-from launch.job import NO_RENDEZVOUS, num_ranks
+
+from .checks import login_checks, node_checks
+from .findings import as_text, has_failed
+from .job import NO_RENDEZVOUS
 
 JOIN_SECONDS = 30.0
 """How long ranks wait for each other here, in everything they do together."""
@@ -30,10 +32,8 @@ JOIN_SECONDS = 30.0
 @command
 def main(argv: Sequence[str]) -> int:
     """Check the run of `argv`, the command line without the program's name."""
-    if {"-h", "--help"} & set(argv):
-        print(__doc__)
-        return 0
-    config = load(parse_arguments(argv))
+    parser = settings_parser("hysparse preflight", __doc__)
+    config = load(arguments_of(parser.parse_intermixed_args(list(argv))))
     rank = rank_from_environment()
     if rank.world_size > 1:
         check(config, rank.world_size)
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _together(config: Config, rank: Rank) -> int:
-    from launch.rank_checks import rank_checks  # imports torch
+    from .rank_checks import rank_checks  # imports torch
 
     own = node_checks(config) if rank.local_rank == 0 else []
     try:

@@ -19,7 +19,8 @@ from hysparse_megatron.rundir import versions
 from hysparse_megatron.runtime import rendezvous
 from hysparse_megatron.runtime.launcher import Rank
 from hysparse_megatron.source import git_state
-from launch.findings import Finding, Level, fail, ok, warn
+
+from .findings import Finding, Level, fail, ok, warn
 
 SKEW_SECONDS = 1.0
 """Clocks further apart than this are worth a warning: deadlines and logs go by them."""

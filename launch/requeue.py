@@ -1,4 +1,4 @@
-"""Whether a Slurm job goes on: `python -m launch.requeue --max-restarts N RUN_DIR`.
+"""Whether a Slurm job goes on: `hysparse_megatron.launch.requeue --max-restarts N RUN_DIR`.
 
 The job script asks at the end of every start. Prints `requeue: REASON` or `leave: REASON`, which
 is also kept in RUN_DIR/requeue.json.
@@ -94,7 +94,7 @@ def decide(
 @command
 def main(argv: Sequence[str]) -> int:
     """Decide by the run directory in `argv`, the command line without the program's name."""
-    parser = make_parser("launch.requeue", __doc__)
+    parser = make_parser("python -m hysparse_megatron.launch.requeue", __doc__)
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--max-restarts", type=int, required=True, metavar="N")
     parser.add_argument("--wrote", type=int, choices=(0, 1), help="status.json is of this start")

@@ -20,7 +20,7 @@ from hysparse_megatron.config.compose import config_directory
 from hysparse_megatron.source import SNAPSHOT_FILE, git_state
 
 FOLDER = "code"
-_PACKAGES = ("hysparse_megatron", "hysparse_kernels", "launch")
+_PACKAGES = ("hysparse_megatron", "hysparse_kernels")
 _LEFT_OUT = ("__pycache__", "local")  # a user's own settings stand in the frozen configuration
 
 
@@ -53,12 +53,16 @@ def make_snapshot(run_path: Path) -> Path:
 
 def _files() -> dict[str, Path]:
     """The files by their names in the copy, in a fixed order."""
-    roots = {"conf": config_directory()}
+    roots = {}
     for package in _PACKAGES:
         spec = importlib.util.find_spec(package)
         assert spec is not None
-        assert spec.submodule_search_locations
-        roots[package] = Path(spec.submodule_search_locations[0])
+        assert spec.origin
+        roots[package] = Path(spec.origin).resolve().parent
+    # Inside the package where that was installed.
+    beside = {"conf": config_directory(), "launch": Path(__file__).resolve().parent}
+    inside = roots["hysparse_megatron"]
+    roots |= {name: root for name, root in beside.items() if root.parent != inside}
     return {
         f"{name}/{file.relative_to(root).as_posix()}": file
         for name, root in sorted(roots.items())

@@ -1,12 +1,12 @@
-"""From overrides to a running job: `python -m launch.submit [--dry-run] [-m] [overrides]`.
+"""From overrides to a running job: `hysparse submit [--dry-run] [-m] [overrides]`.
 
 Composes and checks the configuration, prints the parallel plan with its memory and traffic, looks
 at packages, data, disk and run directory, freezes the run directory, and submits a Slurm job
 (`cluster.scheduler=slurm`) or runs here. Needs no GPU.
 
-    python -m launch.submit --dry-run experiment=paper_80b_a3b_32k cluster=slurm cluster.nodes=32
-    python -m launch.submit cluster=slurm 'cluster.slurm.options=["--partition=NAME"]'
-    python -m launch.submit -m optim.learning_rate=1e-3,2e-3 train.seed=1,2
+    hysparse submit --dry-run experiment=paper_80b_a3b_32k cluster=slurm cluster.nodes=32
+    hysparse submit cluster=slurm 'cluster.slurm.options=["--partition=NAME"]'
+    hysparse submit -m optim.learning_rate=1e-3,2e-3 train.seed=1,2
 
 --dry-run   prints all of it and changes nothing
 -m          one job per point of the overrides that list values (`a=1,2`, `a=range(1,4)`), each in a
@@ -27,22 +27,24 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hysparse_megatron.command import command, make_parser
-from hysparse_megatron.config.cli import load, parse_arguments, settings_like
+from hysparse_megatron.command import command, hysparse
+from hysparse_megatron.config.cli import arguments_of, load, settings_parser
 from hysparse_megatron.config.cluster import Scheduler
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.config.validate import warnings
 from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.files import write_whole
+from hysparse_megatron.plan.ranks import num_ranks
 from hysparse_megatron.plan.report import as_text
 from hysparse_megatron.plan.suggest import check, overview_of
 from hysparse_megatron.run_record import add_job, submitted_jobs
 from hysparse_megatron.rundir import prepare_run, refuse_start
-from launch import findings, local
-from launch.checks import login_checks
-from launch.job import SCRIPT_NAME, num_ranks, render_job
-from launch.snapshot import make_snapshot, snapshot_folder
-from launch.sweep import Point, points
+
+from . import findings, local
+from .checks import login_checks
+from .job import SCRIPT_NAME, render_job
+from .snapshot import make_snapshot, snapshot_folder
+from .sweep import Point, points
 
 _QUEUE_SECONDS = 30
 
@@ -50,12 +52,9 @@ _QUEUE_SECONDS = 30
 @functools.partial(command, is_run=True)
 def main(argv: Sequence[str]) -> int:
     """Submit or run what `argv` names, the command line without the program's name."""
-    parser = make_parser("launch.submit", __doc__)
-    parser.no_option = settings_like
+    parser = settings_parser("hysparse submit", __doc__)
     parser.add_argument("--dry-run", action="store_true", help="print everything, change nothing")
     parser.add_argument("-m", "--multirun", action="store_true", help="one job per point")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="take this file as it is")
-    parser.add_argument("overrides", nargs="*", help="group=option, key=value")
     given = parser.parse_intermixed_args(list(argv))
     runs = _runs(given)
     for point in runs:
@@ -67,14 +66,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _runs(given: argparse.Namespace) -> list[Point]:
-    if given.config is not None:
-        if given.multirun:
-            raise ConfigError("-m takes overrides; --config names one run")
-        rest = ["--config", str(given.config), *given.overrides]
-        return [Point((), load(parse_arguments(rest)))]
-    if given.multirun:
-        return points(given.overrides)
-    return [Point((), load(parse_arguments(given.overrides)))]
+    if given.multirun and given.config is not None:
+        raise ConfigError("-m takes overrides; --config names one run")
+    arguments = arguments_of(given, is_sweep=given.multirun)
+    return points(arguments.overrides) if given.multirun else [Point((), load(arguments))]
 
 
 def _check(point: Point) -> None:
@@ -121,15 +116,19 @@ def _launch(point: Point, dry_run: bool, is_one_of_many: bool) -> int:
     for line in warned:
         print(f"WARNING: {line}")
     if not slurm:
-        return local.main(command[3:])
+        return local.main(_launch_words(config))
     return _submit(config, script, command)
 
 
 def _command(config: Config) -> list[str]:
     if config.cluster.scheduler is Scheduler.slurm:
         return ["sbatch", "--parsable", str(config.run_path.absolute() / SCRIPT_NAME)]
+    return [*shlex.split(hysparse()), "launch", *_launch_words(config)]
+
+
+def _launch_words(config: Config) -> list[str]:
     frozen = str(config.run_path / "config.yaml")
-    return ["python", "-m", "launch.local", "--nproc", str(num_ranks(config)), "--config", frozen]
+    return ["--nproc", str(num_ranks(config)), "--config", frozen]
 
 
 def _submit(config: Config, script: str, command: list[str]) -> int:

@@ -48,6 +48,8 @@ def points(overrides: Sequence[str]) -> list[Point]:
 
 def _choices(override: str) -> list[str]:
     """One override as those it stands for."""
+    if override.startswith("--"):
+        return [override]  # a folder of presets
     try:
         (parsed,) = OverridesParser.create().parse_overrides([override])
         if not parsed.is_sweep_override():

@@ -1,4 +1,4 @@
-"""Commands around training, each `python -m tools.NAME`."""
+"""Commands around training, each a subcommand of `hysparse`."""
 
 from hysparse_megatron.command import expect_interrupt
 

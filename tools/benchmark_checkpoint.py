@@ -1,6 +1,6 @@
-"""How long a save keeps training waiting: `python -m tools.benchmark_checkpoint [options]`.
+"""How long a save keeps training waiting: `hysparse benchmark checkpoint [options]`.
 
-    python -m tools.benchmark_checkpoint --directory /scratch train.precision=bf16 model=hysparse_7b
+    hysparse benchmark checkpoint --directory /scratch train.precision=bf16 model=hysparse_7b
 
 Trains on random tokens and saves again and again, synchronously and asynchronously in turn, in one
 process or under torchrun. Takes the overrides of `python -m hysparse_megatron` and writes
@@ -34,7 +34,8 @@ from hysparse_megatron.runtime.agreement import on_rank_zero
 from hysparse_megatron.runtime.launcher import rank_from_environment
 from hysparse_megatron.training.state import TrainingState, build_state
 from hysparse_megatron.training.step import train_step
-from tools.step_benchmark.child import random_batch
+
+from .step_benchmark.child import random_batch
 
 SMALL = (
     "model.layout=F 3*S",
@@ -52,7 +53,7 @@ SMALL = (
 @command
 def main(argv: Sequence[str]) -> int:
     """Measure; `argv` is the command line without the program's name."""
-    parser = make_parser("tools.benchmark_checkpoint", __doc__)
+    parser = make_parser("hysparse benchmark checkpoint", __doc__)
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="saves of each kind")
     parser.add_argument(
         "--directory", type=Path, metavar="DIR", help="where to write (default /tmp)"

@@ -1,6 +1,6 @@
-"""Memory and speed of generation: `python -m tools.benchmark_decode [options]`.
+"""Memory and speed of generation: `hysparse benchmark decode [options]`.
 
-    python -m tools.benchmark_decode --model hysparse_80b_a3b --lengths 8192,32768,131072 \\
+    hysparse benchmark decode --model hysparse_80b_a3b --lengths 8192,32768,131072 \\
         --set model.moe.num_experts=0 model.ffn_hidden_size=4096
 
 A model of random weights, and the same with full layers alone, each with a cache that holds
@@ -33,8 +33,9 @@ from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.plan.memory import GIB
 from hysparse_megatron.runtime.launcher import Rank
 from hysparse_megatron.runtime.quiet import quiet_libraries
-from tools.step_benchmark.report import Report, environment
-from tools.step_benchmark.slices import FULL, HYSPARSE, SWA
+
+from .step_benchmark.report import Report, environment
+from .step_benchmark.slices import FULL, HYSPARSE, SWA
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = make_parser("tools.benchmark_decode", __doc__)
+    parser = make_parser("hysparse benchmark decode", __doc__)
     add = parser.add_argument
     add("--model", default="hysparse_80b_a3b", metavar="PRESET", help="of conf/model")
     add("--set", action="append", default=[], nargs="+", metavar="KEY=VALUE", help="overrides")
@@ -130,7 +131,7 @@ def _measure(given: argparse.Namespace, configs: dict[str, Config], argv: Sequen
         raise ConfigError("--device cuda: there is no CUDA device")
     if given.output is not None and given.output.suffix != ".txt":
         raise ConfigError(f"--output: got {given.output}; allowed a file that ends in .txt")
-    command = f"python -m tools.benchmark_decode {shlex.join(argv)}".strip()
+    command = f"hysparse benchmark decode {shlex.join(argv)}".strip()
     report = Report(given.output, environment(given.device, command))
     report.write({})  # a path that cannot be written must not be found out after the measuring
     report.heading()

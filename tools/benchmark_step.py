@@ -1,6 +1,6 @@
-"""Time whole training steps of a slice of a model: `python -m tools.benchmark_step [options]`.
+"""Time whole training steps of a slice of a model: `hysparse benchmark step [options]`.
 
-    python -m tools.benchmark_step --layers 12 --experts 64 --vocab 8192 --lengths 32768
+    hysparse benchmark step --layers 12 --experts 64 --vocab 8192 --lengths 32768
 
 See `step_benchmark.options` for what it takes and returns.
 """
@@ -16,14 +16,15 @@ from collections.abc import Sequence
 
 from hysparse_megatron.command import command
 from hysparse_megatron.config.frozen import to_yaml
-from tools.step_benchmark import curve, request
-from tools.step_benchmark.bars import bars
-from tools.step_benchmark.cases import Case, make_cases
-from tools.step_benchmark.options import parse
-from tools.step_benchmark.report import Report, environment, family_lines, memory_lines, time_line
-from tools.step_benchmark.request import Request
-from tools.step_benchmark.rows import Row
-from tools.step_benchmark.slices import MEGATRON
+
+from .step_benchmark import curve, request
+from .step_benchmark.bars import bars
+from .step_benchmark.cases import Case, make_cases
+from .step_benchmark.options import parse
+from .step_benchmark.report import Report, environment, family_lines, memory_lines, time_line
+from .step_benchmark.request import Request
+from .step_benchmark.rows import Row
+from .step_benchmark.slices import MEGATRON
 
 
 @command
@@ -39,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _report(options: Namespace, argv: Sequence[str]) -> Report:
-    command = f"python -m tools.benchmark_step {shlex.join(argv)}".strip()
+    command = f"hysparse benchmark step {shlex.join(argv)}".strip()
     report = Report(options.output, environment(options.device, command))
     report.write({})  # a path that cannot be written must not be found out after the measuring
     report.heading()

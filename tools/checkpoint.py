@@ -1,10 +1,10 @@
-"""Look at the checkpoints of a run: `python -m tools.checkpoint COMMAND PATH`.
+"""Look at the checkpoints of a run: `hysparse checkpoint COMMAND PATH`.
 
-    python -m tools.checkpoint list runs/quickstart
-    python -m tools.checkpoint verify runs/quickstart
-    python -m tools.checkpoint show runs/quickstart/checkpoints/step-00000150
-    python -m tools.checkpoint diff runs/first runs/second/checkpoints/step-00000150
-    python -m tools.checkpoint prune runs/quickstart --keep 2 --keep-every 100 --dry-run
+    hysparse checkpoint list runs/quickstart
+    hysparse checkpoint verify runs/quickstart
+    hysparse checkpoint show runs/quickstart/checkpoints/step-00000150
+    hysparse checkpoint diff runs/first runs/second/checkpoints/step-00000150
+    hysparse checkpoint prune runs/quickstart --keep 2 --keep-every 100 --dry-run
 
 A path is a run directory or one checkpoint; of a run, show and diff take the newest valid one.
 Nothing is unpickled, so checkpoints of strangers can be looked at. Ends with 0, with 1 if diff
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = make_parser("tools.checkpoint", __doc__)
+    parser = make_parser("hysparse checkpoint", __doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, action: Any, text: str, paths: Sequence[str] = ("path",)) -> Any:

@@ -1,12 +1,12 @@
-"""Which layers to keep full when a model is adopted: `python -m tools.choose_full_layers`.
+"""Which layers to keep full when a model is adopted: `hysparse choose-full-layers`.
 
-    python -m tools.convert adopt models/llama starts/windows --layout "32*W" --window 128
-    python -m tools.choose_full_layers --run-dir starts/windows --count 9 --data data/web
-    torchrun --nproc-per-node 4 -m tools.choose_full_layers --run-dir starts/windows --count 9
+    hysparse convert adopt models/llama starts/windows --layout "32*W" --window 128
+    hysparse choose-full-layers --run-dir starts/windows --count 9 --data data/web
+    torchrun --nproc-per-node 4 -m hysparse_megatron.main choose-full-layers ...
 
 Starts from the model with windows alone and its first layer full, and makes one layer after the
 other full again, each time the one that lowers the held-out loss most. Prints every choice, and the
-layout for `tools.convert adopt`. Runs the model once for every layer not chosen yet and choice.
+layout for `hysparse convert adopt`. Runs the model once for every layer not chosen yet and choice.
 Ends with 0, with 2 for settings that cannot be or do not fit into memory, with 5 if data are not
 there, with 6 if there is no valid checkpoint.
 """
@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = make_parser("tools.choose_full_layers", __doc__)
+    parser = make_parser("hysparse choose-full-layers", __doc__)
     add = parser.add_argument
     add("--run-dir", type=Path, required=True, metavar="DIR", help="adopted with windows alone")
     add("--count", type=positive, required=True, metavar="N", help="full layers, the first too")

@@ -1,7 +1,7 @@
-"""Are these runs the same, and where do they part? `python -m tools.compare_runs RUN RUN ...`
+"""Are these runs the same, and where do they part? `hysparse compare RUN RUN ...`
 
-    python -m tools.compare_runs runs/straight runs/resumed
-    python -m tools.compare_runs runs/hysparse runs/full runs/windows --output comparison.html
+    hysparse compare runs/straight runs/resumed
+    hysparse compare runs/hysparse runs/full runs/windows --output comparison.html
 
 Compares every run with the first: settings, data, and bit for bit what each step and evaluation
 computed, in the fields that both have, but not how fast it was. Prints a table and, with --output,
@@ -27,9 +27,10 @@ from typing import Any
 from hysparse_megatron.command import command, make_parser
 from hysparse_megatron.config.schema import VALIDATION
 from hysparse_megatron.tracking.metrics import evaluation_of, results
-from tools.charts import Line, line_chart
-from tools.page import Page
-from tools.run_data import Row, RunData, flat, load_run, points
+
+from .charts import Line, line_chart
+from .page import Page
+from .run_data import Row, RunData, flat, load_run, points
 
 NOT_COMPARED = ("name", "run_dir")
 """Settings in which even equal runs differ."""
@@ -62,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = make_parser("tools.compare_runs", __doc__)
+    parser = make_parser("hysparse compare", __doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
     parser.add_argument("--output", type=Path, metavar="FILE", help="HTML page to draw")
     given = parser.parse_args(list(argv))

@@ -1,8 +1,8 @@
-"""To and from Hugging Face: `python -m tools.convert COMMAND ...`.
+"""To and from Hugging Face: `hysparse convert COMMAND ...`.
 
-    python -m tools.convert export --run-dir runs/quickstart exported/quickstart
-    python -m tools.convert import exported/quickstart starts/quickstart
-    python -m tools.convert adopt models/llama starts/llama --layout "7*(F 3*S) F 2*S F"
+    hysparse convert export --run-dir runs/quickstart exported/quickstart
+    hysparse convert import exported/quickstart starts/quickstart
+    hysparse convert adopt models/llama starts/llama --layout "7*(F 3*S) F 2*S F"
 
 export makes a folder of a run's checkpoint, saved on any number of ranks, that transformers loads
 without any code of this project: AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=
@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = make_parser("tools.convert", __doc__)
+    parser = make_parser("hysparse convert", __doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     text = "a checkpoint as a Hugging Face folder"
     exporting = commands.add_parser("export", help=text, description=text, allow_abbrev=False)

@@ -1,4 +1,4 @@
-"""Draw a layout as an SVG: `python -m tools.draw_layout 'F 3*S F | 3*S F' docs/hybrid_block.svg`.
+"""Draw a layout as an SVG: `hysparse draw-layout 'F 3*S F | 3*S F' docs/hybrid_block.svg`.
 
 Each layer is a column; under it the key-value cache it keeps, above it what it reads from its
 oracle. Dashed lines are pipeline cuts.
@@ -99,7 +99,7 @@ def _legend(layout: Layout) -> str:
 @command
 def main(argv: Sequence[str]) -> int:
     """Draw as `argv` says, the command line without the program's name."""
-    parser = make_parser("tools.draw_layout", __doc__)
+    parser = make_parser("hysparse draw-layout", __doc__)
     parser.add_argument("layout", metavar="LAYOUT")
     parser.add_argument("output", type=Path, metavar="FILE.svg")
     given = parser.parse_args(list(argv))

@@ -1,8 +1,8 @@
-"""How good a run's model is: `python -m tools.evaluate --run-dir RUN [--tasks ...]`.
+"""How good a run's model is: `hysparse evaluate --run-dir RUN [--tasks ...]`.
 
-    python -m tools.evaluate --run-dir runs/quickstart
-    python -m tools.evaluate --run-dir runs/long --tasks needle multi_key --lengths 4096 32768
-    torchrun --nproc-per-node 2 -m tools.evaluate --run-dir runs/long --json scores.json
+    hysparse evaluate --run-dir runs/quickstart
+    hysparse evaluate --run-dir runs/long --tasks needle multi_key --lengths 4096 32768
+    torchrun --nproc-per-node 2 -m hysparse_megatron.main evaluate --run-dir runs/long
 
 Tasks:
     loss               held-out cross-entropy and perplexity, also by position in the sequence: on
@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = make_parser("tools.evaluate", __doc__)
+    parser = make_parser("hysparse evaluate", __doc__)
     add = parser.add_argument
     add("--run-dir", type=Path, required=True, metavar="RUN", help="the run directory")
     add(

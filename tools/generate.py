@@ -1,8 +1,8 @@
-"""Continue text with the model of a run: `python -m tools.generate --run-dir RUN --prompt TEXT`.
+"""Continue text with the model of a run: `hysparse generate --run-dir RUN --prompt TEXT`.
 
-    python -m tools.generate --run-dir runs/quickstart --prompt "def main(" --max-new-tokens 64
-    python -m tools.generate --run-dir runs/quickstart --prompts-file prompts.txt --temperature 0.8
-    torchrun --nproc-per-node 2 -m tools.generate --run-dir runs/quickstart --prompt "class "
+    hysparse generate --run-dir runs/quickstart --prompt "def main(" --max-new-tokens 64
+    hysparse generate --run-dir runs/quickstart --prompts-file prompts.txt --temperature 0.8
+    torchrun --nproc-per-node 2 -m hysparse_megatron.main generate --run-dir RUN --prompt "class "
 
 Loads any checkpoint of the run, whatever parallel sizes saved it, into this process, or split over
 the ranks of torchrun (tensor parallel). New text goes to standard output as it is made; several
@@ -54,7 +54,7 @@ def _run(given: argparse.Namespace, prompts: Sequence[str], rank: Rank) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = make_parser("tools.generate", __doc__)
+    parser = make_parser("hysparse generate", __doc__)
     add = parser.add_argument
     add("--run-dir", type=Path, required=True, metavar="RUN", help="the run directory")
     add(

@@ -1,13 +1,13 @@
-"""What training brings back after `tools.convert adopt`: `python -m tools.measure_adoption`.
+"""What training brings back after `hysparse convert adopt`: `hysparse measure-adoption`.
 
-    python -m tools.measure_adoption --seeds 1 2 3 --output adoption.json
-    python -m tools.measure_adoption --layout "F 3*S F 2*S F" --window 16 --steps 200
+    hysparse measure-adoption --seeds 1 2 3 --output adoption.json
+    hysparse measure-adoption --layout "F 3*S F 2*S F" --window 16 --steps 200
 
 For each seed: trains a small Llama of transformers on the sample text, chooses the layers that stay
-full with tools.choose_full_layers (or takes --layout), adopts it twice, once with that layout and
-once with full attention everywhere, trains both on with the same settings and batches, and a model
-of that layout from random weights, and prints their held-out losses. The gap is what the adopted
-model loses more than the original; how much of it is gone after the steps is said twice:
+full with hysparse choose-full-layers (or takes --layout), adopts it twice, once with that layout
+and once with full attention everywhere, trains both on with the same settings and batches, and a
+model of that layout from random weights, and prints their held-out losses. The gap is what the
+adopted model loses more than the original; how much of it is gone after the steps is said twice:
 
     of the gap to the original as it was when it was adopted (training helps, whatever the layout)
     of the gap to the original trained on for as long
@@ -42,7 +42,6 @@ from hysparse_megatron.files import require_writable
 from hysparse_megatron.runtime.quiet import quiet_libraries
 from hysparse_megatron.tracking.metrics import read_metrics
 
-_ROOT = Path(__file__).resolve().parents[1]
 _ORIGINAL_PEAK_RATE = 1.5e-3
 _ORIGINAL_WARMUP_STEPS = 20
 _ORIGINAL_DECAY_SHARE = 0.3
@@ -102,7 +101,7 @@ def _check(given: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = make_parser("tools.measure_adoption", __doc__)
+    parser = make_parser("hysparse measure-adoption", __doc__)
 
     def add(option: str, default: Any, text: str, kind: Any = positive) -> None:
         text += "" if default is None else " (%(default)s)"
@@ -176,7 +175,7 @@ def _train_on(
         config = dataclasses.replace(config, checkpoint=checkpoint)
     settings = run_dir.with_name(f"{run_dir.name}-settings")
     freeze(config, settings)
-    _command("hysparse_megatron", "--config", str(settings / CONFIG_FILE))
+    _command("train", "--config", str(settings / CONFIG_FILE))
     found = read_metrics(run_dir / "metrics.jsonl")
     evaluations = [row["eval_loss"] for row in found if "eval_loss" in row]
     return evaluations[0], evaluations[-1]
@@ -186,7 +185,7 @@ def _adopt(given: argparse.Namespace, original: Path, start: Path, layout: str) 
     options = ("window", "block_size", "num_selected", "sparse_sink")
     pairs = [(f"--{name.replace('_', '-')}", str(getattr(given, name))) for name in options]
     arguments = [text for pair in pairs for text in pair]
-    _command("tools.convert", "adopt", str(original), str(start), "--layout", layout, *arguments)
+    _command("convert", "adopt", str(original), str(start), "--layout", layout, *arguments)
     return start
 
 
@@ -195,19 +194,19 @@ def _choose(given: argparse.Namespace, original: Path, folder: Path) -> str:
     start = _adopt(given, original, folder / "windows-start", f"{given.layers}*W")
     found = folder / "layers.json"
     _command(
-        "tools.choose_full_layers", "--run-dir", str(start), "--count", str(given.full_layers),
+        "choose-full-layers", "--run-dir", str(start), "--count", str(given.full_layers),
         "--json", str(found),
     )  # fmt: skip
     return json.loads(found.read_text())["layout"]
 
 
-def _command(module: str, *arguments: str) -> None:
-    """Run a command of this project; its output is shown only if it fails."""
-    command = [sys.executable, "-m", module, *arguments]
-    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)
+def _command(*words: str) -> None:
+    """Run a command of `hysparse`; its output is shown only if it fails."""
+    command = [sys.executable, "-m", "hysparse_megatron.main", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         print(done.stdout, done.stderr, sep="\n", file=sys.stderr)
-        raise subprocess.CalledProcessError(done.returncode, f"{module} {' '.join(arguments)}")
+        raise subprocess.CalledProcessError(done.returncode, " ".join(words))
 
 
 def _run_config(given: argparse.Namespace, seed: int, start: Path, run_dir: Path) -> Config:

@@ -1,7 +1,7 @@
-"""How fast and how large preparing data is: `python -m tools.measure_prepare --megabytes 100 1000`.
+"""How fast and how large preparing data is: `hysparse measure-prepare --megabytes 100 1000`.
 
 For each size: makes a corpus of JSON lines in a temporary folder, prepares it with
-`tools.prepare_data`, and prints the rate in MB of text a second and the peak memory of all its
+`hysparse prepare-data`, and prints the rate in MB of text a second and the peak memory of all its
 processes together; beside them the rate of the tokenizers library alone, texts in memory, on the
 same cores. Rates by CPU seconds too: they hold on a machine that does other work as well. Needs
 about 4 times the largest size on disk.
@@ -36,7 +36,7 @@ _POLL_SECONDS = 0.05
 @command
 def main(argv: Sequence[str]) -> int:
     """Measure as `argv` says, the command line without the program's name."""
-    parser = make_parser("tools.measure_prepare", __doc__)
+    parser = make_parser("hysparse measure-prepare", __doc__)
     parser.add_argument("--megabytes", type=int, nargs="+", default=[20, 100], metavar="MB")
     parser.add_argument("--vocab-size", type=int, default=32000, metavar="N")
     parser.add_argument("--repeat", type=int, default=1, metavar="N", help="times, in turns")
@@ -93,8 +93,8 @@ def peak_tree_bytes(process: subprocess.Popen[bytes]) -> int:
 def _report(corpus: Path, tokenizer: Path, options: list[str]) -> None:
     text_bytes = sum(len(text.encode()) for text in _texts(corpus))
     output = corpus.parent / "output"
-    command = [sys.executable, "-m", "tools.prepare_data", "--quiet", *options]
-    command += ["--tokenizer", str(tokenizer), "--output", str(output), str(corpus)]
+    command = [sys.executable, "-m", "hysparse_megatron.main", "prepare-data", *options]
+    command += ["--quiet", "--tokenizer", str(tokenizer), "--output", str(output), str(corpus)]
     start, cpu_start = time.perf_counter(), _children_seconds()
     process = subprocess.Popen(command)
     peak = peak_tree_bytes(process)

@@ -1,9 +1,9 @@
-"""What a run will cost, before any cluster is asked: `python -m tools.plan [options] [overrides]`.
+"""What a run will cost, before any cluster is asked: `hysparse plan [options] [overrides]`.
 
-    python -m tools.plan --gpus 256 experiment=paper_80b_a3b_32k cluster=h100 parallel.ep=8
-    python -m tools.plan --gpus 64 --suggest 5 experiment=paper_7b_8k cluster=h100
+    hysparse plan --gpus 256 experiment=paper_80b_a3b_32k cluster=h100 parallel.ep=8
+    hysparse plan --gpus 64 --suggest 5 experiment=paper_7b_8k cluster=h100
 
-Needs no GPU and allocates no weights. Takes the overrides of `python -m hysparse_megatron`. Ends
+Needs no GPU and allocates no weights. Takes the overrides of `hysparse train`. Ends
 with 0, or with 2 for a plan that cannot run, after naming the nearest plans that can.
 """
 
@@ -15,31 +15,29 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hysparse_megatron.command import command, make_parser, positive
-from hysparse_megatron.config.cli import load, parse_arguments, settings_like
+from hysparse_megatron.command import command, positive
+from hysparse_megatron.config.cli import arguments_of, load, settings_parser
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.plan.picture import draw
+from hysparse_megatron.plan.ranks import num_ranks
 from hysparse_megatron.plan.report import as_text, as_values
 from hysparse_megatron.plan.suggest import check, overview_of, suggest
-from launch.job import num_ranks
 
 
 @command
 def main(argv: Sequence[str]) -> int:
     """Print the plan of `argv`, the command line without the program's name."""
-    parser = make_parser("tools.plan", __doc__)
-    parser.no_option = settings_like
-    text = "ranks (default: as launch.submit would start, the fewest that the parallel sizes allow)"
+    parser = settings_parser("hysparse plan", __doc__)
+    text = (
+        "ranks (default: as hysparse submit would start, the fewest that the parallel sizes allow)"
+    )
     parser.add_argument("--gpus", type=positive, metavar="N", help=text)
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--suggest", type=int, default=0, metavar="N", help="N plans, best first")
     parser.add_argument("--plot", metavar="FILE.svg", help="also draw the plan")
-    parser.add_argument("--config", metavar="FILE", help="plan this frozen config.yaml")
-    parser.add_argument("overrides", nargs="*", help="group=option, key=value")
     given = parser.parse_intermixed_args(list(argv))
-    rest = [*(["--config", given.config] if given.config else []), *given.overrides]
-    return _print_plan(load(parse_arguments(rest)), given)
+    return _print_plan(load(arguments_of(given)), given)
 
 
 def _print_plan(config: Config, given: argparse.Namespace) -> int:

@@ -1,7 +1,7 @@
-"""From text to token files, for corpora of any size: `python -m tools.prepare_data`.
+"""From text to token files, for corpora of any size: `hysparse prepare-data`.
 
-    python -m tools.prepare_data --tokenizer tokenizer.json --output data/web web/*.jsonl.zst
-    python -m tools.prepare_data --output data/web --verify
+    hysparse prepare-data --tokenizer tokenizer.json --output data/web web/*.jsonl.zst
+    hysparse prepare-data --output data/web --verify
 
 Inputs are files and folders of text (one document a file), JSON lines, both also as .gz and .zst,
 Parquet, and datasets saved by `datasets.save_to_disk`. The output folder is what `data.path` of
@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = make_parser("tools.prepare_data", __doc__)
+    parser = make_parser("hysparse prepare-data", __doc__)
     add = parser.add_argument
     add("inputs", nargs="*", metavar="INPUT", help="files and folders, read in this order")
     add("--output", required=True, metavar="DIR", help="the folder to make")

@@ -1,6 +1,6 @@
-"""One self-contained HTML page about a run: `python -m tools.report RUN [--output FILE]`.
+"""One self-contained HTML page about a run: `hysparse report RUN [--output FILE]`.
 
-    python -m tools.report runs/quickstart
+    hysparse report runs/quickstart
 
 Curves, speed, restarts, checkpoints, what the architecture does, which blocks queries read, and the
 configuration, from what the run directory holds; also while the run goes on. Needs the extra
@@ -22,9 +22,10 @@ import yaml  # type: ignore[import-untyped]
 from hysparse_megatron.command import command, make_parser
 from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.tracking.selections import read_selections
-from tools.charts import Line, Marks, Selection, line_chart, selection_chart
-from tools.page import Page
-from tools.run_data import RunData, load_run, points
+
+from .charts import Line, Marks, Selection, line_chart, selection_chart
+from .page import Page
+from .run_data import RunData, load_run, points
 
 QUANTITIES = (
     ("oracle_mass", "Oracle mass inside the selection", "share of the softmax"),
@@ -44,7 +45,7 @@ MAX_PICTURES = 12
 @command
 def main(argv: Sequence[str]) -> int:
     """Do what `argv` says, the command line without the program's name."""
-    parser = make_parser("tools.report", __doc__)
+    parser = make_parser("hysparse report", __doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: RUN/report.html")
     given = parser.parse_args(list(argv))

@@ -1,4 +1,4 @@
-"""The command line of `python -m hysparse_megatron`, with the flags users of Hydra expect."""
+"""The command line of `hysparse train`, with the flags users of Hydra expect."""
 
 import argparse
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from pathlib import Path
 from hysparse_megatron.command import CommandParser, make_parser
 from hysparse_megatron.config.compose import GROUPS, compose, group_options, load_frozen
 from hysparse_megatron.config.describe import all_keys, keys_like
+from hysparse_megatron.config.own_presets import OPTION
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.errors import ConfigError, did_you_mean
 
@@ -25,15 +26,18 @@ exit codes:
 
 _EXAMPLES = """\
 examples:
-  python -m hysparse_megatron train.steps=50 run_dir=/tmp/first
-  python -m hysparse_megatron 'model.layout=2*(F 3*S) F' --cfg job
+  hysparse train train.steps=50 run_dir=/tmp/first
+  hysparse train 'model.layout=2*(F 3*S) F' --cfg job
   torchrun --nproc-per-node 4 -m hysparse_megatron experiment=quickstart
-  python -m hysparse_megatron --config runs/quickstart/config.yaml"""
+  hysparse train --config runs/quickstart/config.yaml"""
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """What the command line asks for. `show` prints the configuration instead of training."""
+    """What the command line asks for. `show` prints the configuration instead of training.
+
+    `overrides` are as `compose` takes them: with the folders of own presets.
+    """
 
     overrides: list[str]
     config_file: Path | None
@@ -47,39 +51,52 @@ class Arguments:
 
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
-    """Read the command line without the program's name. `--help` prints and leaves with 0."""
+    """Read the command line of a rank. `--help` prints and leaves with 0."""
     text = "Train, in this process group: alone, under torchrun or under srun."
-    parser = run_parser("hysparse_megatron", text)
+    parser = run_parser("hysparse train", text)
     return arguments_of(parser.parse_intermixed_args(list(argv)))
 
 
-def run_parser(module: str, description: str) -> CommandParser:
+def run_parser(program: str, description: str) -> CommandParser:
     """The parser of a command that trains. `arguments_of` takes what it has read."""
-    parser = make_parser(module, description)
-    parser.no_option = settings_like
+    parser = settings_parser(program, description)
     parser.epilog = _epilog()
-    parser.add_argument("overrides", nargs="*", help="group=option, key=value, ~group")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="load this file as it is")
     parser.add_argument("--cfg", choices=["job"], help="print the configuration and leave")
     parser.add_argument("--resolve", action="store_true", help="with --cfg; it always resolves")
     parser.add_argument("-m", "--multirun", action="store_true", help=argparse.SUPPRESS)
     return parser
 
 
-def arguments_of(found: argparse.Namespace) -> Arguments:
-    """What `run_parser` has read. Raises ConfigError for what cannot be together."""
-    if found.multirun:
+def settings_parser(program: str, description: str | None) -> CommandParser:
+    """The parser of a command that takes the settings of a run."""
+    parser = make_parser(program, description)
+    parser.no_option = settings_like
+    parser.add_argument("overrides", nargs="*", help="group=option, key=value, ~group")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="load this file as it is")
+    parser.add_argument(
+        OPTION, action="append", default=[], metavar="DIR", help="also take presets from here"
+    )
+    return parser
+
+
+def arguments_of(found: argparse.Namespace, is_sweep: bool = False) -> Arguments:
+    """What `settings_parser` has read. Raises ConfigError for what cannot be together.
+
+    `is_sweep`: overrides may list values.
+    """
+    if getattr(found, "multirun", False) and not is_sweep:
         raise ConfigError(
-            "-m: one command trains one run; python -m launch.submit -m submits one job per point"
+            "-m: one command trains one run; hysparse submit -m submits one job per point"
         )
     for override in found.overrides:
         if "=" not in override and not override.startswith("~"):
             meant = did_you_mean(settings_like(override))
             raise ConfigError(f"{override}: not an override; write key=value{meant} (see --help)")
-    if found.config is not None and found.overrides:
-        given = " ".join(found.overrides)
+    overrides = [*(f"{OPTION}={folder}" for folder in found.config_dir), *found.overrides]
+    if found.config is not None and overrides:
+        given = " ".join(overrides)
         raise ConfigError(f"--config takes its file as it is: leave out {given}, or the file")
-    return Arguments(found.overrides, found.config, found.cfg is not None)
+    return Arguments(overrides, found.config, getattr(found, "cfg", None) is not None)
 
 
 def settings_like(word: str) -> list[str]:

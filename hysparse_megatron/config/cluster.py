@@ -49,7 +49,7 @@ class Scheduler(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmConfig:
-    """The job that `launch.submit` writes. Names of partitions and accounts belong here."""
+    """The job that `hysparse submit` writes. Names of partitions and accounts belong here."""
 
     time_limit: str | None = None
     """`12:00:00` or `2-00:00:00`, in quotes, or YAML reads a number; null leaves it to the

@@ -4,6 +4,7 @@ Only the composing is Hydra's: it makes no output directory, changes no working 
 up no logging. One process composes; the others read what `freeze` wrote.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -33,6 +34,7 @@ from hysparse_megatron.config.frozen import (
     schema_node,
     to_yaml,
 )
+from hysparse_megatron.config.own_presets import own_folders, refuse_shadows, search_path
 from hysparse_megatron.config.problems import as_error
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.errors import ConfigError, Problem
@@ -74,27 +76,29 @@ def config_directory() -> Path:
     raise ConfigError(f"no conf/config.yaml inside or beside {package}: the install is broken")
 
 
-def group_options(group: str) -> list[str]:
-    """The presets of a config group, by the names its override takes."""
-    return sorted(path.stem for path in (config_directory() / group).glob("*.yaml"))
-
-
-def compose(overrides: list[str]) -> Config:
+def compose(overrides: Sequence[str]) -> Config:
     """Compose a run from `conf/` and Hydra overrides (`group=option`, `key=value`, `+`, `~`).
+
+    `--config-dir=DIR` among them names a folder of a user's own presets, such as DIR/model/x.yaml;
+    `conf/local` of the working directory is one as well.
 
     Raises one `ConfigError` that lists every override that is wrong by itself: unknown keys and
     groups, wrong types, values outside an enumeration. What only together is wrong is for
     `validate` to find.
     """
     _register_schema()
+    folders, overrides = own_folders(overrides)
+    refuse_shadows(folders, config_directory(), GROUPS)
+    path = search_path(folders, config_directory())
     overrides = [_named(_quote_layout(_without_plus(override))) for override in overrides]
     with initialize_config_dir(config_dir=str(config_directory()), version_base="1.3"):
         problems = [problem for override in overrides if (problem := _hydra_setting(override))]
         try:
-            tree = _compose_tree(overrides)
+            tree = _compose_tree([*path, *overrides])
         except _COMPOSE_ERRORS as error:
-            _compose_defaults()
-            problems += [problem for override in overrides if (problem := _try(override))]
+            _compose_defaults(path)
+            tried = [(_try(override, path, folders)) for override in overrides]
+            problems += [problem for problem in tried if problem]
             if problems:
                 raise as_error(problems) from error
             raise ConfigError(f"cannot compose the configuration: {_condense(error)}") from error
@@ -111,19 +115,24 @@ def _register_schema() -> None:
         store.store(group=group, name="schema", node=schema_node(section))
 
 
-def _compose_tree(overrides: list[str]) -> dict[str, Any]:
-    composed: DictConfig = hydra_compose("config", overrides=overrides)
+def group_options(group: str, folders: Sequence[Path] = ()) -> list[str]:
+    """The presets of a config group, by the names its override takes, also those in `folders`."""
+    roots = (config_directory(), *folders)
+    return sorted(path.stem for root in roots for path in (root / group).glob("*.yaml"))
+
+
+def _compose_tree(overrides: Sequence[str]) -> dict[str, Any]:
+    composed: DictConfig = hydra_compose("config", overrides=list(overrides))
     return cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
 
 
-def _compose_defaults() -> None:
-    """Compose without overrides, so that a mistake in a file is not blamed on an override."""
+def _compose_defaults(path: Sequence[str]) -> None:
+    """Compose with the search path alone: an override is not blamed for a mistake in a file."""
     try:
-        _compose_tree([])
+        _compose_tree(path)
     except _COMPOSE_ERRORS as error:
-        told = [line.strip() for line in str(error).splitlines()]
-        told = [line for line in told if not line.startswith(("reference_type", "object_type"))]
-        message = f"a file under {config_directory()} is wrong: {' '.join(told)}"
+        where = f"{config_directory()} or your own folders" if path else config_directory()
+        message = f"a file under {where} is wrong: {_joined(error)}"
         raise ConfigError(message) from error
 
 
@@ -155,18 +164,21 @@ def _hydra_setting(override: str) -> Problem | None:
     return None
 
 
-def _try(override: str) -> Problem | None:
+def _try(override: str, path: Sequence[str], folders: Sequence[Path]) -> Problem | None:
     """What is wrong with one override, tried alone on top of the defaults."""
     key, value = _key(override), override.partition("=")[2]
     try:
-        _compose_tree([override])
+        _compose_tree([*path, override])
         return None if key in GROUPS or type_of(key) is not None else unknown_key(key)
     except OverrideParseException as error:
         allowed = "key=value, with quotes around a value that holds , ( ) [ ] { } = or quotes"
         return Problem(override, f"an unreadable override ({_condense(error)})", allowed)
-    except _COMPOSE_ERRORS:
+    except _COMPOSE_ERRORS as error:
+        if key in GROUPS and value in group_options(key, folders):
+            told = f"a preset with a mistake in it ({_joined(error)})"
+            return Problem(override, told, "a file of settings that exist")
         if key in GROUPS and not value.startswith("{"):
-            options = group_options(key)
+            options = group_options(key, folders)
             return Problem(key, value, f"one of {', '.join(options)}{nearest(value, options)}")
         if (group := key.partition("@")[0]) in GROUPS:
             return Problem(key, "a group with a package", f"{group}={value}, without @")
@@ -181,6 +193,12 @@ def _try(override: str) -> Problem | None:
 
 def _key(override: str) -> str:
     return override.partition("=")[0].lstrip("+~").strip()
+
+
+def _joined(error: Exception) -> str:
+    """Hydra's message about a file, in one line."""
+    told = [line.strip() for line in str(error).splitlines()]
+    return " ".join(line for line in told if not line.startswith(("reference_type", "object_type")))
 
 
 def _condense(error: Exception) -> str:

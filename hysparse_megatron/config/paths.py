@@ -35,7 +35,7 @@ def inputs(config: Config) -> Iterator[Problem]:
         yield Problem("data.path", path, "a file or directory that exists, or null")
     for folder in _blended(config.data.blend):
         if not os.path.isdir(folder):
-            yield Problem("data.blend", folder, "folders that tools.prepare_data made")
+            yield Problem("data.blend", folder, "folders that hysparse prepare-data made")
     for name, held_out in config.data.evaluation.items():
         if not os.path.exists(held_out):
             yield Problem(f"data.evaluation.{name}", held_out, "a file or directory that exists")

@@ -96,7 +96,7 @@ def _with_path(loaded: LoadedModel, data: str) -> DataConfig:
         if found is None:
             raise DataError(
                 f"{data}: the tokenizer of {loaded.checkpoint} is not where its settings say; "
-                "prepare the text with tools.prepare_data and the model's tokenizer"
+                "prepare the text with hysparse prepare-data and the model's tokenizer"
             )
         tokenizer = str(found)
     elif is_text and tokenizer is None:

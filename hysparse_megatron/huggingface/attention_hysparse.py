@@ -1,5 +1,7 @@
 """The attention of HySparse (arXiv 2602.03560, Eq. 1-9) in plain PyTorch, for prefill and decode.
 
+Licensed under Apache-2.0: see LICENSE.code beside it.
+
 Stands alone: it is copied into every exported folder. Queries are worked on in chunks, of which the
 backward pass computes the logits again, so nothing of size S x S is kept. Scores and softmax are
 fp32 whatever the model's dtype.

@@ -1,5 +1,7 @@
 """Configuration of a HySparse model for transformers.
 
+Licensed under Apache-2.0: see LICENSE.code beside it.
+
 Stands alone: it is copied into every exported folder. HySparse: arXiv 2602.03560.
 """
 

@@ -25,9 +25,12 @@ from hysparse_megatron.huggingface.weights import (
     Fused,
     model_weights,
 )
+from hysparse_megatron.source import license_text
 
 CODE = ("configuration_hysparse.py", "attention_hysparse.py", "modeling_hysparse.py")
 """Files of this package that an exported folder gets a copy of."""
+LICENSE_OF_CODE = "LICENSE.code"
+"""Their license, in that folder. Nothing is said about the weights: their owner decides."""
 
 Say = Callable[[str], None]
 
@@ -79,6 +82,7 @@ def export(request: Request, folder: Path, say: Say) -> None:
         tokenizer_files.write_object(target / "generation_config.json", generation)
         for name in CODE:
             shutil.copyfile(Path(__file__).with_name(name), target / name)
+        (target / LICENSE_OF_CODE).write_text(license_text(), encoding="utf-8")
 
     write_folder(folder, write)
 

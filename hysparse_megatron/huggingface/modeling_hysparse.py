@@ -1,5 +1,7 @@
 """A HySparse model for transformers.
 
+Licensed under Apache-2.0: see LICENSE.code beside it.
+
 Stands alone: it is copied into every exported folder and needs torch and transformers.
 Shapes: B batch, S tokens of this call, C channels, H query heads, G KV groups, D head dim.
 """

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
+from hysparse_megatron.command import hysparse
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.config.schema import VALIDATION, Config
 from hysparse_megatron.continuation import changed_rate
@@ -79,10 +80,10 @@ def _suggestions(
     if compose(list(overrides)) != config:  # it came from a frozen file
         also = " and set optim.accept_schedule_change: true" if rates else ""
         return f"""    # train on: raise train.steps{also} in the file, then
-    .venv/bin/python -m launch.local --nproc {num_ranks} \\
+    {hysparse()} launch --nproc {num_ranks} \\
         --config {directory.path}/config.yaml
 """
-    local = f".venv/bin/python -m launch.local --nproc {num_ranks}"
+    local = f"{hysparse()} launch --nproc {num_ranks}"
     own = ("name=", "run_dir=", "checkpoint.load=")
     others = shlex.join(override for override in overrides if not override.startswith(own))
     # Another text has other datasets and steps.
@@ -105,7 +106,7 @@ def _suggestions(
     {local} {others} name={config.name}-full {full}
     {local} {others} name={config.name}-windows {windows}
     # start from these weights in one process, on your own text
-    .venv/bin/python -m hysparse_megatron {elsewhere} name={config.name}-tuned {single} \\
+    {hysparse()} train {elsewhere} name={config.name}-tuned {single} \\
         parallel.tp=1 parallel.pp=1 parallel.vpp=null parallel.sequence_parallel=false \\
         checkpoint.load={directory.path} data.path=FILE_OR_FOLDER data.tokenizer={tokenizer_path}
 """

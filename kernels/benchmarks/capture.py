@@ -37,7 +37,7 @@ from hysparse_megatron.runtime.quiet import quiet_libraries
 @command
 def main(argv: Sequence[str]) -> int:
     """Train if asked to, capture, save and describe."""
-    parser = make_parser("benchmarks.capture", __doc__)
+    parser = make_parser("python -m benchmarks.capture", __doc__)
     parser.add_argument("output", type=Path, help="file to write, .npz")
     parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="run directory")
     parser.add_argument("--sequence", type=int, help="tokens; default: as in training")

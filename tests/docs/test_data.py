@@ -12,12 +12,15 @@ TEXT = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text(enco
 def test_every_option_is_explained_and_no_other() -> None:
     options = {option for action in _parser()._actions for option in action.option_strings}
     named = set(re.findall(r"(?<![\w-])--[a-z]+(?:-[a-z]+)*", TEXT))
-    others = {"--megabytes", "--rampup-batch-size"}  # of tools.measure_prepare and of Megatron-LM
+    others = {
+        "--megabytes",
+        "--rampup-batch-size",
+    }  # of measure-prepare and Megatron-LM
     assert named - others == options - {"-h", "--help"}
 
 
 def test_shown_commands_are_valid() -> None:
-    lines = re.findall(r"^    \.venv/bin/python -m tools\.prepare_data (.*)$", TEXT, flags=re.M)
+    lines = re.findall(r"^    hysparse prepare-data (.*)$", TEXT, flags=re.M)
     assert len(lines) >= 2
     for line in lines:
         _parser().parse_args(shlex.split(line))

@@ -15,7 +15,7 @@ from tools.convert import _parser, main
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "huggingface.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(r"^    python -m tools\.convert (.*)$", TEXT, flags=re.M)
+COMMANDS = re.findall(r"^    hysparse convert (.*)$", TEXT, flags=re.M)
 JOINED = " ".join(TEXT.split())
 [PROGRAM] = re.findall(r"```python\n(.*?)```", TEXT, flags=re.S)
 
@@ -26,10 +26,10 @@ def test_commands_are_understood(command: str) -> None:
 
 
 def test_commands_of_other_tools_are_understood() -> None:
-    [chosen] = re.findall(r"python -m tools\.choose_full_layers (.*?) It runs the", JOINED)
+    [chosen] = re.findall(r"hysparse choose-full-layers (--.*?) It runs the", JOINED)
     given = choose_full_layers._parser().parse_args(shlex.split(chosen))
     assert (str(given.run_dir), given.count) == ("starts/windows", 9)
-    [measured] = re.findall(r"`python -m tools\.measure_adoption (.*?)`", JOINED)
+    [measured] = re.findall(r"`hysparse measure-adoption (.*?)`", JOINED)
     given = measure_adoption._parser().parse_args(shlex.split(measured))
     assert given.seeds == [1, 2, 3]
 

@@ -17,7 +17,9 @@ from tools.generate import _parser
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "inference.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(r"^    .*-m tools\.generate (.*)$", TEXT.replace("\\\n", " "), flags=re.M)
+COMMANDS = re.findall(
+    r"^    .*(?:hysparse|\.main) generate (.*)$", TEXT.replace("\\\n", " "), flags=re.M
+)
 NUMBER = r"([\d,]+)"
 ROWS = re.findall(
     rf"^\| `(\w+)` \| `([^`]+)` \| {NUMBER} bytes \| {NUMBER} \| {NUMBER} \| {NUMBER}, ([\d.]+) t",
@@ -35,7 +37,7 @@ def test_commands_are_understood() -> None:
 def test_options_are_those_there_are() -> None:
     options = {option for action in _parser()._actions for option in action.option_strings}
     (measured,) = re.findall(
-        r"^    .*-m tools\.benchmark_decode (.*)$", TEXT.replace("\\\n", " "), flags=re.M
+        r"^    hysparse benchmark decode (.*)$", TEXT.replace("\\\n", " "), flags=re.M
     )
     given = benchmark_decode._parser().parse_args(shlex.split(measured))
     assert given.lengths == (8192, 32768, 131072)

@@ -64,7 +64,7 @@ def test_make_targets_in_the_text_exist() -> None:
 TRAINING = [
     line
     for line in (shown_commands() if README.exists() else [])
-    if line.startswith(("make train", "torchrun", ".venv/bin/python -m hysparse_megatron"))
+    if line.startswith(("make train", "torchrun", ".venv/bin/hysparse train"))
     and "--help" not in line
 ]
 
@@ -85,12 +85,13 @@ def test_shown_training_commands_are_valid(line: str) -> None:
             text=True,
             check=True,
         )
-        (command,) = [x for x in done.stdout.splitlines() if "launch.local" in x]
+        (command,) = [x for x in done.stdout.splitlines() if "hysparse launch" in x]
         words = shlex.split(command)
         ranks = int(words[words.index("--nproc") + 1])
         arguments = words[words.index("--nproc") + 2 :]
     else:
-        arguments = words[words.index("hysparse_megatron") + 1 :]
+        named = next(word for word in words if word in ("hysparse_megatron", "train"))
+        arguments = words[words.index(named) + 1 :]
         options = dict(itertools.pairwise(words))
         ranks = int(options.get("--nnodes", 1)) * int(options.get("--nproc-per-node", 1))
     parsed = parse_arguments(arguments)

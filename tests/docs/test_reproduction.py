@@ -36,7 +36,7 @@ def test_losses_and_counts_are_those_of_the_results() -> None:
 
 def test_shown_commands_are_valid() -> None:
     text = TEXT.replace("\\\n", " ")
-    commands = re.findall(r"^    \.venv/bin/python -m tools\.(\S+) (.*)$", text, flags=re.M)
+    commands = re.findall(r"^    hysparse (\S+) (.*)$", text, flags=re.M)
     assert len(commands) == 6
     for tool, line in commands:
         parser = _parser() if tool == "study" else prepare_parser()

@@ -93,12 +93,12 @@ def test_shown_commands_are_valid(
             arguments = shlex.split(next(w for w in words if w.startswith("ARGS="))[5:])
             config = load(parse_arguments(["experiment=quickstart", *arguments]))
             assert validate(config, world_size=4) == []
-        elif "tools.report" in words:
+        elif words[:2] == ["hysparse", "report"]:
             monkeypatch.setattr(report, "load_run", lambda path: None)
             monkeypatch.setattr(report, "write_report", lambda run, path: None)
-            assert report.main(words[3:]) == 0
-        elif "tools.compare_runs" in words:
-            assert len(compare_runs._parse(words[3:]).runs) >= 2
+            assert report.main(words[2:]) == 0
+        elif words[:2] == ["hysparse", "compare"]:
+            assert len(compare_runs._parse(words[2:]).runs) >= 2
         else:
             assert line.startswith((".venv/bin/torchfrtrace", "WARNING: rank 117"))
             continue

@@ -37,7 +37,7 @@ def test_help(entry: str) -> None:
 def test_the_launcher_explains_its_own_option() -> None:
     _, output = run(["--help"], entry=LOCAL)
     assert "--nproc RANKS" in output
-    assert "usage: python -m launch.local" in output
+    assert "usage: hysparse launch" in output
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.5])

@@ -68,9 +68,9 @@ def test_the_nearest_option_is_named(main, arguments, told, capsys: Capture) -> 
 
 def test_a_help_names_the_command(capsys: Capture) -> None:
     with pytest.raises(SystemExit) as left:
-        make_parser("tools.plan", "What it does.").parse_args(["--help"])
+        make_parser("hysparse plan", "What it does.").parse_args(["--help"])
     assert left.value.code == 0
-    assert "usage: python -m tools.plan" in capsys.readouterr().out
+    assert "usage: hysparse plan" in capsys.readouterr().out
 
 
 READ_FIRST = ("tools.choose_full_layers", "tools.draw_layout", "tools.evaluate")

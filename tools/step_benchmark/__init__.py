@@ -1,1 +1,1 @@
-"""The parts of `python -m tools.benchmark_step`."""
+"""The parts of `hysparse benchmark step`."""

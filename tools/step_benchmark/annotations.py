@@ -19,8 +19,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from hysparse_megatron.model import attention, stack
 from hysparse_megatron.training.state import TrainingState
-from tools.step_benchmark.reference import has_transformer_engine
-from tools.step_benchmark.trace import (
+
+from .reference import has_transformer_engine
+from .trace import (
     EXPERTS,
     FULL_ATTENTION,
     LOSS,

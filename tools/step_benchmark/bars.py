@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from hysparse_megatron.architecture.model import ModelConfig
-from tools.step_benchmark.rows import Row
-from tools.step_benchmark.slices import FULL, HYSPARSE, MEGATRON, SWA
+
+from .rows import Row
+from .slices import FULL, HYSPARSE, MEGATRON, SWA
 
 _GEOMETRIES = {(2048, 64, 4): "80B-A3B", (4096, 32, 8): "7B"}
 """Hidden size, query heads and KV groups of the models that have goals."""

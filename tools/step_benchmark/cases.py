@@ -13,7 +13,8 @@ from hysparse_megatron.config.validate import check
 from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.plan.memory import RankMemory
 from hysparse_megatron.plan.overview import Overview, make_overview
-from tools.step_benchmark.slices import (
+
+from .slices import (
     MEGATRON,
     block_length,
     default_layers,

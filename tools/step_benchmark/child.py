@@ -1,4 +1,4 @@
-"""One case in a process of its own: `python -m tools.step_benchmark.child REQUEST RESULT`.
+"""One case in a process of its own: `step_benchmark.child REQUEST RESULT`.
 
 Clean memory and clean state of megatron-core, whatever ran before. The result is a JSON file; a
 case that runs out of memory or is refused has a note in it instead of numbers.
@@ -26,7 +26,8 @@ from hysparse_megatron.config.frozen import from_yaml
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.errors import HySparseError
 from hysparse_megatron.runtime.quiet import quiet_libraries
-from tools.step_benchmark.request import Request
+
+from .request import Request
 
 _MOST_BATCHES = 8
 """Different batches made in advance; more steps take them in turns."""
@@ -61,7 +62,8 @@ def measure(request: Request) -> dict[str, Any]:
     from hysparse_megatron.training.startup_log import attention_backend
     from hysparse_megatron.training.state import build_state
     from hysparse_megatron.training.step import train_step
-    from tools.step_benchmark import annotations, picks, reference
+
+    from . import annotations, picks, reference
 
     config = from_yaml(request.config)
     device = runtime_device.start(Rank(0, 1, 0, 1), config.parallel)
@@ -146,7 +148,7 @@ def _building(request: Request, device: torch.device) -> Iterator[None]:
 
     with contextlib.ExitStack() as patches:
         if request.reference:
-            from tools.step_benchmark.reference import build_reference_chunks
+            from .reference import build_reference_chunks
 
             # Everything else of a training state stays: optimizer, gradient buffers, precision.
             patches.enter_context(mock.patch.object(state, "build_chunks", build_reference_chunks))

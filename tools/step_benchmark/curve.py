@@ -14,10 +14,11 @@ from typing import Any
 
 from hysparse_megatron.config.frozen import to_yaml
 from hysparse_megatron.config.schema import Config
-from tools.step_benchmark.cases import slice_config
-from tools.step_benchmark.report import Report
-from tools.step_benchmark.request import Request
-from tools.step_benchmark.slices import HYSPARSE
+
+from .cases import slice_config
+from .report import Report
+from .request import Request
+from .slices import HYSPARSE
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from typing import Any
 from hysparse_megatron.command import make_parser
 from hysparse_megatron.config.compose import group_options
 from hysparse_megatron.errors import ConfigError
-from tools.step_benchmark.picks import MODEL, PICKS
-from tools.step_benchmark.slices import LAYOUTS
+
+from .picks import MODEL, PICKS
+from .slices import LAYOUTS
 
 _DESCRIPTION = """\
 Time whole training steps of a slice of a model: all dimensions true, fewer layers or experts, a
@@ -19,9 +20,9 @@ smaller vocabulary, random tokens, one device. Every layout and length of one co
 in one run, each in a process of its own, and compared at the end. The layouts differ in nothing
 but `model.layout`.
 
-  python -m tools.benchmark_step --model hysparse_80b_a3b --layers 12 --experts 64 --vocab 8192 \\
+  hysparse benchmark step --model hysparse_80b_a3b --layers 12 --experts 64 --vocab 8192 \\
       --lengths 32768 --set train.recompute=full
-  python -m tools.benchmark_step --compare-cpu --output curve.txt
+  hysparse benchmark step --compare-cpu --output curve.txt
 
 Random weights select at random, the worst case of a sparse layer; with --picks clustered the sparse
 layers read selections in which neighbouring tokens agree as the kernels' benchmark has them.
@@ -39,7 +40,7 @@ _CURVE: dict[str, Any] = {"model": "tiny_hysparse", "lengths": [512], "vocab": 4
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The options. Raises ConfigError; `--help` prints and leaves with 0."""
-    parser = make_parser("tools.benchmark_step", _DESCRIPTION)
+    parser = make_parser("hysparse benchmark step", _DESCRIPTION)
     count = _number(int, 1)
     seconds = _number(float, 0)
     add = parser.add_argument

@@ -13,9 +13,10 @@ from typing import Any
 
 from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.plan.memory import GIB
-from tools.step_benchmark.bars import Bar
-from tools.step_benchmark.rows import Row
-from tools.step_benchmark.trace import FAMILIES
+
+from .bars import Bar
+from .rows import Row
+from .trace import FAMILIES
 
 _TIMES = (
     f"  {'layout':15s}{'layers':14s}{'step':>11s}  {'quartiles':>19s}{'tokens/s':>11s}{'TF/s':>7s}"

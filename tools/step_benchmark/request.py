@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-_ROOT = Path(__file__).resolve().parents[2]
+from hysparse_megatron.command import import_paths
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,9 @@ def run(request: Request) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         asked, answered = Path(folder) / "request.json", Path(folder) / "result.json"
         asked.write_text(json.dumps(asdict(request)))
-        command = [sys.executable, "-m", "tools.step_benchmark.child", str(asked), str(answered)]
+        command = [sys.executable, "-m", f"{__package__}.child", str(asked), str(answered)]
         done = subprocess.run(
             command,
-            cwd=_ROOT,
             env=_environment(request.device),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -67,6 +66,5 @@ def _environment(device: str) -> dict[str, str]:
     """This process's, but alone: a launcher's variables would make the child wait for others."""
     launcher = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID")
     kept = {name: value for name, value in os.environ.items() if name not in launcher}
-    paths = [str(_ROOT), str(_ROOT / "kernels"), *filter(None, [kept.get("PYTHONPATH")])]
-    kept["PYTHONPATH"] = os.pathsep.join(paths)
+    kept["PYTHONPATH"] = import_paths()
     return {**kept, "CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else kept

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from tools.step_benchmark.cases import Case
+from .cases import Case
 
 
 @dataclass(frozen=True)

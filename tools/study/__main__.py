@@ -1,11 +1,11 @@
-"""Train and compare what a study file lists: `python -m tools.study run|table|corpus ...`.
+"""Train and compare what a study file lists: `hysparse study run|table|corpus ...`.
 
-    python -m tools.study corpus --sources unpacked --output corpus
-    python -m tools.study run tools/study/claims.yaml --data data --results results --work work \\
+    hysparse study corpus --sources unpacked --output corpus
+    hysparse study run tools/study/claims.yaml --data data --results results --work work \\
         --minutes 25 --jobs 2
-    python -m tools.study table tools/study/claims.yaml --results results
+    hysparse study table tools/study/claims.yaml --results results
 
-`--data` is a folder of datasets that tools.prepare_data made: `train` and those that the study's
+`--data` is a folder of datasets that hysparse prepare-data made: `train` and those that the study's
 evaluations name. Runs go through the ordinary training command. What is finished stands in
 `--results`, one small file a run, and is never run again; a run that the minutes did not suffice
 for goes on from `--work`. Ends with 0 also if runs are still lacking, and says which; with 2 for a
@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> CommandParser:
-    parser = make_parser("tools.study", __doc__)
+    parser = make_parser("hysparse study", __doc__)
     actions = parser.add_subparsers(required=True, metavar="ACTION")
     corpus = actions.add_parser("corpus", help="make the study's text from unpacked packages")
     corpus.add_argument("--sources", type=Path, required=True, metavar="DIR")
@@ -64,14 +64,14 @@ def _parser() -> CommandParser:
 
 
 def _corpus(given: argparse.Namespace) -> None:
-    from tools.study.corpus import Recipe, write_corpus
+    from .corpus import Recipe, write_corpus
 
     write_corpus(Recipe.read(given.recipe), given.sources, given.output, given.part_bytes)
 
 
 def _run(given: argparse.Namespace) -> None:
-    from tools.study.plan import read_study
-    from tools.study.running import Place, run_portion
+    from .plan import read_study
+    from .running import Place, run_portion
 
     deadline = time.monotonic() + 60 * given.minutes
     study = read_study(given.study)
@@ -88,8 +88,8 @@ def _run(given: argparse.Namespace) -> None:
 
 
 def _table(given: argparse.Namespace) -> None:
-    from tools.study.plan import read_study
-    from tools.study.table import render
+    from .plan import read_study
+    from .table import render
 
     print(render(read_study(given.study), given.results))
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from hysparse_megatron.errors import ConfigError
-from tools.study.plan import Run
+
+from .plan import Run
 
 _KEPT_ROWS = 400
 _KEPT_FIELDS = ("step", "loss", "grad_norm", "learning_rate", "tokens", "skipped")

@@ -20,13 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hysparse_megatron.command import import_paths
 from hysparse_megatron.data.card import load_prepared
 from hysparse_megatron.errors import Preempted
 from hysparse_megatron.tracking.metrics import read_metrics
-from tools.study.plan import Run, Study
-from tools.study.results import Result, path_of, read_result, thinned, write_result
 
-_ROOT = Path(__file__).resolve().parents[2]
+from .plan import Run, Study
+from .results import Result, path_of, read_result, thinned, write_result
+
 _CLOCK = "study-seconds"
 _RESERVE_SECONDS = 60.0
 
@@ -121,14 +122,14 @@ def _evaluate(
     """What each evaluation wrote: the content of JSON, the name of a file beside the results."""
     for name, text in study.evaluations.items():
         output = folder / f"evaluation-{name}"
-        module, *arguments = shlex.split(
+        words = shlex.split(
             text.format(
                 run=shlex.quote(str(folder)),
                 data=shlex.quote(str(place.data)),
                 output=shlex.quote(str(output)),
             )
         )
-        _call([sys.executable, "-m", module, *arguments], log, environment)
+        _call([sys.executable, "-m", "hysparse_megatron.main", *words], log, environment)
         for path in sorted(folder.glob(f"{output.name}.*")):
             if path.suffix == ".json":
                 yield name, json.loads(path.read_text(encoding="utf-8"))
@@ -142,13 +143,11 @@ def _evaluate(
 def _call(
     command: list[str], log: Path, environment: Mapping[str, str], allowed: tuple[int, ...] = (0,)
 ) -> int:
-    """Run a command of this checkout, its output in `log`; its exit code, which must be allowed."""
+    """Run a command, its output in `log`; its exit code, which must be allowed."""
     with log.open("a", encoding="utf-8") as file:
         file.write(f"$ {shlex.join(command)}\n")
         file.flush()
-        done = subprocess.run(
-            command, cwd=_ROOT, env=dict(environment), stdout=file, stderr=subprocess.STDOUT
-        )
+        done = subprocess.run(command, env=dict(environment), stdout=file, stderr=subprocess.STDOUT)
     if done.returncode not in allowed:
         raise subprocess.CalledProcessError(done.returncode, [*command, f"(log: {log})"])
     return done.returncode
@@ -166,8 +165,7 @@ def _environment(slot: int, jobs: int) -> dict[str, str]:
     import torch
 
     found = dict(os.environ)
-    path = (str(_ROOT), str(_ROOT / "kernels"), found.get("PYTHONPATH", ""))
-    found["PYTHONPATH"] = os.pathsep.join(part for part in path if part)
+    found["PYTHONPATH"] = import_paths()
     found.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     if torch.cuda.device_count() > 1:
         found["CUDA_VISIBLE_DEVICES"] = str(slot % torch.cuda.device_count())

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tools.study.plan import Study
-from tools.study.results import Result, read_result
+from .plan import Study
+from .results import Result, read_result
 
 _QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 """97.5 % of Student's t with 1, 2, ... degrees of freedom."""

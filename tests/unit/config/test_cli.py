@@ -27,7 +27,7 @@ def test_a_frozen_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["-m", "train.seed=1,2"], "python -m launch.submit -m submits one job per point"),
+        (["-m", "train.seed=1,2"], "hysparse submit -m submits one job per point"),
         (["--multirun", "train.seed=1,2"], "one job per point"),
         (["--config", "x.yaml", "a=1"], "leave out a=1"),
         (["--cfg", "all"], "--cfg"),

@@ -125,7 +125,7 @@ BAD: list[tuple[dict[str, Any], str, str, str]] = [
     ({"data.blend": "data/web"}, "data.blend", "data/web", "a positive weight and a path"),
     ({"data.blend": "1 .", "data.path": "."}, "data.path", ".", "null with data.blend"),
     ({"data.blend": "1 .", "data.tokenizer": "."}, "data.tokenizer", ".", "null with data.blend"),
-    ({"data.blend": "1 .; 2 nowhere"}, "data.blend", "nowhere", "tools.prepare_data"),
+    ({"data.blend": "1 .; 2 nowhere"}, "data.blend", "nowhere", "hysparse prepare-data"),
     ({"data.skip_steps": "9-3"}, "data.skip_steps", "9-3", "comes after the last"),
     ({**FP8, "train.precision": Precision.fp32}, "train.precision", "fp32", "bf16 with model.fp8"),
     ({**FP8, "train.recompute": Recompute.full}, "train.recompute", "full", "none or selective"),

@@ -158,7 +158,7 @@ def test_large_raw_text_gets_a_warning(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(checks, "_LARGE_TEXT", 1000)
     found, _ = checks.data(config_of(tmp_path, f"data.path={text}"))
     assert found.level is Level.WARN
-    assert "tools.prepare_data" in found.fix
+    assert "hysparse prepare-data" in found.fix
 
 
 @pytest.mark.parametrize(

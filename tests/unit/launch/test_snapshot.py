@@ -18,9 +18,10 @@ PARTS = ("hysparse_megatron", "kernels", "launch", "conf")
 
 SRUN = """#!/bin/bash
 while [[ $1 != */python* ]]; do shift; done
-exec "$1" -c 'import json, hysparse_kernels, launch.requeue, hysparse_megatron.source as source
+exec "$1" -c 'import json, hysparse_kernels, hysparse_megatron.source as source
+import hysparse_megatron.launch.requeue as requeue
 from hysparse_megatron.config.compose import config_directory
-where = [hysparse_kernels.__file__, launch.__file__, source.__file__, str(config_directory())]
+where = [hysparse_kernels.__file__, requeue.__file__, source.__file__, str(config_directory())]
 print(json.dumps([where, source.git_state()]))' >> "$ASKED"
 """
 """In place of what the ranks would run: where their code comes from."""

@@ -187,7 +187,7 @@ def test_a_portion_runs_what_is_lacking_once(
         ],
         "variants": {"full": ["model.layout=2*F"]},
         "evaluations": {
-            "code": "tools.evaluate --run-dir {run} --lengths 64 --sequences 4 --json {output}.json"
+            "code": "evaluate --run-dir {run} --lengths 64 --sequences 4 --json {output}.json"
         },
         "metrics": {"loss": "code.loss.0.all.loss"},
     }

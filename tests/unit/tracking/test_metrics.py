@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from hysparse_megatron.architecture.layout import parse_layout
+from hysparse_megatron.command import hysparse
 from hysparse_megatron.config.cli import load, parse_arguments
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.config.frozen import freeze
@@ -309,7 +310,7 @@ def test_a_run_whose_rate_stands_where_it_would_is_prolonged_without_more(tmp_pa
 def commands(text: str) -> list[list[str]]:
     """The suggested commands, as the shell would split them."""
     lines = text.replace("\\\n", " ").splitlines()
-    return [shlex.split(line) for line in lines if line.startswith("    .venv/bin/python ")]
+    return [shlex.split(line) for line in lines if line.startswith(f"    {hysparse()} ")]
 
 
 @pytest.mark.parametrize("kind", OVERRIDES)
@@ -325,9 +326,9 @@ def test_suggested_commands_are_right(kind: str, tmp_path: Path) -> None:
     configs = []
     for number, command in enumerate(found):
         if number < 3:
-            start = [".venv/bin/python", "-m", "launch.local", "--nproc", str(ranks)]
+            start = [*shlex.split(hysparse()), "launch", "--nproc", str(ranks)]
         else:
-            start = [".venv/bin/python", "-m", "hysparse_megatron"]
+            start = [*shlex.split(hysparse()), "train"]
         assert command[: len(start)] == start
         rest = [
             part.replace("FILE_OR_FOLDER", f"{tmp_path}/text") for part in command[len(start) :]

@@ -1,0 +1,145 @@
+"""The command `hysparse`: its subcommands, help, version, completion, and what it prints."""
+
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from hysparse_megatron import __version__
+from hysparse_megatron.command import hysparse
+from hysparse_megatron.completion import candidates
+from hysparse_megatron.completion import main as completion
+from hysparse_megatron.main import COMMANDS, main
+
+ROOT = Path(__file__).parents[2]
+Capture = pytest.CaptureFixture[str]
+
+
+def run(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """As a process of its own, from a folder outside the checkout."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    command = [sys.executable, "-m", "hysparse_megatron.main", *words]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def test_the_help_lists_every_command(capsys: Capture) -> None:
+    assert main(["--help"]) == 0
+    listed = capsys.readouterr().out
+    assert all(f"  {name} " in listed for name in COMMANDS)
+    assert main([]) == 2
+    assert capsys.readouterr().out == listed
+
+
+def test_every_module_of_a_command_is_there_and_has_its_name() -> None:
+    for name, (module, _) in COMMANDS.items():
+        path = module.replace(".", "/") + ".py"
+        text = next(
+            found.read_text()
+            for found in (ROOT / "hysparse_megatron" / path, ROOT / path)
+            if found.is_file()
+        )
+        assert 'if __name__ == "__main__"' in text
+        assert f"hysparse {name}" in text
+
+
+def test_help_and_version_import_no_library() -> None:
+    program = (
+        "import sys; from hysparse_megatron.main import main; main(sys.argv[1:]); "
+        "print({'torch', 'hydra', 'numpy'} & set(sys.modules))"
+    )
+    for option in ("--help", "--version"):
+        done = subprocess.run(
+            [sys.executable, "-c", program, option], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.stdout.endswith("set()\n"), done.stdout + done.stderr
+    assert f"hysparse {__version__}\n" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["plna"], "plna: no command (did you mean plan?)"),
+        (["benchmark", "stpe"], "benchmark: no command (did you mean benchmark step?)"),
+    ],
+)
+def test_an_unknown_command_names_the_nearest(
+    words: list[str], message: str, capsys: Capture
+) -> None:
+    assert main(words) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_command_ends_as_its_module_does(tmp_path: Path) -> None:
+    done = run("plan", "model=tiny_hysparse", "train.seq_len=3", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "train.seq_len" in done.stderr
+    done = run("checkpoint", "list", ".", cwd=tmp_path)
+    assert done.returncode == 6, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "some", "none"),
+    [
+        ([""], {"plan", "benchmark"}, {"step", "--help"}),
+        (["benchmark", ""], {"step", "decode"}, {"plan"}),
+        (["plan", "--"], {"--gpus", "--config-dir", "model="}, {"--nproc"}),
+        (["launch", "--"], {"--nproc", "--cfg", "experiment="}, {"--gpus"}),
+        (["plan", "model", "="], {"tiny_hysparse"}, {"quickstart"}),
+        (["plan", "experiment", "=", "qui"], {"quickstart"}, {"tiny_hysparse"}),
+        (["checkpoint", ""], {"prune", "verify"}, {"--keep"}),
+        (["checkpoint", "prune", "--k"], {"--keep", "--dry-run"}, {"model="}),
+    ],
+)
+def test_completion(line: list[str], some: set[str], none: set[str]) -> None:
+    found = set(candidates(line))
+    assert some <= found
+    assert not none & found
+
+
+def test_bash_completes_by_the_script(tmp_path: Path, capsys: Capture) -> None:
+    assert completion(["bash"]) == 0
+    script = capsys.readouterr().out
+    program = tmp_path / "hysparse"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m hysparse_megatron.main "$@"\n')
+    program.chmod(0o755)
+    asked = f"COMP_WORDS=({program} checkpoint pr); COMP_CWORD=2; _hysparse {program}"
+    done = subprocess.run(
+        ["bash", "-c", f'{script}\n{asked}; echo "${{COMPREPLY[@]}}"'],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "prune\n", done.stderr
+
+
+def test_printed_commands_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "some env" / "bin"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(sys, "executable", str(folder / "python"))
+    monkeypatch.chdir(tmp_path)
+    assert hysparse() == "'some env/bin/python' -m hysparse_megatron.main"
+    (folder / "hysparse").write_text("#!/bin/sh\n")
+    (folder / "hysparse").chmod(0o755)
+    assert hysparse() == "'some env/bin/hysparse'"
+    monkeypatch.setenv("PATH", str(folder))
+    assert hysparse() == "hysparse"
+
+
+def test_the_wheel_has_every_package() -> None:
+    """The list of pyproject.toml against the folders with code; presets have none."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    roots = {
+        "hysparse_kernels": ROOT / "kernels" / "hysparse_kernels",
+        "hysparse_megatron": ROOT / "hysparse_megatron",
+        "hysparse_megatron.launch": ROOT / "launch",
+        "hysparse_megatron.tools": ROOT / "tools",
+    }
+    found = {
+        ".".join([name, *folder.relative_to(root).parts])
+        for name, root in roots.items()
+        for folder in {path.parent for path in root.rglob("*.py")}
+    }
+    assert set(settings["packages"]) == found | {"hysparse_megatron.conf"}
