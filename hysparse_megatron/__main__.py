@@ -31,10 +31,10 @@ def main(argv: Sequence[str]) -> int:
 def _run(argv: Sequence[str]) -> int:
     # Imported late: Ctrl-C must find us ready for it, and a bad configuration must fail before
     # seconds of imports.
+    from hysparse_megatron.config.blend import num_datasets
     from hysparse_megatron.config.cli import load, parse_arguments
     from hysparse_megatron.config.frozen import to_yaml
     from hysparse_megatron.config.validate import warnings as config_warnings
-    from hysparse_megatron.data.blend import num_datasets
     from hysparse_megatron.plan.suggest import check
     from hysparse_megatron.runtime.launcher import rank_from_environment, require_descriptors
     from hysparse_megatron.runtime.quiet import quiet_libraries

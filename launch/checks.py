@@ -18,10 +18,10 @@ from packaging.requirements import Requirement
 
 from hysparse_megatron.architecture.model import Layers
 from hysparse_megatron.checkpoint.store import published, step_of
+from hysparse_megatron.config.blend import parse_blend
 from hysparse_megatron.config.cluster import Scheduler
 from hysparse_megatron.config.schema import Config, DataConfig, Precision, TrackingMode
 from hysparse_megatron.config.validate import has_wandb_key
-from hysparse_megatron.data.blend import parse_blend
 from hysparse_megatron.data.card import CARD_NAME, load_prepared
 from hysparse_megatron.data.corpus import open_corpus
 from hysparse_megatron.data.sources import MANY_EPOCHS, count_of, epochs

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import jinja2
 
+from hysparse_megatron.config.blend import parse_blend
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.config.shell_words import quoted
-from hysparse_megatron.data.blend import parse_blend
 from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.plan.ranks import ranks_per_node
 

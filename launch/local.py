@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from types import FrameType
 
 from hysparse_megatron.command import INTERRUPTED, command, positive
+from hysparse_megatron.config.blend import num_datasets
 from hysparse_megatron.config.cli import arguments_of, load, run_parser
 from hysparse_megatron.config.schema import Config
-from hysparse_megatron.data.blend import num_datasets
 from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.plan.suggest import check, overview_of
 from hysparse_megatron.rundir import amend_status, refuse_start

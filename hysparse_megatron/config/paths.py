@@ -6,10 +6,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from hysparse_megatron.config.blend import parse_blend
 from hysparse_megatron.config.cluster import Scheduler
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.config.shell_words import has_control_characters
-from hysparse_megatron.data.blend import parse_blend
 from hysparse_megatron.errors import Problem
 
 

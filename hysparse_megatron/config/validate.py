@@ -21,6 +21,7 @@ from hysparse_megatron.architecture.model import Backend, Balancing, Fp8, Layers
 from hysparse_megatron.architecture.rope import RopeType, rope_problems
 from hysparse_megatron.architecture.stages import check_stages, stage_layers
 from hysparse_megatron.config import paths
+from hysparse_megatron.config.blend import parse_blend
 from hysparse_megatron.config.cluster import cluster_problems
 from hysparse_megatron.config.problems import as_error
 from hysparse_megatron.config.schema import (
@@ -31,8 +32,7 @@ from hysparse_megatron.config.schema import (
     Recompute,
     TrackingMode,
 )
-from hysparse_megatron.data.blend import parse_blend
-from hysparse_megatron.data.order import Skips
+from hysparse_megatron.config.skips import Skips
 from hysparse_megatron.errors import Problem
 
 FP8_UNIT = 16

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hysparse_megatron.config.batch_ramp import BatchRamp
+from hysparse_megatron.config.skips import Skips
 from hysparse_megatron.data.dataset import Samples
-from hysparse_megatron.data.order import Position, Skips
+from hysparse_megatron.data.order import Position
 
 if TYPE_CHECKING:
     import torch

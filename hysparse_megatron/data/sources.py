@@ -8,9 +8,10 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from hysparse_megatron.config.blend import parse_blend
 from hysparse_megatron.config.schema import DataConfig
 from hysparse_megatron.data import content
-from hysparse_megatron.data.blend import Blend, parse_blend
+from hysparse_megatron.data.blend import Blend
 from hysparse_megatron.data.card import CARD_NAME, PreparedCorpus, large_files, load_prepared
 from hysparse_megatron.data.dataset import BlendedSamples, Samples, TokenSamples
 from hysparse_megatron.data.prepare import prepare_corpus

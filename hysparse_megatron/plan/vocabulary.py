@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 
+from hysparse_megatron.config.blend import parse_blend
 from hysparse_megatron.config.schema import Config, DataConfig
-from hysparse_megatron.data.blend import parse_blend
 from hysparse_megatron.data.bulk.tokenizers import choose_tokenizer
 from hysparse_megatron.data.card import CARD_NAME, load_prepared
 from hysparse_megatron.errors import DataError
