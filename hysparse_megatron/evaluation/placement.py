@@ -8,13 +8,10 @@ see a window alone. A sparse branch can make up for much of the rest, but only b
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 from hysparse_megatron.architecture.layers import LayerKind
 from hysparse_megatron.architecture.layout import parse_layout
@@ -23,7 +20,8 @@ from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.evaluation.held_out import token_losses
 from hysparse_megatron.evaluation.positions import loss_by_position
 from hysparse_megatron.inference.load import LoadedModel
-from hysparse_megatron.model.attention import WindowAttention
+from hysparse_megatron.model.attend import TrainingAttend
+from hysparse_megatron.model.stack import attending_with
 from hysparse_megatron.runtime.agreement import on_rank_zero
 
 
@@ -77,18 +75,9 @@ class Placement:
 
     def loss(self, full: Sequence[int]) -> float:
         """Held-out loss in nats per token when the layers `full` see everything."""
-        changed = [self._attention(layer) for layer in full]
-        windowed = [attention.config for attention in changed]
-        for attention in changed:
-            attention.config = copy.copy(attention.config)
-            attention.config.architecture = dataclasses.replace(
-                attention.config.architecture, window=self._length
-            )
-        try:
+        widened = functools.partial(_Widened, full_layers=frozenset(full), length=self._length)
+        with attending_with([self._loaded.model], widened):
             whole, _ = loss_by_position(token_losses(self._loaded, self._batches), num_bins=1)
-        finally:
-            for attention, config in zip(changed, windowed, strict=True):
-                attention.config = config
         return whole.loss
 
     def choose(self, count: int) -> Iterator[Choice]:
@@ -108,8 +97,16 @@ class Placement:
             chosen.append(best)
             yield Choice(best, losses)
 
-    def _attention(self, layer: int) -> WindowAttention:
-        return cast(WindowAttention, self._loaded.model.decoder.layers[layer].self_attention)
+
+@dataclass(frozen=True, kw_only=True)
+class _Widened(TrainingAttend):
+    """Attends with a window of `length` tokens in the layers `full_layers`."""
+
+    full_layers: frozenset[int]
+    length: int
+
+    def window_of(self, layer: int) -> int:
+        return self.length if layer in self.full_layers else super().window_of(layer)
 
 
 def layout_of(full: Sequence[int], num_layers: int) -> str:

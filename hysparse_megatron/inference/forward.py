@@ -13,6 +13,7 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from torch import Tensor
 
 from hysparse_megatron.inference.kv_cache import KvCache
+from hysparse_megatron.model.attend import CachedAttend
 
 
 @torch.no_grad()
@@ -36,8 +37,12 @@ def advance(
 @torch.no_grad()
 def forward(model: HybridModel, cache: KvCache, chunk: Chunk, tokens: Tensor) -> Tensor:
     """`advance` with tokens [A, C] on the device, which the cache stores but does not count."""
+    stack = model.decoder
+    attend = CachedAttend(
+        config=stack.config, groups=stack.groups, caches=cache.layers, chunk=chunk
+    )
     hidden = model.embedding(tokens, chunk.positions)
-    return model.decoder(hidden, None, _rotary(model, chunk), steps=cache.steps(chunk))
+    return stack(hidden, None, _rotary(model, chunk), attend=attend)
 
 
 @torch.no_grad()

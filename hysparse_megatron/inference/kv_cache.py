@@ -20,7 +20,6 @@ from hysparse_kernels import Chunk, TokenCache, WindowCache
 
 from hysparse_megatron.architecture.layers import LayerKind
 from hysparse_megatron.architecture.model import ModelConfig
-from hysparse_megatron.model.sharing import CachedStep
 
 
 class KvCache:
@@ -76,10 +75,6 @@ class KvCache:
                     f"the cache and {more} more were given"
                 )
         return Chunk(tuple(rows), tuple(past), tuple(new), self.device)
-
-    def steps(self, chunk: Chunk) -> list[CachedStep]:
-        """What each layer needs for a step."""
-        return [CachedStep(layer, chunk) for layer in self.layers]
 
     def advance(self, chunk: Chunk) -> None:
         """Count the tokens of a step, once all layers have stored them."""

@@ -1,4 +1,4 @@
-"""What the three attention layers have in common: projections, rotation, recompute, checkpoints.
+"""What the three attention layers have in common: projections, rotation, sinks, checkpoints.
 
 Shapes: S sequence, B batch, HQ query heads and HKV KV groups on this rank, D query/key head dim,
 DV value head dim, C channels, T tensor-parallel size.
@@ -34,7 +34,7 @@ class AttentionSubmodules:
 
 
 class BaseAttention(MegatronModule):
-    """What the three layers have in common: projections, rotation, recompute, checkpoints."""
+    """What the three layers have in common: projections, rotation, sinks, checkpoints."""
 
     def __init__(
         self,
@@ -48,9 +48,10 @@ class BaseAttention(MegatronModule):
         super().__init__(config=config)
         self.config: HySparseConfig = config
         self.layer_number = layer_number
+        self.index = layer_number - 1
         self.tp_group = pg_collection.tp
         self.cp_group = pg_collection.cp
-        described = config.architecture.attention(config.plan.layout.kinds[layer_number - 1])
+        described = config.architecture.attention(config.plan.layout.kinds[self.index])
         self.linear_qkv = GroupedProjection(
             config, submodules.linear_qkv, described.parts, pg_collection
         )
@@ -102,11 +103,9 @@ class BaseAttention(MegatronModule):
             for tensor in (query, key)
         )
 
-    def _run(self, attend, *tensors: Tensor | None):
-        """`attend(*tensors)`, recomputed in the backward pass with selective recompute."""
-        if self.training and self.config.recompute_granularity == "selective":
-            return tensor_parallel.checkpoint(attend, False, *tensors)
-        return attend(*tensors)
+    def _sinks(self) -> list[Tensor | None]:
+        """Learnable sinks [HQ], by branch; a single one serves all branches, None without any."""
+        return [getattr(self, name) for name in self.sink_names] or [None]
 
     def _project(self, attention: Tensor) -> tuple[Tensor, Tensor | None]:
         """[B, S, HQ, DV] -> [S / T or S, B, C] and no bias."""

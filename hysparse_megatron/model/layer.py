@@ -5,7 +5,8 @@ from __future__ import annotations
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from hysparse_megatron.model.sharing import CachedStep, Shared
+from hysparse_megatron.model.attend import Attend
+from hysparse_megatron.model.sharing import Shared
 
 
 class HySparseLayer(TransformerLayer):
@@ -19,19 +20,11 @@ class HySparseLayer(TransformerLayer):
         hidden_states: Tensor,
         shared: Shared | None,
         rotary_pos_emb: Tensor | None,
-        documents: Tensor | None = None,
-        select: bool = True,
-        step: CachedStep | None = None,
+        attend: Attend,
     ) -> tuple[Tensor, Shared | None]:
-        """[S / T or S, B, C] and what the last oracle shared -> the same pair after this layer.
-
-        `documents` int32 [documents + 1]: where they start in all B * S tokens; None is one a row.
-        With `step` the tokens follow on those in its cache.
-        """
+        """[S / T or S, B, C] and what the last oracle shared -> the same pair after this layer."""
         normed = self.input_layernorm(hidden_states)
-        attention, shared = self.self_attention(
-            normed, shared, rotary_pos_emb, documents, select, step
-        )
+        attention, shared = self.self_attention(normed, shared, rotary_pos_emb, attend)
         with self.bias_dropout_add_exec_handler():
             add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
             hidden_states = add(attention, hidden_states, self.hidden_dropout)

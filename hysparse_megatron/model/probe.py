@@ -1,7 +1,7 @@
 """What the attention layers do in one forward pass: how good selections are, and what gates open.
 
-A probe hooks into the attention layers of a rank, looks at their first micro-batch, at a few dozen
-queries of it, and takes its hooks away again. It runs no layer and changes nothing. What the ranks
+While a probe watches, the attention layers of a rank attend through it: it looks at their first
+micro-batch, at a few dozen queries of it. It runs no layer and changes nothing. What the ranks
 found is added up by two all-reduces, whatever each of them holds.
 
 Shapes: S sequence, B batch, P queries of the sample, HQ query heads and HKV KV groups on this rank,
@@ -11,11 +11,12 @@ D head dim, K selected blocks, L layers of the model.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -23,10 +24,11 @@ from hysparse_kernels import has_a_choice, selected_mass_of_sample, shared_block
 from hysparse_kernels.documents import document_starts_in_rows
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
-from hysparse_megatron.model.attention import FullAttention, SparseAttention, WindowAttention
+from hysparse_megatron.model.attend import Sinks, TrainingAttend
 from hysparse_megatron.model.megatron_config import HySparseConfig
+from hysparse_megatron.model.sharing import Shared, SharedAttention
+from hysparse_megatron.model.stack import attending_with
 from hysparse_megatron.runtime.clock import ForwardClock
 from hysparse_megatron.runtime.random import derive_seed
 
@@ -71,7 +73,7 @@ class Findings:
 
 
 class Probe:
-    """Hooks of one rank, and what they found."""
+    """What one rank looks at, and what it found."""
 
     def __init__(
         self,
@@ -82,12 +84,7 @@ class Probe:
         device: torch.device,
     ) -> None:
         """`chunks` are the rank's model chunks, `sequence` the length of every sequence."""
-        self._layers = [
-            module
-            for chunk in chunks
-            for module in chunk.modules()
-            if isinstance(module, FullAttention | SparseAttention | WindowAttention)
-        ]
+        self._chunks = chunks
         self._config = config
         self._device = device
         self._speaks = groups.dp.rank() == groups.tp.rank() == 0
@@ -100,6 +97,7 @@ class Probe:
         self._clear()
 
     def _clear(self) -> None:
+        self._seen: set[int] = set()
         layers = self._config.plan.layout.num_layers
         # Of every layer and quantity the sum and the number of what was summed.
         self._sums = torch.zeros(
@@ -115,87 +113,61 @@ class Probe:
     def watching(self) -> Iterator[None]:
         """Look at the next micro-batch that each layer computes within this context."""
         self._clear()
-        handles: list[RemovableHandle] = []
-        for layer in self._layers:
-            handles += self._hook(layer)
-        try:
+        with attending_with(self._chunks, functools.partial(_ProbedAttend, probe=self)):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
-    def _hook(self, layer: torch.nn.Module) -> list[RemovableHandle]:
-        parts: dict[str, Tensor] = {}
+    @contextlib.contextmanager
+    def looking(self, layer: int) -> Iterator[None]:
+        """What is done within is timed, and not done again for the layer's next micro-batches."""
+        self._seen.add(layer)
+        with torch.no_grad(), self._clock.running():
+            yield
 
-        def keep(module: Any, arguments: tuple, projected: dict[str, Tensor]) -> None:
-            parts.update(projected)
+    def has_seen(self, layer: int) -> bool:
+        """Whether the layer's first micro-batch is over."""
+        return layer in self._seen
 
-        def look(module: Any, arguments: tuple, result: tuple) -> None:
-            for handle in handles:
-                handle.remove()
-            with torch.no_grad(), self._clock.running():
-                self._look(module, parts, arguments[2], arguments[3], result[1])
-            parts.clear()
-
-        handles = [
-            layer.get_submodule("linear_qkv").register_forward_hook(keep),
-            layer.register_forward_hook(look),
-        ]
-        return handles
-
-    def _look(
-        self,
-        layer: Any,
-        parts: dict[str, Tensor],
-        rotary: Tensor | None,
-        documents: Tensor | None,
-        shared: Any,
+    def look_at_branches(
+        self, layer: int, gates: Sequence[Tensor], sinks: Sequence[Tensor | None]
     ) -> None:
-        """At what a layer made of its first micro-batch; `parts` [S, B, heads or groups, width]."""
-        index = layer.layer_number - 1
-        for name in ("sparse_gate", "window_gate"):
-            if name in parts:
-                self._add(index, name, torch.sigmoid(parts[name][self._positions].float()))
-        for name in layer.sink_names:
-            self._add(index, name, getattr(layer, name))
-        if isinstance(layer, FullAttention) and layer.is_read:
-            self._look_at_oracle(layer, parts, rotary, documents, shared)
+        """At logits of gates [S, B, HQ, 1 or DV] and sinks [HQ], as the layer is described."""
+        model = self._config.architecture
+        described = model.attention(self._config.plan.layout.kinds[layer])
+        for part, logits in zip(described.gates, gates, strict=True):
+            self._add(layer, part.name, torch.sigmoid(logits[self._positions].float()))
+        # A sink that branches share is given for each of them.
+        for name, sink in zip(described.sinks, sinks, strict=False):
+            self._add(layer, name, cast(Tensor, sink))
 
-    def _look_at_oracle(
-        self,
-        layer: FullAttention,
-        parts: dict[str, Tensor],
-        rotary: Tensor | None,
-        documents: Tensor | None,
-        shared: Any,
+    def look_at_oracle(
+        self, layer: int, query: Tensor, shared: SharedAttention, documents: Tensor | None
     ) -> None:
-        index, at = layer.layer_number - 1, self._positions
-        sample = {name: parts[name][at] for name in ("query", "key")}
-        query, _ = layer._query_and_key(sample, None if rotary is None else rotary[at])
-        indices: Tensor = shared.block_indices
+        """At the rotated query [S, B, HQ, D] of an oracle, and what it shares."""
+        at, block_size = self._positions, self._config.architecture.block_size
+        indices = cast(Tensor, shared.block_indices)
         batch = indices.shape[0]
         chosen = has_a_choice(
             at,
             self._config.architecture.num_selected_blocks,
-            block_size=self._config.architecture.block_size,
+            block_size=block_size,
             batch=batch,
             sequence=self._sequence,
             cu_seqlens=documents,
         ).unsqueeze(1)
         mass = selected_mass_of_sample(
-            query.transpose(0, 1),
+            query[at].transpose(0, 1),
             shared.key.transpose(0, 1),
             indices[:, :, at],
             at,
-            block_size=self._config.architecture.block_size,
+            block_size=block_size,
             cu_seqlens=documents,
         )
-        self._add(index, "oracle_mass", mass, chosen)
+        self._add(layer, "oracle_mass", mass, chosen)
         # Whoever has a choice is not the first of its document.
         agreement = shared_blocks(indices[:, :, (at - 1).clamp(min=0)], indices[:, :, at])
-        self._add(index, "neighbour_agreement", agreement, chosen)
+        self._add(layer, "neighbour_agreement", agreement, chosen)
         if self._speaks:
-            self._blocks[self._oracles.index(index)] = indices[0, 0, at]
+            self._blocks[self._oracles.index(layer)] = indices[0, 0, at]
             self._starts.zero_()
             if documents is not None:
                 starts = document_starts_in_rows(documents, batch, self._sequence)
@@ -236,6 +208,45 @@ class Probe:
         }
         seconds = microseconds / 1e6 + time.monotonic() - started
         return Findings(values, self.positions, starts, selections, seconds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ProbedAttend(TrainingAttend):
+    """Shows a probe what layers attend with."""
+
+    probe: Probe
+
+    def full(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, SharedAttention | None]:
+        output, shared = super().full(layer, query, key, value)
+        if shared is not None and not self.probe.has_seen(layer):
+            with self.probe.looking(layer):
+                self.probe.look_at_oracle(layer, query, shared, self.documents)
+        return output, shared
+
+    def sparse(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        gates: tuple[Tensor, Tensor],
+        shared: Shared,
+        sinks: Sinks,
+    ) -> Tensor:
+        if not self.probe.has_seen(layer):
+            with self.probe.looking(layer):
+                self.probe.look_at_branches(layer, gates, sinks)
+        return super().sparse(layer, query, key, value, gates, shared, sinks)
+
+    def window(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, sink: Tensor | None
+    ) -> Tensor:
+        if not self.probe.has_seen(layer):
+            with self.probe.looking(layer):
+                self.probe.look_at_branches(layer, (), (sink,))
+        return super().window(layer, query, key, value, sink)
 
 
 def sample_positions(seed: int, sequence: int) -> list[int]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from hysparse_kernels import BlockLists, Chunk, KeyValueGradients, TokenCache, WindowCache
+from hysparse_kernels import BlockLists, KeyValueGradients, TokenCache
 from torch import Tensor
 
 
@@ -38,14 +38,6 @@ class SharedAttention(NamedTuple):
     def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """What may go through autograd functions and across pipeline cuts."""
         return self.key, self.value, self.block_indices
-
-
-class CachedStep(NamedTuple):
-    """What a layer needs for one step of generation: its own cache, and the tokens of the step."""
-
-    cache: TokenCache | WindowCache
-    """Of all tokens for a full layer, of a window for the others."""
-    chunk: Chunk
 
 
 class CachedSelection(NamedTuple):

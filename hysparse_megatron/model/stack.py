@@ -7,17 +7,15 @@ Shapes: S sequence, B batch, C channels, T tensor-parallel size.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
 
 import torch
-from hysparse_kernels import KeyValueGradients, prepare_selection
 from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -27,8 +25,10 @@ from torch import Tensor
 
 from hysparse_megatron.architecture.layers import LayerKind
 from hysparse_megatron.architecture.stages import live_oracle
+from hysparse_megatron.model.attend import Attend, TrainingAttend, recomputed
 from hysparse_megatron.model.megatron_config import HySparseConfig
-from hysparse_megatron.model.sharing import CachedStep, Shared, SharedAttention, pack, unpack
+from hysparse_megatron.model.sharing import Shared, SharedAttention, pack, unpack
+from hysparse_megatron.runtime.process_groups import RunGroups
 from hysparse_megatron.runtime.random import seed_initialization
 
 EXTRA_STATE = "_extra_state"
@@ -52,7 +52,7 @@ class HySparseStack(MegatronModule):
         submodules: HySparseStackSubmodules,
         layer_type_list: list[str],
         pp_layer_offset: int,
-        pg_collection: ProcessGroupCollection,
+        pg_collection: RunGroups,
         pre_process: bool = True,
         post_process: bool = True,
         dtype: torch.dtype | None = None,
@@ -62,7 +62,9 @@ class HySparseStack(MegatronModule):
         self.config: HySparseConfig = config
         self.pre_process = pre_process
         self.post_process = post_process
-        self.tp_group = pg_collection.tp
+        self.groups = pg_collection
+        self.attend: Callable[..., Attend] = TrainingAttend
+        """What makes the `Attend` of a forward pass; `attending_with` sets another."""
         self.input_tensor: Tensor | None = None
         plan = config.plan
         self.layer_indices = range(pp_layer_offset, pp_layer_offset + len(layer_type_list))
@@ -99,7 +101,7 @@ class HySparseStack(MegatronModule):
         attention_mask: Tensor | None,
         rotary_pos_emb: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
-        steps: Sequence[CachedStep] | None = None,
+        attend: Attend | None = None,
         **unused: object,
     ) -> Tensor:
         """[S / T or S, B, C] -> the same after this stage's layers, or the payload of a cut.
@@ -107,8 +109,8 @@ class HySparseStack(MegatronModule):
         A stage that is cut off inside a hybrid block takes and returns the hidden state packed
         with key, value and indices: see `sharing.pack`. `attention_mask` must be None: attention
         is causal by construction. `packed_seq_params` says where documents start: its
-        `cu_seqlens_q`, int32 [documents + 1], counts in the B * S tokens row by row. `steps`, one
-        for each layer, make it a step of generation.
+        `cu_seqlens_q`, int32 [documents + 1], counts in the B * S tokens row by row. `attend` of a
+        step of generation replaces that of training.
         """
         if attention_mask is not None or any(value is not None for value in unused.values()):
             given = [name for name, value in unused.items() if value is not None]
@@ -116,13 +118,14 @@ class HySparseStack(MegatronModule):
                 f"HySparse layers are causal and take no masks; got {given or 'a mask'}"
             )
         documents = None if packed_seq_params is None else packed_seq_params.cu_seqlens_q
+        attend = self._training_attend(documents) if attend is None else attend
         plan = self.config.plan
         hidden = cast(Tensor, hidden_states if self.pre_process else self.input_tensor)
         self.input_tensor = None
         shared: Shared | None = None
         if plan.oracle_into(self.stage) is not None:
             hidden, received = unpack(hidden, self.config.shared_widths())
-            shared = self._prepared(received, documents)
+            shared = attend.prepared(received)
 
         # With sequence parallelism every tensor-parallel rank drops out other tokens.
         with (
@@ -130,15 +133,12 @@ class HySparseStack(MegatronModule):
             if self.config.sequence_parallel
             else contextlib.nullcontext()
         ):
-            for local, (index, layer) in enumerate(
-                zip(self.layer_indices, self.layers, strict=True)
-            ):
-                step = None if steps is None else steps[local]
-                hidden, shared = self._run(layer, hidden, shared, rotary_pos_emb, documents, step)
+            for index, layer in zip(self.layer_indices, self.layers, strict=True):
+                hidden, shared = self._run(layer, hidden, shared, rotary_pos_emb, documents, attend)
                 if live_oracle(plan.layout, index + 1) is None:
                     shared = None  # free key and value with their last reader
-                elif plan.layout.kinds[index].is_oracle and step is None:
-                    shared = self._prepared(cast(SharedAttention, shared), documents)
+                elif plan.layout.kinds[index].is_oracle:
+                    shared = attend.prepared(cast(Shared, shared))
 
         if self.post_process:
             return cast(torch.nn.Module, self.final_norm)(hidden)
@@ -150,26 +150,13 @@ class HySparseStack(MegatronModule):
         # The schedules free what they have sent, which a view of another tensor would survive.
         return make_viewless_tensor(inp=hidden, requires_grad=hidden.requires_grad, keep_graph=True)
 
-    def _prepared(self, shared: SharedAttention, documents: Tensor | None) -> SharedAttention:
-        """With what all sparse layers of this stage read and add to: lists, if their kernels need
-        any, and the sum of their gradients."""
-        assert shared.block_indices is not None
-        lists = prepare_selection(
-            shared.block_indices,
-            self.config.num_attention_heads // self.tp_group.size(),
-            block_size=self.config.architecture.block_size,
-            cu_seqlens=documents,
-            backend=self.config.architecture.backend.value,
-        )
-        shared = shared._replace(lists=lists)
-        recomputes = self.config.recompute_granularity is not None
-        if not (self.training and torch.is_grad_enabled()) or recomputes:
-            return shared
-        gradients = KeyValueGradients()
-        # In the kernels' layout, in which the layers will add.
-        key, value = gradients.attach(shared.key.transpose(0, 1), shared.value.transpose(0, 1))
-        return shared._replace(
-            key=key.transpose(0, 1), value=value.transpose(0, 1), gradients=gradients
+    def _training_attend(self, documents: Tensor | None, again: bool = False) -> Attend:
+        return self.attend(
+            config=self.config,
+            groups=self.groups,
+            documents=documents,
+            training=self.training,
+            again=again,
         )
 
     def _run(
@@ -179,7 +166,7 @@ class HySparseStack(MegatronModule):
         shared: Shared | None,
         rotary_pos_emb: Tensor | None,
         documents: Tensor | None,
-        step: CachedStep | None,
+        attend: Attend,
     ) -> tuple[Tensor, Shared | None]:
         """One layer, recomputed in the backward pass with full recompute.
 
@@ -188,25 +175,23 @@ class HySparseStack(MegatronModule):
         """
         if not (self.training and self.config.recompute_granularity == "full"):
             with get_fp8_context(self.config, cast(TransformerLayer, layer).layer_number - 1):
-                return layer(hidden_states, shared, rotary_pos_emb, documents, step=step)
+                return layer(hidden_states, shared, rotary_pos_emb, attend)
 
         shared = cast(SharedAttention | None, shared)
         lists = shared.lists if shared else None
 
-        def run(hidden: Tensor, rotary: Tensor | None, *parts: Tensor | None):
+        def run(again: bool, hidden: Tensor, rotary: Tensor | None, *parts: Tensor | None):
             given = None
             if parts[0] is not None:
                 given = SharedAttention(*cast(tuple[Tensor, Tensor, Tensor], parts), lists)
-            # The second run, with gradient, must not make the selection again.
-            select = not torch.is_grad_enabled()
-            hidden, made = layer(hidden, given, rotary, documents, select=select)
+            hidden, made = layer(hidden, given, rotary, self._training_attend(documents, again))
             if made is None or made is given:
                 # What the layer only passes on stays outside of the recomputed function.
                 return hidden
             return hidden, *made.tensors
 
-        outputs = tensor_parallel.checkpoint(
-            run, False, hidden_states, rotary_pos_emb, *(shared.tensors if shared else [None] * 3)
+        outputs = recomputed(
+            run, hidden_states, rotary_pos_emb, *(shared.tensors if shared else [None] * 3)
         )
         if isinstance(outputs, Tensor):
             return outputs, shared
@@ -232,8 +217,32 @@ class HySparseStack(MegatronModule):
                     f"{prefix}final_norm.",
                     sharded_offsets,
                     metadata,
-                    tp_group=self.tp_group,
+                    tp_group=self.groups.tp,
                 )
             )
         # Transformer Engine's layers keep scales there, of which ours have none from step to step.
         return {key: value for key, value in result.items() if EXTRA_STATE not in key}
+
+
+@contextlib.contextmanager
+def attending_with(
+    chunks: Iterable[torch.nn.Module], make: Callable[..., Attend]
+) -> Iterator[None]:
+    """Within, the layers of these model chunks attend with what `make` returns.
+
+    `make` takes the fields of a `TrainingAttend`: to measure what layers do, or to change it.
+    """
+    stacks = [
+        module
+        for chunk in chunks
+        for module in chunk.modules()
+        if isinstance(module, HySparseStack)
+    ]
+    former = [stack.attend for stack in stacks]
+    for stack in stacks:
+        stack.attend = make
+    try:
+        yield
+    finally:
+        for stack, attend in zip(stacks, former, strict=True):
+            stack.attend = attend

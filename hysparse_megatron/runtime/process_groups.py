@@ -12,10 +12,15 @@ from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracke
 
 from hysparse_megatron.config.schema import ParallelConfig
 
-_sharing: dict[tuple[int, ...], dist.ProcessGroup] = {}
+
+class RunGroups(ProcessGroupCollection):
+    """megatron-core's groups of this rank, and one of ours."""
+
+    kv_sharing: dist.ProcessGroup | None = None
+    """The tensor-parallel ranks with query heads of this rank's KV group; None if it is alone."""
 
 
-def build_process_groups(parallel: ParallelConfig, num_query_groups: int) -> ProcessGroupCollection:
+def build_process_groups(parallel: ParallelConfig, num_query_groups: int) -> RunGroups:
     """Create all groups of this run; collective over the default group, once per process."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tp,
@@ -28,41 +33,31 @@ def build_process_groups(parallel: ParallelConfig, num_query_groups: int) -> Pro
         distributed_timeout_minutes=max(1, math.ceil(parallel.setup_timeout_seconds / 60)),
     )
     timeout = timedelta(seconds=parallel.setup_timeout_seconds)
-    _build_sharing_groups(parallel.tp, num_query_groups, timeout)
-    return ProcessGroupCollection.use_mpu_process_groups()
+    groups = RunGroups.use_mpu_process_groups()
+    groups.kv_sharing = _build_sharing_group(parallel.tp, num_query_groups, timeout)
+    return groups
 
 
 def destroy_process_groups() -> None:
     """Undo `build_process_groups`, for tests that build several layouts in one process."""
-    _sharing.clear()
     # It is sized for the layers of the first model that records a loss.
     destroy_moe_metrics_tracker()
     parallel_state.destroy_model_parallel()
 
 
-def _build_sharing_groups(
+def _build_sharing_group(
     tensor_parallel_size: int, num_query_groups: int, timeout: timedelta
-) -> None:
-    """Groups of the tensor-parallel ranks that hold query heads of one KV group."""
+) -> dist.ProcessGroup | None:
+    """See `RunGroups.kv_sharing`."""
     size = tensor_parallel_size // num_query_groups
     if size <= 1:
-        return
+        return None
+    own = None
     # Tensor-parallel ranks are consecutive, so these groups tile the world. Every rank must take
     # part in the creation of every group, in the same order.
     for first in range(0, dist.get_world_size(), size):
-        ranks = tuple(range(first, first + size))
+        ranks = range(first, first + size)
         group = dist.new_group(list(ranks), timeout=timeout)
         if dist.get_rank() in ranks:
-            _sharing[ranks] = group
-
-
-def groups_sharing_a_kv_head(
-    tp_group: dist.ProcessGroup, num_query_groups: int
-) -> dist.ProcessGroup | None:
-    """The ranks that hold query heads of this rank's KV group, or None if it is alone."""
-    size = tp_group.size() // num_query_groups
-    if size <= 1:
-        return None
-    rank = dist.get_rank()
-    first = rank - tp_group.rank() % size
-    return _sharing[tuple(range(first, first + size))]
+            own = group
+    return own

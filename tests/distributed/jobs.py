@@ -17,7 +17,7 @@ from megatron.core.tensor_parallel import random as megatron_random
 from torch import Tensor
 
 from hysparse_megatron.config.schema import Config
-from hysparse_megatron.model import attention
+from hysparse_megatron.model import attend
 from hysparse_megatron.model.layer import HySparseLayer
 from hysparse_megatron.runtime import megatron_on_cpu
 from hysparse_megatron.training.state import TrainingState
@@ -88,13 +88,13 @@ def token_losses(
 
 @contextlib.contextmanager
 def _leaking() -> Iterator[None]:
-    honest = attention.block_sparse_attention
+    honest = attend.block_sparse_attention
 
     def leaky(*arguments: Any, **options: Any) -> Tensor:
         output = honest(*arguments, **options)
         return output + 0.1 * output.roll(-1, dims=1)
 
-    with mock.patch.object(attention, "block_sparse_attention", leaky):
+    with mock.patch.object(attend, "block_sparse_attention", leaky):
         yield
 
 

@@ -22,7 +22,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from hysparse_megatron.config.schema import Config
-from hysparse_megatron.model import attention
+from hysparse_megatron.model import attend
 from hysparse_megatron.runtime import megatron_on_cpu
 from hysparse_megatron.training.state import TrainingState, build_state
 from hysparse_megatron.training.step import evaluate, train_step
@@ -168,7 +168,7 @@ class SelectionRecorder:
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
         """Record while this context is open."""
-        forward, oracle = attention.FullAttention.forward, attention.oracle_attention
+        full, oracle = attend.TrainingAttend.full, attend.oracle_attention
         routing = TopKRouter.routing
 
         def recorded_routing(router: TopKRouter, logits: Tensor, **options: Any) -> Any:
@@ -181,9 +181,9 @@ class SelectionRecorder:
                 self.routed[layer].append(chosen.view(logits.shape).numpy().copy())
             return probabilities, chosen
 
-        def named_forward(layer: attention.FullAttention, *arguments: Any, **options: Any) -> Any:
-            self._layer = layer.layer_number - 1
-            return forward(layer, *arguments, **options)
+        def named_full(attending: attend.TrainingAttend, layer: int, *tensors: Tensor) -> Any:
+            self._layer = layer
+            return full(attending, layer, *tensors)
 
         def recorded(*tensors: Tensor, select: bool, **options: Any) -> Any:
             if select and self._measure_gaps:
@@ -194,8 +194,8 @@ class SelectionRecorder:
             return result
 
         with (
-            mock.patch.object(attention.FullAttention, "forward", named_forward),
-            mock.patch.object(attention, "oracle_attention", recorded),
+            mock.patch.object(attend.TrainingAttend, "full", named_full),
+            mock.patch.object(attend, "oracle_attention", recorded),
             mock.patch.object(TopKRouter, "routing", recorded_routing),
         ):
             yield

@@ -14,7 +14,7 @@ from torch import Tensor
 from hysparse_megatron.architecture.layers import GateKind
 from hysparse_megatron.architecture.layout import parse_layout
 from hysparse_megatron.config.schema import Config
-from hysparse_megatron.model import attention
+from hysparse_megatron.model import attend
 from hysparse_megatron.model.attention import FullAttention
 from hysparse_megatron.model.sharing import SharedAttention
 from tests.unit.single_process import DEVICE
@@ -88,6 +88,13 @@ def losses_and_picks(model: HybridModel, tokens: Tensor) -> tuple[Tensor, dict[i
     return losses, picks
 
 
+def attend_of(model: HybridModel) -> attend.TrainingAttend:
+    stack = model.decoder
+    return attend.TrainingAttend(
+        config=stack.config, groups=stack.groups, documents=None, training=True
+    )
+
+
 def random_tokens() -> Tensor:
     return torch.randint(0, VOCABULARY, (BATCH, SEQUENCE)).to(DEVICE)
 
@@ -152,7 +159,7 @@ def test_only_oracles_that_are_read_share(groups: ProcessGroupCollection, seed: 
     shared = None
     made = []
     for layer in model.decoder.layers:
-        hidden, shared = layer(hidden, shared, rotary)
+        hidden, shared = layer(hidden, shared, rotary, attend_of(model))
         made.append(shared)
     first, second, sparse, window, last = made
     assert first is None
@@ -169,7 +176,7 @@ def test_a_sparse_layer_without_an_oracle_says_so(groups: ProcessGroupCollection
     model = tiny_model(tiny_config("model.layout=F S F"), groups)
     hidden = torch.randn(SEQUENCE, BATCH, 24, device=DEVICE)
     with pytest.raises(ValueError, match="sparse layer 1 got no key"):
-        model.decoder.layers[1](hidden, None, model.rotary_pos_emb(SEQUENCE))
+        model.decoder.layers[1](hidden, None, model.rotary_pos_emb(SEQUENCE), attend_of(model))
 
 
 def test_oracle_keys_and_values_collect_gradient_from_every_reader(
@@ -184,10 +191,11 @@ def test_oracle_keys_and_values_collect_gradient_from_every_reader(
 
     def gradient(which: list[int]) -> Tensor:
         """Of the oracle's projection, from the outputs of the layers in `which`."""
-        (output, _), shared = oracle(inputs[0], None, rotary)
+        attend = attend_of(model)
+        (output, _), shared = oracle(inputs[0], None, rotary, attend)
         outputs = [
             output,
-            *(r(x, shared, rotary)[0][0] for r, x in zip(readers, inputs[1:], strict=True)),
+            *(r(x, shared, rotary, attend)[0][0] for r, x in zip(readers, inputs[1:], strict=True)),
         ]
         loss = sum((outputs[index] * weights[index]).sum() for index in which)
         (found,) = torch.autograd.grad(loss, oracle.linear_qkv.linear.weight)
@@ -258,7 +266,7 @@ def test_readers_add_their_gradients_in_one_sum(
         sums.append(options["accumulate"])
         return block_sparse_attention(*arguments, **options)
 
-    monkeypatch.setattr(attention, "block_sparse_attention", recorded)
+    monkeypatch.setattr(attend, "block_sparse_attention", recorded)
     losses_and_picks(model, random_tokens())[0].sum().backward()
     if recompute == "none":
         first, second, other = sums
