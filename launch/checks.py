@@ -12,7 +12,6 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from packaging.requirements import Requirement
 
@@ -23,7 +22,7 @@ from hysparse_megatron.config.cluster import Scheduler
 from hysparse_megatron.config.schema import Config, DataConfig, Precision, TrackingMode
 from hysparse_megatron.config.validate import has_wandb_key
 from hysparse_megatron.data.card import CARD_NAME, load_prepared
-from hysparse_megatron.data.corpus import open_corpus
+from hysparse_megatron.data.prepare.sources import list_sources, standard_library
 from hysparse_megatron.data.sources import MANY_EPOCHS, count_of, epochs
 from hysparse_megatron.errors import DataError
 from hysparse_megatron.plan.overview import Overview
@@ -163,10 +162,8 @@ def _raw(path: str | None) -> Finding:
 
 
 def _text_bytes(path: str | None) -> int:
-    if path is None:
-        return open_corpus(None).size_bytes
-    files = [Path(path)] if os.path.isfile(path) else Path(path).rglob("*")
-    return sum(file.stat().st_size for file in files if file.is_file())
+    sources = standard_library()[1] if path is None else list_sources([path])
+    return sum(source.size_bytes for source in sources)
 
 
 def _tokens_of_text(path: str | None, settings: DataConfig) -> int:

@@ -22,8 +22,8 @@ from pathlib import Path
 from hysparse_megatron.checkpoint import store
 from hysparse_megatron.command import command, make_parser, positive
 from hysparse_megatron.config.frozen import CONFIG_FILE, load_frozen
-from hysparse_megatron.data.bulk.packages import require_package
 from hysparse_megatron.errors import CheckpointError, ConfigError
+from hysparse_megatron.packages import require_package
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}

@@ -36,9 +36,9 @@ from hysparse_megatron.command import command, make_parser, positive
 from hysparse_megatron.config.compose import compose, load_frozen
 from hysparse_megatron.config.frozen import CONFIG_FILE, freeze
 from hysparse_megatron.config.schema import Config, Schedule
-from hysparse_megatron.data.bulk.packages import require_package
 from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.files import require_writable
+from hysparse_megatron.packages import require_package
 from hysparse_megatron.runtime.quiet import quiet_libraries
 from hysparse_megatron.tracking.metrics import read_metrics
 
@@ -268,7 +268,8 @@ def _train_original(given: argparse.Namespace, seed: int, folder: Path) -> Path:
 
     import torch
 
-    from hysparse_megatron.data import BatchSource, Position
+    from hysparse_megatron.data.read.batches import BatchSource
+    from hysparse_megatron.data.read.order import Position
     from hysparse_megatron.data.sources import load_data, open_samples
 
     settings = dataclasses.replace(compose([]).data, validation_fraction=_HELD_OUT_SHARE)

@@ -4,8 +4,9 @@
     hysparse prepare-data --output data/web --verify
 
 Inputs are files and folders of text (one document a file), JSON lines, both also as .gz and .zst,
-Parquet, and datasets saved by `datasets.save_to_disk`. The output folder is what `data.path` of
-training takes. A killed preparation goes on with the same command, and gives the same bytes.
+Parquet, and datasets saved by `datasets.save_to_disk`, here or where fsspec finds them, as in
+s3://bucket/folder. The output folder is what `data.path` of training takes. A killed preparation
+goes on with the same command, and gives the same bytes, whoever does the work.
 Ends with 0, 2 for a wrong command, 3 when told to stop, 5 for bad input or a full disk.
 """
 
@@ -19,23 +20,30 @@ from collections.abc import Sequence
 from types import FrameType
 
 from hysparse_megatron.command import command, make_parser
-from hysparse_megatron.data.bulk import BulkRequest, prepare_bulk, verify_prepared
-from hysparse_megatron.data.bulk.progress import Progress
-from hysparse_megatron.data.bulk.run import MAX_DOCUMENT_BYTES
-from hysparse_megatron.data.bulk.sources import KINDS
-from hysparse_megatron.data.bulk.tokenizers import choose_tokenizer
 from hysparse_megatron.data.card import PreparedCorpus
+from hysparse_megatron.data.prepare.executors import Executor, LocalProcesses, RayTasks, SlurmJobs
+from hysparse_megatron.data.prepare.progress import Progress
+from hysparse_megatron.data.prepare.request import (
+    MAX_DOCUMENT_BYTES,
+    VALIDATION_FRACTION,
+    PrepareRequest,
+    sources_of,
+)
+from hysparse_megatron.data.prepare.run import prepare
+from hysparse_megatron.data.prepare.sources import KINDS, is_local
+from hysparse_megatron.data.prepare.verify import verify_prepared
+from hysparse_megatron.data.tokenizer import choose_tokenizer
 from hysparse_megatron.errors import ConfigError, Preempted
 
 
 @command
 def main(argv: Sequence[str]) -> int:
     """Prepare or verify as `argv` says, the command line without the program's name."""
-    given = _parser().parse_args(list(argv))
+    args = _parser().parse_args(list(argv))
     before = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        with Progress(is_quiet=given.quiet) as progress:
-            _run(given, progress)
+        with Progress(is_quiet=args.quiet) as progress:
+            _run(args, progress)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -45,17 +53,15 @@ def main(argv: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser("hysparse prepare-data", __doc__)
     add = parser.add_argument
-    add("inputs", nargs="*", metavar="INPUT", help="files and folders, read in this order")
+    add("inputs", nargs="*", metavar="INPUT", help="files, folders, URLs, read in this order")
     add("--output", required=True, metavar="DIR", help="the folder to make")
     add(
         "--tokenizer",
         metavar="PATH",
         help="tokenizer.json, SentencePiece .model, a folder with either, or `bytes`",
     )
+    add("--vocab-size", type=int, metavar="N", help="train a tokenizer of N ids on the inputs")
     add("--end-of-document", metavar="TOKEN", help="token that closes a document (default: found)")
-    add(
-        "--workers", type=int, default=_cores(), metavar="N", help="processes (default: one a core)"
-    )
     add("--format", choices=KINDS, help="of all files (default: by their names)")
     add("--text-key", default="text", metavar="KEY", help="JSON field or column (default text)")
     add(
@@ -76,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--validation-fraction",
         type=float,
-        default=0.01,
+        default=VALIDATION_FRACTION,
         metavar="F",
         help="chance of a document to be held out, 0 for none (default %(default)s)",
     )
@@ -84,11 +90,25 @@ def _parser() -> argparse.ArgumentParser:
     add("--verify", action="store_true", help="read the result again and check all of it")
     add("--overwrite", action="store_true", help="prepare again, and replace what is there")
     add("--quiet", action="store_true", help="print warnings and errors alone")
+    work = parser.add_argument_group("who does the work; the result does not depend on it")
+    add = work.add_argument
+    add("--executor", choices=("local", "slurm", "ray"), default="local", help="(default local)")
+    add(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes, or tasks of the cluster (default: one a core; cluster: 64)",
+    )
+    add("--slurm-partition", metavar="NAME", help="needed with --executor slurm")
+    add("--slurm-time", default="24:00:00", metavar="T", help="limit of a task (%(default)s)")
+    add(
+        "--slurm-option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="more for sbatch, as account=lab; may be given several times",
+    )
     return parser
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
@@ -96,51 +116,65 @@ def _stop(number: int, frame: FrameType | None) -> None:
     raise Preempted(f"stopped by {signal.Signals(number).name}; the same command goes on")
 
 
-def _run(given: argparse.Namespace, progress: Progress) -> None:
-    if given.inputs:
-        _summary(_prepare(given, progress), progress)
-    elif not given.verify:
+def _run(args: argparse.Namespace, progress: Progress) -> None:
+    if args.inputs:
+        if _prepare(args, progress) is None:
+            progress.note(f"{args.output}: is whole; copy it to where training can read it")
+    elif not args.verify:
         raise ConfigError("no INPUT; name files or folders to prepare, or add --verify")
-    if given.verify:
-        prepared = verify_prepared(given.output, progress.note)
+    if args.verify:
+        if not is_local(args.output):
+            raise ConfigError("--verify reads local folders; copy the output, and verify that")
+        prepared = verify_prepared(args.output, progress.note)
         progress.note(f"{prepared.directory}: all as its card says")
 
 
-def _prepare(given: argparse.Namespace, progress: Progress) -> PreparedCorpus:
-    if given.tokenizer is None:
-        raise ConfigError("--tokenizer: missing; give a tokenizer's path, or `bytes`")
+def _prepare(args: argparse.Namespace, progress: Progress) -> PreparedCorpus | None:
+    if (args.tokenizer is None) == (args.vocab_size is None):
+        raise ConfigError(
+            "--tokenizer: missing; give a tokenizer's path or `bytes`, or --vocab-size to train one"
+            if args.tokenizer is None
+            else "--vocab-size: is for training one; a given --tokenizer has its own"
+        )
     for option in ("workers", "max_document_mb"):
-        if getattr(given, option) < 1:
-            name = option.replace("_", "-")
-            raise ConfigError(f"--{name}: got {getattr(given, option)}; allowed at least 1")
-    request = BulkRequest(
-        inputs=tuple(given.inputs),
-        output=given.output,
-        tokenizer=choose_tokenizer(given.tokenizer, given.end_of_document),
-        kind=given.format,
-        text_key=given.text_key,
-        validation_fraction=given.validation_fraction,
-        seed=given.seed,
-        deduplicate=given.deduplicate,
-        max_document_bytes=given.max_document_mb << 20,
+        value = getattr(args, option)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{option.replace('_', '-')}: got {value}; allowed at least 1")
+    executor = _executor(args)
+    tokenizer = args.tokenizer and choose_tokenizer(args.tokenizer, args.end_of_document)
+    sources, description = sources_of(args.inputs, args.output, args.format)
+    request = PrepareRequest(
+        sources=sources,
+        output=args.output,
+        tokenizer=tokenizer,
+        vocab_size=args.vocab_size or 0,
+        text_key=args.text_key,
+        validation_fraction=args.validation_fraction,
+        seed=args.seed,
+        deduplicate=args.deduplicate,
+        max_document_bytes=args.max_document_mb << 20,
+        description=description,
     )
-    return prepare_bulk(
+    return prepare(
         request,
-        workers=given.workers,
-        max_bad=None if given.max_bad < 0 else given.max_bad,
-        overwrite=given.overwrite,
+        executor=executor,
+        max_bad=None if args.max_bad < 0 else args.max_bad,
+        overwrite=args.overwrite,
         progress=progress,
     )
 
 
-def _summary(prepared: PreparedCorpus, progress: Progress) -> None:
-    progress.note(
-        f"{prepared.directory}: {prepared.train_tokens:,} training and "
-        f"{prepared.validation_tokens:,} validation tokens in "
-        f"{prepared.train_documents + prepared.validation_documents:,} documents "
-        f"({prepared.empty_documents:,} empty and {prepared.bad_documents:,} bad left out), "
-        f"vocabulary {prepared.vocab_size:,}, fingerprint {prepared.fingerprint[:12]}"
-    )
+def _executor(args: argparse.Namespace) -> Executor:
+    if args.executor == "local":
+        return LocalProcesses(args.workers or len(os.sched_getaffinity(0)))
+    tasks = args.workers or 64
+    if args.executor == "ray":
+        return RayTasks(tasks)
+    if args.slurm_partition is None:
+        raise ConfigError("--slurm-partition: missing; name a partition (sinfo lists them)")
+    pairs = [option.partition("=") for option in args.slurm_option]
+    options = {name.lstrip("-"): value for name, _, value in pairs}
+    return SlurmJobs(tasks, args.slurm_partition, args.slurm_time, options=options)
 
 
 if __name__ == "__main__":

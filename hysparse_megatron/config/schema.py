@@ -272,9 +272,9 @@ class DataConfig:
     """Tokenizer file or directory; null trains one on the data and caches it."""
     tokenizer_vocab_size: int = 4096
     """Vocabulary of a tokenizer trained here, in token ids; small, for small models."""
-    validation_fraction: float = 0.05
-    """Share of the documents held out for evaluation; 0, for `train.eval_batches=0`, holds out
-    none."""
+    validation_fraction: float = 0.01
+    """Share of the documents held out for evaluation, chosen by their texts; 0, for
+    `train.eval_batches=0`, holds out none."""
     evaluation: dict[str, str] = field(default_factory=dict, hash=False)
     """Further evaluation sets, `{code: data/code}`: names and paths like `path`, each evaluated on
     its own validation split in the run's tokenizer, with rows and curves under its name."""

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hysparse_megatron.data import content
-from hysparse_megatron.data.indexed import check_indexed, check_token_ids
+from hysparse_megatron.data.read.indexed import check_indexed, check_token_ids
 from hysparse_megatron.errors import DataError
 
 FORMAT = 1
@@ -30,7 +30,8 @@ class PreparedCorpus:
 
     `directory` is absolute; the prefixes name Megatron's indexed files, without `.bin` / `.idx`.
     `fingerprint` is a hash of the token files' contents; equal fingerprints mean equal tokens.
-    `end_of_document` is the token id that closes every document.
+    `end_of_document` is the token id that closes every document. `num_ids` is the largest id that
+    occurs + 1: a tokenizer may have more, that a model needs no rows for.
     """
 
     directory: str
@@ -38,6 +39,7 @@ class PreparedCorpus:
     validation_prefix: str
     tokenizer_path: str
     vocab_size: int
+    num_ids: int
     end_of_document: int
     train_documents: int
     validation_documents: int
@@ -65,39 +67,17 @@ class PreparedCorpus:
         return {name: values[name] for name in names}
 
 
-def write_card(
-    directory: str,
-    fields: Mapping[str, Any],
-    *,
-    tokenizer_name: str = TOKENIZER_NAME,
-    known_hashes: Mapping[str, str] | None = None,
-) -> None:
-    """Hash the folder's files and write its card.
+def card_of(
+    fields: Mapping[str, Any], files: Mapping[str, Mapping[str, int | str]]
+) -> dict[str, Any]:
+    """The card of a folder.
 
-    `fields` are those of `PreparedCorpus` without paths, hashes, and `fingerprint`; more are kept.
-    `known_hashes` are the SHA-256 of files that were hashed while they were written.
+    Args:
+        fields: those of `PreparedCorpus` without paths, hashes, and `fingerprint`; more are kept.
+        files: `bytes` and `sha256` of all files by name, and `blocks_sha256` of large ones.
     """
-    files: dict[str, dict[str, int | str]] = {}
-    hashes = dict(known_hashes or {})
-    for name in (*DATA_NAMES, tokenizer_name):
-        path = os.path.join(directory, name)
-        _sync_file(path)
-        if name not in hashes:
-            hashes[name] = _hash_file(path)
-        files[name] = {"bytes": os.path.getsize(path), "sha256": hashes[name]}
-        if blocks := content.hash_blocks(path):
-            files[name]["blocks_sha256"] = blocks
-    card = {
-        "format": FORMAT,
-        **fields,
-        "fingerprint": fingerprint_of({name: hashes[name] for name in DATA_NAMES}),
-        "files": files,
-    }
-    with open(os.path.join(directory, CARD_NAME), "w", encoding="utf-8") as stream:
-        json.dump(card, stream, indent=2, ensure_ascii=False)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
+    hashes = {name: str(files[name]["sha256"]) for name in DATA_NAMES}
+    return {"format": FORMAT, **fields, "fingerprint": fingerprint_of(hashes), "files": files}
 
 
 def fingerprint_of(hashes: Mapping[str, str]) -> str:
@@ -150,6 +130,7 @@ def load_prepared(
         validation_prefix=prefixes["validation"],
         tokenizer_path=os.path.join(directory, card.tokenizer_name),
         vocab_size=card.integer("vocab_size"),
+        num_ids=card.values.get("largest_id", card.integer("vocab_size") - 1) + 1,
         end_of_document=card.integer("end_of_document"),
         train_documents=card.integer("train_documents"),
         validation_documents=card.integer("validation_documents"),
@@ -270,8 +251,3 @@ def _hash_file(path: str) -> str:
         return content.hash_file(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-def _sync_file(path: str) -> None:
-    with open(path, "rb") as stream:
-        os.fsync(stream.fileno())

@@ -13,9 +13,8 @@ from typing import Protocol, cast
 
 from hysparse_megatron.config.blend import parse_blend
 from hysparse_megatron.config.schema import DataConfig
-from hysparse_megatron.data.bulk.tokenizers import choose_tokenizer
 from hysparse_megatron.data.card import CARD_NAME, SENTENCEPIECE_NAME, TOKENIZER_NAME
-from hysparse_megatron.data.tokenizer import tokenizer_file
+from hysparse_megatron.data.tokenizer import choose_tokenizer, tokenizer_file
 from hysparse_megatron.errors import DataError
 
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from hysparse_megatron.config.blend import parse_blend
 from hysparse_megatron.config.schema import DataConfig
 from hysparse_megatron.data import content
-from hysparse_megatron.data.blend import Blend
 from hysparse_megatron.data.card import CARD_NAME, PreparedCorpus, large_files, load_prepared
-from hysparse_megatron.data.dataset import BlendedSamples, Samples, TokenSamples
-from hysparse_megatron.data.prepare import prepare_corpus
+from hysparse_megatron.data.prepare.cached import prepare_corpus
+from hysparse_megatron.data.read.blend import Blend
+from hysparse_megatron.data.read.dataset import BlendedSamples, Samples, TokenSamples
 from hysparse_megatron.errors import DataError
 
 Progress = Callable[[str], None]

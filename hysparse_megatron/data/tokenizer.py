@@ -1,24 +1,35 @@
-"""Byte-level BPE: train one on a corpus, load one from a tokenizer.json, encode and decode text."""
+"""Tokenizers of text: tokenizer.json, SentencePiece, bytes; and training a byte-level BPE.
+
+Text is never parsed for special tokens: a document that spells out `<|endoftext|>` is encoded as
+ordinary characters, so it cannot forge the end of a document.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
+import fsspec
 import numpy as np
+import tokenizers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from hysparse_megatron.data.card import SENTENCEPIECE_NAME, TOKENIZER_NAME
 from hysparse_megatron.errors import DataError
+from hysparse_megatron.packages import require_package
 
+BYTES = "bytes"
+"""In place of a path: one id per byte of UTF-8, without a file."""
 END_OF_DOCUMENT = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257
 """The 256 bytes and the end-of-document token."""
-ENCODE_CHARACTERS = 1024 * 1024
-"""Longest text that is encoded at once; `cut_text` cuts longer ones."""
 
-# Names under which published tokenizers keep the same token, in the order they are looked for.
+# Names under which published tokenizers keep the same token, for those that do not say their own.
 _END_OF_DOCUMENT_NAMES = (
     END_OF_DOCUMENT,
     "<|end_of_text|>",
@@ -26,20 +37,35 @@ _END_OF_DOCUMENT_NAMES = (
     "</s>",
     "<eos>",
 )
-_SAMPLE_CHARACTERS = 64 * 1024
 _LONG_RUN = re.compile(r"\S{256}")
+_WINDOW = 1 << 20
+"""Characters that are encoded at once: the library keeps about 100 bytes for each token."""
+_OVERLAP = 1 << 14
+_AGREEING_TOKENS = 64
 
 
-class TextTokenizer:
-    """Text to token ids and back.
-
-    Text is never parsed for special tokens: a document that spells out `<|endoftext|>` is encoded
-    as ordinary characters, so it cannot forge the end of a document.
+class Encoder(Protocol):
+    """Text to token ids.
 
     Attributes:
         vocab_size: highest token id + 1.
         end_of_document: the id that closes every document.
+        end_name: the token of that id.
     """
+
+    vocab_size: int
+    end_of_document: int
+    end_name: str
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids of each text, integers [num_tokens], without end-of-document."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids."""
+
+
+class TextTokenizer:
+    """A tokenizer of the tokenizers library. Attributes as `Encoder`."""
 
     def __init__(self, tokenizer: Tokenizer, end_of_document: str = END_OF_DOCUMENT) -> None:
         token_id = tokenizer.token_to_id(end_of_document)
@@ -50,6 +76,7 @@ class TextTokenizer:
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         self.end_of_document: int = token_id
+        self.end_name = end_of_document
         self.vocab_size: int = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str) -> list[int]:
@@ -58,37 +85,209 @@ class TextTokenizer:
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of each text, int64 [num_tokens], on all cores, without end-of-document.
-
-        Text above 2**20 characters is encoded in pieces, cut after a line end where there is one:
-        it bounds the memory and spreads one huge document over the cores.
-        """
-        pieces = [list(cut_text(text)) for text in texts]
-        encodings = iter(
-            self._tokenizer.encode_batch_fast(
-                [piece for of_text in pieces for piece in of_text], add_special_tokens=False
-            )
-        )
+        """Token ids of each text, int64 [num_tokens], on all cores, without end-of-document."""
+        short = [text for text in texts if len(text) <= _WINDOW]
+        encoded = iter(self._tokenizer.encode_batch_fast(short, add_special_tokens=False))
         return [
-            _join([np.asarray(next(encodings).ids, dtype=np.int64) for _ in of_text])
-            for of_text in pieces
+            np.asarray(next(encoded).ids, dtype=np.int64)
+            if len(text) <= _WINDOW
+            else self._encode_long(text)
+            for text in texts
         ]
+
+    def _encode_long(self, text: str) -> np.ndarray:
+        """Windows that overlap are encoded on all cores, and joined where they agree.
+
+        A token depends on characters near it alone, so the ids are those of the whole text; where
+        two windows do not agree, as within one endless word, the whole text is encoded at once.
+        """
+        starts = range(0, len(text) - _OVERLAP, _WINDOW - _OVERLAP)
+        windows = [text[start : start + _WINDOW] for start in starts]
+        encodings = self._tokenizer.encode_batch(windows, add_special_tokens=False)
+        parts, first = [], 0
+        for number, encoding in enumerate(encodings):
+            ids = np.asarray(encoding.ids, dtype=np.int64)
+            stop, following = len(ids), 0
+            if number + 1 < len(encodings):
+                offset = starts[number + 1] - starts[number]
+                joint = _joint(encoding, encodings[number + 1], offset)
+                if joint is None:
+                    whole = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
+                    return np.asarray(whole[0].ids, dtype=np.int64)
+                stop, following = joint
+            parts.append(ids[first:stop])
+            first = following
+        return np.concatenate(parts)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of the ids. Bytes that are no valid UTF-8 (a cut character) become U+FFFD."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
 
-def _join(parts: list[np.ndarray]) -> np.ndarray:
-    """One array of several; a text of one piece, nearly every one, is not copied."""
-    return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.int64), *parts])
+def _joint(
+    left: tokenizers.Encoding, right: tokenizers.Encoding, offset: int
+) -> tuple[int, int] | None:
+    """Numbers of one token in two encodings from which on both agree, in the middle of the overlap.
+
+    `offset` is where `right` starts in the text of `left`, in characters.
+    """
+    places = [np.array(side.offsets)[:, 0] for side in (left, right)]
+    places[1] += offset
+    low = offset + _OVERLAP // 4
+    inside = [np.flatnonzero((p >= low) & (p < low + _OVERLAP // 2)) for p in places]
+    _, mine, others = np.intersect1d(
+        places[0][inside[0]], places[1][inside[1]], return_indices=True
+    )
+    ids = [np.array(side.ids) for side in (left, right)]
+    for i, j in zip(inside[0][mine], inside[1][others], strict=True):
+        spans = slice(i, i + _AGREEING_TOKENS), slice(j, j + _AGREEING_TOKENS)
+        if len(ids[0][spans[0]]) == _AGREEING_TOKENS and all(
+            np.array_equal(found[0][spans[0]], found[1][spans[1]]) for found in (ids, places)
+        ):
+            return int(i), int(j)
+    return None
+
+
+class ByteTokenizer:
+    """One id per byte of UTF-8, and 256 to close a document. Attributes as `Encoder`."""
+
+    vocab_size = MIN_VOCAB_SIZE
+    end_of_document = MIN_VOCAB_SIZE - 1
+    end_name = END_OF_DOCUMENT
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids of each text, uint8 [num_bytes]."""
+        return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids; of bytes that are no UTF-8, U+FFFD."""
+        return bytes(ids).decode(errors="replace")
+
+
+def bytes_tokenizer() -> Tokenizer:
+    """`ByteTokenizer` as a tokenizer.json, for tools that know only that format."""
+    # How byte-level BPE writes bytes: printable characters of Latin-1 stand for themselves, the
+    # others for characters from 256 on.
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(256, 512))
+    vocabulary = {chr(byte if byte in printable else next(others)): byte for byte in range(256)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([END_OF_DOCUMENT])
+    return tokenizer
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model. Attributes as `Encoder`.
+
+    Raises:
+        DataError: the file is missing or no model, or it has no end-of-document piece.
+    """
+
+    def __init__(self, path: str, end_of_document: str | None = None) -> None:
+        sentencepiece = require_package("sentencepiece", f"the tokenizer {path}")
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=_read(path))
+        except (OSError, RuntimeError) as error:
+            raise DataError(f"{path}: not a SentencePiece model: {error}") from error
+        self.vocab_size: int = self._model.get_piece_size()
+        token_id = int(self._model.eos_id())
+        if end_of_document is not None:
+            token_id = int(self._model.piece_to_id(end_of_document))
+            if self._model.id_to_piece(token_id) != end_of_document:
+                raise DataError(f"{path}: no end-of-document token; looked for {end_of_document}")
+        elif token_id < 0:
+            raise DataError(f"{path}: has no end-of-sentence piece; name another one to use")
+        self.end_of_document = token_id
+        self.end_name: str = self._model.id_to_piece(token_id)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids of each text, int32 [num_tokens], without end-of-document."""
+        encoded = self._model.encode(list(texts), out_type=int, num_threads=1)
+        return [np.asarray(ids, dtype=np.int32) for ids in encoded]
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, without end-of-document."""
+        return list(self._model.encode(text))
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Text of the ids; control symbols give none."""
+        return str(self._model.decode([int(i) for i in ids]))
+
+
+@dataclass(frozen=True)
+class TokenizerChoice:
+    """A tokenizer by name, which processes load themselves.
+
+    Attributes:
+        kind: tokenizers, sentencepiece or bytes.
+        path: the file, or None for bytes.
+        end_of_document: the token that closes a document, None to look for it.
+    """
+
+    kind: str
+    path: str | None
+    end_of_document: str | None = None
+
+    @property
+    def kept_name(self) -> str:
+        """Name of its file in the prepared folder."""
+        return SENTENCEPIECE_NAME if self.kind == "sentencepiece" else TOKENIZER_NAME
+
+    @property
+    def library(self) -> tuple[str, str]:
+        """Name and version of the library whose version may change the ids."""
+        if self.kind == "sentencepiece":
+            package = require_package("sentencepiece", f"the tokenizer {self.path}")
+            return "sentencepiece", package.__version__
+        return "tokenizers", tokenizers.__version__
+
+    def load(self) -> Encoder:
+        """Raises DataError: the file is missing, no tokenizer, or cannot close a document."""
+        if self.path is None:
+            return ByteTokenizer()
+        if self.kind == "sentencepiece":
+            return SentencePieceTokenizer(self.path, self.end_of_document)
+        return load_tokenizer(self.path, self.end_of_document)
+
+    def contents(self) -> bytes:
+        """The tokenizer's file; for bytes a `tokenizer.json` that gives the same ids."""
+        if self.path is None:
+            return bytes_tokenizer().to_str(pretty=True).encode()
+        return _read(self.path)
+
+    def sha256(self) -> str:
+        """Of `contents`."""
+        return hashlib.sha256(self.contents()).hexdigest()
+
+
+def choose_tokenizer(given: str, end_of_document: str | None = None) -> TokenizerChoice:
+    """The tokenizer meant by `given`: a file, a folder of Hugging Face's, or `bytes`.
+
+    Raises:
+        DataError: a folder that holds neither tokenizer.json nor tokenizer.model.
+    """
+    if given == BYTES and not os.path.exists(given):
+        return TokenizerChoice(BYTES, None)
+    path = os.path.abspath(given)
+    if os.path.isdir(path):
+        held = [n for n in (TOKENIZER_NAME, SENTENCEPIECE_NAME) if os.path.isfile(f"{path}/{n}")]
+        if not held:
+            raise DataError(
+                f"{path}: holds neither {TOKENIZER_NAME} nor {SENTENCEPIECE_NAME}; transformers "
+                "writes the first: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+            )
+        path = os.path.join(path, held[0])
+    kind = "sentencepiece" if path.endswith(".model") else "tokenizers"
+    return TokenizerChoice(kind, path, end_of_document)
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE; the same documents give the same tokenizer, in any process.
 
     Args:
-        documents: texts; see `sample_evenly` to bound their size.
+        documents: texts; some megabytes are enough.
         vocab_size: at most this many ids: `<|endoftext|>` as 0, the 256 bytes, then merges. A small
             corpus may run out of pairs to merge and give fewer.
 
@@ -126,24 +325,21 @@ def load_tokenizer(path: str, end_of_document: str | None = None) -> TextTokeniz
 
     Args:
         path: the file or its folder.
-        end_of_document: the token that closes a document; None looks for the names that published
-            tokenizers use, then for the `eos_token` of a `tokenizer_config.json` beside it.
+        end_of_document: the token that closes a document; None takes the `eos_token` of a
+            `tokenizer_config.json` beside it, or looks for names that published tokenizers use.
 
     Raises:
         DataError: the file is missing or no tokenizer, or it has no end-of-document token.
     """
     path = tokenizer_file(path)
     try:
-        with open(path, encoding="utf-8") as stream:
-            text = stream.read()
-    except OSError as error:
-        raise DataError(f"{path}: cannot read the tokenizer: {error.strerror}") from error
+        tokenizer = Tokenizer.from_str(_read(path).decode())
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path}: not a tokenizer.json: bad UTF-8 at offset {error.start}"
         ) from error
-    try:
-        tokenizer = Tokenizer.from_str(text)
+    except DataError:
+        raise
     except Exception as error:  # the library raises plain Exception
         raise DataError(f"{path}: not a tokenizer.json: {error}") from error
     names = (end_of_document,) if end_of_document else _end_of_document_names(path)
@@ -154,39 +350,24 @@ def load_tokenizer(path: str, end_of_document: str | None = None) -> TextTokeniz
 
 
 def _end_of_document_names(path: str) -> tuple[str, ...]:
-    """Names to look for, those of the folder's configuration last."""
+    """Names to look for, the tokenizer's own first: what lies beside it says it."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        try:
+            with open(os.path.join(os.path.dirname(path), name), "rb") as stream:
+                token = json.load(stream)["eos_token"]
+        except (OSError, ValueError, LookupError, TypeError):
+            continue
+        own = token.get("content") if isinstance(token, dict) else token
+        if own:
+            return (str(own), *_END_OF_DOCUMENT_NAMES)
+    return _END_OF_DOCUMENT_NAMES
+
+
+def _read(path: str) -> bytes:
     try:
-        with open(os.path.join(os.path.dirname(path), "tokenizer_config.json"), "rb") as stream:
-            token = json.load(stream)["eos_token"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return _END_OF_DOCUMENT_NAMES
-    content = token.get("content") if isinstance(token, dict) else token
-    return (*_END_OF_DOCUMENT_NAMES, content) if content else _END_OF_DOCUMENT_NAMES
-
-
-def sample_evenly(texts: Iterable[str], *, total_bytes: int, max_bytes: int) -> Iterator[str]:
-    """Yield about `max_bytes` of text spread evenly over `texts` of about `total_bytes`.
-
-    Takes pieces of at most 64 Ki characters whenever the share of text passed so far has earned
-    one, so a single huge document is sampled as evenly as many small ones.
-    """
-    share = min(1.0, max_bytes / max(1, total_bytes))
-    earned = 0.0
-    for text in texts:
-        for piece in cut_text(text, _SAMPLE_CHARACTERS):
-            earned += share * len(piece)
-            if share == 1.0 or earned >= len(piece):
-                earned -= len(piece)
-                yield piece
-
-
-def cut_text(text: str, max_characters: int = ENCODE_CHARACTERS) -> Iterator[str]:
-    """Cut text into pieces, each ending with the last line end that fits, if there is one."""
-    start = 0
-    while len(text) - start > max_characters:
-        line_end = text.rfind("\n", start, start + max_characters)
-        end = line_end + 1 if line_end >= 0 else start + max_characters
-        yield text[start:end]
-        start = end
-    if start < len(text):
-        yield text[start:]
+        with fsspec.open(path, "rb") as stream:
+            contents: bytes = stream.read()
+    except OSError as error:
+        reason = error.strerror or error
+        raise DataError(f"{path}: cannot read the tokenizer: {reason}") from error
+    return contents

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from hysparse_megatron.config.schema import DataConfig
-from hysparse_megatron.data import EvaluationBatches
 from hysparse_megatron.data.card import CARD_NAME
+from hysparse_megatron.data.read.held_out import EvaluationBatches
 from hysparse_megatron.data.run_tokenizer import find_run_tokenizer
 from hysparse_megatron.data.sources import load_data, open_samples, with_path
 from hysparse_megatron.errors import DataError

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from hysparse_megatron.architecture.layers import LayerKind
 from hysparse_megatron.architecture.layout import parse_layout
-from hysparse_megatron.data import EvaluationBatches
+from hysparse_megatron.data.read.held_out import EvaluationBatches
 from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.evaluation.held_out import token_losses
 from hysparse_megatron.evaluation.positions import loss_by_position

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hysparse_megatron.config.schema import VALIDATION
-from hysparse_megatron.data import BatchSource, EvaluationBatches, Position
+from hysparse_megatron.data.read.batches import BatchSource
+from hysparse_megatron.data.read.held_out import EvaluationBatches
+from hysparse_megatron.data.read.order import Position
 from hysparse_megatron.errors import NumericalStop
 from hysparse_megatron.runtime import faults
 from hysparse_megatron.training.control import Watch

@@ -16,7 +16,7 @@ from hysparse_megatron.config.frozen import config_hash
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.config.skips import Skips
 from hysparse_megatron.continuation import check_continuation, recorded_settings
-from hysparse_megatron.data.order import Position
+from hysparse_megatron.data.read.order import Position
 from hysparse_megatron.data.sources import TrainingData, changed_fields
 from hysparse_megatron.errors import CheckpointError, ConfigError, DataError
 from hysparse_megatron.rundir import versions

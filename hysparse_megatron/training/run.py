@@ -15,10 +15,8 @@ from hysparse_megatron.checkpoint.saver import Saver
 from hysparse_megatron.config.frozen import config_hash
 from hysparse_megatron.config.schema import VALIDATION, Config
 from hysparse_megatron.config.skips import Skips
-from hysparse_megatron.data import (
-    BatchSource,
-    EvaluationBatches,
-)
+from hysparse_megatron.data.read.batches import BatchSource
+from hysparse_megatron.data.read.held_out import EvaluationBatches
 from hysparse_megatron.data.sources import (
     TrainingData,
     check_content,

@@ -9,7 +9,7 @@ from hysparse_kernels import BackendChoice, BackendUnavailable, resolve_backend
 
 from hysparse_megatron.architecture.parameters import parameters_of
 from hysparse_megatron.config.schema import Config, Precision
-from hysparse_megatron.data import EvaluationBatches
+from hysparse_megatron.data.read.held_out import EvaluationBatches
 from hysparse_megatron.data.sources import MANY_EPOCHS, TrainingData, count_of, epochs_of
 from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.model.layers import describe_layers

@@ -29,7 +29,7 @@ from hysparse_megatron.config.schema import (
     TrainConfig,
 )
 from hysparse_megatron.config.validate import check
-from hysparse_megatron.data.batches import separate_documents
+from hysparse_megatron.data.read.batches import separate_documents
 
 VOCAB = 128
 SEQ_LENGTH = 32

@@ -23,7 +23,9 @@ from hysparse_megatron.checkpoint.store import resolve_checkpoint
 from hysparse_megatron.checkpoint.tensors import INDEX, read_weights
 from hysparse_megatron.checkpoint.writer import CheckpointWrite, Job
 from hysparse_megatron.config.schema import Config
-from hysparse_megatron.data import BatchSource, Position, TokenSamples
+from hysparse_megatron.data.read.batches import BatchSource
+from hysparse_megatron.data.read.dataset import TokenSamples
+from hysparse_megatron.data.read.order import Position
 from hysparse_megatron.errors import CheckpointError
 from hysparse_megatron.training.muon import is_matrix, matrix_parts
 from hysparse_megatron.training.optimizer import distributed_parts

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hysparse_megatron.data import sample_ids
+from hysparse_megatron.data.read.order import sample_ids
 from hysparse_megatron.tracking.metrics import read_metrics
 from tests.distributed.pool import WorkerPool
 from tests.distributed.position_jobs import start

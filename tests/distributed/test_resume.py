@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hysparse_megatron.config.schema import Precision
-from hysparse_megatron.data.indexed import IndexedWriter
+from hysparse_megatron.data.read.indexed import IndexedWriter
 from tests.distributed.cases import (
     EXPERTS,
     HALF_BATCH,

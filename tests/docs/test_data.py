@@ -20,7 +20,8 @@ def test_every_option_is_explained_and_no_other() -> None:
 
 
 def test_shown_commands_are_valid() -> None:
-    lines = re.findall(r"^    hysparse prepare-data (.*)$", TEXT, flags=re.M)
+    joined = re.sub(r" \\\n +", " ", TEXT)
+    lines = re.findall(r"^    hysparse prepare-data (.*)$", joined, flags=re.M)
     assert len(lines) >= 2
     for line in lines:
         _parser().parse_args(shlex.split(line))

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from hysparse_megatron.config.compose import compose
-from hysparse_megatron.data import PreparedCorpus, TokenSamples, train_tokenizer
+from hysparse_megatron.data.card import PreparedCorpus
+from hysparse_megatron.data.read.dataset import TokenSamples
 from hysparse_megatron.data.sources import load_data
+from hysparse_megatron.data.tokenizer import train_tokenizer
 from tests.fault.faulty_runs import STEPS, FaultyRun, short
 from tests.run.run_commands import contents, processes_naming, read_json, run, write_text
 
@@ -75,10 +77,10 @@ def test_preparation_counts_and_reports_and_stops_over_a_limit(tmp_path: Path) -
     start = lines.read_bytes().index
     told = [
         f"{source}/latin.txt: bad UTF-8 (byte 0xe9) at offset 3",
-        f"{lines}: missing field 'text', line at offset {start(b'{"body')}; fields found: body",
-        f"{lines}: bad UTF-8 (byte 0xff) at offset {start(b'\xff')}",
-        f"{lines}: line at offset {start(b'{"text": "a')}: longer than 1,048,576 bytes",
-        f"{lines}: not a JSON object, line at offset {start(b'no JSON')}",
+        f"{lines}:3: missing field 'text', line at offset {start(b'{"body')}; fields found: body",
+        f"{lines}:4: bad UTF-8 (byte 0xff) at offset {start(b'\xff')}",
+        f"{lines}:5: longer than 1,048,576 bytes, line at offset {start(b'{"text": "a')}",
+        f"{lines}:6: not a JSON object, line at offset {start(b'no JSON')}",
     ]
     code, output = prepare(source, tmp_path / "out", "--max-bad=4")
     assert code == 5, output
@@ -155,7 +157,7 @@ def test_bad_text_is_refused_by_file_and_offset(name: str, new_run: NewRun, tmp_
     run = new_run()
     output = run.run(f"data.path={source}", f"data.cache_dir={tmp_path}/cache", code=5)
     offset = {"latin.txt": 3, "lines.jsonl": (source / name).read_bytes().find(b'{"body')}[name]
-    expected = rf"{re.escape(str(source / name))}.* at offset {offset}\b.*number 1, 0 allowed"
+    expected = rf"1 bad .*, 0 allowed; .*\n  {re.escape(str(source / name))}.* at offset {offset}\b"
     assert re.search(f"DataError: {expected}", output), output
     run.assert_ended("failed", 5, None, expected)
 
@@ -193,4 +195,4 @@ def test_empty_and_huge_documents_are_no_fault(new_run: NewRun, tmp_path: Path) 
     (source / "lines.jsonl").write_text(f"{line}\n\n{line}\n")
     overrides = [f"data.path={source}", f"data.cache_dir={tmp_path}/cache"]
     output = new_run().run(*overrides, *short(2), code=0)
-    assert "of 43 documents (2 empty, 0 bad left out)" in output
+    assert "in 43 documents (2 empty and 0 bad left out)" in output

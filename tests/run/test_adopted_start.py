@@ -15,8 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hysparse_megatron.config.frozen import load_frozen
 from hysparse_megatron.config.schema import Precision
-from hysparse_megatron.data.bulk.tokenizers import bytes_tokenizer
-from hysparse_megatron.data.tokenizer import train_tokenizer
+from hysparse_megatron.data.tokenizer import bytes_tokenizer, train_tokenizer
 from tests.unit.model.tiny_models import randomize
 from tools import choose_full_layers, convert, evaluate, generate, prepare_data
 

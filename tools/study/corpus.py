@@ -197,17 +197,16 @@ class _Parts:
         self.paths: list[Path] = []
 
     def add(self, text: str) -> None:
-        import zstandard
+        from backports import zstd
 
         if self._writer is None:
             number = "" if self._part_bytes is None else f"-{len(self.paths):03d}"
             path = self._folder / f"{self._stem}{number}.jsonl.zst"
             self._file = path.open("wb")
-            parameters = zstandard.ZstdCompressionParameters.from_level(
-                _LEVEL, window_log=27, enable_ldm=True
-            )
-            compressor = zstandard.ZstdCompressor(compression_params=parameters)
-            self._writer = compressor.stream_writer(self._file, closefd=True)
+            names = zstd.CompressionParameter
+            options: dict[int, int] = {names.compression_level: _LEVEL, names.window_log: 27}
+            options[names.enable_long_distance_matching] = 1
+            self._writer = zstd.ZstdFile(self._file, "wb", options=options)
             self.paths.append(path)
         self._writer.write(json.dumps({"text": text}).encode() + b"\n")
         assert self._file is not None
@@ -215,8 +214,9 @@ class _Parts:
             self.close()
 
     def close(self) -> None:
-        if self._writer is not None:
+        if self._writer is not None and self._file is not None:
             self._writer.close()
+            self._file.close()
         self._writer = None
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tiny_corpora import prepare, write_json_lines
 
-from hysparse_megatron.data import PreparedCorpus
+from hysparse_megatron.data.card import PreparedCorpus
 
 
 @pytest.fixture(scope="session")

@@ -9,13 +9,11 @@ import pytest
 import torch
 
 from hysparse_megatron.config.batch_ramp import BatchRamp
-from hysparse_megatron.data import (
-    BatchSource,
-    Position,
-    PreparedCorpus,
-    TokenSamples,
-)
-from hysparse_megatron.data.indexed import IndexedWriter
+from hysparse_megatron.data.card import PreparedCorpus
+from hysparse_megatron.data.read.batches import BatchSource
+from hysparse_megatron.data.read.dataset import TokenSamples
+from hysparse_megatron.data.read.indexed import IndexedWriter
+from hysparse_megatron.data.read.order import Position
 from hysparse_megatron.errors import DataError
 
 S = 8

@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 from hysparse_megatron.config.batch_ramp import BatchRamp
 from hysparse_megatron.config.blend import parse_blend
 from hysparse_megatron.config.skips import Skips
-from hysparse_megatron.data.batches import BatchSource
-from hysparse_megatron.data.blend import MOST_PLACES, Blend
-from hysparse_megatron.data.dataset import BlendedSamples, TokenSamples
-from hysparse_megatron.data.held_out import EvaluationBatches
-from hysparse_megatron.data.indexed import IndexedWriter
-from hysparse_megatron.data.order import Position
-from hysparse_megatron.data.prepare import PreparedCorpus, prepare_corpus
+from hysparse_megatron.data.card import PreparedCorpus
+from hysparse_megatron.data.prepare.cached import prepare_corpus
+from hysparse_megatron.data.read.batches import BatchSource
+from hysparse_megatron.data.read.blend import MOST_PLACES, Blend
+from hysparse_megatron.data.read.dataset import BlendedSamples, TokenSamples
+from hysparse_megatron.data.read.held_out import EvaluationBatches
+from hysparse_megatron.data.read.indexed import IndexedWriter
+from hysparse_megatron.data.read.order import Position
 from hysparse_megatron.data.sources import load_blend, open_samples
 from hysparse_megatron.errors import DataError
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from tiny_corpora import prepare
 
-from hysparse_megatron.data import PreparedCorpus, content, load_prepared
-from hysparse_megatron.data.card import large_files
+from hysparse_megatron.data import content
+from hysparse_megatron.data.card import PreparedCorpus, large_files, load_prepared
 from hysparse_megatron.data.content import ContentCheck
 from hysparse_megatron.data.sources import BlendedCorpus, check_content
 from hysparse_megatron.errors import DataError

@@ -9,7 +9,7 @@ import pytest
 from tiny_corpora import prepare, write_json_lines
 
 from hysparse_megatron.config.schema import DataConfig
-from hysparse_megatron.data import PreparedCorpus
+from hysparse_megatron.data.card import PreparedCorpus
 from hysparse_megatron.data.sources import load_evaluations
 from hysparse_megatron.errors import DataError
 

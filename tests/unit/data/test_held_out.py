@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hysparse_megatron.data import EvaluationBatches, TokenSamples
-from hysparse_megatron.data.indexed import IndexedWriter
+from hysparse_megatron.data.read.dataset import TokenSamples
+from hysparse_megatron.data.read.held_out import EvaluationBatches
+from hysparse_megatron.data.read.indexed import IndexedWriter
 
 S = 8
 ALONE = {"data_parallel_size": 1, "data_parallel_rank": 0}

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from hysparse_megatron.data.dataset import TokenSamples
-from hysparse_megatron.data.indexed import (
+from hysparse_megatron.data.read.dataset import TokenSamples
+from hysparse_megatron.data.read.indexed import (
     IndexedWriter,
     TokenFile,
     check_indexed,

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hysparse_megatron.data import sample_ids
+from hysparse_megatron.data.read.order import sample_ids
 
 
 def epoch_ids(num_samples: int, epoch: int, seed: int = 0, fingerprint: str = "f") -> np.ndarray:

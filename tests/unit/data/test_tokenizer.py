@@ -1,19 +1,26 @@
 from __future__ import annotations
 
+import json
 import random
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, pre_tokenizers
 
-from hysparse_megatron.data import TextTokenizer, load_tokenizer, train_tokenizer
-from hysparse_megatron.data.tokenizer import END_OF_DOCUMENT, sample_evenly
+import hysparse_megatron.data.tokenizer
+from hysparse_megatron.data.prepare import request
+from hysparse_megatron.data.tokenizer import (
+    END_OF_DOCUMENT,
+    TextTokenizer,
+    load_tokenizer,
+    train_tokenizer,
+)
 from hysparse_megatron.errors import DataError
 
 TEXTS = ["def add(a, b):\n    return a + b\n" * 20, "The quick naïve 東京 fox.\r\n\tjumps " * 30]
@@ -69,13 +76,28 @@ def test_training_is_the_same_in_another_process(tmp_path: Path) -> None:
     assert child.stdout == train_tokenizer(TEXTS, 400).to_str()
 
 
-def test_documents_above_the_piece_size_are_cut_at_line_ends() -> None:
-    text = ("x = 1\n" * 50_000) * 5  # 1.5 M characters
-    ids = TOKENIZER.encode_batch(["short", text, ""])
-    assert TOKENIZER.decode(ids[1]) == text
-    assert ids[0].tolist() == TOKENIZER.encode("short")
-    assert len(ids[2]) == 0
-    assert ids[1].dtype == np.int64
+@pytest.mark.parametrize("prefix", [True, False])
+def test_ids_of_a_long_text_are_those_of_the_whole(
+    prefix: bool, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with a tokenizer that puts a space before every text it is given."""
+    monkeypatch.setattr(hysparse_megatron.data.tokenizer, "_WINDOW", 1 << 14)
+    monkeypatch.setattr(hysparse_megatron.data.tokenizer, "_OVERLAP", 1 << 11)
+    generator = random.Random(seed)
+    words = ["".join(generator.choices("abcdeéж東 \n  ", k=9)) for _ in range(500)]
+    text = "".join(generator.choices(words, k=10_000 + generator.randint(0, 9999)))
+    assert len(text) > 5 << 14
+    raw = Tokenizer.from_str(train_tokenizer(words, 400).to_str())
+    raw.pre_tokenizer = (
+        pre_tokenizers.Metaspace() if prefix else pre_tokenizers.ByteLevel(add_prefix_space=False)
+    )
+    tokenizer = TextTokenizer(raw)
+    found = tokenizer.encode_batch(["short", text, ""])
+    assert found[1].tolist() == raw.encode(text, add_special_tokens=False).ids
+    assert found[0].tolist() == tokenizer.encode("short")
+    assert len(found[2]) == 0
+    endless = "ab" * 20_000  # no place at which windows could agree on its own
+    assert tokenizer.encode(endless) == raw.encode(endless, add_special_tokens=False).ids
 
 
 def test_a_megabyte_without_a_space_is_trained_on_in_seconds() -> None:
@@ -85,15 +107,27 @@ def test_a_megabyte_without_a_space_is_trained_on_in_seconds() -> None:
     assert time.monotonic() - start < 20
 
 
-def test_sample_is_spread_evenly() -> None:
-    texts = [f"{number:03d}" + "x" * 997 for number in range(100)]
-    sample = list(sample_evenly(texts, total_bytes=100_000, max_bytes=10_000))
-    numbers = [int(text[:3]) for text in sample]
-    assert 9 <= len(numbers) <= 10
-    assert set(np.diff(numbers)) == {10}
-    assert list(sample_evenly(texts, total_bytes=100_000, max_bytes=10**9)) == texts
-    one = list(sample_evenly(["line\n" * 200_000], total_bytes=10**6, max_bytes=300_000))
-    assert 200_000 <= sum(map(len, one)) <= 300_000
+@pytest.mark.parametrize("shape", ["lines", "files", "one file"])
+def test_sample_is_spread_evenly(
+    tmp_path: Path, shape: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a corpus larger than what a tokenizer is trained on."""
+    monkeypatch.setattr(request, "_TRAINING_BYTES", 400_000)
+    texts = [f"{number:04d}" + "x" * 9_996 for number in range(400)]
+    if shape == "lines":
+        lines = [json.dumps({"text": text}) + "\n" for text in texts]
+        (tmp_path / "a.jsonl").write_text("".join(lines))
+    elif shape == "files":
+        for number, text in enumerate(texts):
+            (tmp_path / f"{number:04d}.txt").write_text(text)
+    else:
+        (tmp_path / "a.txt").write_text("".join(texts))
+    sources, _ = request.sources_of([str(tmp_path)], "/nowhere")
+    sample = list(request._sample(request.PrepareRequest(sources, "/nowhere", None, 300)))
+    assert 300_000 < sum(map(len, sample)) < 520_000
+    numbers = [int(found) for text in sample for found in re.findall(r"\d{4}", text)]
+    assert numbers == sorted(numbers)
+    assert {number // 100 for number in numbers} == {0, 1, 2, 3}
 
 
 def test_load_accepts_file_or_folder(tmp_path: Path) -> None:
@@ -112,6 +146,24 @@ def test_load_finds_other_names_of_end_of_document(tmp_path: Path) -> None:
     text = train_tokenizer(TEXTS, 300).to_str().replace(END_OF_DOCUMENT, "</s>")
     Tokenizer.from_str(text).save(str(path))
     assert load_tokenizer(str(path)).end_of_document == 0
+
+
+def test_a_tokenizers_own_end_comes_before_names_that_others_use(tmp_path: Path) -> None:
+    """As in Llama 2's, to which somebody added a token of GPT-2's name."""
+    path = tmp_path / "tokenizer.json"
+    tokenizer = Tokenizer.from_str(train_tokenizer(TEXTS, 300).to_str())
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(path))
+    assert load_tokenizer(str(path)).end_of_document == 0
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text(json.dumps({"eos_token": {"content": "</s>"}}))
+        loaded = load_tokenizer(str(path))
+        assert loaded.end_of_document == tokenizer.token_to_id("</s>")
+        assert loaded.end_name == "</s>"
+        (tmp_path / name).unlink()
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    assert load_tokenizer(str(path)).end_name == "</s>"
+    assert load_tokenizer(str(path), "<|endoftext|>").end_of_document == 0
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-from hysparse_megatron.data import PreparedCorpus, prepare_corpus
+from hysparse_megatron.data.card import PreparedCorpus
+from hysparse_megatron.data.prepare.cached import prepare_corpus
 
 WORDS = [
     "the",

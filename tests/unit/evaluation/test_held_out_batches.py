@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from hysparse_megatron.config.compose import compose
-from hysparse_megatron.data import EvaluationBatches
+from hysparse_megatron.data.read.held_out import EvaluationBatches
 from hysparse_megatron.data.sources import load_data, open_samples
 from hysparse_megatron.evaluation.held_out import held_out_batches
 from tests.unit.single_process import default_group

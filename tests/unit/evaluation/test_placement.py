@@ -11,7 +11,7 @@ import torch
 
 from hysparse_megatron.architecture.layers import LayerKind
 from hysparse_megatron.architecture.layout import parse_layout
-from hysparse_megatron.data import EvaluationBatches
+from hysparse_megatron.data.read.held_out import EvaluationBatches
 from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.evaluation.held_out import token_losses
 from hysparse_megatron.evaluation.placement import Placement, layout_of

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from hysparse_megatron.checkpoint.assemble import Source, save_weights
 from hysparse_megatron.config.frozen import freeze
 from hysparse_megatron.config.schema import Config
-from hysparse_megatron.data.bulk.tokenizers import bytes_tokenizer
+from hysparse_megatron.data.tokenizer import bytes_tokenizer
 from hysparse_megatron.huggingface.weights import TABLES, model_weights
 from hysparse_megatron.runtime.process_groups import destroy_process_groups
 from hysparse_megatron.training.state import TrainingState, build_state

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from hysparse_megatron.checkpoint import store, tensors
-from hysparse_megatron.data.bulk.tokenizers import bytes_tokenizer
+from hysparse_megatron.data.tokenizer import bytes_tokenizer
 from hysparse_megatron.runtime.process_groups import destroy_process_groups
 from hysparse_megatron.training.state import TrainingState
 from tests.unit.huggingface.adopted import logits, start

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from hysparse_megatron.config.frozen import freeze
-from hysparse_megatron.data.bulk.tokenizers import bytes_tokenizer
+from hysparse_megatron.data.tokenizer import bytes_tokenizer
 from hysparse_megatron.runtime.process_groups import destroy_process_groups
 from hysparse_megatron.training.state import TrainingState
 from hysparse_megatron.training.step import Batch, train_step

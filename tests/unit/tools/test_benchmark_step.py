@@ -10,7 +10,7 @@ import torch
 
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.config.frozen import to_yaml
-from hysparse_megatron.data import batches as data_batches
+from hysparse_megatron.data.read import batches as data_batches
 from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.plan.memory import GIB
 from hysparse_megatron.plan.overview import make_overview

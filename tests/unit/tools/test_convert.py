@@ -16,7 +16,7 @@ from hysparse_megatron.checkpoint.assemble import Source, save_weights
 from hysparse_megatron.checkpoint.store import digest_of
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.config.frozen import freeze
-from hysparse_megatron.data.bulk.tokenizers import bytes_tokenizer
+from hysparse_megatron.data.tokenizer import bytes_tokenizer
 from hysparse_megatron.huggingface.weights import model_weights
 from tests.unit.huggingface.exports import IDS, load, random_run
 from tests.unit.model.tiny_models import tiny_config

@@ -10,7 +10,8 @@ from xml.etree import ElementTree
 import pytest
 
 from hysparse_megatron.config.compose import compose
-from hysparse_megatron.data import prepare_corpus, train_tokenizer
+from hysparse_megatron.data.prepare.cached import prepare_corpus
+from hysparse_megatron.data.tokenizer import train_tokenizer
 from hysparse_megatron.plan.overview import make_overview
 from tests.run.run_commands import children_seconds
 from tools.plan import main

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from hysparse_megatron.config.compose import compose
-from hysparse_megatron.data import Position
+from hysparse_megatron.data.read.order import Position
 from hysparse_megatron.errors import NumericalStop, Preempted
 from hysparse_megatron.evaluation.loss import HeldOutLoss
 from hysparse_megatron.training import loop

@@ -8,7 +8,7 @@ import pytest
 
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.config.schema import Config
-from hysparse_megatron.data import Position
+from hysparse_megatron.data.read.order import Position
 from hysparse_megatron.errors import CheckpointError
 from hysparse_megatron.training.loop import Progress
 from hysparse_megatron.training.resume import progress_of, warn_of_past_skips

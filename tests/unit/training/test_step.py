@@ -13,8 +13,9 @@ from megatron.core.optimizer import optimizer as megatron_optimizer
 from torch import Tensor
 
 from hysparse_megatron.config.compose import compose
-from hysparse_megatron.data import EvaluationBatches, TokenSamples
-from hysparse_megatron.data.indexed import IndexedWriter
+from hysparse_megatron.data.read.dataset import TokenSamples
+from hysparse_megatron.data.read.held_out import EvaluationBatches
+from hysparse_megatron.data.read.indexed import IndexedWriter
 from hysparse_megatron.errors import DataError
 from hysparse_megatron.runtime.process_groups import destroy_process_groups
 from hysparse_megatron.training import step as step_module

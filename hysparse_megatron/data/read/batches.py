@@ -15,8 +15,8 @@ import numpy as np
 
 from hysparse_megatron.config.batch_ramp import BatchRamp
 from hysparse_megatron.config.skips import Skips
-from hysparse_megatron.data.dataset import Samples
-from hysparse_megatron.data.order import Position
+from hysparse_megatron.data.read.dataset import Samples
+from hysparse_megatron.data.read.order import Position
 
 if TYPE_CHECKING:
     import torch

@@ -1,4 +1,4 @@
-"""Packages that only some inputs need."""
+"""Packages that only some commands need."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import Any
 from hysparse_megatron.errors import ConfigError
 
 _EXTRAS = {
+    "backports.zstd": "data",
+    "datatrove": "data",
     "pyarrow": "data",
+    "ray": "ray",
     "safetensors": "huggingface",
     "sentencepiece": "data",
     "tqdm": "data",
     "transformers": "huggingface",
-    "zstandard": "data",
 }
 """The extra of this project that brings a package."""
 
@@ -31,7 +33,7 @@ def require_package(name: str, purpose: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        package = name.partition(".")[0]
+        package = next(key for key in _EXTRAS if f"{name}.".startswith(f"{key}."))
         raise ConfigError(
             f"{purpose} needs the package {package}, which cannot be imported ({error}): "
             f"pip install {package} (the extra `{_EXTRAS[package]}` of this project has it)"

@@ -3,36 +3,40 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
+import os
 import random
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-import zstandard
-from bulk_corpora import (
+from backports import zstd
+from moto.server import ThreadedMotoServer
+from prepared_corpora import (
     all_texts,
     byte_texts,
     contents,
     documents,
     make_texts,
     prepare,
+    request,
     save_tokenizer,
     write_lines,
 )
 
-from hysparse_megatron.data import load_tokenizer
-from hysparse_megatron.data.bulk import packages
-from hysparse_megatron.data.bulk.assemble import held_out
-from hysparse_megatron.data.bulk.readers import read_text_pieces
-from hysparse_megatron.data.bulk.sources import list_sources
-from hysparse_megatron.data.bulk.units import cut_units
-from hysparse_megatron.data.bulk.verify import verify_prepared
-from hysparse_megatron.data.indexed import IndexedWriter
-from hysparse_megatron.data.tokenizer import ENCODE_CHARACTERS
+from hysparse_megatron import packages
+from hysparse_megatron.data.prepare import run, tokenize
+from hysparse_megatron.data.prepare.assemble import held_out
+from hysparse_megatron.data.prepare.sources import list_sources
+from hysparse_megatron.data.prepare.verify import verify_prepared
+from hysparse_megatron.data.read.indexed import IndexedWriter
+from hysparse_megatron.data.tokenizer import load_tokenizer
 from hysparse_megatron.errors import ConfigError, DataError
 
 TEXTS = make_texts(300)
@@ -56,8 +60,15 @@ def write_arrow(folder: Path, texts: list[str]) -> Path:
     return folder
 
 
-def write_parquet(path: Path, texts: list[str], row_group_size: int = 40) -> Path:
-    table = pa.table({"text": pa.array(texts, pa.string()), "other": ["x"] * len(texts)})
+def write_parquet(
+    path: Path,
+    texts: list[str | None],
+    row_group_size: int = 40,
+    kind: pa.DataType = pa.string(),  # noqa: B008
+) -> Path:
+    column = pa.array(texts, pa.string())
+    column = column.dictionary_encode() if pa.types.is_dictionary(kind) else column.cast(kind)
+    table = pa.table({"text": column, "other": ["x"] * len(texts)})
     pa.parquet.write_table(table, path, row_group_size=row_group_size)
     return path
 
@@ -72,8 +83,7 @@ def write_gzip(path: Path, texts: list[str]) -> Path:
 def write_zstd(path: Path, texts: list[str]) -> Path:
     """Two frames."""
     plain = write_lines(path.parent / "plain", texts).read_bytes()
-    compress = zstandard.ZstdCompressor().compress
-    path.write_bytes(compress(plain[:5000]) + compress(plain[5000:]))
+    path.write_bytes(zstd.compress(plain[:5000]) + zstd.compress(plain[5000:]))
     return path
 
 
@@ -82,6 +92,18 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
     "zst": lambda folder: write_zstd(folder / "a.jsonl.zst", TEXTS),
     "parquet": lambda folder: write_parquet(folder / "a.parquet", TEXTS),
     "parquet with one row group": lambda folder: write_parquet(folder / "a.parquet", TEXTS, 1000),
+    "parquet of views": lambda folder: write_parquet(
+        folder / "a.parquet", TEXTS, kind=pa.string_view()
+    ),
+    "parquet of a dictionary": lambda folder: write_parquet(
+        folder / "a.parquet", TEXTS, kind=pa.dictionary(pa.int32(), pa.string())
+    ),
+    "large strings": lambda folder: write_parquet(
+        folder / "a.parquet", TEXTS, kind=pa.large_string()
+    ),
+    "capitals": lambda folder: write_lines(folder / "a.JSONL", TEXTS),
+    "ndjson": lambda folder: write_lines(folder / "a.ndjson", TEXTS),
+    "json": lambda folder: write_lines(folder / "a.json", TEXTS),
     "arrow": lambda folder: write_arrow(folder / "saved", TEXTS),
 }
 
@@ -139,13 +161,9 @@ def test_lines_are_whole_wherever_a_file_is_cut(tmp_path: Path, unit_bytes: int)
 
 
 @pytest.mark.parametrize("compression", [None, "gz"])
-@pytest.mark.parametrize("has_lines", [True, False])
-def test_a_long_text_file_is_one_document_however_it_is_cut(
-    tmp_path: Path, has_lines: bool, compression: str | None
-) -> None:
+def test_a_long_text_file_is_one_document(tmp_path: Path, compression: str | None) -> None:
     generator = random.Random(1)
-    letters = "abcжди東京🙂 " + ("\n" if has_lines else "")
-    text = "\ufeff" + "".join(generator.choices(letters, k=ENCODE_CHARACTERS + 50_000))
+    text = "\ufeff" + "".join(generator.choices("abcжди東京🙂 \n", k=1_100_000))
     folder = tmp_path / "texts"
     folder.mkdir()
     if compression:
@@ -269,7 +287,7 @@ def test_a_damaged_file_is_refused_by_name(tmp_path: Path, name: str, damage: st
 
 def test_listing(tmp_path: Path) -> None:
     saved = write_arrow(tmp_path / "saved", TEXTS)
-    assert [source.file.name for source in list_sources([str(tmp_path)])] == [
+    assert [source.name for source in list_sources([str(tmp_path)])] == [
         f"{tmp_path.name}/saved/data-b.arrow",
         f"{tmp_path.name}/saved/data-a.arrow",
     ]
@@ -292,7 +310,7 @@ def test_a_missing_package_is_named_with_the_command(
         raise ModuleNotFoundError(f"No module named {name!r}")
 
     monkeypatch.setattr(packages.importlib, "import_module", refuse)
-    for name, package in (("a.parquet", "pyarrow"), ("a.jsonl.zst", "zstandard")):
+    for name, package in (("a.parquet", "pyarrow"), ("a.jsonl.zst", "backports.zstd")):
         (tmp_path / name).touch()
         with pytest.raises(ConfigError, match=rf"pip install {package} \(the extra `data`"):
             list_sources([str(tmp_path / name)])
@@ -313,7 +331,7 @@ def test_files_without_a_document_add_nothing(tmp_path: Path) -> None:
     with pa.OSFile(str(folder / "b.arrow"), "wb") as sink, pa.ipc.new_stream(sink, empty):
         pass
     (folder / "c.jsonl.gz").write_bytes(gzip.compress(b""))
-    (folder / "d.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(b""))
+    (folder / "d.jsonl.zst").write_bytes(zstd.compress(b""))
     (folder / "e.jsonl").touch()
     (folder / "f.txt.gz").write_bytes(gzip.compress(b""))
     with pytest.raises(DataError, match=r"none of 0 document\(s\) with text"):
@@ -325,31 +343,165 @@ def test_files_without_a_document_add_nothing(tmp_path: Path) -> None:
     assert prepared.empty_documents == 1
 
 
-@pytest.mark.parametrize("unit_bytes", [1, 4, 50, 1000])
-@pytest.mark.parametrize("compress", [gzip.compress, zstandard.ZstdCompressor().compress])
-def test_compressed_files_are_cut_where_plain_ones_are(
-    tmp_path: Path, unit_bytes: int, compress: Callable[[bytes], bytes], seed: int
+def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
+    """Also where they lead back."""
+    folder, elsewhere = tmp_path / "in", tmp_path / "elsewhere"
+    for place in (folder, elsewhere):
+        place.mkdir()
+    write_lines(folder / "a.jsonl", TEXTS[:40])
+    write_lines(elsewhere / "b.jsonl", TEXTS[40:80])
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "again").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(folder)
+    assert all_texts(prepare(tmp_path / "out", folder)) == sorted(TEXTS[:80])
+
+
+def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "folder" / "pipe.txt")
+    for given in ("pipe.jsonl", "folder"):
+        with pytest.raises(DataError, match=r"pipe\.\w+: is a pipe, a socket or a device"):
+            list_sources([str(tmp_path / given)])
+    (tmp_path / "folder" / "pipe.txt").unlink()
+    (tmp_path / "folder" / "dangling").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="dangling: cannot be read: No such file"):
+        list_sources([str(tmp_path / "folder")])
+
+
+def test_json_lines_under_another_name_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    generator = random.Random(seed)
-    lines = ["x" * generator.randint(0, 9) for _ in range(200)]
-    text = "\n".join([*lines, "y" * 3 * unit_bytes, *lines[: generator.randint(0, 9)]])
-    plain = tmp_path / "a.txt"
-    plain.write_text(text)
-    suffix = "gz" if compress is gzip.compress else "zst"
-    compressed = tmp_path / f"b.txt.{suffix}"
-    compressed.write_bytes(compress(text.encode()))
+    write_lines(tmp_path / "a.txt", TEXTS[:9])
+    (tmp_path / "b.txt").write_text("\n".join(TEXTS))
+    prepare(tmp_path / "out", tmp_path / "a.txt", tmp_path / "b.txt")
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "WARNING" in line]
+    assert "a.txt: read as one text, but every line is a JSON object" in line
+    made = prepare(tmp_path / "lines", tmp_path / "a.txt", kind="jsonl")
+    assert all_texts(made) == sorted(TEXTS[:9])
 
-    def pieces(path: Path) -> list[str]:
-        sources = list_sources([str(path)])
-        units = cut_units(
-            sources,
-            unit_bytes=unit_bytes,
-            spill_folder=str(tmp_path),
-            is_done=lambda name: False,
-            is_finished=lambda number: False,
-        )
-        read = ["".join(map(str, read_text_pieces(sources[0], unit.pieces[0]))) for unit in units]
-        return [piece for piece in read if piece]
 
-    assert "".join(pieces(plain)) == text
-    assert pieces(compressed) == pieces(plain)
+def test_ten_thousand_small_files(tmp_path: Path) -> None:
+    """They share units: no file for each of them."""
+    texts = [f"file {number}" for number in range(10_000)]
+    for number, text in enumerate(texts):
+        path = tmp_path / "in" / f"{number % 100:02d}" / f"{number:04d}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    made = prepare(tmp_path / "out", tmp_path / "in")
+    assert all_texts(made) == sorted(texts)
+    card = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    assert len(card["sources"]) + card["sources_not_listed"] == 10_000
+
+
+class Stream(io.RawIOBase):
+    """JSON lines that are made as they are read."""
+
+    line = json.dumps({"text": "a line of a stream that nobody stores " * 25}).encode() + b"\n"
+
+    def __init__(self, size: int) -> None:
+        self.size, self.place = size // len(self.line) * len(self.line), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, place: int, whence: int = 0) -> int:
+        self.place = place
+        return place
+
+    def tell(self) -> int:
+        return self.place
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        count = min(len(buffer), self.size - self.place)
+        first = self.place % len(self.line)
+        data = self.line * (2 + count // len(self.line))
+        buffer[:count] = data[first : first + count]
+        self.place += count
+        return count
+
+
+class Streams(fsspec.AbstractFileSystem):
+    """stream://SIZE.jsonl"""
+
+    protocol = "stream"
+
+    def info(self, path: str, **options: object) -> dict:
+        size = int(self._strip_protocol(path).partition(".")[0])
+        return {"name": path, "size": Stream(size).size, "type": "file"}
+
+    def find(self, path: str, **options: object) -> dict:
+        return {}
+
+    def _open(self, path: str, mode: str = "rb", **options: object) -> Stream:
+        return Stream(int(self._strip_protocol(path).partition(".")[0]))
+
+
+def test_a_stream_that_is_never_stored(tmp_path: Path) -> None:
+    """The shape of a corpus of any size, `stream://20000000000.jsonl`: many units of one file,
+    whose memory does not grow with it."""
+    fsspec.register_implementation("stream", Streams, clobber=True)
+    peaks = []
+    for size in (5_000_000, 20_000_000):
+        tracemalloc.start()
+        options = {"unit_bytes": 1 << 20, "validation_fraction": 0.0}
+        made = prepare(tmp_path / str(size), f"stream://{size}.jsonl", **options)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert made.train_documents == size // len(Stream.line)
+    assert peaks[1] < 1.3 * peaks[0], peaks
+
+
+def test_memory_of_another_file_system_is_read_and_written(tmp_path: Path) -> None:
+    here = write_lines(tmp_path / "a.jsonl", TEXTS)
+    (tmp_path / "b.txt").write_text("text " * 100)
+    wanted = prepare(tmp_path / "out", here, tmp_path / "b.txt")
+    memory = fsspec.filesystem("memory")
+    for name in ("a.jsonl", "b.txt"):
+        memory.pipe(f"/in/{name}", (tmp_path / name).read_bytes())
+    assert run.prepare(request("memory://made", "memory://in/a.jsonl", "memory://in/b.txt")) is None
+    compare_remote(memory, "/made", wanted.directory)
+    copied = prepare(tmp_path / "copied", "memory://in")
+    assert copied.fingerprint == wanted.fingerprint
+
+
+def compare_remote(fs: fsspec.AbstractFileSystem, made: str, wanted: str) -> None:
+    """Assert that a folder elsewhere, copied here, is the one that was prepared here."""
+    copy = Path(wanted).parent / "copy"
+    fs.get(f"{made}/", f"{copy}/", recursive=True)
+    for name in ("train.bin", "train.idx", "validation.bin", "validation.idx", "tokenizer.json"):
+        assert (copy / name).read_bytes() == Path(wanted, name).read_bytes(), name
+    verify_prepared(str(copy), lambda line: None)
+    assert not fs.exists(f"{made}.work")
+
+
+@pytest.mark.thorough
+def test_s3_is_read_and_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that speaks its language, on this machine; what was begun goes on there too."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "x")
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    try:
+        _, port = server.get_host_and_port()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        s3 = fsspec.filesystem("s3", skip_instance_cache=True)
+        s3.mkdir("bucket")
+        here = write_lines(tmp_path / "a.jsonl", TEXTS)
+        s3.put(str(here), "bucket/in/a.jsonl")
+        wanted = prepare(tmp_path / "out", here)
+        asked = request("s3://bucket/made", "s3://bucket/in")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(run, "assemble", lambda *a: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                run.prepare(asked)
+        assert s3.exists("bucket/made.work/00000003.shard")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tokenize, "_tokenize_unit", None)  # nothing is done again
+            run.prepare(asked)
+        compare_remote(s3, "bucket/made", wanted.directory)
+    finally:
+        server.stop()

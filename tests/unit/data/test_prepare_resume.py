@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import random
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
-from bulk_corpora import (
+from prepared_corpora import (
     UNIT_BYTES,
     contents,
     make_texts,
@@ -23,9 +22,14 @@ from bulk_corpora import (
     save_tokenizer,
     write_lines,
 )
-from test_bulk_formats import write_gzip, write_parquet
+from test_prepare_formats import write_gzip, write_parquet
 
-from hysparse_megatron.data.bulk import prepare_bulk, verify_prepared
+from hysparse_megatron.data.prepare import run
+from hysparse_megatron.data.prepare.executors import Executor, LocalProcesses
+from hysparse_megatron.data.prepare.request import PrepareRequest
+from hysparse_megatron.data.prepare.shards import Work
+from hysparse_megatron.data.prepare.tokenize import tokenize_share
+from hysparse_megatron.data.prepare.verify import verify_prepared
 from hysparse_megatron.errors import ConfigError, DataError
 
 pytestmark = pytest.mark.thorough
@@ -33,29 +37,24 @@ pytestmark = pytest.mark.thorough
 ROOT = Path(__file__).resolve().parents[3]
 
 PROGRAM = """
-import sys, time
-from hysparse_megatron.data.bulk import BulkRequest, prepare_bulk
-from hysparse_megatron.data.bulk.tokenizers import choose_tokenizer
+import sys
+from hysparse_megatron.data.prepare.executors import LocalProcesses
+from hysparse_megatron.data.prepare.request import PrepareRequest, sources_of
+from hysparse_megatron.data.prepare.run import prepare
+from hysparse_megatron.data.tokenizer import choose_tokenizer
+from hysparse_megatron.errors import HySparseError
 
 tokenizer, output, *inputs = sys.argv[1:]
-request = BulkRequest(
-    inputs=tuple(inputs), output=output, tokenizer=choose_tokenizer(tokenizer),
+sources, description = sources_of(inputs, output)
+request = PrepareRequest(
+    sources, output, choose_tokenizer(tokenizer), description=description,
     validation_fraction=0.2, deduplicate=True, unit_bytes=UNIT_BYTES)
-prepare_bulk(request, workers=2)
-""".replace("UNIT_BYTES", str(UNIT_BYTES))
-
-# As the command line does.
-MAIN_PROGRAM = PROGRAM.replace(
-    "prepare_bulk(request, workers=2)",
-    """
-from hysparse_megatron.errors import HySparseError
 try:
-    prepare_bulk(request, workers=2)
+    prepare(request, executor=LocalProcesses(2))
 except HySparseError as error:
     print(error, file=sys.stderr)
     sys.exit(error.exit_code)
-""",
-)
+""".replace("UNIT_BYTES", str(UNIT_BYTES))
 
 
 @pytest.fixture(scope="module")
@@ -94,13 +93,28 @@ def finish(corpus: Path, output: Path) -> None:
     assert process.returncode == 0, errors.decode()
 
 
-def test_the_number_of_workers_changes_nothing(
-    corpus: Path, expected: dict[str, bytes], tmp_path: Path
+def asked(corpus: Path, output: Path, **changes: Any) -> PrepareRequest:
+    options = {"tokenizer": corpus / "tokenizer.json", "deduplicate": True, **changes}
+    return request(output, corpus / "in", **options)
+
+
+class Tasks:
+    """As a cluster's tasks do it, in any order."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.ranks = random.Random(seed).sample(range(count), count)
+
+    def run(self, work: Work, advance: object) -> None:
+        for rank in self.ranks:
+            tokenize_share(Work.load(work.folder), rank, len(self.ranks))
+
+
+@pytest.mark.parametrize("executor", ["processes", "tasks"])
+def test_who_does_the_work_changes_nothing(
+    corpus: Path, expected: dict[str, bytes], tmp_path: Path, executor: str, seed: int
 ) -> None:
-    made = request(
-        tmp_path / "out", corpus / "in", tokenizer=corpus / "tokenizer.json", deduplicate=True
-    )
-    prepare_bulk(made, workers=3)
+    who: Executor = LocalProcesses(3) if executor == "processes" else Tasks(seed % 40 + 2, seed)
+    run.prepare(asked(corpus, tmp_path / "out"), executor=who)
     assert contents(tmp_path / "out") == expected
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out", "out.lock"]
 
@@ -111,12 +125,11 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(
     """The parent alone or all processes die, when any number of shards is done."""
     generator = random.Random(seed)
     output = tmp_path / "out"
-    journal = tmp_path / "out.work" / "journal.jsonl"
     counts = []
-    for attempt in range(5):
+    for attempt in range(4):
         wanted = generator.randint(1, 20) + (counts[-1] if counts else 0)
         process = start(corpus, output)
-        while process.poll() is None and number_of_lines(journal) < wanted:
+        while process.poll() is None and number_done(output) < wanted:
             time.sleep(0.001)
         time.sleep(generator.random() * 0.02)
         if process.returncode is not None:  # it came to its end first
@@ -124,26 +137,23 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(
             break
         members = psutil.Process(process.pid).children(recursive=True)
         if attempt % 2:
-            os.killpg(process.pid, signal.SIGKILL)
-        else:
-            process.kill()
+            for member in members:
+                member.kill()
+        process.kill()
         process.communicate()
         wait_for_end(members)
         if output.exists():  # the kill came after the end
             break
-        counts.append(number_of_lines(journal))
+        counts.append(number_done(output))
     assert counts[0] > 0
-    # The last kill may also have cut the line that was being written.
     if not output.exists():
-        with journal.open("ab") as stream:
-            stream.write(b'{"name": "0000')
         finish(corpus, output)
     assert contents(output) == expected
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out", "out.lock"]
 
 
-def number_of_lines(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
+def number_done(output: Path) -> int:
+    return len(list(output.with_name(f"{output.name}.work").glob("0*.json")))
 
 
 def wait_for_end(processes: list[psutil.Process]) -> None:
@@ -161,7 +171,7 @@ def is_working(process: psutil.Process) -> bool:
         return False
 
 
-STEPS = ("run.write_card", "run.sync_folder", "journal.WorkFolder.remove")
+STEPS = ("card_of", "sync_folder", "shards.Folder.remove")
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -172,19 +182,20 @@ def test_killed_at_the_end_it_ends_the_same(
     step: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    made = request(
-        tmp_path / "out", corpus / "in", tokenizer=corpus / "tokenizer.json", deduplicate=True
-    )
+    made = asked(corpus, tmp_path / "out")
+    is_last = step == "shards.Folder.remove"
 
-    def die(*arguments: object, **options: object) -> None:
-        raise KeyboardInterrupt
+    def die(*arguments: Any, **options: object) -> None:
+        if not is_last or str(arguments[0].path).endswith(".work"):
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"hysparse_megatron.data.bulk.{step}", die)
+        module = "hysparse_megatron.data.prepare"
+        patch.setattr(f"{module}.{step}" if is_last else f"{module}.run.{step}", die)
         with pytest.raises(KeyboardInterrupt):
-            prepare_bulk(made, workers=0)
-    assert (tmp_path / "out").exists() == (step == "journal.WorkFolder.remove")
-    prepare_bulk(made, workers=0)
+            run.prepare(made)
+    assert (tmp_path / "out").exists() == is_last
+    run.prepare(made)
     assert contents(tmp_path / "out") == expected
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out", "out.lock"]
 
@@ -193,15 +204,16 @@ def test_a_damaged_shard_is_made_again(tmp_path: Path) -> None:
     source = write_lines(tmp_path / "a.jsonl", make_texts(200))
     whole = prepare(tmp_path / "whole", source)
     unfinished(tmp_path / "out", source)
-    shards = sorted((tmp_path / "out.work").glob("0*"))
+    shards = sorted((tmp_path / "out.work").glob("0*.shard"))
     assert len(shards) > 5
-    shards[0].unlink()
-    shards[1].write_bytes(shards[1].read_bytes()[:-1])
     flipped = bytearray(shards[2].read_bytes())
     flipped[10] ^= 1
+    shards[0].unlink()
+    shards[1].write_bytes(shards[1].read_bytes()[:-1])
     shards[2].write_bytes(flipped)
-    with pytest.raises(DataError, match=rf"{shards[2].name}: damaged on disk"):
-        prepare(tmp_path / "out", source)
+    for shard in shards[:3]:
+        with pytest.raises(DataError, match=f"{shard.name}: damaged since it was written"):
+            prepare(tmp_path / "out", source)
     assert not (tmp_path / "out").exists()
     assert prepare(tmp_path / "out", source).fingerprint == whole.fingerprint
 
@@ -209,7 +221,7 @@ def test_a_damaged_shard_is_made_again(tmp_path: Path) -> None:
 def unfinished(output: Path, source: Path) -> None:
     """Leave all shards of a preparation and no output."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hysparse_megatron.data.bulk.run.assemble", lambda *a, **k: 1 / 0)
+        patch.setattr("hysparse_megatron.data.prepare.run.assemble", lambda *a, **k: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             prepare(output, source)
 
@@ -227,7 +239,8 @@ def test_other_options_are_refused_before_and_after_the_end(tmp_path: Path) -> N
     with pytest.raises(ConfigError, match=r"prepared from other inputs or with other options"):
         prepare(output, source, seed=6)
     assert contents(output) == notes
-    other = prepare_bulk(request(output, source, seed=6), workers=0, overwrite=True)
+    other = run.prepare(request(output, source, seed=6), overwrite=True)
+    assert other is not None
     assert other.fingerprint != first.fingerprint
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.jsonl", "out", "out.lock"]
 
@@ -240,7 +253,8 @@ def test_changed_input_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="input files changed"):
         prepare(tmp_path / "out", source)
     made = request(tmp_path / "out", source)
-    assert prepare_bulk(made, workers=0, overwrite=True).bad_documents == 0
+    run.prepare(made, overwrite=True)
+    assert verify_prepared(str(tmp_path / "out"), print).bad_documents == 0
 
 
 def test_a_folder_of_other_files_is_never_touched(tmp_path: Path) -> None:
@@ -248,15 +262,14 @@ def test_a_folder_of_other_files_is_never_touched(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("mine")
     for output, message in ((tmp_path / "out", "holds other files"), (source, "is a file")):
-        made = request(output, tmp_path / "a.jsonl")
         if output == source:
             message = "lies inside the input"
         with pytest.raises(ConfigError, match=message):
-            prepare_bulk(made, workers=0, overwrite=True)
+            run.prepare(request(output, source), overwrite=True)
     (tmp_path / "other.work").mkdir()
     (tmp_path / "out").rename(tmp_path / "other.work" / "out")
     with pytest.raises(ConfigError, match=r"other\.work: holds other files"):
-        prepare_bulk(request(tmp_path / "other", source), workers=0, overwrite=True)
+        run.prepare(request(tmp_path / "other", source), overwrite=True)
     assert (tmp_path / "other.work" / "out" / "thesis.tex").read_text() == "mine"
 
 
@@ -277,25 +290,22 @@ def test_a_full_disk_is_named_and_leaves_nothing_that_looks_finished(
     """Writing fails first for a worker's shard, then for the assembled file."""
     for limit in (2_000, 100_000):
         program = f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({limit},) * 2)\n"
-        process = start(corpus, tmp_path / "out", program + MAIN_PROGRAM)
+        process = start(corpus, tmp_path / "out", program + PROGRAM)
         errors = process.communicate(timeout=180)[1].decode()
         assert process.returncode == 5, errors
         assert "cannot write prepared data: File too large" in errors
         assert "Traceback" not in errors
         assert not (tmp_path / "out").exists()
-        assert not list(tmp_path.glob("out.work/*.tmp-*"))
+        assert not list(tmp_path.glob("out.work/**/*.tmp"))
     finish(corpus, tmp_path / "out")
     assert contents(tmp_path / "out") == expected
 
 
 def test_a_killed_worker_ends_the_preparation_with_advice(corpus: Path, tmp_path: Path) -> None:
-    process = start(corpus, tmp_path / "out", MAIN_PROGRAM)
-    while number_of_lines(tmp_path / "out.work" / "journal.jsonl") < 3:
+    process = start(corpus, tmp_path / "out")
+    while number_done(tmp_path / "out") < 3:
         time.sleep(0.001)
-    for child in psutil.Process(process.pid).children():
-        if "spawn_main" in " ".join(child.cmdline()):
-            child.kill()
-            break
+    psutil.Process(process.pid).children()[0].kill()
     errors = process.communicate(timeout=180)[1].decode()
     assert process.returncode == 1
     assert "a worker process was killed" in errors

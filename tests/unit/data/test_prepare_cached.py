@@ -7,16 +7,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from tiny_corpora import prepare, write_json_lines
 
-from hysparse_megatron.data import PreparedCorpus, load_prepared, load_tokenizer, open_corpus
-from hysparse_megatron.data.indexed import open_indexed
+from hysparse_megatron.data.card import PreparedCorpus, load_prepared
+from hysparse_megatron.data.prepare.cached import prepare_corpus
+from hysparse_megatron.data.prepare.sources import standard_library
+from hysparse_megatron.data.read.indexed import open_indexed
 from hysparse_megatron.data.sources import open_samples
-from hysparse_megatron.data.split import Cut, find_cut, is_validation
-from hysparse_megatron.errors import DataError
+from hysparse_megatron.data.tokenizer import load_tokenizer
+from hysparse_megatron.errors import ConfigError, DataError
+from tools.prepare_data import main
 
 
 def folder_bytes(folder: str) -> dict[str, bytes]:
@@ -33,23 +37,40 @@ def texts(prepared: PreparedCorpus, prefix: str) -> list[str]:
     return [tokenizer.decode(d[:-1]) for d in documents]
 
 
-def test_split_is_by_document_disjoint_and_complete(tmp_path: Path, seed: int) -> None:
-    source = write_json_lines(tmp_path / "corpus.jsonl", 60, seed=seed)
-    prepared = prepare(source, tmp_path / "cache", seed=seed)
-    expected = [json.loads(line)["text"] for line in source.read_text().splitlines()]
+def test_split_is_by_text_disjoint_and_complete(tmp_path: Path, seed: int) -> None:
+    """Copies of a text, in any file, are never on both sides."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("a.jsonl", "b.jsonl"):
+        write_json_lines(folder / name, 100, seed=seed)
+    prepared = prepare(folder, tmp_path / "cache", seed=seed, validation_fraction=0.2)
+    lines = (folder / "a.jsonl").read_text().splitlines()
+    expected = [json.loads(line)["text"] for line in lines]
     train = texts(prepared, prepared.train_prefix)
     validation = texts(prepared, prepared.validation_prefix)
-    assert sorted(train + validation) == sorted(expected)
-    held_out = [
-        is_validation(f"corpus.jsonl:{line}", seed=seed, validation_fraction=0.25)
-        for line in range(1, 61)
-    ]
-    assert validation == [t for t, held in zip(expected, held_out, strict=True) if held]
-    assert (prepared.train_documents, prepared.validation_documents) == (
-        len(train),
-        len(validation),
-    )
+    assert sorted(train + validation) == sorted(2 * expected)
+    assert not set(train) & set(validation)
+    assert validation == [text for text in 2 * expected if text in set(validation)]
+    found = (prepared.train_documents, prepared.validation_documents)
+    assert found == (len(train), len(validation))
     assert load_prepared(prepared.directory, check_hashes=True) == prepared
+
+
+def test_the_tool_and_a_run_prepare_the_same(tmp_path: Path) -> None:
+    """One way from text to tokens: files, split and defaults."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("a.JSONL", "b.ndjson", "c.json"):
+        write_json_lines(folder / name, 100, seed=len(name))
+    shutil.copy(write_json_lines(tmp_path / "d.txt", 5), folder / "d.txt")
+    arguments: dict[str, Any] = {"path": str(folder), "cache_dir": str(tmp_path / "cache")}
+    arguments |= {"vocab_size": 300, "validation_fraction": 0.2}
+    by_run = prepare_corpus(**arguments, tokenizer_path=None, seed=1234)
+    command = ["--tokenizer", by_run.tokenizer_path, "--validation-fraction", "0.2", "--quiet"]
+    assert main([*command, "--output", str(tmp_path / "out"), str(folder)]) == 0
+    by_tool = load_prepared(str(tmp_path / "out"))
+    assert by_tool.fingerprint == by_run.fingerprint
+    assert by_tool.train_documents + by_tool.validation_documents == 301
 
 
 def test_adding_documents_moves_none_between_splits(tmp_path: Path) -> None:
@@ -73,7 +94,9 @@ def test_cache_hit_is_fast_and_rebuild_is_byte_identical(tmp_path: Path) -> None
     assert time.process_time() - start < 0.1
     assert again == first
     assert notes == []
+    source.touch()  # its content counts, not its time
     other = prepare(source, tmp_path / "other")
+    assert Path(other.directory).name == Path(first.directory).name
     assert folder_bytes(other.directory) == folder_bytes(first.directory)
     assert other.fingerprint == first.fingerprint
 
@@ -86,11 +109,10 @@ def test_key_changes_with_all_that_matters(tmp_path: Path) -> None:
         prepare(source, cache, seed=8).directory,
         prepare(source, cache, vocab_size=301).directory,
         prepare(source, cache, validation_fraction=0.3).directory,
-        prepare(source, cache, max_bytes=10_000).directory,
     ]
     write_json_lines(source, 41)
     directories.append(prepare(source, cache).directory)
-    assert len(set(directories)) == 6
+    assert len(set(directories)) == 5
 
 
 def test_given_tokenizer_is_used_and_its_content_counts(tmp_path: Path) -> None:
@@ -131,8 +153,7 @@ def test_concurrent_callers_build_once_and_agree(tmp_path: Path) -> None:
     source = write_json_lines(tmp_path / "corpus.jsonl", 400)
     code = (
         "import sys, time\n"
-        "from hysparse_megatron.data import prepare_corpus\n"
-        "import megatron.core.datasets.indexed_dataset\n"
+        "from hysparse_megatron.data.prepare.cached import prepare_corpus\n"
         "print('ready', flush=True); sys.stdin.readline()\n"
         "note = lambda line: print('note', line, flush=True)\n"
         "p = prepare_corpus(path=sys.argv[1], cache_dir=sys.argv[2], tokenizer_path=None,\n"
@@ -187,9 +208,10 @@ def test_damaged_cache_is_refused_on_load_and_rebuilt(
     with pytest.raises(DataError, match=name.split(".")[0]) as caught:
         load_prepared(first.directory)
     assert str(path) in str(caught.value)
+    is_card = name == "dataset.json" and damage == "missing"  # it was never whole
     notes: list[str] = []
     assert prepare(shared_source, tmp_path, progress=notes.append) == first
-    assert "rebuilding damaged" in notes[0]
+    assert ("rebuilding damaged" in notes[0]) != is_card
     assert folder_bytes(first.directory) == whole
 
 
@@ -240,51 +262,60 @@ def test_garbage_card_is_refused(
         load_prepared(prepared.directory)
 
 
+@pytest.mark.parametrize("tokenizer", [None, "bytes"])
 @pytest.mark.parametrize("border", ["\n\n", "\n", " ", ""])
 def test_one_document_is_cut_where_a_part_of_it_ends(
-    tmp_path: Path, seed: int, border: str
+    tmp_path: Path, seed: int, border: str, tokenizer: str | None
 ) -> None:
-    """Whichever split its name would choose, the end of the text is held out."""
+    """Whichever split its text would choose, its end is held out."""
     generator = random.Random(seed)
     parts = ["".join(generator.choices("abcdé東", k=generator.randint(1, 9))) for _ in range(400)]
     text = border.join(parts)
     (tmp_path / "one.txt").write_text(text, encoding="utf-8")
     told: list[str] = []
-    prepared = prepare(tmp_path / "one.txt", tmp_path / "cache", seed=seed, progress=told.append)
+    arguments = {"seed": seed, "tokenizer_path": tokenizer, "progress": told.append}
+    prepared = prepare(tmp_path / "one.txt", tmp_path / "cache", **arguments)
     [train] = texts(prepared, prepared.train_prefix)
     [validation] = texts(prepared, prepared.validation_prefix)
     assert train + validation == text
-    assert train.endswith(border)
-    assert len(validation) / len(text) == pytest.approx(0.25, abs=12 / len(text))
-    assert any("one.txt is cut at character" in line for line in told)
+    assert train.endswith(border) or validation.startswith(border)
+    share = prepared.validation_tokens / (prepared.train_tokens + prepared.validation_tokens)
+    assert share == pytest.approx(0.25, abs=60 / prepared.train_tokens)
+    assert any("the longest is cut after" in line for line in told)
     card = json.loads(Path(prepared.directory, "dataset.json").read_text())
-    assert card["cut"] == {"name": "one.txt", "place": len(train)}
+    assert card["cut"] == {"document": 0, "place": prepared.train_tokens - 1}
 
 
 def test_only_a_corpus_of_too_few_documents_is_cut(tmp_path: Path, seed: int) -> None:
     """The longest of them gives a share of the whole; documents that are split stay whole."""
+    lengths = (40, 90, 30)
     folder = tmp_path / "few"
     folder.mkdir()
-    for number, words in enumerate((40, 90, 30)):
+    for number, words in enumerate(lengths):
         (folder / f"{number}.txt").write_text("word " * words)
-    seeds = range(seed % 1000, seed % 1000 + 100)
-    few = open_corpus(str(folder))
-    names = [file.name for file in few.files]
-    for seed in seeds:
-        split = {is_validation(name, seed=seed, validation_fraction=0.25) for name in names}
-        cut = find_cut(few, seed=seed, validation_fraction=0.25)
-        assert (cut is None) == (len(split) == 2)
-        # A quarter of 160 words are 40 of the 90.
-        assert cut in (None, Cut("1.txt", 50 * len("word ")))
-    assert find_cut(few, seed=0, validation_fraction=0.0) is None
+    cuts = 0
+    for number in range(seed % 1000, seed % 1000 + 12):
+        made = prepare(folder, tmp_path / "cache", seed=number, tokenizer_path="bytes")
+        card = json.loads(Path(made.directory, "dataset.json").read_text())
+        found = texts(made, made.train_prefix), texts(made, made.validation_prefix)
+        if card["cut"] is None:
+            assert sorted(map(len, found[0] + found[1])) == [150, 200, 450]
+            continue
+        cuts += 1
+        [first, cut, last], [end] = found
+        assert (first, cut + end, last) == ("word " * 40, "word " * 90, "word " * 30)
+        # A quarter of 160 words and 3 ends are 40 of the 90.
+        assert abs(len(cut) - len("word " * 50)) <= len("word ")
+    assert cuts
+    nothing = prepare(folder, tmp_path / "cache", validation_fraction=0.0)
+    assert (nothing.train_documents, nothing.validation_documents) == (3, 0)
 
 
 def test_too_little_text_to_cut(tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("x")
     with pytest.raises(DataError, match=r"one\.txt: none of 1 document.*train\.eval_batches=0"):
         prepare(tmp_path / "one.txt", tmp_path / "cache")
-    leftovers = [f.name for f in (tmp_path / "cache").iterdir() if not f.name.endswith(".lock")]
-    assert leftovers == []
+    assert not [f for f in (tmp_path / "cache").iterdir() if (f / "dataset.json").exists()]
 
 
 def test_nothing_held_out(tmp_path: Path) -> None:
@@ -300,15 +331,15 @@ def test_nothing_held_out(tmp_path: Path) -> None:
 def test_bad_requests_are_refused(tmp_path: Path) -> None:
     source = write_json_lines(tmp_path / "corpus.jsonl", 20)
     for fraction in (1.0, -1.0, float("nan")):
-        with pytest.raises(DataError, match="validation_fraction"):
+        with pytest.raises(ConfigError, match="validation fraction"):
             prepare(source, tmp_path / "cache", validation_fraction=fraction)
     with pytest.raises(DataError, match="vocab_size 256"):
         prepare(source, tmp_path / "cache", vocab_size=256)
     with pytest.raises(DataError, match=r"none\.json: cannot read the tokenizer"):
         prepare(source, tmp_path / "cache", tokenizer_path=str(tmp_path / "none.json"))
-    with pytest.raises(DataError, match="cache lies inside the corpus"):
+    with pytest.raises(ConfigError, match="lies inside the input"):
         prepare(tmp_path, tmp_path / "cache")
-    with pytest.raises(DataError, match=r"corpus\.jsonl.*cannot write prepared data"):
+    with pytest.raises(ConfigError, match="lies inside the input"):
         prepare(source, source / "cache")
 
 
@@ -322,28 +353,30 @@ def test_bad_line_stops_the_preparation_or_is_counted(tmp_path: Path) -> None:
     assert (prepared.bad_documents, prepared.empty_documents) == (1, 1)
 
 
-def test_what_progress_raises_leaves_nothing_behind(tmp_path: Path, shared_source: Path) -> None:
+def test_what_progress_raises_is_gone_on_with(tmp_path: Path, shared_source: Path) -> None:
     def stop(line: str) -> None:
-        if line.startswith("tokenizing"):
+        if line.startswith("assembling"):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         prepare(shared_source, tmp_path, progress=stop)
-    assert [file.suffix for file in tmp_path.iterdir()] == [".lock"]
-
-
-def test_leftovers_of_a_killed_builder_are_removed(tmp_path: Path, shared_source: Path) -> None:
-    directory = prepare(shared_source, tmp_path).directory
-    Path(f"{directory}.tmp-dead").mkdir()
-    shutil.rmtree(directory)
-    prepare(shared_source, tmp_path)
-    assert not Path(f"{directory}.tmp-dead").exists()
+    notes: list[str] = []
+    prepare(shared_source, tmp_path, progress=notes.append)
+    assert notes[0].startswith("documents end with <|endoftext|> (id 0)")
+    assert notes[1].startswith("going on after")
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_standard_library_is_the_default_corpus(tmp_path: Path) -> None:
-    prepared = prepare(None, tmp_path, max_bytes=400_000, vocab_size=512)
-    assert "standard library" in prepared.source
-    assert prepared.vocab_size == 512
+    description, sources = standard_library()
+    names = [source.name for source in sources]
+    assert names == sorted(names)
+    assert {"abc.py", "asyncio/__init__.py", "json/decoder.py"} <= set(names)
+    forbidden = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
+    assert not [name for name in names if forbidden & set(name.split("/"))]
+    assert all(name.endswith(".py") for name in names)
+    prepared = prepare(None, tmp_path, tokenizer_path="bytes")
+    assert prepared.source == description
     start = time.process_time()
-    assert prepare(None, tmp_path, max_bytes=400_000, vocab_size=512) == prepared
-    assert time.process_time() - start < 0.1
+    assert prepare(None, tmp_path, tokenizer_path="bytes") == prepared
+    assert time.process_time() - start < 0.3

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from hysparse_megatron.data.card import SPLITS, PreparedCorpus, load_prepared
-from hysparse_megatron.data.indexed import check_indexed, document_ends
+from hysparse_megatron.data.read.indexed import check_indexed, document_ends
 from hysparse_megatron.errors import DataError
 
 _DOCUMENTS_MAPPED = 1024

@@ -1,4 +1,4 @@
-"""Corpora and requests for the tests of bulk preparation."""
+"""Corpora and requests for the tests of preparation."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from tiny_corpora import WORDS
 
-from hysparse_megatron.data import PreparedCorpus, train_tokenizer
-from hysparse_megatron.data.bulk import BulkRequest, prepare_bulk
-from hysparse_megatron.data.bulk.tokenizers import choose_tokenizer
-from hysparse_megatron.data.indexed import open_indexed
+from hysparse_megatron.data.card import PreparedCorpus
+from hysparse_megatron.data.prepare import run
+from hysparse_megatron.data.prepare.request import PrepareRequest, sources_of
+from hysparse_megatron.data.read.indexed import open_indexed
+from hysparse_megatron.data.tokenizer import choose_tokenizer, train_tokenizer
 
 UNIT_BYTES = 4096
 
@@ -42,12 +43,18 @@ def save_tokenizer(path: Path, vocab_size: int = 400) -> Path:
 
 
 def request(
-    output: Path, *inputs: Path, tokenizer: str | Path = "bytes", **changes: Any
-) -> BulkRequest:
+    output: Path | str,
+    *inputs: Path | str,
+    tokenizer: str | Path = "bytes",
+    kind: str | None = None,
+    **changes: Any,
+) -> PrepareRequest:
     """A request with units small enough that small corpora have many."""
-    return BulkRequest(
+    sources, description = sources_of([str(given) for given in inputs], str(output), kind)
+    return PrepareRequest(
         **{
-            "inputs": tuple(map(str, inputs)),
+            "sources": sources,
+            "description": description,
             "output": str(output),
             "tokenizer": choose_tokenizer(str(tokenizer)),
             "validation_fraction": 0.2,
@@ -57,9 +64,13 @@ def request(
     )
 
 
-def prepare(output: Path, *inputs: Path, max_bad: int | None = 0, **changes: Any) -> PreparedCorpus:
+def prepare(
+    output: Path, *inputs: Path | str, max_bad: int | None = 0, **changes: Any
+) -> PreparedCorpus:
     """Prepare in this process."""
-    return prepare_bulk(request(output, *inputs, **changes), workers=0, max_bad=max_bad)
+    made = run.prepare(request(output, *inputs, **changes), max_bad=max_bad)
+    assert made is not None
+    return made
 
 
 def documents(prefix: str) -> list[list[int]]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
-from hysparse_megatron.data.bulk.packages import require_package
+from hysparse_megatron.packages import require_package
+
+_TOLD_EVERY = 100_000_000
 
 
 class Progress:
@@ -70,3 +73,34 @@ class Progress:
         trace: TracebackType | None,
     ) -> None:
         self.end()
+
+
+class Lines(Progress):
+    """Tells everything in lines: for what is logged.
+
+    Args:
+        say: is told one line at a time.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        super().__init__(is_quiet=True)
+        self._say = say
+        self._done = self._told = 0
+
+    def start(self, label: str, unit: str, total: int, done: int = 0) -> None:
+        """Tell what begins."""
+        self._done = self._told = done
+        self._say(f"{label} {total / 1e6:,.1f} M{unit}")
+
+    def advance(self, amount: int) -> None:
+        """Tell from time to time how far it is."""
+        self._done += amount
+        if self._done - self._told >= _TOLD_EVERY:
+            self._told = self._done
+            self._say(f"{self._done / 1e6:,.0f} M done")
+
+    def note(self, line: str) -> None:
+        """Tell a line."""
+        self._say(line)
+
+    warn = note

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hysparse_megatron.data.batches import RankShare
-from hysparse_megatron.data.dataset import Samples
+from hysparse_megatron.data.read.batches import RankShare
+from hysparse_megatron.data.read.dataset import Samples
 
 if TYPE_CHECKING:
     import torch

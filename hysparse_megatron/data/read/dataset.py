@@ -12,9 +12,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hysparse_megatron.data.blend import Blend
-from hysparse_megatron.data.indexed import TokenFile, check_indexed, open_indexed, refuse_bad_ids
-from hysparse_megatron.data.order import sample_ids as ordered_sample_ids
+from hysparse_megatron.data.read.blend import Blend
+from hysparse_megatron.data.read.indexed import (
+    TokenFile,
+    check_indexed,
+    open_indexed,
+    refuse_bad_ids,
+)
+from hysparse_megatron.data.read.order import sample_ids as ordered_sample_ids
 from hysparse_megatron.errors import DataError
 
 

@@ -1,0 +1,66 @@
+"""A lock of what several processes may ask for and one makes.
+
+The kernel releases it when its holder dies.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from hysparse_megatron.errors import DataError
+
+_POLL_SECONDS = 0.1
+_NOTE_EVERY_SECONDS = 30.0
+# What file systems without locks answer. Building twice is then possible, and harmless.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+@contextmanager
+def locked(path: str, timeout_seconds: float, note: Callable[[str], None]) -> Iterator[bool]:
+    """Hold an exclusive lock on a file; yields False on a file system that has none.
+
+    The lock file stays: removing it would let two processes lock two files of one name.
+
+    Raises:
+        DataError: another process holds it for longer than the timeout (names the holder).
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        yield _acquire(descriptor, path, timeout_seconds, note)
+    finally:
+        os.close(descriptor)
+
+
+def _acquire(
+    descriptor: int, path: str, timeout_seconds: float, note: Callable[[str], None]
+) -> bool:
+    start = time.monotonic()
+    next_note = start
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                note(f"{path}: this file system has no locks; going on without")
+                return False
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise
+        else:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.uname().nodename} process {os.getpid()}".encode(), 0)
+            return True
+        now = time.monotonic()
+        holder = os.pread(descriptor, 256, 0).decode(errors="replace") or "another process"
+        if now - start > timeout_seconds:
+            raise DataError(
+                f"{path}: still held by {holder} after {timeout_seconds:.0f} s; is it stopped?"
+            )
+        if now >= next_note:
+            note(f"waiting for {holder} to prepare the same data")
+            next_note = now + _NOTE_EVERY_SECONDS
+        time.sleep(_POLL_SECONDS)

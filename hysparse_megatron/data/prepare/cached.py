@@ -1,0 +1,115 @@
+"""What `data.path` means: a prepared folder, or text that is prepared into a cache once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+
+from hysparse_megatron.data.card import CARD_NAME, PreparedCorpus, load_prepared
+from hysparse_megatron.data.content import hash_file
+from hysparse_megatron.data.prepare.progress import Lines
+from hysparse_megatron.data.prepare.request import (
+    VALIDATION_FRACTION,
+    PrepareRequest,
+    hash_of,
+    sources_of,
+)
+from hysparse_megatron.data.prepare.run import prepare
+from hysparse_megatron.data.prepare.sources import Source, standard_library
+from hysparse_megatron.data.tokenizer import choose_tokenizer
+from hysparse_megatron.errors import DataError
+
+LOCK_TIMEOUT_SECONDS = 3600.0
+"""Longest wait for another process that prepares the same."""
+_HASHED_BYTES = 1_000_000_000
+"""Of a larger corpus the times of modification are compared, not the contents."""
+
+
+def prepare_corpus(
+    *,
+    path: str | None,
+    cache_dir: str,
+    tokenizer_path: str | None,
+    vocab_size: int,
+    seed: int,
+    validation_fraction: float = VALIDATION_FRACTION,
+    text_key: str = "text",
+    max_bad_documents: int = 0,
+    progress: Callable[[str], None] | None = None,
+    lock_timeout_seconds: float = LOCK_TIMEOUT_SECONDS,
+) -> PreparedCorpus:
+    """Tokenize a corpus into a training and a validation split, or find it done.
+
+    Any number of processes may ask for the same corpus at once: one prepares it, all get it. The
+    same files elsewhere, or with other times, are the same corpus.
+
+    Args:
+        path: a file, a folder, or None for Python's standard library; see `list_sources`. A folder
+            prepared before (one with a card) is checked and returned as it is.
+        cache_dir: the result goes to a folder of its own below it.
+        tokenizer_path: see `choose_tokenizer`, or None to train one on the corpus.
+        vocab_size: of a tokenizer trained here, at most: a small corpus may give fewer ids. A
+            given tokenizer has its own; the result's `vocab_size` says how many.
+        validation_fraction, seed, text_key: see `PrepareRequest`.
+        max_bad_documents: to leave out before the corpus is refused. The standard library has no
+            limit: it is the same for everyone, and a distribution may ship a file that is no UTF-8.
+        progress: is told what is being done, one line at a time. What it raises ends the
+            preparation; the same call goes on with it.
+        lock_timeout_seconds: longest wait for another process that prepares the same.
+
+    Raises:
+        DataError: bad, missing or too little input (names file and line or offset), or the cache
+            cannot be written.
+        ConfigError: a package is missing, or the cache lies inside the corpus.
+    """
+    tokenizer = None if tokenizer_path is None else choose_tokenizer(tokenizer_path)
+    if path is not None and os.path.isfile(os.path.join(path, CARD_NAME)):
+        # Every rank would read every token, for hours: ids are looked at as samples are read.
+        prepared = load_prepared(path, check_tokens=False)
+        if tokenizer is not None and tokenizer.sha256() != prepared.tokenizer_sha256:
+            raise DataError(
+                f"{tokenizer_path}: is not the tokenizer that {path} was prepared with; "
+                f"leave it out to use {prepared.tokenizer_path}"
+            )
+        return prepared
+    if path is None:
+        description, sources = standard_library()
+    else:
+        sources, description = sources_of([path], cache_dir)
+    request = PrepareRequest(
+        sources,
+        "",
+        tokenizer,
+        vocab_size,
+        text_key,
+        validation_fraction,
+        seed,
+        description=description,
+    )
+    max_bad = None if path is None else max_bad_documents
+    key = hash_of([request.identity(), _contents(sources), max_bad])[:20]
+    output = os.path.join(os.path.abspath(cache_dir), key)
+    if os.path.isdir(output):
+        try:
+            return load_prepared(output, check_tokens=False)
+        except DataError:
+            pass  # looked at again below, when nobody else can be replacing it
+    made = prepare(
+        PrepareRequest(**{**request.__dict__, "output": output}),
+        max_bad=max_bad,
+        repair=True,
+        lock_timeout_seconds=lock_timeout_seconds,
+        progress=Lines(progress or (lambda line: None)),
+    )
+    assert made is not None
+    return made
+
+
+def _contents(sources: Sequence[Source]) -> list[str]:
+    """What tells files apart that have the same names and sizes."""
+    if sum(source.size_bytes for source in sources) > _HASHED_BYTES:
+        return [source.version for source in sources]
+    try:
+        return [hash_file(source.path) for source in sources]
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from error

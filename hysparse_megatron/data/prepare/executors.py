@@ -1,0 +1,208 @@
+"""Who makes the shards of a corpus: this process, some on this machine, or a cluster's.
+
+All do the same work on the same units, and leave the same shards in the work folder. Slurm and Ray
+are datatrove's. Its local executor is not used: it waits forever for a process that the system
+killed for want of memory.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from hysparse_megatron.data.prepare.shards import Folder, Work
+from hysparse_megatron.data.prepare.tokenize import tokenize_share
+from hysparse_megatron.errors import ConfigError, DataError, HySparseError
+from hysparse_megatron.packages import require_package
+
+_LOCAL_POLL_SECONDS, _CLUSTER_POLL_SECONDS = 0.2, 5.0
+
+
+class Executor(Protocol):
+    """Makes all shards of a corpus that are not there yet."""
+
+    def run(self, work: Work, advance: Callable[[int], None]) -> None:
+        """Return when all are there; `advance` is told how many bytes of the corpus are done.
+
+        Raises:
+            DataError: what a process met; see `tokenize_share`.
+            HySparseError: a process was lost.
+        """
+
+
+class InProcess:
+    """This process, on all cores: the tokenizer's library has threads of its own."""
+
+    def run(self, work: Work, advance: Callable[[int], None]) -> None:
+        """See `Executor`."""
+        tokenize_share(work, 0, 1, advance)
+
+
+@dataclass(frozen=True)
+class LocalProcesses:
+    """So many processes on this machine."""
+
+    workers: int
+
+    def run(self, work: Work, advance: Callable[[int], None]) -> None:
+        """See `Executor`."""
+        missing = len(work.units) - len(work.done())
+        count = min(self.workers, missing)
+        if not count:
+            return
+        # Fewer units than cores: the library's threads take the others.
+        threads = max(1, self.workers // count)
+        environment = {
+            **os.environ,
+            "RAYON_NUM_THREADS": str(threads),
+            "TOKENIZERS_PARALLELISM": str(threads > 1).lower(),
+        }
+        command = [sys.executable, "-m", "hysparse_megatron.data.prepare.tokenize", work.folder]
+        processes = [
+            subprocess.Popen(
+                [*command, str(rank), str(count), str(os.getpid())],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is ours
+            )
+            for rank in range(count)
+        ]
+        try:
+            _wait(work, advance, lambda: _state_of(processes), _LOCAL_POLL_SECONDS)
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+
+
+def _state_of(processes: list[subprocess.Popen[bytes]]) -> str | None:
+    codes = [process.poll() for process in processes]
+    lost = next((code for code in codes if code), None)
+    if lost is not None and lost < 0:
+        name = signal.Signals(-lost).name
+        return (
+            f"a worker process was killed ({name}), perhaps for want of memory; run the same "
+            "command again to go on, with fewer --workers if memory is short"
+        )
+    if lost is not None:
+        return f"a worker process ended with code {lost}; run the same command again to go on"
+    return None if None in codes else "all worker processes ended"
+
+
+@dataclass(frozen=True)
+class SlurmJobs:
+    """Jobs of a Slurm array, by datatrove. The work folder has to be there on all nodes."""
+
+    tasks: int
+    partition: str
+    time: str
+    cpus_per_task: int = 1
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    def run(self, work: Work, advance: Callable[[int], None]) -> None:
+        """See `Executor`. When it is stopped, the jobs go on."""
+        slurm = require_package("datatrove.executor.slurm", "--executor slurm")
+        executor = slurm.SlurmPipelineExecutor(
+            pipeline=[_share(work.folder)],
+            tasks=min(self.tasks, len(work.units)),
+            time=self.time,
+            partition=self.partition,
+            cpus_per_task=self.cpus_per_task,
+            job_name="prepare-data",
+            qos=None,
+            env_command=f'export PATH="{os.path.dirname(sys.executable)}:$PATH"',
+            sbatch_args=dict(self.options),
+            logging_dir=_logs(work),
+            slurm_logs_folder=os.path.join(work.folder, "slurm"),
+            skip_completed=False,
+            mail_user=None,
+        )
+        executor.run()
+        job = str(executor.job_id)
+        _wait(work, advance, lambda: _state_of_job(job, work), _CLUSTER_POLL_SECONDS)
+
+
+def _state_of_job(job: str, work: Work) -> str | None:
+    found = subprocess.run(
+        ["squeue", "--noheader", "--jobs", job], capture_output=True, text=True, check=False
+    )
+    if found.stdout.strip() or (found.returncode and "Invalid job id" not in found.stderr):
+        return None
+    return f"Slurm's job {job} ended before all was done; its logs are in {work.folder}/slurm"
+
+
+@dataclass(frozen=True)
+class RayTasks:
+    """Tasks of a Ray cluster, by datatrove. The work folder has to be there on all nodes."""
+
+    tasks: int
+    cpus_per_task: int = 1
+
+    def run(self, work: Work, advance: Callable[[int], None]) -> None:
+        """See `Executor`."""
+        ray = require_package("ray", "--executor ray")
+        executors = require_package("datatrove.executor.ray", "--executor ray")
+        ray.init(ignore_reinit_error=True, log_to_driver=False)
+        done = sum(map(work.unit_bytes, work.done()))
+        executors.RayPipelineExecutor(
+            pipeline=[_share(work.folder)],
+            tasks=min(self.tasks, len(work.units)),
+            cpus_per_task=self.cpus_per_task,
+            logging_dir=_logs(work),
+            skip_completed=False,
+        ).run()
+        _raise_failure(work)
+        advance(sum(map(work.unit_bytes, work.done())) - done)
+        if len(work.done()) < len(work.units):
+            raise HySparseError("Ray's tasks ended before all was done; run the same command again")
+
+
+def _logs(work: Work) -> str:
+    if not Folder(work.folder).is_local:
+        raise ConfigError("a cluster prepares to a folder that all its nodes see, not to a URL")
+    return os.path.join(work.folder, f"logs-{time.strftime('%Y%m%d-%H%M%S')}")
+
+
+def _share(folder: str) -> Any:
+    """A step of a datatrove pipeline: one task's share of the units."""
+
+    def step(data: object, rank: int = 0, world_size: int = 1) -> None:
+        del data
+        tokenize_share(Work.load(folder), rank, world_size)
+
+    return step
+
+
+def _wait(
+    work: Work,
+    advance: Callable[[int], None],
+    state: Callable[[], str | None],
+    poll_seconds: float,
+) -> None:
+    """Wait until all shards are there; `state` says why they will not be."""
+    told = set(work.done())
+    while len(told) < len(work.units):
+        ended = state()
+        now = set(work.done())
+        advance(sum(map(work.unit_bytes, now - told)))
+        told = now
+        _raise_failure(work)
+        if ended is not None and len(told) < len(work.units):
+            raise HySparseError(ended)
+        if len(told) < len(work.units):
+            time.sleep(poll_seconds)
+
+
+def _raise_failure(work: Work) -> None:
+    folder = Folder(work.folder)
+    for name in sorted(folder.names()):
+        if name.startswith("failed-"):
+            failure = folder.read_json(name)
+            kind = DataError if failure["exit_code"] == DataError.exit_code else ConfigError
+            raise kind(failure["message"])
