@@ -7,9 +7,10 @@ from typing import Any
 
 from hysparse_megatron.checkpoint.manifest import write_manifest
 from hysparse_megatron.checkpoint.state import start_save
-from hysparse_megatron.checkpoint.store import digest_of, step_directory
+from hysparse_megatron.checkpoint.store import step_directory
 from hysparse_megatron.checkpoint.tensors import INDEX
 from hysparse_megatron.checkpoint.writer import CheckpointWrite, Job
+from hysparse_megatron.files import sha256_of
 from hysparse_megatron.training.state import TrainingState
 
 
@@ -33,7 +34,7 @@ def write_step(checkpoints: Path, step: int, facts: dict[str, Any]) -> Path:
     shard.write_text(f"weights {step}")
     (directory / INDEX).write_text('{"tensors": {}, "objects": {}}')
     files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": digest_of(path)}
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         for path in directory.iterdir()
     }
     write_manifest(directory, {"step": step, "files": files, **facts})

@@ -106,7 +106,7 @@ def _show(given: argparse.Namespace) -> int:
     # Imported late: listing and pruning need no torch, which takes seconds.
     from hysparse_megatron.checkpoint import tensors
 
-    directory = store.resolve_checkpoint(given.path)
+    directory = store.resolve(given.path)
     manifest = store.read_manifest(directory)
     print(directory)
     for key in sorted(manifest.keys() - {"files"}):
@@ -124,7 +124,7 @@ def _show(given: argparse.Namespace) -> int:
 def _diff(given: argparse.Namespace) -> int:
     from hysparse_megatron.checkpoint import tensors
 
-    first, second = (store.resolve_checkpoint(path) for path in (given.first, given.second))
+    first, second = (store.resolve(path) for path in (given.first, given.second))
     ours, theirs = (_tensors(directory, given.all) for directory in (first, second))
     lines = [f"{name}: only in {first}" for name in sorted(ours.keys() - theirs.keys())]
     lines += [f"{name}: only in {second}" for name in sorted(theirs.keys() - ours.keys())]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from pathlib import Path
 from hysparse_megatron.checkpoint import store
 from hysparse_megatron.command import command, make_parser, positive
 from hysparse_megatron.config.frozen import CONFIG_FILE, load_frozen
-from hysparse_megatron.errors import CheckpointError, ConfigError
+from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.packages import require_package
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
@@ -146,23 +147,11 @@ def _tell_next(folder: Path) -> None:
 
 
 def _checkpoint(run_dir: Path, chosen: str, content: bool) -> Path:
-    """The newest valid checkpoint of a run, or the one of a step."""
-    if chosen != "newest":
-        if not chosen.isdigit():
-            raise ConfigError(f"--checkpoint: got {chosen}; allowed newest or a step")
-        directory = store.step_directory(run_dir / "checkpoints", int(chosen))
-        problems = store.problems_of(directory, content)
-        if problems:
-            raise CheckpointError(f"{directory} is damaged or missing: {'; '.join(problems)}")
-        return directory
-    found, rejected = store.latest_checkpoint(
-        run_dir / "checkpoints", lambda path: store.problems_of(path, content)
-    )
-    for problem in rejected:
-        print(f"WARNING: a newer checkpoint is damaged and left out: {problem}", file=sys.stderr)
-    if found is None:
-        raise store.nothing_at(run_dir)
-    return found
+    path, step = store.meant(run_dir, chosen)
+    if not path.is_dir():
+        raise ConfigError(f"--checkpoint: got {chosen}; allowed newest, a step, or its directory")
+    judge = functools.partial(store.problems_of, content=content)
+    return store.resolve(path, step, judge, say=functools.partial(print, file=sys.stderr))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Everything here is collective over the default process group.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,38 +17,22 @@ from hysparse_megatron.errors import CheckpointError
 from hysparse_megatron.runtime.agreement import on_rank_zero
 
 
-def newest(checkpoints: Path, content: bool) -> tuple[Path | None, list[str]]:
+def latest(checkpoints: Path, content: bool) -> tuple[Path | None, list[str]]:
     """`store.latest_checkpoint`, of which all ranks are told alike."""
-    candidates = on_rank_zero(lambda: store.published(checkpoints), CheckpointError)
-    return store.newest_whole(candidates, functools.partial(problems_of, content=content))
+    return store.latest_checkpoint(checkpoints, _judge(content), _agreed)
 
 
-def exactly(checkpoints: Path, step: int, content: bool) -> Path:
-    """The checkpoint after `step` steps. Raises CheckpointError when it is not there or damaged."""
-    directory = store.step_directory(checkpoints, step)
-    return _require(directory, content)
+def resolve(path: Path, step: int | None, content: bool) -> Path:
+    """`store.resolve`, of which all ranks are told alike."""
+    return store.resolve(path, step, _judge(content), _agreed)
 
 
-def named(path: Path, step: int | None, content: bool) -> Path:
-    """The checkpoint that a user means by a step or run directory; of the latter, after `step`.
-
-    Raises CheckpointError when there is no valid one.
-    """
-    if on_rank_zero(lambda: store.is_checkpoint(path), CheckpointError):
-        return _require(path, content)
-    if step is not None:
-        return exactly(path / "checkpoints", step, content)
-    found, _ = newest(path / "checkpoints", content)
-    if found is None:
-        raise store.nothing_at(path)
-    return found
+def _judge(content: bool) -> store.Problems:
+    return functools.partial(problems_of, content=content)
 
 
-def _require(directory: Path, content: bool) -> Path:
-    problems = problems_of(directory, content)
-    if problems:
-        raise CheckpointError(f"{directory} is damaged or missing: {'; '.join(problems)}")
-    return directory
+def _agreed[Answer](look: Callable[[], Answer]) -> Answer:
+    return on_rank_zero(look, CheckpointError)
 
 
 def problems_of(directory: Path, content: bool) -> list[str]:

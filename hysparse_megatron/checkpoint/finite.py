@@ -15,10 +15,10 @@ import torch.distributed as dist
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 from torch import Tensor
 
-from hysparse_megatron.training.state import TrainingState
+from hysparse_megatron.checkpoint.state import Saveable
 
 
-def rank_not_finite(state: TrainingState) -> int | None:
+def rank_not_finite(state: Saveable) -> int | None:
     """The last rank with a value that is not finite; None if there is none. Collective.
 
     Looks at weights, buffers, main parameters and moments, each read once and nothing written: on a
@@ -36,7 +36,7 @@ def _all_finite(tensors: Iterable[Tensor]) -> bool:
     return not extremes or bool(torch.stack(extremes).isfinite().all())
 
 
-def _tensors(state: TrainingState) -> Iterator[Tensor]:
+def _tensors(state: Saveable) -> Iterator[Tensor]:
     for model in state.models:
         yield from _with_values(model.parameters())
         yield from _with_values(model.buffers())

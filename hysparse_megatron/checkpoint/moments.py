@@ -18,10 +18,21 @@ import torch
 import torch.distributed as dist
 from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 from torch import Tensor
 
 GATHER_NUMEL = 2**24
 """Values that each rank sends at a time: the writing rank must not need much device memory."""
+
+
+def parts_of(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """The optimizers inside a chained one."""
+    return optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+
+
+def distributed_parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
+    """The distributed optimizers inside `optimizer`."""
+    return [part for part in parts_of(optimizer) if isinstance(part, DistributedOptimizer)]
 
 
 @contextlib.contextmanager

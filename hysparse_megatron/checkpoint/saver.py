@@ -17,12 +17,11 @@ import torch.distributed as dist
 
 from hysparse_megatron.checkpoint import store
 from hysparse_megatron.checkpoint.finite import rank_not_finite
-from hysparse_megatron.checkpoint.state import start_save
+from hysparse_megatron.checkpoint.state import Saveable, start_save
 from hysparse_megatron.checkpoint.writer import CheckpointWrite
 from hysparse_megatron.errors import CheckpointError, NumericalStop
 from hysparse_megatron.runtime.agreement import on_rank_zero
 from hysparse_megatron.runtime.worker import Worker
-from hysparse_megatron.training.state import TrainingState
 
 
 class Saver:
@@ -35,7 +34,7 @@ class Saver:
 
     def __init__(
         self,
-        state: TrainingState,
+        state: Saveable,
         checkpoints: Path,
         facts: Callable[[int, dict[str, Any]], dict[str, Any]],
         say: Callable[[str], None],

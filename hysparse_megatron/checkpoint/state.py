@@ -10,7 +10,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -21,18 +21,18 @@ from megatron.core.dist_checkpointing.core import (
     save_config,
 )
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from torch.distributed.checkpoint.api import CheckpointException
 
-from hysparse_megatron.checkpoint.moments import taken_in_place
+from hysparse_megatron.checkpoint.moments import distributed_parts, taken_in_place
 from hysparse_megatron.checkpoint.reader import use_for_loading
 from hysparse_megatron.checkpoint.staging import StagingWriter
 from hysparse_megatron.checkpoint.writer import Job
+from hysparse_megatron.config.schema import Config
 from hysparse_megatron.errors import CheckpointError
 from hysparse_megatron.model.stack import EXTRA_STATE
-from hysparse_megatron.training.optimizer import distributed_parts
-from hysparse_megatron.training.state import TrainingState
 
 _DAMAGED = (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError)
 """What it ends in to read plain values that are not those of an optimizer."""
@@ -41,6 +41,19 @@ _LOAD_ERRORS = (CheckpointException, CheckpointingException, pickle.UnpicklingEr
 
 _LONGEST_CAUSE = 500
 """Characters: megatron-core lists all names of a checkpoint where it misses one."""
+
+
+class Saveable(Protocol):
+    """What is saved of a rank's training; `training.state.TrainingState` is one."""
+
+    config: Config
+    groups: ProcessGroupCollection
+    device: torch.device
+    optimizer: MegatronOptimizer
+
+    @property
+    def models(self) -> list[MegatronModule]:
+        """The model chunks of this rank."""
 
 
 def _metadata(groups: ProcessGroupCollection) -> dict[str, Any]:
@@ -64,7 +77,7 @@ def _model_state(models: Sequence[MegatronModule], metadata: dict[str, Any]) -> 
     }
 
 
-def start_save(state: TrainingState, step: int, directory: Path) -> Job:
+def start_save(state: Saveable, step: int, directory: Path) -> Job:
     """Copy model and optimizer, to be written into an existing empty directory. Collective."""
     # megatron-core would copy, write and pass on results in ways that need helper processes.
     filesystem_async.FileSystemWriterAsync = StagingWriter
@@ -92,7 +105,7 @@ def start_save(state: TrainingState, step: int, directory: Path) -> Job:
     return Job(write=request.async_fn, finish=finish)
 
 
-def load_state(state: TrainingState, directory: Path, weights_only: bool = False) -> int:
+def load_state(state: Saveable, directory: Path, weights_only: bool = False) -> int:
     """Load model (and optimizer) from `directory` and return the step it was saved after.
 
     Collective. Raises CheckpointError when the checkpoint does not fit the model.
@@ -116,7 +129,7 @@ def load_state(state: TrainingState, directory: Path, weights_only: bool = False
         ) from error
 
 
-def _load_optimizer(state: TrainingState, loaded: dict[Any, Any]) -> None:
+def _load_optimizer(state: Saveable, loaded: dict[Any, Any]) -> None:
     # megatron-core pairs groups by their learning rates, among others, and would take the rest
     # from the checkpoint: today's settings count.
     optim = state.config.optim

@@ -14,18 +14,33 @@ writes checkpoints and `choice` lets all ranks agree on one.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from hysparse_megatron.checkpoint.manifest import MANIFEST, read_manifest
 from hysparse_megatron.errors import CheckpointError
+from hysparse_megatron.files import sha256_of
 from hysparse_megatron.runtime import faults
+
+Problems = Callable[[Path], list[str]]
+"""What is wrong with a checkpoint; nothing of a whole one."""
+
+
+class Agreed(Protocol):
+    """Calls what looks at the file system and returns its answer."""
+
+    def __call__[Answer](self, look: Callable[[], Answer]) -> Answer:
+        """What `look` returns."""
+
+
+def _alone[Answer](look: Callable[[], Answer]) -> Answer:
+    return look()
+
 
 _PROVEN = "proven"
 _PUBLISHED = re.compile(r"step-([0-9]+)")
@@ -61,23 +76,16 @@ def remove_leftovers(checkpoints: Path) -> None:
 
 
 def latest_checkpoint(
-    checkpoints: Path, problems: Callable[[Path], list[str]] | None = None
+    checkpoints: Path, problems: Problems | None = None, agreed: Agreed = _alone
 ) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint, and what is wrong with the ones that are newer.
 
     (None, []) where there is none at all. Raises CheckpointError when there are checkpoints and not
-    one is whole: a fresh start would hide that. `problems` judges; the default is `problems_of`.
+    one is whole: a fresh start would hide that. Arguments as those of `resolve`.
     """
-    return newest_whole(published(checkpoints), problems or problems_of)
-
-
-def newest_whole(
-    candidates: Iterable[Path], problems: Callable[[Path], list[str]]
-) -> tuple[Path | None, list[str]]:
-    """`latest_checkpoint` among `candidates`, newest first."""
     rejected: list[str] = []
-    for directory in candidates:
-        found = problems(directory)
+    for directory in agreed(lambda: published(checkpoints)):
+        found = (problems or problems_of)(directory)
         if not found:
             return directory, rejected
         rejected += found
@@ -144,17 +152,11 @@ def changed_files(directory: Path, digests: dict[str, str]) -> list[str]:
     for name, digest in digests.items():
         path = directory / name
         try:
-            if digest_of(path) != digest:
+            if sha256_of(path) != digest:
                 problems.append(f"{path} has another content than the manifest says")
         except OSError as error:
             problems.append(f"{path} cannot be read: {error}")
     return problems
-
-
-def digest_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def tokenizer_facts(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -170,20 +172,46 @@ def is_checkpoint(path: Path) -> bool:
     return (path / MANIFEST).exists() or bool(_PUBLISHED.fullmatch(path.name))
 
 
-def resolve_checkpoint(path: Path) -> Path:
-    """The checkpoint a user means by a step directory or a run directory.
+def resolve(
+    path: Path,
+    step: int | None = None,
+    problems: Problems | None = None,
+    agreed: Agreed = _alone,
+    say: Callable[[str], None] = lambda text: None,
+) -> Path:
+    """The checkpoint that a user means by a step directory or a run directory.
 
-    Raises CheckpointError when there is no valid one.
+    Args:
+        path: of a checkpoint, or of a run: the checkpoint after `step` of that, or the newest.
+        step: of the checkpoint in the run; None takes the newest that is whole.
+        problems: what is wrong with a checkpoint; the default is `problems_of`.
+        agreed: calls what looks at the file system; `choice` lets all ranks take rank 0's answer.
+        say: is told of newer checkpoints that are left out.
+
+    Raises:
+        CheckpointError: there is no valid one.
     """
-    if is_checkpoint(path):
-        problems = problems_of(path)
-        if problems:
-            raise CheckpointError(f"{path} is damaged: {'; '.join(problems)}")
-        return path
-    found, _ = latest_checkpoint(path / "checkpoints")
-    if found is None:
-        raise nothing_at(path)
-    return found
+    problems = problems or problems_of
+    if not agreed(lambda: is_checkpoint(path)):
+        if step is None:
+            found, rejected = latest_checkpoint(path / "checkpoints", problems, agreed)
+            for problem in rejected:
+                say(f"WARNING: a newer checkpoint is damaged and left out: {problem}")
+            if found is None:
+                raise nothing_at(path)
+            return found
+        path = step_directory(path / "checkpoints", step)
+    wrong = problems(path)
+    if wrong:
+        raise CheckpointError(f"{path} is damaged or missing: {'; '.join(wrong)}")
+    return path
+
+
+def meant(run_dir: Path, text: str) -> tuple[Path, int | None]:
+    """`path` and `step` of `resolve` for `newest`, a step of the run, or the path of another."""
+    if text == "newest":
+        return run_dir, None
+    return (run_dir, int(text)) if text.isdigit() else (Path(text), None)
 
 
 def nothing_at(path: Path) -> CheckpointError:

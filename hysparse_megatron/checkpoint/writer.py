@@ -21,13 +21,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from hysparse_megatron.checkpoint.manifest import write_manifest
 from hysparse_megatron.checkpoint.store import (
-    digest_of,
     remove_leftovers,
     step_directory,
     unfinished_name,
 )
 from hysparse_megatron.errors import CheckpointError
-from hysparse_megatron.files import sync_folder
+from hysparse_megatron.files import sha256_of, sync_folder
 from hysparse_megatron.runtime import faults
 from hysparse_megatron.runtime.agreement import on_rank_zero
 from hysparse_megatron.runtime.worker import Worker
@@ -165,5 +164,5 @@ def _describe(directory: Path, wanted: Callable[[str], bool]) -> dict[str, dict[
         if path.is_file() and wanted(name):
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-            entries[name] = {"bytes": path.stat().st_size, "sha256": digest_of(path)}
+            entries[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     return entries

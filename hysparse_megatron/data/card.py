@@ -15,6 +15,7 @@ from typing import Any
 from hysparse_megatron.data import content
 from hysparse_megatron.data.read.indexed import check_indexed, check_token_ids
 from hysparse_megatron.errors import DataError
+from hysparse_megatron.files import sha256_of
 
 FORMAT = 1
 CARD_NAME = "dataset.json"
@@ -213,7 +214,7 @@ def _check_content(path: str, entry: _FileEntry) -> None:
     """What of a file can be compared at once."""
     try:
         if content.is_small(path):
-            is_equal = content.hash_file(path) == entry.sha256
+            is_equal = sha256_of(path) == entry.sha256
         else:  # cards of earlier versions have no hash of blocks
             is_equal = entry.blocks_sha256 in (None, content.hash_blocks(path))
     except OSError as error:
@@ -248,6 +249,6 @@ def _check_size(path: str, expected_bytes: int) -> None:
 
 def _hash_file(path: str) -> str:
     try:
-        return content.hash_file(path)
+        return sha256_of(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error

@@ -28,12 +28,6 @@ _READ_BYTES = 4 * 1024 * 1024
 _LOWEST_PRIORITY = 19
 
 
-def hash_file(path: str) -> str:
-    """SHA-256 of a whole file. Raises OSError."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def hash_blocks(path: str) -> str | None:
     """SHA-256 of blocks spread evenly over a file, its end among them; None of a small file.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from hysparse_megatron.config.schema import DataConfig
 from hysparse_megatron.data.card import CARD_NAME, SENTENCEPIECE_NAME, TOKENIZER_NAME
 from hysparse_megatron.data.tokenizer import choose_tokenizer, tokenizer_file
 from hysparse_megatron.errors import DataError
+from hysparse_megatron.files import sha256_of
 
 
 class Tokenizer(Protocol):
@@ -46,7 +46,7 @@ def find_run_tokenizer(data: DataConfig, sha256: str | None) -> Path | None:
     Without a hash the first there is.
     """
     for path in tokenizer_places(data):
-        if path.is_file() and sha256 in (None, _digest(path)):
+        if path.is_file() and sha256 in (None, sha256_of(path)):
             return path
     return None
 
@@ -71,7 +71,7 @@ def load_run_tokenizer(data: DataConfig, sha256: str | None, given: str | None =
             )
         return _load(_file_of(named))
     path = find_run_tokenizer(data, sha256) if given is None else _file_of(given)
-    if path is not None and path.is_file() and _digest(path) == sha256:
+    if path is not None and path.is_file() and sha256_of(path) == sha256:
         return _load(path)
     if given is not None:
         raise DataError(
@@ -104,11 +104,6 @@ def _file_of(given: str) -> Path:
     if path is None:
         raise DataError(f"{given}: name the {TOKENIZER_NAME} beside the prepared data instead")
     return Path(path)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _load(path: Path) -> Tokenizer:

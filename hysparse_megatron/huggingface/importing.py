@@ -15,13 +15,13 @@ from torch import Tensor
 from hysparse_megatron.architecture.model import ModelConfig
 from hysparse_megatron.architecture.parameters import padded_vocab_size
 from hysparse_megatron.checkpoint.assemble import Source, save_weights
-from hysparse_megatron.checkpoint.store import digest_of
 from hysparse_megatron.compatibility import compared_settings
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.config.frozen import freeze, to_yaml
 from hysparse_megatron.config.schema import Config, Precision
 from hysparse_megatron.data.card import TOKENIZER_NAME
 from hysparse_megatron.errors import ConfigError
+from hysparse_megatron.files import sha256_of
 from hysparse_megatron.huggingface import settings, tokenizer_files
 from hysparse_megatron.huggingface.folders import write_folder
 from hysparse_megatron.huggingface.reading import TensorFolder
@@ -147,7 +147,7 @@ def write_start(
     facts: dict[str, Any] = {"tokens": 0, "made_from": str(source), "versions": versions()}
     if tokenizer.is_file():
         facts["tokenizer"] = {
-            "tokenizer_sha256": digest_of(tokenizer),
+            "tokenizer_sha256": sha256_of(tokenizer),
             "vocab_size": tokenizer_files.check_vocabulary(tokenizer, model.vocab_size or 0),
         }
     else:

@@ -130,7 +130,7 @@ def load_model(
     Raises:
         CheckpointError: there is no such checkpoint, it is damaged or of another model.
     """
-    directory = _choose(run_dir, checkpoint, verify)
+    directory = choice.resolve(*store.meant(run_dir, checkpoint), verify)
     on_rank_zero(lambda: require_same_model(config, directory), CheckpointError)
     manifest = on_rank_zero(lambda: store.read_manifest(directory), CheckpointError)
     known = store.tokenizer_facts(manifest)
@@ -167,11 +167,3 @@ def build_model(
     # No buffer, which `to` would move; a step that is recorded must not copy it.
     model.rotary_pos_emb.inv_freq = model.rotary_pos_emb.inv_freq.to(device)
     return model.to(device).eval(), groups
-
-
-def _choose(run_dir: Path, checkpoint: str, verify: bool) -> Path:
-    if checkpoint == "newest":
-        return choice.named(run_dir, None, verify)
-    if checkpoint.isdigit():
-        return choice.exactly(run_dir / "checkpoints", int(checkpoint), verify)
-    return choice.named(Path(checkpoint), None, verify)

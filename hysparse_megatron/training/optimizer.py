@@ -15,9 +15,10 @@ from megatron.core.optimizer import (
 )
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 
+from hysparse_megatron.checkpoint.moments import distributed_parts, parts_of
 from hysparse_megatron.config.schema import (
     OptimConfig,
     OptimizerName,
@@ -79,7 +80,7 @@ def update(optimizer: MegatronOptimizer, grad_norm: float) -> None:
 
     It would prepare them again and reduce a second norm over all ranks, to clip by.
     """
-    for part in _parts(optimizer):
+    for part in parts_of(optimizer):
         parameters = part.get_parameters()
         if parameters and part.config.clip_grad > 0.0:
             clip_grad_by_total_norm_fp32(
@@ -89,15 +90,6 @@ def update(optimizer: MegatronOptimizer, grad_norm: float) -> None:
                 use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
             )
     optimizer.step_with_ready_grads()
-
-
-def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    return optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
-
-
-def distributed_parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
-    """The distributed optimizers inside `optimizer`."""
-    return [part for part in _parts(optimizer) if isinstance(part, DistributedOptimizer)]
 
 
 _ADAM = {

@@ -34,10 +34,10 @@ def choose_checkpoint(config: Config, checkpoints: Path, say: Say) -> Path | Non
         lambda: store.went_back(checkpoints, step), CheckpointError
     ):
         if on_rank_zero(lambda: store.published(checkpoints), CheckpointError):
-            return choice.exactly(checkpoints, step, content)
+            return choice.resolve(checkpoints.parent, step, content)
         if config.checkpoint.load is None:
             raise CheckpointError(f"checkpoint.step={step}, but there is none in {checkpoints}")
-    latest, rejected = choice.newest(checkpoints, content)
+    latest, rejected = choice.latest(checkpoints, content)
     for problem in rejected:
         say(f"WARNING: a newer checkpoint is damaged and left out: {problem}")
     return latest
@@ -76,7 +76,7 @@ def resume(state: TrainingState, latest: Path | None, corpus: TrainingData, say:
         return progress
     checkpoint = state.config.checkpoint
     if checkpoint.load is not None:
-        directory = choice.named(Path(checkpoint.load), checkpoint.step, checkpoint.verify)
+        directory = choice.resolve(Path(checkpoint.load), checkpoint.step, checkpoint.verify)
         load_state(state, directory, weights_only=True)
         say(f"starting from the weights of {directory}")
     return Progress()

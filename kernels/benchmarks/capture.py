@@ -72,7 +72,7 @@ def capture(run: Path, sequence: int | None) -> Captured:
     from hysparse_megatron.runtime import device as runtime_device
     from hysparse_megatron.training.state import build_state
 
-    checkpoint = store.resolve_checkpoint(run)
+    checkpoint = store.resolve(run)
     trained = load_frozen(run / "config.yaml")
     config = _alone(trained, sequence or trained.train.seq_length)
     device = runtime_device.start(Rank(0, 1, 0, 1), config.parallel)

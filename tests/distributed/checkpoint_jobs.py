@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from megatron.core.tensor_parallel import random as megatron_random
 
+from hysparse_megatron.checkpoint.moments import distributed_parts
 from hysparse_megatron.checkpoint.saver import Saver
 from hysparse_megatron.checkpoint.state import load_state, start_save
-from hysparse_megatron.checkpoint.store import resolve_checkpoint
+from hysparse_megatron.checkpoint.store import resolve
 from hysparse_megatron.checkpoint.tensors import INDEX, read_weights
 from hysparse_megatron.checkpoint.writer import CheckpointWrite, Job
 from hysparse_megatron.config.schema import Config
@@ -28,7 +29,6 @@ from hysparse_megatron.data.read.dataset import TokenSamples
 from hysparse_megatron.data.read.order import Position
 from hysparse_megatron.errors import CheckpointError
 from hysparse_megatron.training.muon import is_matrix, matrix_parts
-from hysparse_megatron.training.optimizer import distributed_parts
 from hysparse_megatron.training.state import TrainingState
 from hysparse_megatron.training.step import Batch, evaluate, train_step
 from tests.checkpoints import save, write_checkpoint
@@ -140,7 +140,7 @@ def load_and_train(
 ) -> Continuation:
     """Load the run's newest checkpoint, save it again if asked, train on the rest of `tokens`."""
     state = prepare(config)
-    step = load_state(state, resolve_checkpoint(run_dir))
+    step = load_state(state, resolve(run_dir))
     if save_to is not None:
         save(state, save_to, step)
     return _continue(state, _reader(state, tokens), step, len(tokens))
@@ -200,7 +200,7 @@ def load_error(rank: int, config: Config, run_dir: Path) -> str:
     """The message with which the run's checkpoint is refused by the model of `config`."""
     state = prepare(config)
     try:
-        load_state(state, resolve_checkpoint(run_dir))
+        load_state(state, resolve(run_dir))
     except CheckpointError as error:
         return str(error)
     return "loaded"
@@ -209,7 +209,7 @@ def load_error(rank: int, config: Config, run_dir: Path) -> str:
 def load_weights(rank: int, config: Config, run_dir: Path) -> dict[str, Piece]:
     """This rank's weights after a load without optimizer state; of matrices, Muon's fp32 copies."""
     state = prepare(config)
-    load_state(state, resolve_checkpoint(run_dir), weights_only=True)
+    load_state(state, resolve(run_dir), weights_only=True)
     return pieces(state, lambda p: getattr(p, "main_param", p) if is_matrix(p) else p)
 
 
@@ -292,7 +292,7 @@ def fail_in_background(rank: int, config: Config, run_dir: Path) -> tuple[str, b
 
 def weights_without_pickle(rank: int, run_dir: Path) -> dict[str, np.ndarray]:
     """The newest checkpoint's weights, read while unpickling is out of order."""
-    directory = resolve_checkpoint(run_dir)
+    directory = resolve(run_dir)
 
     def refuse(*arguments: Any, **options: Any) -> Any:
         raise AssertionError("unpickled")

@@ -19,7 +19,7 @@ from hysparse_megatron.checkpoint.store import (
     prune,
     read_manifest,
     remove_leftovers,
-    resolve_checkpoint,
+    resolve,
     set_aside,
     step_directory,
     superfluous,
@@ -184,7 +184,7 @@ def test_damage_is_noticed_and_the_one_before_is_taken(tmp_path: Path, damage: s
     assert rejected == problems_of(newer)
     assert str(newer) in rejected[0]
     with pytest.raises(CheckpointError):
-        resolve_checkpoint(newer)
+        resolve(newer)
 
 
 def test_a_renamed_checkpoint_is_named_and_the_one_before_is_taken(tmp_path: Path) -> None:
@@ -220,11 +220,11 @@ def test_only_damaged_ones_are_no_fresh_start(tmp_path: Path) -> None:
 def test_what_a_user_may_name(tmp_path: Path) -> None:
     write(tmp_path / "run" / "checkpoints", 4)
     newest = write(tmp_path / "run" / "checkpoints", 8)
-    assert resolve_checkpoint(tmp_path / "run") == newest
-    assert resolve_checkpoint(newest) == newest
+    assert resolve(tmp_path / "run") == newest
+    assert resolve(newest) == newest
     for wrong in (tmp_path, tmp_path / "nowhere", newest / "common"):
         with pytest.raises(CheckpointError, match="no valid checkpoint at"):
-            resolve_checkpoint(wrong)
+            resolve(wrong)
 
 
 @pytest.mark.parametrize(
@@ -301,26 +301,26 @@ def test_an_unread_hash_lets_a_flipped_byte_pass(tmp_path: Path) -> None:
     """What checkpoint.verify=false means; a size is always looked at."""
     older, newer = write(tmp_path, 4), write(tmp_path, 8)
     flip_a_byte(newer)
-    assert choice.newest(tmp_path, content=True)[0] == older
-    assert choice.newest(tmp_path, content=False) == (newer, [])
+    assert choice.latest(tmp_path, content=True)[0] == older
+    assert choice.latest(tmp_path, content=False) == (newer, [])
     (newer / "__0_0.distcp").write_text("weight")
-    assert choice.newest(tmp_path, content=False)[0] == older
+    assert choice.latest(tmp_path, content=False)[0] == older
 
 
 def test_a_step_that_was_asked_for_has_no_substitute(tmp_path: Path) -> None:
     checkpoints = tmp_path / "checkpoints"
     older, newer = write(checkpoints, 4), write(checkpoints, 8)
-    assert choice.exactly(checkpoints, 4, content=True) == older
-    assert choice.named(tmp_path, 4, content=True) == older
-    assert choice.named(tmp_path, None, content=True) == newer
-    assert choice.named(older, None, content=True) == older
+    assert choice.resolve(tmp_path, 4, content=True) == older
+    assert choice.resolve(tmp_path, 4, content=True) == older
+    assert choice.resolve(tmp_path, None, content=True) == newer
+    assert choice.resolve(older, None, content=True) == older
     flip_a_byte(newer)
-    assert choice.named(tmp_path, None, content=True) == older
+    assert choice.resolve(tmp_path, None, content=True) == older
     for ask in (
-        lambda: choice.exactly(checkpoints, 8, content=True),
-        lambda: choice.named(tmp_path, 8, content=True),
-        lambda: choice.named(newer, None, content=True),
-        lambda: choice.exactly(checkpoints, 5, content=True),
+        lambda: choice.resolve(tmp_path, 8, content=True),
+        lambda: choice.resolve(tmp_path, 8, content=True),
+        lambda: choice.resolve(newer, None, content=True),
+        lambda: choice.resolve(tmp_path, 5, content=True),
     ):
         with pytest.raises(CheckpointError, match=r"step-0000000[58]") as caught:
             ask()

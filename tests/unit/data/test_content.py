@@ -16,6 +16,7 @@ from hysparse_megatron.data.card import PreparedCorpus, large_files, load_prepar
 from hysparse_megatron.data.content import ContentCheck
 from hysparse_megatron.data.sources import BlendedCorpus, check_content
 from hysparse_megatron.errors import DataError
+from hysparse_megatron.files import sha256_of
 
 DIFFER = r"train\.bin: contents differ"
 
@@ -106,7 +107,7 @@ def test_reading_beside_training_is_slow_and_forgiving(tmp_path: Path) -> None:
     path.write_bytes(bytes(1000))
     told: list[str] = []
     started = time.monotonic()
-    hashes = {str(tmp_path / "none"): "", str(path): content.hash_file(str(path))}
+    hashes = {str(tmp_path / "none"): "", str(path): sha256_of(path)}
     check = finished(ContentCheck(hashes, told.append, bytes_per_second=2000))
     assert time.monotonic() - started >= 0.5
     assert check.problem is None

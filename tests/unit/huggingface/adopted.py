@@ -22,7 +22,7 @@ def start(folder: Path, states: list[TrainingState], **train: object) -> torch.n
     config = dataclasses.replace(config, train=of_train)
     state = build_state(config, 257, DEVICE)
     states.append(state)
-    load_state(state, store.resolve_checkpoint(folder), weights_only=True)
+    load_state(state, store.resolve(folder), weights_only=True)
     return state.chunks[0].module
 
 

@@ -168,7 +168,7 @@ def test_weights_are_kept_to_the_bit(tmp_path: Path) -> None:
     model = original("llama", tmp_path / "original").to(torch.bfloat16)
     model.save_pretrained(tmp_path / "original")
     folder = adopt(tmp_path / "original", tmp_path / "start", "F S W F", *SMALL)
-    found = tensors.read_weights(store.resolve_checkpoint(folder))
+    found = tensors.read_weights(store.resolve(folder))
     kept = model.state_dict()
     embedding = found["embedding.word_embeddings.weight"]
     assert embedding.shape == (384, 48)

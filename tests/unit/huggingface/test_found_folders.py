@@ -177,7 +177,7 @@ def test_weights_keep_the_widest_type(tmp_path: Path) -> None:
     save_file(held, source / SINGLE)
     assert adopt(source, tmp_path / "mixed") == 0
     assert load_frozen(tmp_path / "mixed" / "config.yaml").train.precision is Precision.fp32
-    found = tensors.read_weights(store.resolve_checkpoint(tmp_path / "mixed"))
+    found = tensors.read_weights(store.resolve(tmp_path / "mixed"))
     types = [
         found[f"decoder.layers.{layer}.self_attention.linear_qkv.linear.weight"] for layer in (0, 1)
     ]

@@ -50,7 +50,7 @@ def import_folder(source: Path, folder: Path) -> Path:
 
 def assert_same_weights(run: Run, folder: Path) -> None:
     """`tools.checkpoint diff` finds nothing, types included."""
-    first, second = (store.resolve_checkpoint(path) for path in (run.path, folder))
+    first, second = (store.resolve(path) for path in (run.path, folder))
     assert checkpoint_main(["diff", str(first), str(second)]) == 0
     ours, theirs = (tensors.read_index(path) for path in (first, second))
     ours = {name: e for name, e in ours.items() if not name.startswith(tensors.OPTIMIZER)}
@@ -76,7 +76,7 @@ def test_round_trip_is_exact(overrides: list[str], tmp_path: Path) -> None:
         expected = run.logits(tokens)
         for parameter in run.state.chunks[0].parameters():
             parameter.data.zero_()
-        load_state(run.state, store.resolve_checkpoint(folder), weights_only=True)
+        load_state(run.state, store.resolve(folder), weights_only=True)
         assert torch.equal(run.logits(tokens), expected)
 
         # And the model that the folder describes is the run's.
@@ -101,7 +101,7 @@ def test_a_model_that_transformers_trained_and_resized(tmp_path: Path) -> None:
         assert experiment["model"]["vocab_size"] == 390
         assert experiment["checkpoint"]["load"] == str(folder)
 
-        weights = tensors.read_weights(store.resolve_checkpoint(folder))
+        weights = tensors.read_weights(store.resolve(folder))
         embedding = weights["embedding.word_embeddings.weight"]
         assert embedding.shape[0] == 512  # a multiple of 128, as training has it
         assert torch.equal(embedding[:390], model.get_input_embeddings().weight)
@@ -134,6 +134,6 @@ def test_a_run_starts_with_the_experiment(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_weights_alone_are_not_continued(tmp_path: Path) -> None:
     random_run(tmp_path / "run", "model.layout=F")
-    checkpoint = store.resolve_checkpoint(tmp_path / "run")
+    checkpoint = store.resolve(tmp_path / "run")
     with pytest.raises(CheckpointError, match=r"new run_dir with checkpoint\.load="):
         resume(SimpleNamespace(), checkpoint, SimpleNamespace(), print)

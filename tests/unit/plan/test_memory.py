@@ -8,13 +8,13 @@ from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOpt
 from torch import Tensor
 
 from hysparse_megatron.architecture.stages import plan_pipeline
+from hysparse_megatron.checkpoint.moments import distributed_parts
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.config.schema import OptimizerName, Precision
 from hysparse_megatron.plan.memory import in_flight, state_bytes
 from hysparse_megatron.plan.overview import make_overview
 from hysparse_megatron.runtime.process_groups import destroy_process_groups
 from hysparse_megatron.training.muon import matrix_parts
-from hysparse_megatron.training.optimizer import distributed_parts
 from hysparse_megatron.training.state import TrainingState, build_state
 from tests.unit.single_process import default_group
 

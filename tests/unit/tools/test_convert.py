@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hysparse_megatron.checkpoint.assemble import Source, save_weights
-from hysparse_megatron.checkpoint.store import digest_of
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.config.frozen import freeze
 from hysparse_megatron.data.tokenizer import bytes_tokenizer
+from hysparse_megatron.files import sha256_of
 from hysparse_megatron.huggingface.weights import model_weights
 from tests.unit.huggingface.exports import IDS, load, random_run
 from tests.unit.model.tiny_models import tiny_config
@@ -118,7 +118,7 @@ class TestExportRefuses:
 
 def test_the_tokenizer_is_found_by_its_hash(tmp_path: Path, capsys: Capture) -> None:
     bytes_tokenizer().save(str(tmp_path / "tokenizer.json"))
-    identity = {"tokenizer_sha256": digest_of(tmp_path / "tokenizer.json"), "vocab_size": IDS}
+    identity = {"tokenizer_sha256": sha256_of(tmp_path / "tokenizer.json"), "vocab_size": IDS}
     run = random_run(tmp_path / "run", "model.layout=F", identity=identity)
     for name, content in (("a", "{}"), ("b", (tmp_path / "tokenizer.json").read_text())):
         (run / "cache" / name).mkdir(parents=True)
