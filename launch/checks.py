@@ -19,8 +19,8 @@ from hysparse_megatron.architecture.model import Layers
 from hysparse_megatron.checkpoint.store import published, step_of
 from hysparse_megatron.config.blend import parse_blend
 from hysparse_megatron.config.cluster import Scheduler
+from hysparse_megatron.config.rules.tracking import has_wandb_key
 from hysparse_megatron.config.schema import Config, DataConfig, Precision, TrackingMode
-from hysparse_megatron.config.validate import has_wandb_key
 from hysparse_megatron.data.card import CARD_NAME, load_prepared
 from hysparse_megatron.data.prepare.sources import list_sources, standard_library
 from hysparse_megatron.data.sources import MANY_EPOCHS, count_of, epochs

@@ -7,6 +7,7 @@ line. Fields without a default must be given by a preset or by the user.
 from dataclasses import dataclass, field
 from enum import Enum
 
+from hysparse_megatron.architecture.bounds import above_zero, at_least, fraction
 from hysparse_megatron.architecture.layers import (
     AttentionLayer,
     AttentionSizes,
@@ -62,29 +63,29 @@ class Fp8(Enum):
 class MoeConfig:
     """Mixture of experts in the feed-forward layers; the paper gives 512 experts, 8 active."""
 
-    num_experts: int = 0
+    num_experts: int = at_least(0, default=0)
     """Routed experts of every layer, of all expert-parallel ranks together; 0 makes it dense."""
-    num_active_experts: int = 8
+    num_active_experts: int = at_least(1, default=8)
     """Experts that compute for each token (top-k), out of `num_experts`."""
-    expert_ffn_hidden_size: int | None = None
+    expert_ffn_hidden_size: int | None = at_least(1, default=None)
     """Inner width of one expert, in channels; null means `model.ffn_hidden_size`."""
-    shared_expert_ffn_hidden_size: int = 0
+    shared_expert_ffn_hidden_size: int = at_least(0, default=0)
     """Inner width of an expert that sees every token; 0 for none, which fits the paper's counts."""
-    num_dense_first_layers: int = 0
+    num_dense_first_layers: int = at_least(0, default=0)
     """Layers at the start that stay dense, `model.ffn_hidden_size` wide; the paper names none."""
     router_score: RouterScore = RouterScore.softmax
     """softmax or sigmoid over the experts; the chosen weights are normalised to one either way."""
-    router_scaling: float = 1.0
+    router_scaling: float = above_zero(default=1.0)
     """Factor on the normalised weights of the chosen experts; sigmoid routers often use 2.5."""
     balancing: Balancing = Balancing.aux_loss
     """aux_loss per micro-batch or per sequence; bias moves the choice with one learnt number per
     expert and needs sigmoid; none leaves the router alone. (megatron-core's loss over the global
     batch depends on the data-parallel size and is left out.)"""
-    aux_loss_coefficient: float = 1e-3
+    aux_loss_coefficient: float = at_least(0, default=1e-3)
     """Weight of the auxiliary loss in the total; unused with bias and none."""
-    bias_update_rate: float = 1e-3
+    bias_update_rate: float = at_least(0, default=1e-3)
     """Step by which an expert's bias moves after every batch, with balancing = bias."""
-    z_loss_coefficient: float = 0.0
+    z_loss_coefficient: float = at_least(0, default=0.0)
     """Weight of the squared log-sum-exp of the router's logits (ST-MoE); 0 turns it off."""
 
 
@@ -94,25 +95,25 @@ class ModelConfig:
 
     layout: str
     """One letter per layer in the layout language: F full, S sparse, W window, `|` a cut."""
-    hidden_size: int
+    hidden_size: int = at_least(1)
     """Width of the residual stream, in channels."""
-    ffn_hidden_size: int
+    ffn_hidden_size: int = at_least(1)
     """Inner width of the gated feed-forward layer, in channels."""
-    num_attention_heads: int
+    num_attention_heads: int = at_least(1)
     """Query heads of every layer, of all tensor-parallel ranks together."""
-    num_query_groups: int
+    num_query_groups: int = at_least(1)
     """Key and value heads; the query heads of one group share keys, values and indices."""
-    head_dim: int
+    head_dim: int = at_least(1)
     """Channels of one query or key head."""
-    value_head_dim: int | None = None
+    value_head_dim: int | None = at_least(1, default=None)
     """Channels of one value head; null means `head_dim`, as in the paper."""
-    vocab_size: int | None = None
+    vocab_size: int | None = at_least(1, default=None)
     """Number of token ids; null takes the tokenizer's, which is right unless weights are loaded."""
-    block_size: int = 64
+    block_size: int = at_least(1, default=64)
     """Tokens in one block that is scored and selected as a whole (the paper's B = 64)."""
-    num_selected_blocks: int = 16
+    num_selected_blocks: int = at_least(1, default=16)
     """Blocks a query reads in a sparse layer (the paper's 1024 tokens / 64 = 16)."""
-    window: int = 128
+    window: int = at_least(1, default=128)
     """Tokens a query sees in the sliding window, itself included (the paper's w = 128)."""
     gate: GateKind = GateKind.head
     """One gate per head or per channel; the paper is silent, its parameter counts favour head."""
@@ -120,11 +121,11 @@ class ModelConfig:
     """One sink per head and branch, one shared by both branches, or none; the paper is silent."""
     full_gate: FullGate = FullGate.none
     """Gate on full layers' output; the paper's 80B full-attention baseline alone has one."""
-    forced_first_blocks: int = 0
+    forced_first_blocks: int = at_least(0, default=0)
     """Blocks at the start that are always selected, out of `num_selected_blocks`; paper: none."""
-    forced_recent_blocks: int = 0
+    forced_recent_blocks: int = at_least(0, default=0)
     """Blocks up to the current one that are always selected; the paper forces none."""
-    rotary_base: float = 10000.0
+    rotary_base: float = above_zero(default=10000.0)
     """Base of the rotary position embedding; 640000 in the paper's 32k-token stage."""
     rotary_fraction: float = 1.0
     """Share of a head's channels that is rotated; the rest carries no position."""
@@ -135,11 +136,11 @@ class ModelConfig:
     in Qwen2, and gates; it begins at zero, and the paper mentions none."""
     qk_norm: bool = False
     """Normalise queries and keys per head before rotation; the paper does not mention it."""
-    norm_epsilon: float = 1e-5
+    norm_epsilon: float = above_zero(default=1e-5)
     """Added to the mean square inside RMSNorm."""
-    init_std: float = 0.02
+    init_std: float = above_zero(default=0.02)
     """Standard deviation of the initial weights."""
-    hidden_dropout: float = 0.0
+    hidden_dropout: float = fraction(default=0.0)
     """Probability of dropping a channel after attention and feed-forward; 0 for one-epoch runs."""
     backend: Backend = Backend.auto
     """Attention implementation; auto picks by device and logs what it picked and why."""

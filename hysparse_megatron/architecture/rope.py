@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any
 
+from hysparse_megatron.architecture.bounds import above_zero, at_least
 from hysparse_megatron.errors import Problem
 
 
@@ -33,7 +34,7 @@ class RopeScalingConfig:
     length, yarn likewise and scales queries and keys too; `rope_type` in transformers."""
     factor: float | None = None
     """How many times longer texts may be, at least 1; needed by every type but none."""
-    original_max_position_embeddings: int | None = None
+    original_max_position_embeddings: int | None = at_least(1, default=None)
     """Length of pretraining in tokens; needed by llama3 and yarn."""
     low_freq_factor: float = 1.0
     """llama3: what turns fewer times than this within the original length is divided; as in
@@ -47,7 +48,7 @@ class RopeScalingConfig:
     """yarn: channels that turn fewer times than this are divided; the YaRN paper's."""
     truncate: bool = True
     """yarn: round the first and last channel in between outwards, as the YaRN paper does."""
-    attention_factor: float | None = None
+    attention_factor: float | None = above_zero(default=None)
     """yarn: factor on rotated queries and keys; null is 0.1 ln(factor) + 1, the YaRN paper's."""
     mscale: float | None = None
     """yarn: with `mscale_all_dim` and no `attention_factor` that is (0.1 mscale ln(factor) + 1)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from enum import Enum
 
+from hysparse_megatron.architecture.bounds import above_zero, at_least
 from hysparse_megatron.config.shell_words import (
     DIRECTIVE,
     WORDS,
@@ -68,12 +69,12 @@ class SlurmConfig:
     python: str | None = None
     """Interpreter of the ranks, inside the container if there is one; null takes the one that
     submits."""
-    cpus_per_task: int | None = None
+    cpus_per_task: int | None = at_least(1, default=None)
     """Cores of a rank, for its threads and for what prepares and writes data; null leaves it to the
     cluster, which often gives one."""
-    signal_seconds: int = 300
+    signal_seconds: int = at_least(1, default=300)
     """How long before the time limit a job is told to save and stop, in seconds."""
-    max_restarts: int = 5
+    max_restarts: int = at_least(0, default=5)
     """Failures in a row that a job is restarted after; each must have got further than the last
     checkpoint. Pre-emptions do not count."""
     preflight: bool = True
@@ -88,21 +89,21 @@ class ClusterConfig:
     """Label written into the run's records; local means this machine."""
     scheduler: Scheduler = Scheduler.local
     """local starts the ranks on this machine; slurm submits a job."""
-    nodes: int = 1
+    nodes: int = at_least(1, default=1)
     """Machines of a job."""
-    gpus_per_node: int = 8
+    gpus_per_node: int = at_least(1, default=8)
     """Accelerators of one machine; tensor parallelism should not reach beyond it."""
-    ranks_per_node: int | None = None
+    ranks_per_node: int | None = at_least(1, default=None)
     """Processes on each machine; null means one per accelerator, and with scheduler = local as few
     as the parallel sizes allow."""
-    memory_gib: float | None = None
+    memory_gib: float | None = above_zero(default=None)
     """Memory of one accelerator in GiB; a plan that needs more is refused. null: not checked."""
-    peak_tflops: float | None = None
+    peak_tflops: float | None = above_zero(default=None)
     """Dense bf16 matrix throughput of one accelerator, in 1e12 FLOPs per second (an H100's is 989).
     null: not known or a CPU: no step time is planned, and MFU is only told of a few known GPUs."""
-    node_bandwidth_gb: float = 450.0
+    node_bandwidth_gb: float = above_zero(default=450.0)
     """Bandwidth of one accelerator inside a machine and one direction, in 1e9 bytes a second."""
-    network_bandwidth_gb: float = 50.0
+    network_bandwidth_gb: float = above_zero(default=50.0)
     """Bandwidth of one accelerator between machines and one direction, in 1e9 bytes a second."""
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
+from hysparse_megatron.architecture.bounds import above_zero, at_least, fraction
 from hysparse_megatron.architecture.model import ModelConfig
 from hysparse_megatron.config.batch_ramp import BatchRamp
 from hysparse_megatron.config.cluster import ClusterConfig
@@ -91,24 +92,24 @@ class TrackingMode(Enum):
 class ParallelConfig:
     """How the model is split over ranks; what remains of the world size is data parallel."""
 
-    tp: int = 1
+    tp: int = at_least(1, default=1)
     """Tensor-parallel size: ranks that share every layer's heads and feed-forward channels."""
-    pp: int = 1
+    pp: int = at_least(1, default=1)
     """Pipeline-parallel size: ranks that hold different layers."""
-    vpp: int | None = None
+    vpp: int | None = at_least(2, default=None)
     """Model chunks per pipeline rank (interleaving, at least 2); null means one chunk."""
-    cp: int = 1
+    cp: int = at_least(1, default=1)
     """Context-parallel size: ranks that share one sequence; only 1 in this version."""
-    ep: int = 1
+    ep: int = at_least(1, default=1)
     """Expert-parallel size: ranks that share the experts of a layer; they are taken from the
     tensor- and data-parallel ranks of a stage, so they add nothing to the world size. An expert is
     never split."""
     sequence_parallel: bool = False
     """Also split the residual stream over the tensor-parallel ranks, along the sequence."""
-    timeout_seconds: int = 600
+    timeout_seconds: int = at_least(1, default=600)
     """How long ranks wait for each other, at the start and in every collective, before all of them
     end with an error."""
-    setup_timeout_seconds: int = 3600
+    setup_timeout_seconds: int = at_least(1, default=3600)
     """The same from the start until the first step is done: data may be prepared on one rank, and
     kernels compiled, while the others wait."""
 
@@ -117,18 +118,18 @@ class ParallelConfig:
 class MuonConfig:
     """Muon, for the hidden matrices. The defaults are megatron-core's; AdamW ignores them."""
 
-    momentum: float = 0.95
+    momentum: float = fraction(default=0.95)
     """Decay per step of the running mean of gradients, the only state of a matrix."""
     nesterov: bool = False
     """Orthogonalise the running mean as it will be one step on, with the gradient in it twice."""
-    num_ns_steps: int = 5
+    num_ns_steps: int = at_least(1, default=5)
     """Newton-Schulz steps of an update; more bring its singular values closer to 1."""
     coefficients: MuonCoefficients = MuonCoefficients.quintic
     """Polynomials of these steps; quintic has five, and begins again after them."""
     scale_mode: MuonScale = MuonScale.spectral
     """spectral: square root of the longer side, so that entries are of order 1 like AdamW's;
     unit_rms_norm: square root of rows by columns; shape_scaling: the same, but at least 1."""
-    extra_scale_factor: float = 1.0
+    extra_scale_factor: float = above_zero(default=1.0)
     """Factor on that; 0.2 with spectral makes updates about as large as AdamW's."""
     matmul_precision: MatmulPrecision = MatmulPrecision.medium
     """Of the Newton-Schulz steps; medium (bf16) is fast on accelerators and accurate enough."""
@@ -147,25 +148,25 @@ class OptimConfig:
     """adamw for everything; muon for hidden matrices, with AdamW for embeddings, the output
     projection, norms and sinks."""
     muon: MuonConfig = field(default_factory=MuonConfig)
-    learning_rate: float = 3e-4
+    learning_rate: float = above_zero(default=3e-4)
     """Highest learning rate, reached at the end of the warm-up."""
-    min_learning_rate: float = 3e-5
+    min_learning_rate: float = at_least(0, default=3e-5)
     """Learning rate at the end of the decay; a tenth of the highest is customary."""
-    beta1: float = 0.9
+    beta1: float = fraction(default=0.9)
     """Decay per step of the running mean of gradients."""
-    beta2: float = 0.95
+    beta2: float = fraction(default=0.95)
     """Decay per step of the running mean of squared gradients."""
-    epsilon: float = 1e-8
+    epsilon: float = above_zero(default=1e-8)
     """Added to the denominator of the update; PyTorch's default, the paper uses 1e-10."""
-    weight_decay: float = 0.1
+    weight_decay: float = at_least(0, default=0.1)
     """Decoupled weight decay; norms, biases and sinks are exempt."""
-    clip_grad: float = 1.0
+    clip_grad: float = at_least(0, default=1.0)
     """Largest global gradient norm; 0 turns clipping off."""
     schedule: Schedule = Schedule.wsd
     """wsd: warm-up, constant, linear decay; cosine: warm-up, cosine decay; constant: no decay."""
-    warmup_steps: int = 0
+    warmup_steps: int = at_least(0, default=0)
     """Steps of linear warm-up from zero."""
-    decay_steps: int | None = None
+    decay_steps: int | None = at_least(0, default=None)
     """Length of the decay in steps: of the final decay with wsd (null: a tenth of the run), from
     the end of the warm-up with cosine (null: until the end of the run)."""
     accept_schedule_change: bool = False
@@ -186,15 +187,15 @@ class OptimConfig:
 class GuardConfig:
     """Which steps are left out of training, and how many of them stop the run."""
 
-    max_bad_steps: int = 5
+    max_bad_steps: int = at_least(1, default=5)
     """Bad steps in a row (a loss or gradient that is not finite, or a spike) that stop the run with
     exit code 4: it will not recover by itself."""
-    spike_window: int = 64
+    spike_window: int = at_least(0, default=64)
     """Good steps whose median a step is compared with, once there are so many; 0 finds no spikes,
     only what is not finite."""
-    loss_spike: float = 3.0
+    loss_spike: float = above_zero(default=3.0)
     """Loss, in medians, above which a step is left out; a loss seldom doubles without cause."""
-    grad_norm_spike: float = 30.0
+    grad_norm_spike: float = above_zero(default=30.0)
     """Gradient norm, in medians, above which a step is left out; clipping takes care of less."""
 
 
@@ -202,30 +203,30 @@ class GuardConfig:
 class TrainConfig:
     """Length and batches of the run."""
 
-    steps: int
+    steps: int = at_least(1)
     """Optimizer steps of the whole run, restarts included."""
-    global_batch_size: int
+    global_batch_size: int = at_least(1)
     """Sequences per optimizer step, over all ranks."""
     batch_ramp: list[int] | None = field(default=None, hash=False)
     """`[start,increment,samples]`: begin with `start` sequences a step and grow by `increment`, in
     equal parts of the first `samples` samples, to global_batch_size; null has that from the start.
     """
-    micro_batch_size: int
+    micro_batch_size: int = at_least(1)
     """Sequences one data-parallel rank computes at a time."""
-    seq_length: int
+    seq_length: int = at_least(2)
     """Tokens per sequence."""
-    seed: int = 1234
+    seed: int = at_least(0, default=1234)
     """Seed of the initial weights, the data order and dropout."""
     precision: Precision = Precision.fp32
     """fp32 runs anywhere and is exact to compare; bf16 is for accelerators."""
     recompute: Recompute = Recompute.none
     """none keeps all activations, selective recomputes attention only, full whole layers."""
-    eval_interval: int = 0
+    eval_interval: int = at_least(0, default=0)
     """Steps between two evaluations; 0 evaluates only at the start and the end."""
-    eval_batches: int = 8
+    eval_batches: int = at_least(0, default=8)
     """Global batches per evaluation, the same ones every time, spread over the whole split; all of
     it where it holds no more. 0 never evaluates, and needs no validation split."""
-    deadline_minutes: float | None = None
+    deadline_minutes: float | None = above_zero(default=None)
     """Minutes after which this start must have saved and ended, with exit code 3; null takes the
     end of the Slurm job, where there is one."""
     guard: GuardConfig = field(default_factory=GuardConfig)
@@ -270,7 +271,7 @@ class DataConfig:
     """Steps whose samples are left out, like `1200-1210, 1300`: after a rewind from a spike."""
     tokenizer: str | None = None
     """Tokenizer file or directory; null trains one on the data and caches it."""
-    tokenizer_vocab_size: int = 4096
+    tokenizer_vocab_size: int = at_least(1, default=4096)
     """Vocabulary of a tokenizer trained here, in token ids; small, for small models."""
     validation_fraction: float = 0.01
     """Share of the documents held out for evaluation, chosen by their texts; 0, for
@@ -293,11 +294,11 @@ class DataConfig:
 class CheckpointConfig:
     """When checkpoints are written, kept and loaded."""
 
-    interval: int = 1000
+    interval: int = at_least(1, default=1000)
     """Steps between two checkpoints: what a killed run can lose."""
-    keep: int = 3
+    keep: int = at_least(0, default=3)
     """Newest checkpoints that are kept; 0 keeps all."""
-    keep_every: int = 0
+    keep_every: int = at_least(0, default=0)
     """Checkpoints after a multiple of so many steps are kept besides; 0 keeps none besides."""
     asynchronous: bool = True
     """Write files while training goes on. Takes host memory of the size of a rank's files."""
@@ -305,7 +306,7 @@ class CheckpointConfig:
     """Step or run directory whose weights a fresh run starts from, whatever its parallel sizes."""
     resume: bool = True
     """Continue from the newest valid checkpoint of the run directory, if there is one."""
-    step: int | None = None
+    step: int | None = at_least(1, default=None)
     """Continue from (or load) the checkpoint after exactly this step; null takes the newest."""
     verify: bool = True
     """Compare the content of every file with its hash before loading; sizes always are."""
@@ -317,13 +318,13 @@ class CheckpointConfig:
 class TrackingConfig:
     """What is measured, and where it goes besides `metrics.jsonl`, which is the source of truth."""
 
-    log_interval: int | None = None
+    log_interval: int | None = at_least(1, default=None)
     """Steps between two lines on the console; `metrics.jsonl` has every step. null: 1 in runs of up
     to 1,000 steps, 10 up to 100,000, then 100, so that a log stays one that can be read."""
-    straggler_interval: int = 50
+    straggler_interval: int = at_least(1, default=50)
     """Steps between two looks at what each rank measured, one small all-gather: the time of its own
     forward passes, its memory."""
-    straggler_factor: float = 1.5
+    straggler_factor: float = above_zero(default=1.5)
     """A rank is named as slow when it takes more than so many times the median of its pipeline
     stage; the ranks of a stage do the same work, so that smaller differences are noise."""
     architecture: bool = True

@@ -18,8 +18,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 
+from hysparse_megatron.config.rules.optim import MUON_PACKAGE
 from hysparse_megatron.config.schema import Config, OptimizerName
-from hysparse_megatron.config.validate import MUON_PACKAGE
 from hysparse_megatron.model.builder import build_chunks
 from hysparse_megatron.model.experts import ExpertLoads
 from hysparse_megatron.model.layers import LayerChoice, fuse_weight_gradients, resolve_layers

@@ -1,6 +1,7 @@
 """Every rule refuses what it should, names the key, and none hides another."""
 
 import importlib.metadata
+import importlib.util
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,6 @@ import pytest
 
 from hysparse_megatron.architecture.model import Backend, Balancing, Fp8, Layers, MoeConfig
 from hysparse_megatron.architecture.rope import RopeScalingConfig, RopeType
-from hysparse_megatron.config import validate as rules
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.config.schema import (
     Config,
@@ -21,7 +21,7 @@ from hysparse_megatron.config.schema import (
     Schedule,
     TrackingMode,
 )
-from hysparse_megatron.config.validate import check, validate
+from hysparse_megatron.config.validate import check, validate, warnings
 from hysparse_megatron.errors import ConfigError
 
 
@@ -35,7 +35,7 @@ def base() -> Config:
 
 @pytest.fixture
 def no_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rules.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
 
 
 def test_tensorboard_needs_its_package(base: Config, no_packages: None) -> None:
@@ -389,6 +389,6 @@ def test_online_tracking_without_a_key_is_a_warning(
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     online = changed(base, {"tracking.mode": TrackingMode.online})
     assert validate(online, world_size=4) == []
-    assert len(rules.warnings(online)) == 1
+    assert len(warnings(online)) == 1
     monkeypatch.setenv("WANDB_API_KEY", "x")
-    assert rules.warnings(online) == rules.warnings(base) == []
+    assert warnings(online) == warnings(base) == []

@@ -1,0 +1,1 @@
+"""Rules of a configuration, by section: each yields the problems it finds."""

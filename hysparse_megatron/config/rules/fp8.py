@@ -1,0 +1,52 @@
+"""Rules of FP8 matrix products."""
+
+from collections.abc import Iterator
+
+from hysparse_megatron.architecture.layers import LayerKind
+from hysparse_megatron.architecture.model import Fp8, Layers
+from hysparse_megatron.config.rules.multiples import is_multiple
+from hysparse_megatron.config.schema import (
+    Config,
+    Precision,
+    Recompute,
+)
+from hysparse_megatron.errors import Problem
+
+FP8_UNIT = 16
+"""Rows and columns of an FP8 matrix come in multiples of this."""
+
+
+def fp8(config: Config) -> Iterator[Problem]:
+    """What FP8 matrix products take; whether the GPU can do them is found out there."""
+    model, train, parallel = config.model, config.train, config.parallel
+    if model.fp8 is Fp8.none:
+        return
+    fp8 = f"model.fp8={model.fp8.value}"
+    if model.layers is Layers.local:
+        yield Problem("model.layers", "local", f"te or auto with {fp8}")
+    if train.precision is not Precision.bf16:
+        yield Problem("train.precision", train.precision.value, f"bf16 with {fp8}")
+    if train.recompute is Recompute.full:
+        yield Problem("train.recompute", "full", f"none or selective with {fp8}")
+    tokens = train.seq_length * train.micro_batch_size
+    if not is_multiple(tokens, FP8_UNIT):
+        got = f"{train.seq_length} (x train.micro_batch_size = {train.micro_batch_size})"
+        yield Problem("train.seq_length", got, f"a multiple of {FP8_UNIT} tokens with {fp8}")
+    widths = {
+        "model.hidden_size": model.hidden_size,
+        "model.ffn_hidden_size": model.ffn_hidden_size // max(parallel.tp, 1),
+        "model.moe.expert_ffn_hidden_size": model.expert_width if model.moe.num_experts else 0,
+        "model.num_attention_heads": _fused_width(config),
+    }
+    for key, width in widths.items():
+        if not is_multiple(width, FP8_UNIT):
+            yield Problem(key, f"{width} columns a rank", f"a multiple of {FP8_UNIT} with {fp8}")
+
+
+def _fused_width(config: Config) -> int:
+    """Columns per rank of a sparse layer's input projection: queries, gates, key and value."""
+    model = config.model
+    groups = max(1, model.num_query_groups // max(config.parallel.tp, 1))
+    heads = model.num_attention_heads // max(model.num_query_groups, 1)
+    attention = model.attention(LayerKind.SPARSE)
+    return groups * (heads * attention.head_rows + attention.group_rows)
