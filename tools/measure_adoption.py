@@ -206,7 +206,7 @@ def _command(*words: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         print(done.stdout, done.stderr, sep="\n", file=sys.stderr)
-        raise subprocess.CalledProcessError(done.returncode, " ".join(words))
+        raise subprocess.CalledProcessError(done.returncode, f"hysparse {' '.join(words)}")
 
 
 def _run_config(given: argparse.Namespace, seed: int, start: Path, run_dir: Path) -> Config:

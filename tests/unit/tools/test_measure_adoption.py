@@ -93,6 +93,6 @@ def test_a_command_that_fails_is_shown(
     assert main([*SMALL, *SHORT, *more, "--seeds", "1"]) == 5
     told = capsys.readouterr().err
     assert "DataError" in told
-    assert "ended with exit code 5: hysparse_megatron --config" in told
+    assert "ended with exit code 5: hysparse train --config" in told
     assert main([*SMALL, *SHORT, *more, "--seeds", "1"]) == 2
     assert "has seed-1 already" in capsys.readouterr().err
