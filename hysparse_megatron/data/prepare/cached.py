@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Sequence
 
 from hysparse_megatron.data.card import CARD_NAME, PreparedCorpus, load_prepared
-from hysparse_megatron.data.content import hash_file
 from hysparse_megatron.data.prepare.progress import Lines
 from hysparse_megatron.data.prepare.request import (
     VALIDATION_FRACTION,
@@ -18,6 +17,7 @@ from hysparse_megatron.data.prepare.run import prepare
 from hysparse_megatron.data.prepare.sources import Source, standard_library
 from hysparse_megatron.data.tokenizer import choose_tokenizer
 from hysparse_megatron.errors import DataError
+from hysparse_megatron.files import sha256_of
 
 LOCK_TIMEOUT_SECONDS = 3600.0
 """Longest wait for another process that prepares the same."""
@@ -110,6 +110,6 @@ def _contents(sources: Sequence[Source]) -> list[str]:
     if sum(source.size_bytes for source in sources) > _HASHED_BYTES:
         return [source.version for source in sources]
     try:
-        return [hash_file(source.path) for source in sources]
+        return [sha256_of(source.path) for source in sources]
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from error

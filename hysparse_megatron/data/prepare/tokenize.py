@@ -18,7 +18,6 @@ from itertools import chain
 
 import numpy as np
 
-from hysparse_megatron.data.content import hash_file
 from hysparse_megatron.data.prepare.readers import is_json_lines, read_piece
 from hysparse_megatron.data.prepare.shards import (
     MAX_SAMPLES,
@@ -33,6 +32,7 @@ from hysparse_megatron.data.prepare.shards import (
 )
 from hysparse_megatron.data.tokenizer import Encoder
 from hysparse_megatron.errors import DataError, HySparseError
+from hysparse_megatron.files import sha256_of
 
 _BATCH_CHARACTERS = 1 << 20
 """Text that is encoded at once: the library keeps about 100 bytes for each token meanwhile."""
@@ -151,7 +151,7 @@ def too_many_bad(samples: list[str], found: int, limit: int) -> DataError:
 
 def _hash_file(path: str) -> str:
     try:
-        return hash_file(path)
+        return sha256_of(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
 
