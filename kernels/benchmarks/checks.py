@@ -10,9 +10,9 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass, field, replace
 
+import hysparse_kernels as hk
 import torch
-from hysparse_kernels import reference
-from hysparse_kernels._comparison import TOLERANCE, relative_error, wrong_picks
+from hysparse_kernels.selftest.comparison import TOLERANCE, relative_error, wrong_picks
 from torch import Tensor
 
 from benchmarks import fla_peer
@@ -83,7 +83,7 @@ def check(table: str, peer: Peer, problem: Problem, device: torch.device, backen
     tolerance = TOLERANCE[inputs.query.dtype]
     wrong = [name for name, error in errors.items() if not error < tolerance]
     failure = f"{', '.join(wrong)} above {tolerance:.0e}" if wrong else ""
-    if isinstance(exact, reference.OracleOutput) and peer.name == "hysparse":
+    if isinstance(exact, hk.OracleOutput) and peer.name == "hysparse":
         rows = wrong_picks(
             result.block_indices,
             exact,
@@ -104,20 +104,29 @@ def first_line(error: BaseException) -> str:
 
 def _exact(
     table: str, problem: Problem, leaves: list[Tensor], indices: Tensor | None
-) -> Tensor | reference.OracleOutput:
+) -> Tensor | hk.OracleOutput:
     query, key, value, *sinks = leaves
     sink = sinks[0] if sinks else None
     if table == "oracle":
-        return reference.oracle_attention(
+        return hk.oracle_attention(
             query,
             key,
             value,
             block_size=problem.block_size,
             num_selected=problem.num_selected,
+            backend="reference",
         )
     if table == "sparse":
         assert indices is not None
-        return reference.block_sparse_attention(
-            query, key, value, indices, block_size=problem.block_size, sink=sink
+        return hk.block_sparse_attention(
+            query,
+            key,
+            value,
+            indices,
+            block_size=problem.block_size,
+            sink=sink,
+            backend="reference",
         )
-    return reference.sliding_window_attention(query, key, value, window=problem.window, sink=sink)
+    return hk.sliding_window_attention(
+        query, key, value, window=problem.window, sink=sink, backend="reference"
+    )

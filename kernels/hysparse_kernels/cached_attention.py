@@ -4,7 +4,7 @@ Each operation stores the new tokens' keys and values in the layer's cache, then
 token reads of its own chunk what later ones will read, and the cut into chunks changes no result
 beyond rounding. What follows is the specification, in plain PyTorch: scores, softmax and
 accumulation are fp32 (fp64 for fp64 queries), and the selection is by the code that the training
-operations use. Steps of one token a row may run on the kernels of triton_decode.py.
+operations use. Steps of one token a row may run on the kernels of decode/.
 
 Shapes: A rows of the step, C columns, HQ query heads, HKV KV groups, G = HQ // HKV heads per
 group, D query/key head dim, DV value head dim, N blocks of the longest row, K selected, L keys, M
@@ -18,7 +18,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hysparse_kernels._reference_attention import (
+from hysparse_kernels.backends import BackendChoice, choose
+from hysparse_kernels.call import ReduceScores, SelectionRule
+from hysparse_kernels.gating import gated_sum
+from hysparse_kernels.key_value_cache import Chunk, TokenCache, WindowCache
+from hysparse_kernels.reference.attention import (
     chunks,
     compute_dtype,
     group_rows,
@@ -27,16 +31,7 @@ from hysparse_kernels._reference_attention import (
     softmax_mix,
     ungroup_rows,
 )
-from hysparse_kernels._reference_selection import (
-    ReduceScores,
-    SelectionRule,
-    dense_block_maxima,
-    group_scores,
-    select_blocks,
-)
-from hysparse_kernels.dispatch import BackendChoice, choose
-from hysparse_kernels.gating import gated_sum
-from hysparse_kernels.key_value_cache import Chunk, TokenCache, WindowCache
+from hysparse_kernels.reference.selection import dense_block_maxima, group_scores, select_blocks
 
 _GATHERED_BYTES = 2**26
 """What the keys and values that some queries selected may take at a time."""
@@ -70,10 +65,10 @@ def resolve_cached_backend(
 
     def why_not() -> str | None:
         try:
-            from hysparse_kernels import triton_decode
+            from hysparse_kernels.decode import launch
         except ImportError as error:
             return f"Triton cannot be imported ({error})"
-        return triton_decode.why_not(query, caches, block_size)
+        return launch.why_not(query, caches, block_size)
 
     if chunk.width == 1 or backend not in ("auto", "triton"):
         return choose(backend, why_not, lambda: f"Triton decode kernels on {query.device.type}")
@@ -123,10 +118,10 @@ def cached_full_attention(
     )
     read = block_size if select else None
     if _uses_triton(backend, query, chunk, cache, block_size=read):
-        from hysparse_kernels import triton_decode
+        from hysparse_kernels.decode import launch
 
         scale = _scale(query, softmax_scale)
-        result = triton_decode.full_attention(
+        result = launch.full_attention(
             query, key, value, cache, chunk, rule=rule if select else None, scale=scale
         )
         return CachedFullOutput(*result)
@@ -197,9 +192,9 @@ def cached_sparse_attention(
         BackendUnavailable: the backend cannot be used.
     """
     if _uses_triton(backend, query, chunk, oracle, cache, block_size=block_size):
-        from hysparse_kernels import triton_decode
+        from hysparse_kernels.decode import launch
 
-        return triton_decode.sparse_attention(
+        return launch.sparse_attention(
             query,
             key,
             value,
@@ -251,9 +246,9 @@ def cached_window_attention(
     sequence grows beyond it.
     """
     if _uses_triton(backend, query, chunk, cache):
-        from hysparse_kernels import triton_decode
+        from hysparse_kernels.decode import launch
 
-        return triton_decode.window_attention(
+        return launch.window_attention(
             query,
             key,
             value,

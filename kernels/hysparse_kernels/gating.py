@@ -1,4 +1,4 @@
-"""The gated sum of the two branches of a sparse layer (P1 Eq. 8-9), reference and public operation.
+"""The gated sum of the two branches of a sparse layer (P1 Eq. 8-9): specification and operation.
 
 Shapes: B batch, S sequence, HQ query heads, DV value head dim. P1 = HySparse, arXiv 2602.03560.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from hysparse_kernels.backends import resolve_backend
 
 
 def gated_sum(
@@ -32,14 +34,12 @@ def gated_sum(
         ValueError: shapes or dtypes that do not fit.
         BackendUnavailable: the backend cannot be used.
     """
-    from hysparse_kernels.dispatch import resolve_backend
-
     _check(first, second, first_gate, second_gate)
     choice = resolve_backend(backend, first.device, dtype=first.dtype, head_dim=first.shape[-1])
     if choice.name == "triton":
-        from hysparse_kernels import triton_gating
+        from hysparse_kernels.triton import gating
 
-        return triton_gating.gated_sum(first, second, first_gate, second_gate)
+        return gating.gated_sum(first, second, first_gate, second_gate)
     return reference_gated_sum(first, second, first_gate, second_gate)
 
 

@@ -3,6 +3,12 @@
 # ruff: noqa: F401
 
 from hysparse_kernels.accumulation import KeyValueGradients
+from hysparse_kernels.backends import (
+    BACKENDS,
+    BackendChoice,
+    BackendUnavailable,
+    resolve_backend,
+)
 from hysparse_kernels.block_lists import BlockLists
 from hysparse_kernels.cached_attention import (
     CachedFullOutput,
@@ -11,20 +17,16 @@ from hysparse_kernels.cached_attention import (
     cached_window_attention,
     resolve_cached_backend,
 )
+from hysparse_kernels.call import OracleOutput, ReduceScores
 from hysparse_kernels.dispatch import (
-    BACKENDS,
-    BackendChoice,
-    BackendUnavailable,
     block_sparse_attention,
     block_topk,
     oracle_attention,
     prepare_selection,
-    resolve_backend,
     sliding_window_attention,
 )
 from hysparse_kernels.gating import gated_sum
 from hysparse_kernels.key_value_cache import FP8, Chunk, TokenCache, WindowCache
-from hysparse_kernels.reference import OracleOutput, ReduceScores
 from hysparse_kernels.selection import (
     has_a_choice,
     neighbour_agreement,

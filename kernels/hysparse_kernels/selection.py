@@ -7,8 +7,9 @@ P queries of a sample.
 import torch
 from torch import Tensor
 
-from hysparse_kernels._reference_attention import Visibility, chunked_attention, compute_dtype
+from hysparse_kernels.call import AttentionCall, SelectedKeys
 from hysparse_kernels.documents import blocks_in_documents, document_starts_in_rows
+from hysparse_kernels.reference.attention import attend, compute_dtype
 
 
 @torch.no_grad()
@@ -72,19 +73,16 @@ def selected_mass(
     Returns:
         [B, HQ, S] in lse's dtype, in [0, 1] up to rounding.
     """
-    starts = None
-    if cu_seqlens is not None:
-        starts = document_starts_in_rows(cu_seqlens, *query.shape[:2])
-    selected = chunked_attention(
+    call = AttentionCall(
         query,
         key,
         key[..., :1],
-        visibility=Visibility(block_size=block_size, document_start=starts),
+        SelectedKeys(block_indices, block_size),
         softmax_scale=softmax_scale,
+        cu_seqlens=cu_seqlens,
         query_chunk=query_chunk,
-        block_indices=block_indices,
     )
-    return torch.exp(selected.lse - lse)
+    return torch.exp(attend(call).lse - lse)
 
 
 @torch.no_grad()

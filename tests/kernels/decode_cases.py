@@ -21,8 +21,8 @@ from hysparse_kernels import (
     cached_full_attention,
     cached_sparse_attention,
     cached_window_attention,
-    triton_decode,
 )
+from hysparse_kernels.decode import launch
 from torch import Tensor
 
 from tests.kernels import rounding
@@ -333,12 +333,12 @@ def _offered(scores: Tensor, case: Case, chunk: Chunk) -> Tensor:
 
 def run(case: Case, device: torch.device, seed: int) -> None:
     """`compare`, with the number of splits that the case asks for."""
-    real = triton_decode._programs
-    triton_decode._programs = lambda device: case.programs
+    real = launch._programs
+    launch._programs = lambda device: case.programs
     try:
         compare(case, device, seed)
     finally:
-        triton_decode._programs = real
+        launch._programs = real
 
 
 def main(seed: int) -> None:

@@ -11,8 +11,9 @@ import functools
 import torch
 import triton
 import triton.language as tl
-from hysparse_kernels import FP8, Chunk, TokenCache, WindowCache, triton_decode
-from hysparse_kernels._reference_selection import SelectionRule
+from hysparse_kernels import FP8, Chunk, TokenCache, WindowCache
+from hysparse_kernels.call import SelectionRule
+from hysparse_kernels.decode import launch
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
@@ -59,16 +60,16 @@ def _call(
     sink = torch.zeros(2 * heads)
     step = (query, key, value)
     rule = SelectionRule(block_size, 2)
-    _, picks = triton_decode.full_attention(*step, cache, chunk, rule=rule, scale=0.1)
+    _, picks = launch.full_attention(*step, cache, chunk, rule=rule, scale=0.1)
     assert picks is not None
-    triton_decode.full_attention(*step, cache, chunk, rule=None, scale=0.1)
+    launch.full_attention(*step, cache, chunk, rule=None, scale=0.1)
     for width in (1, value_dim):
         gates = (tensor(2 * heads, width), tensor(2 * heads, width))
-        triton_decode.sparse_attention(
+        launch.sparse_attention(
             *step, gates, cache, picks, ring, chunk,
             block_size=block_size, window=128, sinks=(sink, sink), scale=0.1,
         )  # fmt: skip
-    triton_decode.window_attention(*step, ring, chunk, window=128, sink=None, scale=0.1)
+    launch.window_attention(*step, ring, chunk, window=128, sink=None, scale=0.1)
 
 
 def _run(self: JITFunction, *args: object, **kwargs: object) -> object:

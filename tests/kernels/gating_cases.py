@@ -10,8 +10,8 @@ import random
 import sys
 
 import torch
-from hysparse_kernels import triton_gating
 from hysparse_kernels.gating import reference_gated_sum
+from hysparse_kernels.triton import gating
 from torch import Tensor
 
 from tests.kernels.rounding import FUNCTION, Unit, assert_within
@@ -34,7 +34,7 @@ def compare(rng: random.Random, dtype: torch.dtype, device: str) -> None:
     ]
     high = [tensor.detach().double().requires_grad_() for tensor in (*branches, *gates)]
     grad = torch.randn(shape, device=device).to(dtype)
-    output = triton_gating.gated_sum(*branches, *(gate.transpose(0, 1) for gate in gates))
+    output = gating.gated_sum(*branches, *(gate.transpose(0, 1) for gate in gates))
     wanted = reference_gated_sum(high[0], high[1], *(gate.transpose(0, 1) for gate in high[2:]))
     output.backward(grad)
     wanted.backward(grad.double())

@@ -9,38 +9,25 @@ import functools
 
 import torch
 import triton
-from hysparse_kernels import hopper, triton_kernels
-from hysparse_kernels._reference_selection import SelectionRule
-from hysparse_kernels.block_lists import build_block_lists
-from hysparse_kernels.triton_launch import Saved, Walk
-from hysparse_kernels.triton_topk import Selector
+from hysparse_kernels.build_lists import build_block_lists
+from hysparse_kernels.call import SelectionRule
+from hysparse_kernels.hopper import launch as hopper
+from hysparse_kernels.triton import kernels as portable
+from hysparse_kernels.triton.launch import Saved, Walk
+from hysparse_kernels.triton.topk import Selector
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonJITFunction
 from triton.runtime.driver import driver
 
-SHARED_BYTES = 227 * 2**10
-"""What a program may have on an H100."""
+from tests.kernels.decode_compiles import SHARED_BYTES, NoGpu
+
 compiled: list[str] = []
-
-
-class _NoGpu:
-    """Stands in for a driver: says what to compile for, and can do nothing else."""
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int | None = None) -> int:
-        return 0
 
 
 def _compile_only(run, self, *args, **kwargs):
     kernel = run(self, *args, **{**kwargs, "warmup": True})
     assert "wgmma" in kernel.asm["ptx"], f"{self.__name__} uses no tensor cores"
-    assert kernel.metadata.shared <= SHARED_BYTES, f"{self.__name__}: {kernel.metadata.shared}"
+    assert kernel.metadata.shared <= SHARED_BYTES[90], f"{self.__name__}: {kernel.metadata.shared}"
     compiled.append(self.__name__)
     return kernel
 
@@ -56,10 +43,10 @@ def _call(
     query, key, value = tensor(heads, head_dim), tensor(1, head_dim), tensor(1, value_dim)
     indices = torch.zeros(1, 1, 200, 2, dtype=torch.int32)
     lists, sink, selector = None, torch.zeros(heads), None
-    if mode == triton_kernels.BLOCKS:
+    if mode == portable.BLOCKS:
         lists = build_block_lists(indices, heads, 64, cu_seqlens, with_triton=False)
         cu_seqlens = None
-    if mode == triton_kernels.CAUSAL:
+    if mode == portable.CAUSAL:
         sink, selector = None, Selector(SelectionRule(64, 2), 200, cu_seqlens)
     walk = Walk(mode, keys=64, window=100, lists=lists, cu_seqlens=cu_seqlens)
     output, lse, _ = hopper.forward(query, key, value, sink, walk, 0.1, selector)
@@ -69,16 +56,16 @@ def _call(
 
 def main() -> None:
     """Every kernel and mode, dense and packed, over the head dims and two group sizes."""
-    driver.set_active(_NoGpu())
+    driver.set_active(NoGpu(90))
     GluonJITFunction.run = functools.partialmethod(_run)
     hopper._multiprocessors = lambda device: 132
     packed = torch.tensor([0, 50, 50, 200], dtype=torch.int32)
-    _call(triton_kernels.CAUSAL, 16, 128, 128)
-    _call(triton_kernels.CAUSAL, 4, 192, 128, packed)
-    _call(triton_kernels.WINDOW, 16, 64, 64, packed)
-    _call(triton_kernels.WINDOW, 1, 128, 64)
-    _call(triton_kernels.BLOCKS, 16, 192, 128)
-    _call(triton_kernels.BLOCKS, 4, 128, 128, packed)
+    _call(portable.CAUSAL, 16, 128, 128)
+    _call(portable.CAUSAL, 4, 192, 128, packed)
+    _call(portable.WINDOW, 16, 64, 64, packed)
+    _call(portable.WINDOW, 1, 128, 64)
+    _call(portable.BLOCKS, 16, 192, 128)
+    _call(portable.BLOCKS, 4, 128, 128, packed)
     assert set(compiled) == {"oracle_kernel", "forward_kernel", "dq_kernel", "dkv_kernel"}
     print(f"{len(compiled)} compiled for sm_90a with triton {triton.__version__}")
 

@@ -5,7 +5,8 @@ import random
 import pytest
 import torch
 from hysparse_kernels import block_lists, block_sparse_attention, prepare_selection
-from hysparse_kernels.block_lists import BlockLists, build_block_lists, tile_of_two_parts
+from hysparse_kernels.block_lists import BlockLists, tile_of_two_parts
+from hysparse_kernels.build_lists import build_block_lists
 from torch import Tensor
 
 from tests.kernels import brute_force

@@ -14,8 +14,8 @@ from hysparse_kernels import (
     cached_sparse_attention,
     cached_window_attention,
     resolve_cached_backend,
-    triton_decode,
 )
+from hysparse_kernels.decode import launch
 
 CPU = torch.device("cpu")
 ONE, TWO = Chunk((0,), (3,), (1,), CPU), Chunk((0,), (3,), (2,), CPU)
@@ -63,7 +63,7 @@ def test_a_refusal_says_what_is_not_taken(
     why: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(triton_decode.triton.knobs.runtime, "interpret", True)
+    monkeypatch.setattr(launch.triton.knobs.runtime, "interpret", True)
     dtype, heads, dim = query
     tensor = torch.zeros(1, 1, heads, dim, dtype=dtype)
     with pytest.raises(BackendUnavailable, match=why):
@@ -74,7 +74,7 @@ def test_a_refusal_says_what_is_not_taken(
 
 @pytest.mark.parametrize(("stored", "heads"), [(torch.float32, 128), (FP8, 3)])
 def test_what_is_taken(stored: torch.dtype, heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_decode.triton.knobs.runtime, "interpret", True)
+    monkeypatch.setattr(launch.triton.knobs.runtime, "interpret", True)
     tensor = torch.zeros(1, 1, heads, 8, dtype=torch.bfloat16)
     assert resolve_cached_backend("auto", tensor, ONE, *caches(stored)).name == "triton"
 

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from hysparse_kernels import _selftest_checks, dispatch, selftest
-from hysparse_kernels._comparison import relative_error, wrong_picks
-from hysparse_kernels._selftest_checks import CPU_CASES, run_case
+from hysparse_kernels import dispatch
+from hysparse_kernels.selftest import __main__ as selftest
+from hysparse_kernels.selftest.checks import CPU_CASES, run_case
+from hysparse_kernels.selftest.comparison import TOLERANCE, relative_error, wrong_picks
 
 
 @pytest.fixture
@@ -90,4 +91,4 @@ def test_wrong_picks_counts_rows(seed: int) -> None:
 def test_errors_of_values_that_are_not_finite_are_infinite() -> None:
     assert relative_error(torch.tensor([1.0, torch.nan]), torch.ones(2)) == float("inf")
     assert relative_error(torch.ones(2), torch.ones(2)) == 0
-    assert _selftest_checks.TOLERANCE[torch.float16] == 2e-3
+    assert TOLERANCE[torch.float16] == 2e-3

@@ -16,16 +16,18 @@ from typing import Any, NamedTuple
 import torch
 from hysparse_kernels import (
     KeyValueGradients,
+    OracleOutput,
     block_lists,
+    block_sparse_attention,
     block_topk,
+    oracle_attention,
     prepare_selection,
-    reference,
-    triton_attention,
-    triton_lists,
-    triton_topk,
+    sliding_window_attention,
 )
-from hysparse_kernels.block_lists import build_block_lists
+from hysparse_kernels.build_lists import build_block_lists
 from hysparse_kernels.documents import document_starts_in_rows
+from hysparse_kernels.triton import lists as triton_lists
+from hysparse_kernels.triton import topk as triton_topk
 from torch import Tensor
 
 from tests.kernels import rounding
@@ -38,6 +40,8 @@ from tests.kernels.cases import (
     window_keys,
 )
 from tests.kernels.rounding import Variances, assert_within
+
+TRITON, REFERENCE = {"backend": "triton"}, {"backend": "reference"}
 
 
 class Case(NamedTuple):
@@ -154,52 +158,54 @@ def compare(case: Case, dtype: torch.dtype, device: str, seed: int) -> None:
         seen.append(scores.clone())
         return scores
 
-    exact = reference.oracle_attention(query.double(), key.double(), value.double(), **picks)
+    exact = oracle_attention(query.double(), key.double(), value.double(), **picks, **REFERENCE)
     starts = case.starts(device)
     keys = causal_keys(starts)
     allowed = rounding.attention(query, key, value, keys, dtype=dtype)
     block_of = blocks_of(starts, case.block_size)
     scores = rounding.block_scores(query, key, exact.lse, keys, block_of)
 
-    def check(got: reference.OracleOutput, how: str) -> None:
+    def check(got: OracleOutput, how: str) -> None:
         assert_within(got.lse, exact.lse, allowed.lse, f"lse {how} of {case}")
         wrong = rounding.wrong_rows(got.block_indices, scores, allowed.scores)
         assert not wrong.any(), f"{case}: {int(wrong.sum())} rows of a selection {how}"
 
-    check(triton_attention.oracle_attention(query, key, value, reduce_scores=record, **picks), "")
+    check(oracle_attention(query, key, value, reduce_scores=record, **picks, **TRITON), "")
     scored = torch.cat(seen, 2)
     blocks = -(-case.sequence // case.block_size)
     assert scored.numel() == case.batch * case.groups * case.sequence * blocks
     assert not scored.isnan().any(), f"{case}: scores"
     # Without a look at the scores; on a Hopper GPU other kernels do that.
     with poisoned_memory():
-        got = triton_attention.oracle_attention(query, key, value, **picks)
+        got = oracle_attention(query, key, value, **picks, **TRITON)
     check(got, "without scores")
 
     indices = disturbed(exact.block_indices, generator)
     lists = prepare_selection(indices, case.heads, **block, backend="triton")
     operations = {
         "oracle": (
-            lambda q, k, v, s: triton_attention.oracle_attention(q, k, v, **picks).output,
-            lambda q, k, v, s: reference.oracle_attention(q, k, v, **picks).output,
+            lambda q, k, v, s: oracle_attention(q, k, v, **picks, **TRITON).output,
+            lambda q, k, v, s: oracle_attention(q, k, v, **picks, **REFERENCE).output,
         ),
         "block-sparse": (
-            lambda q, k, v, s: triton_attention.block_sparse_attention(
-                q, k, v, indices, **block, sink=s, lists=lists
+            lambda q, k, v, s: block_sparse_attention(
+                q, k, v, indices, **block, sink=s, lists=lists, **TRITON
             ),
-            lambda q, k, v, s: reference.block_sparse_attention(q, k, v, indices, **block, sink=s),
+            lambda q, k, v, s: block_sparse_attention(
+                q, k, v, indices, **block, sink=s, **REFERENCE
+            ),
         ),
         "window": (
-            lambda q, k, v, s: triton_attention.sliding_window_attention(
-                q, k, v, window=case.window, sink=s, **packing
+            lambda q, k, v, s: sliding_window_attention(
+                q, k, v, window=case.window, sink=s, **packing, **TRITON
             ),
-            lambda q, k, v, s: reference.sliding_window_attention(
-                q, k, v, window=case.window, sink=s, **packing
+            lambda q, k, v, s: sliding_window_attention(
+                q, k, v, window=case.window, sink=s, **packing, **REFERENCE
             ),
         ),
         "accumulated": (
-            lambda q, k, v, s: accumulated(triton_attention, q, k, v, s, indices, block),
-            lambda q, k, v, s: accumulated(reference, q, k, v, s, indices, block),
+            lambda q, k, v, s: accumulated(TRITON, q, k, v, s, indices, block),
+            lambda q, k, v, s: accumulated(REFERENCE, q, k, v, s, indices, block),
         ),
     }
     bounds = rounding_of_operations(inputs, starts, indices, case)
@@ -237,15 +243,16 @@ def rounding_of_operations(
 
 
 def accumulated(
-    backend: Any, query: Tensor, key: Tensor, value: Tensor, sink: Tensor, indices: Tensor, block
-) -> Tensor:
+    backend: dict[str, str], query: Tensor, key: Tensor, value: Tensor, sink: Tensor,
+    indices: Tensor, block: dict[str, Any],
+) -> Tensor:  # fmt: skip
     """Two sparse layers and a dense one on the same key and value, with one fp32 sum."""
     gradients = KeyValueGradients()
     key, value = gradients.attach(key, value)
-    arguments = {**block, "accumulate": gradients}
-    one = backend.block_sparse_attention(query, key, value, indices, **arguments, sink=sink)
-    two = backend.block_sparse_attention(2 * query, key, value, indices, **arguments)
-    dense = backend.oracle_attention(query, key, value, **block, num_selected=1, select=False)
+    arguments = {**block, **backend, "accumulate": gradients}
+    one = block_sparse_attention(query, key, value, indices, **arguments, sink=sink)
+    two = block_sparse_attention(2 * query, key, value, indices, **arguments)
+    dense = oracle_attention(query, key, value, **block, **backend, num_selected=1, select=False)
     return one - two + dense.output
 
 
@@ -306,10 +313,10 @@ def compare_leak(dtype: torch.dtype, device: str, seed: int) -> None:
     results = []
     for _ in range(2):
         inputs = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
-        oracle = triton_attention.oracle_attention(*inputs, **block, num_selected=1)
+        oracle = oracle_attention(*inputs, **block, num_selected=1, **TRITON)
         indices = oracle.block_indices
-        sparse = triton_attention.block_sparse_attention(*inputs, indices, **block)
-        window = triton_attention.sliding_window_attention(*inputs, window=9, **packing)
+        sparse = block_sparse_attention(*inputs, indices, **block, **TRITON)
+        window = sliding_window_attention(*inputs, window=9, **packing, **TRITON)
         outputs = torch.cat([oracle.output, sparse, window], dim=3)
         outputs.sum().backward()
         gradients = [tensor.grad for tensor in inputs]
@@ -355,8 +362,8 @@ def compare_topk(device: str, seed: int, shapes: list[tuple[int, int]]) -> None:
         scores[2, 1] = -torch.inf
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             low = scores.to(dtype)
-            got = block_topk(low, selected, backend="triton")
-            wanted = reference.block_topk(low, selected)
+            got = block_topk(low, selected, **TRITON)
+            wanted = block_topk(low, selected, **REFERENCE)
             assert torch.equal(got, wanted), f"top {selected} of {blocks} {dtype}"
 
 

@@ -10,8 +10,17 @@ import functools
 
 import torch
 import triton
-from hysparse_kernels import triton_attention, triton_gating, triton_topk
-from hysparse_kernels.block_lists import build_block_lists
+from hysparse_kernels.autograd import attend
+from hysparse_kernels.build_lists import build_block_lists
+from hysparse_kernels.call import (
+    AttentionCall,
+    CausalKeys,
+    SelectedKeys,
+    SelectionRule,
+    WindowKeys,
+)
+from hysparse_kernels.triton.gating import gated_sum
+from hysparse_kernels.triton.topk import block_topk
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -31,26 +40,22 @@ def _call(
 
     query, key, value = tensor(2 * heads, dims[0]), tensor(2, dims[0]), tensor(2, dims[1])
     sink = torch.zeros(2 * heads, requires_grad=True)
-    packed = {"cu_seqlens": cu_seqlens}
-    oracle = triton_attention.oracle_attention(
-        query, key, value, block_size=block_size, num_selected=2, **packed
-    )
-    oracle.output.sum().backward()
     # What was compiled has not run: the indices are any numbers.
     indices = torch.zeros(1, 2, 200, 2, dtype=torch.int32)
     build_block_lists(indices, heads, block_size, cu_seqlens)
     lists = build_block_lists(indices, heads, block_size, cu_seqlens, with_triton=False)
-    triton_attention.block_sparse_attention(
-        query, key, value, indices, block_size=block_size, sink=sink, lists=lists, **packed
-    ).sum().backward()
-    triton_attention.sliding_window_attention(
-        query, key, value, window=100, sink=sink, **packed
-    ).sum().backward()
-    triton_topk.block_topk(torch.zeros(3, 40), 4)
+    for keys, its_sink in (
+        (CausalKeys(SelectionRule(block_size, 2)), None),
+        (SelectedKeys(indices, block_size, lists), sink),
+        (WindowKeys(100), sink),
+    ):
+        call = AttentionCall(query, key, value, keys, sink=its_sink, cu_seqlens=cu_seqlens)
+        attend(call).output.sum().backward()
+    block_topk(torch.zeros(3, 40), 4)
     for width in (1, dims[1]):
         gates = (tensor(2 * heads, width), tensor(2 * heads, width))
         branch = tensor(2 * heads, dims[1])
-        triton_gating.gated_sum(branch, branch, *gates).sum().backward()
+        gated_sum(branch, branch, *gates).sum().backward()
 
 
 def _run(self: JITFunction, *args: object, **kwargs: object) -> object:

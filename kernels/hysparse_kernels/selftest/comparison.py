@@ -7,7 +7,7 @@ K selected.
 import torch
 from torch import Tensor
 
-from hysparse_kernels.reference import OracleOutput
+from hysparse_kernels.call import OracleOutput
 
 TIE = 1e-4
 """Two block scores (natural logarithms) that are closer than this may be ranked either way."""

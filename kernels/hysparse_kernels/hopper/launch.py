@@ -1,6 +1,6 @@
 """Launching the Hopper kernels: which inputs they take, descriptors, ring depths, grids.
 
-They compute what the portable kernels of triton_launch.py compute, for the shapes that matter
+They compute what the portable kernels of triton/launch.py compute, for the shapes that matter
 most. Packed documents come as one batch row, [1, B * S, ...].
 
 Shapes: B batch, S sequence, HQ query heads, HKV KV groups, D query/key head dim, DV value head dim,
@@ -20,13 +20,17 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from hysparse_kernels import hopper_dkv, hopper_dq, hopper_forward, hopper_oracle, limits
-from hysparse_kernels import triton_kernels as portable
+from hysparse_kernels import limits
 from hysparse_kernels.accumulation import KeyValueGradients
 from hysparse_kernels.documents import cut
-from hysparse_kernels.hopper_common import BLOCKS, SPAN
-from hysparse_kernels.triton_launch import Saved, Walk, gradient_buffers
-from hysparse_kernels.triton_topk import Selector
+from hysparse_kernels.hopper.common import BLOCKS, SPAN
+from hysparse_kernels.hopper.dkv import dkv_kernel
+from hysparse_kernels.hopper.dq import dq_kernel
+from hysparse_kernels.hopper.forward import forward_kernel
+from hysparse_kernels.hopper.oracle import oracle_kernel
+from hysparse_kernels.triton import kernels as portable
+from hysparse_kernels.triton.launch import Saved, Walk, gradient_buffers
+from hysparse_kernels.triton.topk import Selector
 
 _LOG2_E = 1.4426950408889634
 _KEYS = limits.HOPPER_BLOCK_SIZE
@@ -231,7 +235,7 @@ def forward(
     programs = min(items, _multiprocessors(query.device))
     q_stages = 1 if size.split else 2
     fixed = 2 * _ROWS * 2 * (size.width * q_stages + size.own_output_width)
-    hopper_forward.forward_kernel[(programs,)](
+    forward_kernel[(programs,)](
         *size.queries(query), *size.keys(key, _KEYS), size.values(value, _KEYS),
         size.rows(output, size.value_width), output, lse, lse if sink is None else sink,
         *tiles.unions, tiles.table, size.sequence, size.groups, tiles.number, items, programs,
@@ -267,7 +271,7 @@ def _oracle(
         indices = torch.empty(shape, dtype=torch.int32, device=query.device)
         scratch = lse.new_empty(programs * 2 * _ROWS * (blocks + 1))
     fixed = 2 * _ROWS * 2 * (size.width + size.own_output_width)
-    hopper_oracle.oracle_kernel[(programs,)](
+    oracle_kernel[(programs,)](
         *size.queries(query), *size.keys(key, _ORACLE_KEYS), size.values(value, _ORACLE_KEYS),
         size.rows(output, size.value_width), output, lse, indices, scratch, tiles.table,
         size.sequence, size.groups, tiles.number, items, programs, scale * _LOG2_E, blocks,
@@ -301,7 +305,7 @@ def gradients(
     q_desc, k_desc = size.queries(query), size.keys(key, _KEYS)
     g_desc, v_desc = size.rows(grad, size.value_width), size.values(value, _KEYS)
     q_stages = 1 if size.split else 2
-    hopper_dq.dq_kernel[(programs,)](
+    dq_kernel[(programs,)](
         *q_desc, g_desc, *k_desc, v_desc, *size.queries(d_query),
         output, grad, *grad.stride()[:3], lse, row_lse, row_delta, stride, d_query,
         *tiles.unions, tiles.table, size.sequence, size.groups, tiles.number, items, programs,
@@ -332,7 +336,7 @@ def gradients(
         pieces = cut(walk.cu_seqlens, _KEYS, size.sequence)
         blocks, block_table = len(pieces), (pieces.first, pieces.stop, pieces.document_stop)
         work = blocks * pairs
-    hopper_dkv.dkv_kernel[(work,)](
+    dkv_kernel[(work,)](
         *q_desc, g_desc, *k_desc, v_desc,
         _descriptor(row_lse, [1, _ROWS]), _descriptor(row_delta, [1, _ROWS]),
         d_key, d_value, flags, *block_table, *chunks,

@@ -4,15 +4,11 @@ Shapes: B batch, S sequence, HKV KV groups, G heads per group, N blocks, K selec
 chunk, L keys that this chunk may see.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from hysparse_kernels.call import SelectionRule
 from hysparse_kernels.documents import blocks_in_documents
-
-ReduceScores = Callable[[Tensor], Tensor]
 
 
 def block_topk(scores: Tensor, num_selected: int) -> Tensor:
@@ -35,17 +31,6 @@ def block_topk(scores: Tensor, num_selected: int) -> Tensor:
     selected = scores.new_full((*scores.shape[:-1], num_selected), -1, dtype=torch.int32)
     selected[..., :kept] = ids.masked_fill(ids == num_blocks, -1)
     return selected
-
-
-@dataclass(frozen=True)
-class SelectionRule:
-    """How blocks are selected; the fields are the arguments of ``oracle_attention``."""
-
-    block_size: int
-    num_selected: int
-    forced_first_blocks: int = 0
-    forced_recent_blocks: int = 0
-    reduce_scores: ReduceScores | None = None
 
 
 def dense_block_maxima(logits: Tensor, block_size: int, num_blocks: int) -> Tensor:

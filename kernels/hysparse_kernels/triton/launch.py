@@ -1,4 +1,4 @@
-"""How the attention kernels of triton_kernels.py are launched: tiles, memory, results.
+"""How the attention kernels of kernels.py are launched: tiles, memory, results.
 
 `forward`, `query_gradient` and `key_value_gradients` take the same arguments for every mode; packed
 documents come as one batch row, [1, B * S, ...].
@@ -16,20 +16,45 @@ import torch
 import triton
 from torch import Tensor
 
-from hysparse_kernels import triton_kernels as kernels
+from hysparse_kernels import limits
 from hysparse_kernels.accumulation import KeyValueGradients
+from hysparse_kernels.arguments import DTYPE_NAMES
 from hysparse_kernels.block_lists import BlockLists, TokenTile
 from hysparse_kernels.documents import cut
-from hysparse_kernels.triton_topk import Selector
+from hysparse_kernels.triton import kernels
+from hysparse_kernels.triton.topk import Selector
 
 _LOG2_E = 1.4426950408889634
 _SHARED_MEMORY_BYTES = 200 * 2**10
 """What tiles may take of a Hopper multiprocessor's 227 KiB; the compiler needs some for itself."""
 
 
+def why_not(
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    head_dim: int | None = None,
+    block_size: int | None = None,
+) -> str | None:
+    """Why these kernels cannot take such inputs, or None if they can. None means any."""
+    interpreted = triton.knobs.runtime.interpret
+    if device.type != "cuda" and not interpreted:
+        return f"the Triton kernels need a CUDA device, the tensors are on {device.type}"
+    taken = dtype is None or DTYPE_NAMES.get(dtype) in limits.DTYPES
+    if not taken and not interpreted:
+        return f"the Triton kernels take {' and '.join(limits.DTYPES)}, not {dtype}"
+    if head_dim is not None and head_dim > limits.MAX_HEAD_DIM:
+        return f"the Triton kernels take head dims up to {limits.MAX_HEAD_DIM}, not {head_dim}"
+    if block_size is not None and block_size not in limits.BLOCK_SIZES:
+        return f"the Triton kernels take block sizes {limits.BLOCK_SIZES}, not {block_size}"
+    longest = block_size == limits.BLOCK_SIZES[-1]
+    if longest and head_dim is not None and head_dim > limits.LONGEST_BLOCK_MAX_HEAD_DIM:
+        return f"blocks of {block_size} keys with head dim {head_dim} do not fit into shared memory"
+    return None
+
+
 @dataclass(frozen=True)
 class Walk:
-    """What a kernel walks over; see `triton_kernels`."""
+    """What a kernel walks over; see `kernels`."""
 
     mode: int
     keys: int

@@ -1,4 +1,7 @@
-"""The operations on Triton kernels, with autograd; `reference` specifies what they mean.
+"""Attention on a GPU with autograd: which kernels run a forward and its backward.
+
+Those of hopper/ where they take the call, those of triton/ elsewhere, and cuDNN's for causal
+attention where it is faster; reference/attention.py specifies what they compute.
 
 Shapes: B batch, S sequence, HQ query heads, HKV KV groups, D query/key head dim, DV value head dim,
 N = ceil(S / block_size) blocks, K selected.
@@ -9,136 +12,58 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from hysparse_kernels import hopper, limits
-from hysparse_kernels import triton_kernels as kernels
-from hysparse_kernels._reference_selection import ReduceScores, SelectionRule
 from hysparse_kernels.accumulation import KeyValueGradients
-from hysparse_kernels.arguments import DTYPE_NAMES
-from hysparse_kernels.block_lists import BlockLists, build_block_lists
-from hysparse_kernels.reference import OracleOutput
-from hysparse_kernels.triton_launch import (
+from hysparse_kernels.build_lists import build_block_lists
+from hysparse_kernels.call import AttentionCall, CausalKeys, OracleOutput, SelectedKeys, WindowKeys
+from hysparse_kernels.hopper import launch as hopper
+from hysparse_kernels.triton import kernels
+from hysparse_kernels.triton.launch import (
     Saved,
     Walk,
     forward,
     key_value_gradients,
     query_gradient,
 )
-from hysparse_kernels.triton_topk import Selector
+from hysparse_kernels.triton.topk import Selector
 
 
-def why_not(
-    device: torch.device,
-    dtype: torch.dtype | None = None,
-    head_dim: int | None = None,
-    block_size: int | None = None,
-) -> str | None:
-    """Why these kernels cannot take such inputs, or None if they can. None means any."""
-    interpreted = triton.knobs.runtime.interpret
-    if device.type != "cuda" and not interpreted:
-        return f"the Triton kernels need a CUDA device, the tensors are on {device.type}"
-    taken = dtype is None or DTYPE_NAMES.get(dtype) in limits.DTYPES
-    if not taken and not interpreted:
-        return f"the Triton kernels take {' and '.join(limits.DTYPES)}, not {dtype}"
-    if head_dim is not None and head_dim > limits.MAX_HEAD_DIM:
-        return f"the Triton kernels take head dims up to {limits.MAX_HEAD_DIM}, not {head_dim}"
-    if block_size is not None and block_size not in limits.BLOCK_SIZES:
-        return f"the Triton kernels take block sizes {limits.BLOCK_SIZES}, not {block_size}"
-    longest = block_size == limits.BLOCK_SIZES[-1]
-    if longest and head_dim is not None and head_dim > limits.LONGEST_BLOCK_MAX_HEAD_DIM:
-        return f"blocks of {block_size} keys with head dim {head_dim} do not fit into shared memory"
-    return None
-
-
-def oracle_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    block_size: int,
-    num_selected: int,
-    softmax_scale: float | None = None,
-    reduce_scores: ReduceScores | None = None,
-    forced_first_blocks: int = 0,
-    forced_recent_blocks: int = 0,
-    select: bool = True,
-    cu_seqlens: Tensor | None = None,
-) -> OracleOutput:
-    """Causal attention and the blocks every query selects (P1 Eq. 3); see `reference`."""
+def attend(call: AttentionCall) -> OracleOutput:
+    """The attention of a call and, of causal keys, the blocks that every query selects."""
+    query, key = call.query, call.key
     selector = None
-    if select:
-        rule = SelectionRule(
-            block_size, num_selected, forced_first_blocks, forced_recent_blocks, reduce_scores
-        )
-        selector = Selector(rule, query.shape[1], cu_seqlens)
-    walk = Walk(kernels.CAUSAL, keys=block_size if select else 64, cu_seqlens=cu_seqlens)
-    return OracleOutput(*_attend(query, key, value, walk, softmax_scale, selector=selector))
+    match call.keys:
+        case CausalKeys(rule, select):
+            if select:
+                selector = Selector(rule, query.shape[1], call.cu_seqlens)
+            size = rule.block_size if select else 64
+            walk = Walk(kernels.CAUSAL, keys=size, cu_seqlens=call.cu_seqlens)
+        case SelectedKeys(indices, size, lists):
+            if lists is None:
+                heads = query.shape[2] // key.shape[2]
+                lists = build_block_lists(indices, heads, size, call.cu_seqlens)
+            walk = Walk(kernels.BLOCKS, keys=size, lists=lists)
+        case WindowKeys(window):
+            walk = Walk(kernels.WINDOW, keys=32, window=window, cu_seqlens=call.cu_seqlens)
+    return _attend(call, walk, selector)
 
 
-def block_sparse_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    block_indices: Tensor,
-    *,
-    block_size: int,
-    sink: Tensor | None = None,
-    softmax_scale: float | None = None,
-    cu_seqlens: Tensor | None = None,
-    lists: BlockLists | None = None,
-    accumulate: KeyValueGradients | None = None,
-) -> Tensor:
-    """Attention over the selected blocks (P1 Eq. 6-7); `lists` saves building them again."""
-    if lists is None:
-        heads = query.shape[2] // key.shape[2]
-        lists = build_block_lists(block_indices, heads, block_size, cu_seqlens)
-    walk = Walk(kernels.BLOCKS, keys=block_size, lists=lists)
-    return _attend(query, key, value, walk, softmax_scale, sink=sink, accumulate=accumulate)[0]
-
-
-def sliding_window_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    window: int,
-    sink: Tensor | None = None,
-    softmax_scale: float | None = None,
-    cu_seqlens: Tensor | None = None,
-) -> Tensor:
-    """Attention over the last `window` tokens (P1 Eq. 5)."""
-    walk = Walk(kernels.WINDOW, keys=32, window=window, cu_seqlens=cu_seqlens)
-    return _attend(query, key, value, walk, softmax_scale, sink=sink)[0]
-
-
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    walk: Walk,
-    softmax_scale: float | None,
-    *,
-    sink: Tensor | None = None,
-    selector: Selector | None = None,
-    accumulate: KeyValueGradients | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """output [B, S, HQ, DV], lse [B, HQ, S] and block indices [B, HKV, S, K] or None."""
+def _attend(call: AttentionCall, walk: Walk, selector: Selector | None) -> OracleOutput:
+    query, key, value = call.query, call.key, call.value
     batch, sequence = query.shape[:2]
-    scale = query.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     one_row = batch > 1 and walk.packed
     if one_row:
         query, key, value = (tensor.flatten(0, 1).unsqueeze(0) for tensor in (query, key, value))
     output, lse, indices = _Attention.apply(
-        query, key, value, sink, walk, scale, selector, accumulate
+        query, key, value, call.sink, walk, call.scale, selector, call.accumulate
     )
     if not one_row:
-        return output, lse, indices
+        return OracleOutput(output, lse, indices)
     lse = lse.unflatten(2, (batch, sequence)).squeeze(0).transpose(0, 1).contiguous()
     if indices is not None:
         indices = indices.unflatten(2, (batch, sequence)).squeeze(0).transpose(0, 1).contiguous()
-    return output.unflatten(1, (batch, sequence)).squeeze(0), lse, indices
+    return OracleOutput(output.unflatten(1, (batch, sequence)).squeeze(0), lse, indices)
 
 
 def _unit_stride(tensor: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """A few speeds for the self-test, beside attention as torch has it. `benchmarks` has all of them.
 
-Shapes: see `_selftest_checks`.
+Shapes: see `checks`.
 """
 
 from __future__ import annotations

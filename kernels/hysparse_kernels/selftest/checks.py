@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hysparse_kernels import dispatch, reference
-from hysparse_kernels._comparison import TOLERANCE, relative_error, wrong_picks
+from hysparse_kernels import dispatch
+from hysparse_kernels.call import OracleOutput
+from hysparse_kernels.selftest.comparison import TOLERANCE, relative_error, wrong_picks
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Check:
         return f"  {self.case:45s} {self.operation:13s} {numbers:57s} {verdict}"
 
 
-Operation = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor | reference.OracleOutput]
+Operation = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor | OracleOutput]
 """query, key, value, sink -> what the operation returns."""
 
 
@@ -99,9 +100,10 @@ def _run_case(case: Case, device: str, seed: int) -> list[Check]:
     grad = normal(case.batch, case.sequence, case.heads, case.value_dim)
     backend = "triton" if device == "cuda" else "reference"
     block, selected = case.block_size, case.num_selected
-    exact_oracle = reference.oracle_attention(
-        query.double(), key.double(), value.double(), block_size=block, num_selected=selected
-    )
+    exact_oracle = dispatch.oracle_attention(
+        query.double(), key.double(), value.double(), block_size=block, num_selected=selected,
+        backend="reference",
+    )  # fmt: skip
     indices = exact_oracle.block_indices
     assert indices is not None
     lists = dispatch.prepare_selection(indices, case.heads, block_size=block, backend=backend)
@@ -136,22 +138,22 @@ def _run_case(case: Case, device: str, seed: int) -> list[Check]:
         bitwise = names[:1] if name == "oracle" else names
         same = zip(bitwise, got, again, strict=False)
         failures += [f"{which} does not repeat" for which, a, b in same if not torch.equal(a, b)]
-        if isinstance(result, reference.OracleOutput):
+        if isinstance(result, OracleOutput):
             failures += _selection_failures(result, repeated, exact_oracle, query, key, block)
         checks.append(Check(str(case), name, errors, tuple(failures)))
     return checks
 
 
 def _selection_failures(
-    result: reference.OracleOutput,
-    repeated: Tensor | reference.OracleOutput,
-    exact: reference.OracleOutput,
+    result: OracleOutput,
+    repeated: Tensor | OracleOutput,
+    exact: OracleOutput,
     query: Tensor,
     key: Tensor,
     block_size: int,
 ) -> list[str]:
     assert result.block_indices is not None
-    assert isinstance(repeated, reference.OracleOutput)
+    assert isinstance(repeated, OracleOutput)
     assert repeated.block_indices is not None
     failures = []
     if not (result.lse.double() - exact.lse).abs().max() < 1e-4:
@@ -166,11 +168,11 @@ def _selection_failures(
 
 def _gradients(
     operation: Operation, inputs: tuple[Tensor, ...], grad: Tensor
-) -> tuple[Tensor | reference.OracleOutput, tuple[Tensor, ...]]:
+) -> tuple[Tensor | OracleOutput, tuple[Tensor, ...]]:
     """The result, and (output, gradients of query, key, value and, where used, sink)."""
     leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
     result = operation(*leaves)
-    output = result.output if isinstance(result, reference.OracleOutput) else result
+    output = result.output if isinstance(result, OracleOutput) else result
     output.backward(grad)
     found = tuple(leaf.grad for leaf in leaves if leaf.grad is not None)
     return result, (output.detach(), *found)
@@ -179,14 +181,20 @@ def _gradients(
 def _reference(case: Case, indices: Tensor) -> dict[str, Operation]:
     block = case.block_size
     return {
-        "oracle": lambda q, k, v, s: reference.oracle_attention(
-            q, k, v, block_size=block, num_selected=case.num_selected, select=False
+        "oracle": lambda q, k, v, s: dispatch.oracle_attention(
+            q,
+            k,
+            v,
+            block_size=block,
+            num_selected=case.num_selected,
+            select=False,
+            backend="reference",
         ),
-        "block-sparse": lambda q, k, v, s: reference.block_sparse_attention(
-            q, k, v, indices, block_size=block, sink=s
+        "block-sparse": lambda q, k, v, s: dispatch.block_sparse_attention(
+            q, k, v, indices, block_size=block, sink=s, backend="reference"
         ),
-        "window": lambda q, k, v, s: reference.sliding_window_attention(
-            q, k, v, window=case.window, sink=s
+        "window": lambda q, k, v, s: dispatch.sliding_window_attention(
+            q, k, v, window=case.window, sink=s, backend="reference"
         ),
     }
 

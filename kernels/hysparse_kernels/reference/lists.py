@@ -1,4 +1,4 @@
-"""The lists of a selection in plain torch: what triton_lists.py must build too.
+"""The lists of a selection in plain torch: what triton/lists.py must build too.
 
 Shapes as in block_lists.py; M tokens of a tile.
 """

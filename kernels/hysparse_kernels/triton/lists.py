@@ -1,4 +1,4 @@
-"""The lists of a selection built by Triton kernels; _reference_lists.py specifies them.
+"""The lists of a selection built by Triton kernels; reference/lists.py specifies them.
 
 Unions: one program per token tile sorts the tile's picks. Readers: a map [blocks, tiles] of the
 bits that the tiles' tokens set, written by the tiles and read by the blocks, in passes over as many

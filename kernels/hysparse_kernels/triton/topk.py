@@ -1,4 +1,4 @@
-"""Block scores and the exact top-k over them on Triton kernels; _reference_selection.py specifies.
+"""Block scores and the exact top-k over them on Triton kernels; reference/selection.py specifies.
 
 The k best of N scores are found in two levels: N scores make segments, only the k segments with the
 largest maxima can hold one of the k best, and these k segments are searched again.
@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hysparse_kernels._reference_selection import SelectionRule
 from hysparse_kernels.block_lists import TokenTile
+from hysparse_kernels.call import SelectionRule
 from hysparse_kernels.documents import document_starts
 
 _SCRATCH_BYTES = 256 * 2**20

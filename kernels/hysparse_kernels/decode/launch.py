@@ -20,11 +20,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hysparse_kernels import limits, triton_topk
-from hysparse_kernels import triton_decode_kernels as kernels
-from hysparse_kernels._reference_selection import SelectionRule, offered_scores
+from hysparse_kernels import limits
 from hysparse_kernels.arguments import DTYPE_NAMES
+from hysparse_kernels.call import SelectionRule
+from hysparse_kernels.decode import kernels
 from hysparse_kernels.key_value_cache import FP8, Chunk, TokenCache, WindowCache
+from hysparse_kernels.reference.selection import offered_scores
+from hysparse_kernels.triton.topk import block_topk
 
 _LOG2_E = 1.4426950408889634
 _SHARED_MEMORY_BYTES = 96 * 2**10
@@ -98,7 +100,7 @@ def full_attention(
     if rule.forced_first_blocks or rule.forced_recent_blocks or rule.reduce_scores is not None:
         own = chunk.positions[:, None, :, None] // rule.block_size
         scores = offered_scores(rule, scores, own)
-    return output, triton_topk.block_topk(scores, rule.num_selected)
+    return output, block_topk(scores, rule.num_selected)
 
 
 def sparse_attention(

@@ -1,6 +1,6 @@
 """dQ of window, block-sparse and causal attention for Hopper GPUs, written in Gluon.
 
-The forward's walk (see hopper_forward.py) with the weights recomputed from lse. Before a consumer
+The forward's walk (see forward.py) with the weights recomputed from lse. Before a consumer
 starts on its rows it computes delta = sum(output * grad) for them, and leaves delta and lse where
 the dK, dV kernel, which runs afterwards, can fetch them with the queries:
 
@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from hysparse_kernels.hopper_common import (
+from hysparse_kernels.hopper.common import (
     BLOCKS,
     LOG2_E,
     as_operand,
@@ -35,7 +35,7 @@ from hysparse_kernels.hopper_common import (
     work,
     write_rows,
 )
-from hysparse_kernels.hopper_walk import first_step, hide, loader, next_step, span
+from hysparse_kernels.hopper.tiling import first_step, hide, loader, next_step, span
 
 
 @gluon.jit

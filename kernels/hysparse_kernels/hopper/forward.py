@@ -1,6 +1,6 @@
 """Attention over a window or over selected blocks for Hopper GPUs, forward, written in Gluon.
 
-One persistent program per multiprocessor with a loader and two consumers, as in hopper_oracle.py. A
+One persistent program per multiprocessor with a loader and two consumers, as in oracle.py. A
 tile is 2 * TOKENS neighbouring tokens times the HEADS query heads of one KV group; each consumer
 owns 64 rows of it. The loader brings the keys that any token of the tile sees: with BLOCKS the
 union of their selections. A consumer passes over a block that none of its own tokens selected, so
@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from hysparse_kernels.hopper_common import (
+from hysparse_kernels.hopper.common import (
     BLOCKS,
     LN_2,
     LOG2_E,
@@ -35,7 +35,7 @@ from hysparse_kernels.hopper_common import (
     work,
     write_rows,
 )
-from hysparse_kernels.hopper_walk import first_step, hide, loader, next_step, span
+from hysparse_kernels.hopper.tiling import first_step, hide, loader, next_step, span
 
 
 @gluon.jit

@@ -30,7 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from hysparse_kernels.hopper_common import (
+from hysparse_kernels.hopper.common import (
     LN_2,
     add,
     as_operand,

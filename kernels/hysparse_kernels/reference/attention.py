@@ -1,10 +1,12 @@
-"""Causal grouped-query attention, one chunk of queries at a time, with a recomputing backward.
+"""The specification of the attention operations of HySparse (P1 = arXiv 2602.03560).
 
-The engine below the three operations of reference.py. It keeps query, key, value and lse for the
-backward and nothing of size S x S: a chunk's logits live only while that chunk is worked on, in the
-forward and again in the backward. The backward is written out rather than left to a checkpoint of
-the forward: dK and dV are accumulated in the compute dtype over all chunks and nothing that
-happens once (the selection of blocks) can be run again by it.
+Causal grouped-query attention in plain PyTorch on any device and in any float dtype, one chunk of
+queries at a time, with a recomputing backward. Scores, softmax and accumulation are fp32, or fp64
+when the inputs are fp64. Kept for the backward are query, key, value and lse, and nothing of size
+S x S: a chunk's logits live only while that chunk is worked on, in the forward and again in the
+backward. The backward is written out rather than left to a checkpoint of the forward: dK and dV are
+accumulated in the compute dtype over all chunks and nothing that happens once (the selection of
+blocks) can be run again by it.
 
 Shapes: B batch, S sequence, HQ query heads, HKV KV groups, G = HQ // HKV heads per group,
 D query/key head dim, DV value head dim, N blocks, K selected, C queries of a chunk, L keys that
@@ -12,14 +14,15 @@ this chunk may see.
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from hysparse_kernels._reference_selection import BlockSelector
 from hysparse_kernels.accumulation import KeyValueGradients
-from hysparse_kernels.documents import blocks_in_documents
+from hysparse_kernels.call import AttentionCall, CausalKeys, OracleOutput, SelectedKeys, WindowKeys
+from hysparse_kernels.documents import blocks_in_documents, document_starts_in_rows
+from hysparse_kernels.reference.selection import BlockSelector
 
 
 @dataclass(frozen=True)
@@ -38,41 +41,34 @@ class Visibility:
     document_start: Tensor | None = None
 
 
-class AttentionResult(NamedTuple):
-    """``output`` [B, S, HQ, DV] in the query's dtype, ``lse`` [B, HQ, S] in the compute dtype."""
-
-    output: Tensor
-    lse: Tensor
-
-
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """fp64 inputs are computed in fp64, all others in fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def chunked_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    visibility: Visibility,
-    softmax_scale: float | None,
-    query_chunk: int,
-    sink: Tensor | None = None,
-    block_indices: Tensor | None = None,
-    selector: BlockSelector | None = None,
-    accumulate: KeyValueGradients | None = None,
-) -> AttentionResult:
-    """Attention of query [B,S,HQ,D] to key [B,S,HKV,D], value [B,S,HKV,DV]; lse has no gradient.
-
-    ``selector``, when given, sees the logits of every chunk once, in increasing order.
-    ``accumulate``, when given, gets the gradients of key and value in place of autograd.
-    """
-    scale = query.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    result = _ChunkedAttention.apply(  # type: ignore[no-untyped-call]
-        query, key, value, sink, block_indices, visibility, scale, query_chunk, selector, accumulate
-    )
-    return AttentionResult(*cast(tuple[Tensor, Tensor], result))
+def attend(call: AttentionCall) -> OracleOutput:
+    """The attention of a call (P1 Eq. 2, 5-7) and, of causal keys, the selection (P1 Eq. 3)."""
+    query, key = call.query, call.key
+    batch, length = query.shape[:2]
+    starts: Tensor | None = None
+    block_indices: Tensor | None = None
+    selector: BlockSelector | None = None
+    if call.cu_seqlens is not None:
+        starts = document_starts_in_rows(call.cu_seqlens, batch, length)
+    visibility = Visibility(document_start=starts)
+    match call.keys:
+        case CausalKeys(rule, select=True):
+            selector = BlockSelector(rule, batch, key.shape[2], length, query.device, starts)
+        case SelectedKeys(indices, block_size):
+            block_indices = indices
+            visibility = Visibility(block_size=block_size, document_start=starts)
+        case WindowKeys(window):
+            visibility = Visibility(window=window, document_start=starts)
+    output, lse = _ChunkedAttention.apply(  # type: ignore[no-untyped-call]
+        query, key, call.value, call.sink, block_indices, visibility, call.scale, call.query_chunk,
+        selector, call.accumulate,
+    )  # fmt: skip
+    return OracleOutput(output, lse, selector.block_indices if selector else None)
 
 
 class _ChunkedAttention(torch.autograd.Function):
@@ -186,6 +182,7 @@ def softmax_mix(logits: Tensor, values: Tensor, sink_logit: Tensor | None) -> tu
 
 
 def chunks(length: int, query_chunk: int) -> list[tuple[int, int]]:
+    """First and one past the last query of each chunk."""
     return [(start, min(start + query_chunk, length)) for start in range(0, length, query_chunk)]
 
 

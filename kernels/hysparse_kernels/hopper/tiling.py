@@ -12,7 +12,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from hysparse_kernels.hopper_common import BLOCKS, extent, fetch, work
+from hysparse_kernels.hopper.common import BLOCKS, extent, fetch, work
 
 
 @gluon.jit

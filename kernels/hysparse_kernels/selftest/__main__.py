@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
-from hysparse_kernels import _selftest_speed
-from hysparse_kernels._selftest_checks import CPU_CASES, GPU_CASES, Case, Check, run_case
-from hysparse_kernels.dispatch import resolve_backend
+from hysparse_kernels.backends import resolve_backend
+from hysparse_kernels.selftest import speed as speeds
+from hysparse_kernels.selftest.checks import CPU_CASES, GPU_CASES, Case, Check, run_case
 
 Say = Callable[[str], None]
 
@@ -47,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     report["checks"] = [dataclasses.asdict(check) for check in checks]
     failed = sum(bool(check.failures) for check in checks)
     if on_gpu and not options.no_speed:
-        say(f"\nspeeds: {_selftest_speed.describe()}")
-        for speed in _selftest_speed.measure():
+        say(f"\nspeeds: {speeds.describe()}")
+        for speed in speeds.measure():
             report["speeds"].append(dataclasses.asdict(speed))
             say(speed.line())
     say(f"\n{len(checks) - failed} checks passed, {failed} failed")

@@ -1,0 +1,1 @@
+"""Kernels for one new token a row, from a cache."""

@@ -1,0 +1,1 @@
+"""The specification: plain PyTorch on any device."""

@@ -1,0 +1,1 @@
+"""Checks of this machine: `python -m hysparse_kernels.selftest`."""

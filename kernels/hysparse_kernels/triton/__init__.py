@@ -1,0 +1,1 @@
+"""Portable kernels in Triton. Inside, `import triton` is the library: imports are absolute."""
