@@ -36,6 +36,7 @@ COMMANDS = {
     "benchmark checkpoint": ("tools.benchmark_checkpoint", "how long a save delays training"),
     "measure-prepare": ("tools.measure_prepare", "speed and memory of prepare-data"),
     "measure-adoption": ("tools.measure_adoption", "what training brings back after adopt"),
+    "capture-selections": ("tools.capture_selections", "save what the oracles of a run select"),
     "study": ("tools.study.__main__", "train and compare what a study file lists"),
     "completion": ("completion", "print the completion of bash"),
 }

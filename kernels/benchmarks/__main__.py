@@ -14,6 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from hysparse_kernels.benchmarking.problem import Problem
+from hysparse_kernels.benchmarking.selections import Captured, describe, statistics, synthetic
+from hysparse_kernels.benchmarking.timing import Timer
 from torch import Tensor
 
 from benchmarks import preparation
@@ -22,12 +25,9 @@ from benchmarks.checks import Check
 from benchmarks.measure import Bench
 from benchmarks.options import parse
 from benchmarks.peers import OTHERS
-from benchmarks.problem import Problem
 from benchmarks.rates import Rates
 from benchmarks.report import Report, default_path, environment
 from benchmarks.rows import Row, Rows
-from benchmarks.selections import Captured, describe, made_up, statistics
-from benchmarks.timing import Timer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -130,7 +130,7 @@ class _Run:
         else:
             # Clustered last: longer sequences keep what a peer's autotuner chose for it.
             for selection in ("clustered",) if table == "block" else ("random", "clustered"):
-                ids = made_up(problem, self.device, clustered=selection == "clustered")
+                ids = synthetic(problem, self.device, clustered=selection == "clustered")
                 self._with_selection(table, problem, selection, ids)
         self._write()
 

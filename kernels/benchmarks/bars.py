@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from benchmarks.problem import Problem
+from hysparse_kernels.benchmarking.problem import Problem
+
 from benchmarks.rows import BACKWARD, BOTH, FORWARD, REPLAYED, Rows
 
 MAIN, WIDE, MANY_GROUPS = "64/4/128/128", "64/4/192/128", "32/8/128/128"

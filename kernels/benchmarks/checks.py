@@ -12,13 +12,13 @@ from dataclasses import dataclass, field, replace
 
 import hysparse_kernels as hk
 import torch
+from hysparse_kernels.benchmarking.problem import Inputs, Problem
+from hysparse_kernels.benchmarking.selections import synthetic
 from hysparse_kernels.selftest.comparison import TOLERANCE, relative_error, wrong_picks
 from torch import Tensor
 
 from benchmarks import fla_peer
 from benchmarks.peers import Peer, Refused, output_of
-from benchmarks.problem import Inputs, Problem
-from benchmarks.selections import made_up
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def check(table: str, peer: Peer, problem: Problem, device: torch.device, backen
     """Run `peer` on `problem` in bf16."""
     inputs = Inputs.random(problem, device, backend, torch.bfloat16)
     if table == "sparse":
-        inputs.indices = made_up(problem, device, clustered=True)
+        inputs.indices = synthetic(problem, device, clustered=True)
     leaves = [*inputs.leaves, inputs.sink] if peer.has_sink else list(inputs.leaves)
     try:
         with fla_peer.untuned() if peer.name == "fla" else contextlib.nullcontext():

@@ -16,10 +16,10 @@ from typing import NamedTuple
 import hysparse_kernels as hk
 import torch
 import torch.nn.functional as F
+from hysparse_kernels.benchmarking.problem import Problem
 from torch import Tensor
 
 from benchmarks.hybrid_block import LAYERS, SPARSE_LAYERS
-from benchmarks.problem import Problem
 
 BATCHES = (1, 16)
 """Sequences of a step."""

@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from hysparse_kernels.benchmarking.problem import Problem
 from torch import Tensor
-
-from benchmarks.problem import Problem
 
 _MODULE = "fla.ops.nsa.parallel"
 _KERNELS = ("parallel_nsa_fwd_kernel", "parallel_nsa_bwd_kernel_dq", "parallel_nsa_bwd_kernel_dkv")

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 
 import hysparse_kernels as hk
 import torch
+from hysparse_kernels.benchmarking.problem import Inputs
 from torch import Tensor
-
-from benchmarks.problem import Inputs
 
 SPARSE_LAYERS = 11
 LAYERS = SPARSE_LAYERS + 1

@@ -9,6 +9,9 @@ from dataclasses import dataclass, replace
 
 import hysparse_kernels as hk
 import torch
+from hysparse_kernels.benchmarking.problem import FORWARD_TO_BACKWARD, Inputs, Problem
+from hysparse_kernels.benchmarking.selections import visible_pairs
+from hysparse_kernels.benchmarking.timing import Timer, Timing
 from torch import Tensor
 
 from benchmarks import fla_peer, hybrid_block
@@ -16,11 +19,8 @@ from benchmarks.checks import first_line
 from benchmarks.decode import DecodeStep, Measured, as_graph
 from benchmarks.hybrid_block import HybridBlock
 from benchmarks.peers import BY_TABLE, ORACLE, Call, Peer, Refused, output_of
-from benchmarks.problem import FORWARD_TO_BACKWARD, Inputs, Problem
 from benchmarks.rates import Rates
 from benchmarks.rows import BACKWARD, BOTH, FORWARD, REPLAYED, Row
-from benchmarks.selections import visible_pairs
-from benchmarks.timing import Timer, Timing
 
 TABLES = ("oracle", "sparse", "window", "block", "topk", "lists", "decode")
 

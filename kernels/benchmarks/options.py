@@ -9,12 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import hysparse_kernels as hk
+from hysparse_kernels.benchmarking.problem import Problem, parse_shape
 
 from benchmarks.bars import LONG, MAIN, MANY_GROUPS, SHORT, WIDE
 from benchmarks.decode import BATCHES
 from benchmarks.measure import TABLES
 from benchmarks.preparation import default_processes
-from benchmarks.problem import Problem, parse_shape
 
 _DESCRIPTION = """\
 Time every operation beside its peers, in one run, and write what is printed, and every number as
@@ -49,8 +49,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace | None:
         help=f"default: {MAIN}, {WIDE} and {MANY_GROUPS}, the first alone at 131072 tokens",
     )
     parser.add_argument("--only", default=",".join(TABLES), help="tables, default: %(default)s")
-    parser.add_argument("--captured", type=Path, help="selections that benchmarks.capture saved")
-    parser.add_argument("--captured-only", action="store_true", help="no made-up selections")
+    parser.add_argument("--captured", type=Path, help="saved by hysparse capture-selections")
+    parser.add_argument("--captured-only", action="store_true", help="no synthetic selections")
     parser.add_argument("--quick", action="store_true", help="few repetitions, no second tuning")
     parser.add_argument("--no-checks", action="store_true", help="time without checking first")
     parser.add_argument("--output", metavar="FILE", help="text file; none writes nothing")

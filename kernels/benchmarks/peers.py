@@ -13,11 +13,11 @@ from typing import Any
 import hysparse_kernels as hk
 import torch
 import torch.nn.functional as F
+from hysparse_kernels.benchmarking.problem import Inputs
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import fla_peer
-from benchmarks.problem import Inputs
 
 Call = Callable[[], Any]
 """Returns the output, or a tuple that starts with it."""

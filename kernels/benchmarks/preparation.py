@@ -15,12 +15,12 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 
 import torch
+from hysparse_kernels.benchmarking.problem import Inputs, Problem
+from hysparse_kernels.benchmarking.selections import synthetic
 
 from benchmarks import fla_peer
 from benchmarks.checks import Check, check, small_problems
 from benchmarks.peers import BY_TABLE, OTHERS, Peer, output_of
-from benchmarks.problem import Inputs, Problem
-from benchmarks.selections import made_up
 
 _TUNING_PARTS = 4
 """Workers that share the configurations of one autotuner."""
@@ -106,7 +106,7 @@ def _compile(job: Job) -> None:
     device = torch.device(job.device)
     inputs = Inputs.random(job.problem, device, job.backend, torch.bfloat16)
     if job.table == "sparse":
-        inputs.indices = made_up(job.problem, device, clustered=False)
+        inputs.indices = synthetic(job.problem, device, clustered=False)
     share = fla_peer.only_part(job.part, job.parts)
     with share if job.peer_name == "fla" else contextlib.nullcontext():
         output = output_of(job.peer.make(inputs)())

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-
-from benchmarks.timing import Timer
+from hysparse_kernels.benchmarking.timing import Timer
 
 
 @dataclass(frozen=True)

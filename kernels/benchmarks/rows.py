@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from benchmarks.problem import Problem
-from benchmarks.timing import Timing
+from hysparse_kernels.benchmarking.problem import Problem
+from hysparse_kernels.benchmarking.timing import Timing
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "both"
 REPLAYED = "graph"

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import preparation, selections
+from benchmarks import preparation
 from benchmarks.__main__ import main
 from benchmarks.bars import MAIN, SHORT, WIDE, bars
 from benchmarks.measure import TABLES
 from benchmarks.options import parse
-from benchmarks.problem import Problem, parse_shape
 from benchmarks.rows import BACKWARD, FORWARD, Row, Rows
-from benchmarks.timing import Timing
+from hysparse_kernels.benchmarking import selections
+from hysparse_kernels.benchmarking.problem import Problem, parse_shape
+from hysparse_kernels.benchmarking.timing import Timing
 
 pytestmark = pytest.mark.thorough
 
@@ -25,7 +26,7 @@ PROBLEM = Problem(256, 4, 2, 8, 8, block_size=16, num_selected=4)
 
 def test_every_table_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     captured = tmp_path / "captured.npz"
-    indices = selections.made_up(PROBLEM, torch.device("cpu"), clustered=True)[0]
+    indices = selections.synthetic(PROBLEM, torch.device("cpu"), clustered=True)[0]
     selections.Captured({"block_size": 16}, {3: indices}).save(captured)
     output = tmp_path / "folder" / "results.txt"
     sizes = ["--sequence", "128", "--shapes", "4/2/8/8", "--block-size", "16"]
@@ -118,8 +119,8 @@ def test_flops_are_counted_as_published() -> None:
 
 
 @pytest.mark.parametrize("clustered", [True, False])
-def test_made_up_selections_are_such_as_an_oracle_makes(clustered: bool, seed: int) -> None:
-    ids = selections.made_up(PROBLEM, torch.device("cpu"), clustered)
+def test_synthetic_selections_are_such_as_an_oracle_makes(clustered: bool, seed: int) -> None:
+    ids = selections.synthetic(PROBLEM, torch.device("cpu"), clustered)
     assert ids.shape == (1, 2, 256, 4)
     token = torch.arange(256)[:, None]
     assert ((ids == -1) | (ids * 16 <= token)).all()
@@ -142,7 +143,7 @@ def test_made_up_selections_are_such_as_an_oracle_makes(clustered: bool, seed: i
 
 
 def test_captured_selections_survive_a_file(tmp_path: Path, seed: int) -> None:
-    ids = selections.made_up(PROBLEM, torch.device("cpu"), clustered=False)[0]
+    ids = selections.synthetic(PROBLEM, torch.device("cpu"), clustered=False)[0]
     path = tmp_path / "picks.npz"
     selections.Captured({"model": "tiny", "block_size": 16}, {0: ids, 4: ids + 1}).save(path)
     loaded = selections.Captured.load(path)

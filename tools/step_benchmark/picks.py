@@ -15,6 +15,8 @@ from unittest import mock
 
 import torch
 from hysparse_kernels import OracleOutput, oracle_attention
+from hysparse_kernels.benchmarking.problem import Problem
+from hysparse_kernels.benchmarking.selections import synthetic
 from torch import Tensor
 
 from hysparse_megatron.config.schema import Config
@@ -47,10 +49,6 @@ def replaced(config: Config, picks: str, device: torch.device) -> Iterator[None]
 
 def clustered(config: Config, device: torch.device) -> Tensor:
     """int32 [B, HKV, S, K], drawn as the kernels' benchmark draws them."""
-    # Of the folder `kernels`, not a part of the installed package.
-    from benchmarks.problem import Problem
-    from benchmarks.selections import made_up
-
     model, train = config.model, config.train
     problem = Problem(
         train.seq_length,
@@ -63,4 +61,4 @@ def clustered(config: Config, device: torch.device) -> Tensor:
         num_selected=model.num_selected_blocks,
         window=model.window,
     )
-    return made_up(problem, device, clustered=True)
+    return synthetic(problem, device, clustered=True)

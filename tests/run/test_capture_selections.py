@@ -1,25 +1,21 @@
 """Selections captured from a finished run, for the benchmarks."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.selections import Captured
 from conftest import FinishedRun
-from run_commands import ROOT
+from hysparse_kernels.benchmarking.selections import Captured
 
 
 @pytest.mark.thorough
 def test_the_selections_of_every_oracle_are_saved(finished: FinishedRun, tmp_path: Path) -> None:
-    output = tmp_path / "picks.npz"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
-    command = ["-m", "benchmarks.capture", str(output), "--run", str(finished.run_dir)]
-    result = subprocess.run(
-        [sys.executable, *command], env=environment, capture_output=True, text=True, check=False
-    )
+    output = tmp_path / "selected.npz"
+    words = ["capture-selections", str(output), "--run", str(finished.run_dir)]
+    command = [sys.executable, "-m", "hysparse_megatron.main", *words]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     captured = Captured.load(output)
     facts = captured.facts

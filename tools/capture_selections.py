@@ -1,9 +1,9 @@
-"""Save what the oracles of a trained model select: `python -m benchmarks.capture FILE --run DIR`.
+"""Save what the oracles of a trained model select: `hysparse capture-selections`.
 
-The one module here that needs `hysparse_megatron`. With --train the run is trained first, by the
-project's own command line, from the overrides given:
+The benchmarks of the kernels read the file. With --train the run is trained first, by the project's
+own command line, from the overrides given:
 
-    python -m benchmarks.capture benchmarks/captured/tiny.npz --run /tmp/tiny \\
+    hysparse capture-selections kernels/benchmarks/captured/tiny.npz --run /tmp/tiny \\
         --train model=tiny_hysparse train.steps=60
 
 The model then reads one sample of held-out text, and the block indices of each oracle are written
@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hysparse_kernels.benchmarking.problem import Problem
+from hysparse_kernels.benchmarking.selections import Captured, describe, statistics, synthetic
 from torch import Tensor
 
-from benchmarks.problem import Problem
-from benchmarks.selections import Captured, describe, made_up, statistics
 from hysparse_megatron.command import command, make_parser
 from hysparse_megatron.config.compose import load_frozen
 from hysparse_megatron.config.schema import Config, ParallelConfig
@@ -37,7 +37,7 @@ from hysparse_megatron.runtime.quiet import quiet_libraries
 @command
 def main(argv: Sequence[str]) -> int:
     """Train if asked to, capture, save and describe."""
-    parser = make_parser("python -m benchmarks.capture", __doc__)
+    parser = make_parser("hysparse capture-selections", __doc__)
     parser.add_argument("output", type=Path, help="file to write, .npz")
     parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="run directory")
     parser.add_argument("--sequence", type=int, help="tokens; default: as in training")
@@ -135,18 +135,18 @@ def _sample(config: Config) -> tuple[Tensor, str, int]:
 def _read(model: torch.nn.Module, tokens: Tensor) -> tuple[dict[int, Tensor], float]:
     """Block indices int32 [HKV, S, K] by oracle layer, and the loss on this text, in nats."""
     from hysparse_megatron.model.attention import FullAttention
+    from hysparse_megatron.model.sharing import Shared, SharedAttention
 
     found: dict[int, Tensor] = {}
 
-    def keep(layer: int):
-        def hook(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
-            found[layer] = output[1].block_indices[0].cpu()
-
-        return hook
+    def keep(layer: FullAttention, _arguments: Any, output: tuple[Any, Shared | None]) -> None:
+        _, shared = output
+        if isinstance(shared, SharedAttention) and shared.block_indices is not None:
+            found[layer.index] = shared.block_indices[0].cpu()
 
     for module in model.modules():
-        if isinstance(module, FullAttention) and module.is_read:
-            module.register_forward_hook(keep(module.layer_number - 1))
+        if isinstance(module, FullAttention):
+            module.register_forward_hook(keep)
     model.eval()
     inputs, labels = tokens[:, :-1], tokens[:, 1:]
     positions = torch.arange(inputs.shape[1], device=tokens.device)[None]
@@ -156,7 +156,7 @@ def _read(model: torch.nn.Module, tokens: Tensor) -> tuple[dict[int, Tensor], fl
 
 
 def _compared(layers: dict[int, Tensor], config: Config) -> dict[str, dict[str, float]]:
-    """`statistics` of every layer, and of made-up selections of the same sizes."""
+    """`statistics` of every layer, and of synthetic selections of the same sizes."""
     model = config.model
     problem = Problem(
         config.train.seq_length,
@@ -169,7 +169,7 @@ def _compared(layers: dict[int, Tensor], config: Config) -> dict[str, dict[str, 
     )
     result = {f"layer {layer}": statistics(ids[None]) for layer, ids in layers.items()}
     for name, clustered in (("clustered", True), ("random", False)):
-        result[name] = statistics(made_up(problem, torch.device("cpu"), clustered))
+        result[name] = statistics(synthetic(problem, torch.device("cpu"), clustered))
     return result
 
 

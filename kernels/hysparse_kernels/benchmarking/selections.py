@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from hysparse_kernels import neighbour_agreement
 from torch import Tensor
 
-from benchmarks.problem import Problem
+from hysparse_kernels import neighbour_agreement
+from hysparse_kernels.benchmarking.problem import Problem
 
 
-def made_up(problem: Problem, device: torch.device, clustered: bool) -> Tensor:
+def synthetic(problem: Problem, device: torch.device, clustered: bool) -> Tensor:
     """int32 [B, HKV, S, K]: ascending, without duplicates, -1 padding last.
 
     Random: drawn per token among the visible blocks. Clustered, as real selections are: block 0,
@@ -104,7 +104,7 @@ def describe(numbers: dict[str, float]) -> str:
 
 @dataclass(frozen=True)
 class Captured:
-    """The selections of the oracles of one trained model on one text; see `capture`."""
+    """What the oracles of a trained model select on one text; see tools.capture_selections."""
 
     facts: dict[str, Any]
     """How it came about: model, steps, loss, block_size, num_selected, sequence and so on."""

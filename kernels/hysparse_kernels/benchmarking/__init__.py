@@ -1,0 +1,1 @@
+"""What all benchmarks share: problems, selections, timing, targets, reports."""
