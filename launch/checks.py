@@ -141,9 +141,9 @@ def _prepared(config: Config, folder: str) -> tuple[Finding, int]:
     except DataError as error:
         return fail("data", str(error), fix), 0
     limit = config.model.vocab_size
-    if limit is not None and corpus.vocab_size > limit:
+    if limit is not None and corpus.num_ids > limit:
         fix = "raise model.vocab_size, or leave it out"
-        found = f"{folder}: {corpus.vocab_size} token ids, model.vocab_size is {limit}"
+        found = f"{folder}: {corpus.num_ids} token ids, model.vocab_size is {limit}"
         return fail("data", found, fix), 0
     tokens = f"{corpus.train_tokens:,} tokens in {corpus.train_documents:,} documents"
     hashes = f"fingerprint {corpus.fingerprint[:12]}, tokenizer {corpus.tokenizer_sha256[:12]}"

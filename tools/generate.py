@@ -132,7 +132,7 @@ def _prompts(given: argparse.Namespace) -> list[str]:
     prompts = list(given.prompt)
     if given.prompts_file is not None:
         try:
-            prompts += given.prompts_file.read_text(encoding="utf-8").splitlines()
+            prompts += given.prompts_file.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(
                 f"--prompts-file: cannot read {given.prompts_file}: {error}"

@@ -131,6 +131,7 @@ def load_prepared(
         validation_prefix=prefixes["validation"],
         tokenizer_path=os.path.join(directory, card.tokenizer_name),
         vocab_size=card.integer("vocab_size"),
+        # Cards of earlier versions do not say which ids occur.
         num_ids=card.values.get("largest_id", card.integer("vocab_size") - 1) + 1,
         end_of_document=card.integer("end_of_document"),
         train_documents=card.integer("train_documents"),

@@ -39,6 +39,11 @@ class BlendedCorpus:
         return self.parts[0].vocab_size
 
     @property
+    def num_ids(self) -> int:
+        """Largest id that occurs in any part, + 1."""
+        return max(part.num_ids for part in self.parts)
+
+    @property
     def train_tokens(self) -> int:
         """Of all parts together, every token counted once."""
         return sum(part.train_tokens for part in self.parts)

@@ -58,9 +58,9 @@ def held_out_batches(
             f"{place}: prepared with another tokenizer than that of {loaded.checkpoint}; prepare "
             "the text with the model's"
         )
-    if corpus.vocab_size > loaded.vocab_size:
+    if corpus.num_ids > loaded.vocab_size:
         raise DataError(
-            f"{place}: {corpus.vocab_size} token ids, but the model has {loaded.vocab_size}: they "
+            f"{place}: {corpus.num_ids} token ids, but the model has {loaded.vocab_size}: they "
             "are another model's"
         )
     before = loaded.data.get("fingerprint", corpus.fingerprint)

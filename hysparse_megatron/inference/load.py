@@ -134,7 +134,8 @@ def load_model(
     on_rank_zero(lambda: require_same_model(config, directory), CheckpointError)
     manifest = on_rank_zero(lambda: store.read_manifest(directory), CheckpointError)
     known = store.tokenizer_facts(manifest)
-    vocab_size = known.get("vocab_size") or config.model.vocab_size
+    sizes = known.get("vocab_size"), config.model.vocab_size
+    vocab_size = min(filter(None, sizes), default=None)
     if vocab_size is None:
         raise CheckpointError(f"{directory}: neither its manifest nor model.vocab_size has a size")
     model, groups = build_model(config, device, config.model.vocab_size or vocab_size)

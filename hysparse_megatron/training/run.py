@@ -269,11 +269,13 @@ def _prepare_data(
     for name, other in others.items():
         require_equal(f"data.evaluation.{name}", other.fingerprint, DataError)
     wanted = config.model.vocab_size
-    if wanted is not None and wanted < corpus.vocab_size:
-        raise DataError(
-            f"model.vocab_size is {wanted}, but the tokenizer {corpus.tokenizer_path} has "
-            f"{corpus.vocab_size} ids; raise it, or leave it out to take the tokenizer's"
-        )
+    for data in (corpus, *others.values()):
+        if wanted is not None and wanted < data.num_ids:
+            raise DataError(
+                f"model.vocab_size is {wanted}, but ids up to {data.num_ids - 1} of the tokenizer "
+                f"{data.tokenizer_path} occur, which has {data.vocab_size}; raise it, or leave it "
+                "out to take the tokenizer's"
+            )
     if first and config.data.verify:
         check = check_content([corpus, *others.values()], say)
         watch.data_problem = lambda: check.problem

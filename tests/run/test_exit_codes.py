@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from run_commands import LOCAL, TINY, children_seconds, contents, facts, read_json, run, write_text
 
+from hysparse_megatron.data.tokenizer import bytes_tokenizer
+
 pytestmark = pytest.mark.thorough
 
 Copy = Callable[[int], tuple[Path, list[str]]]
@@ -199,7 +201,28 @@ def test_a_vocabulary_smaller_than_the_tokenizers(corpus: list[str], tmp_path: P
     code, output = run([*command, "model.vocab_size=299"])
     assert code == 5, output
     assert "model.vocab_size is 299" in output
-    assert "300 ids" in output
+    assert "ids up to 299 of the tokenizer" in output
+
+
+def test_a_tokenizer_with_an_id_more_than_the_model_has_rows(
+    corpus: list[str], tmp_path: Path
+) -> None:
+    """As an added token that no text has: common in published folders."""
+    path = tmp_path / "tokenizer.json"
+    tokenizer = bytes_tokenizer()
+    tokenizer.add_special_tokens(["<pad>"])
+    tokenizer.save(str(path))
+    run_dir = tmp_path / "run"
+    command = [*TINY, *corpus, "train.steps=8", f"run_dir={run_dir}", f"data.tokenizer={path}"]
+    code, output = run([*command, "model.vocab_size=257"])
+    assert code == 0, output
+    assert "documents end with <|endoftext|> (id 256)" in output
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_bytes(b"\xef\xbb\xbfalpha\n")  # a mark that editors write is no text
+    options = ["--run-dir", str(run_dir), "--prompts-file", str(prompts), "--max-new-tokens=3"]
+    code, output = run(options, entry=("-m", "tools.generate"))
+    assert code == 0, output
+    assert "\ufeff" not in output
 
 
 def test_weights_that_are_not_there(corpus: list[str], tmp_path: Path) -> None:

@@ -1,11 +1,15 @@
 """Fault 25: whole jobs over two nodes of a real Slurm, pre-empted, crashing, cancelled."""
 
 import re
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from tests.slurm.private_cluster import PrivateCluster, SlurmRun
+from tests.slurm.private_cluster import ROOT, PrivateCluster, SlurmRun
+from tools.measure_prepare import write_corpus
 
 pytestmark = pytest.mark.slurm
 
@@ -54,6 +58,38 @@ def test_a_preempted_job_is_requeued_and_repeats_the_straight_run(
     offline = [path.name for path in (run.run_dir / "wandb").glob("offline-run-*")]
     assert len(offline) == 2
     assert {name.rpartition("-")[2] for name in offline} == {record["id"]}
+
+
+def test_two_nodes_prepare_the_bytes_of_one(cluster: PrivateCluster, tmp_path: Path) -> None:
+    """Tasks of an array; one that fails is told by file, and the same command goes on."""
+    source = write_corpus(tmp_path / "in.jsonl", 18_000_000)
+    command = [sys.executable, "-m", "tools.prepare_data", "--tokenizer", "bytes", "--max-bad=0"]
+
+    def prepare(output: str, *options: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, *options, "--output", str(tmp_path / output), str(tmp_path / "in.jsonl")],
+            cwd=ROOT,
+            env=cluster.environment,
+            capture_output=True,
+            text=True,
+            timeout=180,
+            check=False,
+        )
+
+    by_cluster = ["--executor", "slurm", "--slurm-partition=main", "--slurm-time=10"]
+    by_cluster += ["--workers=4", "--slurm-option=mem-per-cpu=100M", "--quiet"]
+    whole = source.read_bytes()
+    source.write_bytes(whole + b"no JSON\n")
+    failed = prepare("out", *by_cluster)
+    assert failed.returncode == 5, failed.stderr
+    assert f"in.jsonl: not a JSON object, line at offset {len(whole)}" in failed.stderr
+    source.write_bytes(whole)
+    done = prepare("out", *by_cluster, "--overwrite")
+    assert done.returncode == 0, done.stderr
+    assert prepare("here").returncode == 0
+    for name in ("train.bin", "train.idx", "validation.bin", "dataset.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
+    assert not (tmp_path / "out.work").exists()
 
 
 def test_a_crash_loop_stops(cluster: PrivateCluster, new_run: NewRun) -> None:
