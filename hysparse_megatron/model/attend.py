@@ -35,10 +35,12 @@ from hysparse_kernels import (
 )
 from megatron.core import tensor_parallel
 from torch import Tensor
+from torch.profiler import record_function
 
 from hysparse_megatron.architecture.model import ModelConfig
 from hysparse_megatron.model.megatron_config import HySparseConfig
 from hysparse_megatron.model.sharing import CachedSelection, Shared, SharedAttention
+from hysparse_megatron.runtime.annotations import FULL_ATTENTION, SPARSE_ATTENTION
 from hysparse_megatron.runtime.process_groups import RunGroups
 
 type Sinks = tuple[Tensor | None, Tensor | None]
@@ -147,15 +149,16 @@ class TrainingAttend:
     def _full(
         self, select: bool, again: bool, query: Tensor, key: Tensor, value: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        result = oracle_attention(
-            _kernel_layout(query),
-            _kernel_layout(key),
-            _kernel_layout(value),
-            **_selection_rule(self.config.architecture, self.groups),
-            select=select and not again,
-            cu_seqlens=self.documents,
-            backend=self._backend,
-        )
+        with record_function(FULL_ATTENTION):
+            result = oracle_attention(
+                _kernel_layout(query),
+                _kernel_layout(key),
+                _kernel_layout(value),
+                **_selection_rule(self.config.architecture, self.groups),
+                select=select and not again,
+                cu_seqlens=self.documents,
+                backend=self._backend,
+            )
         return result.output, result.block_indices
 
     def sparse(
@@ -191,21 +194,22 @@ class TrainingAttend:
         sparse_sink: Tensor | None,
         window_sink: Tensor | None,
     ) -> Tensor:
-        sparse = block_sparse_attention(
-            _kernel_layout(query),
-            _kernel_layout(key),
-            _kernel_layout(value),
-            block_indices,
-            block_size=self.config.architecture.block_size,
-            sink=sparse_sink,
-            lists=lists,
-            accumulate=gradients,
-            cu_seqlens=self.documents,
-            backend=self._backend,
-        )
-        window = self._window(layer, again, query, window_key, window_value, window_sink)
-        gates = (_kernel_layout(sparse_gate), _kernel_layout(window_gate))
-        return gated_sum(sparse, window, *gates, backend=self._backend).to(query.dtype)
+        with record_function(SPARSE_ATTENTION):
+            sparse = block_sparse_attention(
+                _kernel_layout(query),
+                _kernel_layout(key),
+                _kernel_layout(value),
+                block_indices,
+                block_size=self.config.architecture.block_size,
+                sink=sparse_sink,
+                lists=lists,
+                accumulate=gradients,
+                cu_seqlens=self.documents,
+                backend=self._backend,
+            )
+            window = self._window(layer, again, query, window_key, window_value, window_sink)
+            gates = (_kernel_layout(sparse_gate), _kernel_layout(window_gate))
+            return gated_sum(sparse, window, *gates, backend=self._backend).to(query.dtype)
 
     def window(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, sink: Tensor | None
@@ -222,15 +226,16 @@ class TrainingAttend:
         value: Tensor,
         sink: Tensor | None,
     ) -> Tensor:
-        return sliding_window_attention(
-            _kernel_layout(query),
-            _kernel_layout(key),
-            _kernel_layout(value),
-            window=self.window_of(layer),
-            sink=sink,
-            cu_seqlens=self.documents,
-            backend=self._backend,
-        )
+        with record_function(SPARSE_ATTENTION):
+            return sliding_window_attention(
+                _kernel_layout(query),
+                _kernel_layout(key),
+                _kernel_layout(value),
+                window=self.window_of(layer),
+                sink=sink,
+                cu_seqlens=self.documents,
+                backend=self._backend,
+            )
 
     def window_of(self, layer: int) -> int:
         """Tokens that a query of this layer sees in its window."""
@@ -246,13 +251,14 @@ class TrainingAttend:
         """With the selection as kernels walk it, and the sum of its readers' gradients."""
         shared = cast(SharedAttention, shared)
         assert shared.block_indices is not None
-        lists = prepare_selection(
-            shared.block_indices,
-            self.config.num_attention_heads // self.groups.tp.size(),
-            block_size=self.config.architecture.block_size,
-            cu_seqlens=self.documents,
-            backend=self._backend,
-        )
+        with record_function(SPARSE_ATTENTION):
+            lists = prepare_selection(
+                shared.block_indices,
+                self.config.num_attention_heads // self.groups.tp.size(),
+                block_size=self.config.architecture.block_size,
+                cu_seqlens=self.documents,
+                backend=self._backend,
+            )
         shared = shared._replace(lists=lists)
         recomputes = self.config.recompute_granularity is not None
         if not (self.training and torch.is_grad_enabled()) or recomputes:

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from torch import Tensor
+from torch.profiler import record_function
+
+from hysparse_megatron.runtime.annotations import LOSS
 
 
 class LanguageModel(HybridModel):
@@ -36,7 +39,8 @@ class LanguageModel(HybridModel):
         minus infinity, of which a rank that holds nothing else could take no maximum.
         """
         self._padding(logits.detach()).fill_(torch.finfo(logits.dtype).min)
-        return super().compute_language_model_loss(labels, logits)
+        with record_function(LOSS):
+            return super().compute_language_model_loss(labels, logits)
 
     def _padding(self, columns: Tensor) -> Tensor:
         """The view of those of this rank's columns [..., V / T] that are no token's."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,10 +78,16 @@ def describe_optimizer(state: TrainingState) -> str:
     return f"Muon ({MUON_PACKAGE} {version}) for {count} matrices of rank 0, {adam} for the rest"
 
 
-def build_state(config: Config, vocab_size: int, device: torch.device) -> TrainingState:
+def build_state(
+    config: Config,
+    vocab_size: int,
+    device: torch.device,
+    build: Callable[..., Sequence[MegatronModule]] = build_chunks,
+) -> TrainingState:
     """Build groups, model, optimizer and schedule. Collective over the default process group.
 
-    `vocab_size` is the data's; `config.model.vocab_size` overrides it if set.
+    `vocab_size` is the data's; `config.model.vocab_size` overrides it if set. `build` takes what
+    `build_chunks` takes.
     """
     vocab_size = config.model.vocab_size or vocab_size
     groups = build_process_groups(config.parallel, config.model.num_query_groups)
@@ -91,9 +97,7 @@ def build_state(config: Config, vocab_size: int, device: torch.device) -> Traini
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=True
     )
-    models = [
-        model.to(device) for model in build_chunks(config, megatron, vocab_size, groups, layers)
-    ]
+    models = [model.to(device) for model in build(config, megatron, vocab_size, groups, layers)]
     for model in models:
         fuse_weight_gradients(layers, model)
     layouts: Sequence[FullParamLayout | None] = [None] * len(models)

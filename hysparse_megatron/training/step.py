@@ -13,10 +13,12 @@ import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
+from torch.profiler import record_function
 
 from hysparse_megatron.errors import DataError
 from hysparse_megatron.evaluation.loss import HeldOutLoss
 from hysparse_megatron.runtime import faults
+from hysparse_megatron.runtime.annotations import OPTIMIZER
 from hysparse_megatron.runtime.random import seed_step
 from hysparse_megatron.training.optimizer import set_step, update
 from hysparse_megatron.training.state import TrainingState
@@ -80,11 +82,13 @@ def train_step(
     sums = _run_schedule(state, microbatches, step + 1, forward_only=False)
     loss = sums.loss / max(sums.tokens, 1)
     # Before the decision, and also after a bad loss: both are collective.
-    state.optimizer.prepare_grads()
-    grad_norm = float(state.optimizer.get_grad_norm())
+    with record_function(OPTIMIZER):
+        state.optimizer.prepare_grads()
+        grad_norm = float(state.optimizer.get_grad_norm())
     bad = decide(sums.finite_here, loss, grad_norm)
     if bad is None:
-        update(state.optimizer, grad_norm)
+        with record_function(OPTIMIZER):
+            update(state.optimizer, grad_norm)
         faults.spoil_weight(next(state.chunks[0].parameters()), step + 1)
     else:  # the schedule has moved these already, by what a bad step made of the routing
         for bias, kept in zip(biases, before, strict=True):

@@ -2,81 +2,73 @@
 
 from __future__ import annotations
 
-import functools
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from json import loads
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-from megatron.core.models.common.language_module.language_module import LanguageModule
+import torch
 from megatron.core.transformer.dot_product_attention import DotProductAttention
-from megatron.core.transformer.moe.router import TopKRouter
-from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils.hooks import RemovableHandle
 
-from hysparse_megatron.model import attention, stack
+from hysparse_megatron.runtime.annotations import FULL_ATTENTION
 from hysparse_megatron.training.state import TrainingState
 
 from .reference import has_transformer_engine
-from .trace import (
-    EXPERTS,
-    FULL_ATTENTION,
-    LOSS,
-    OPTIMIZER,
-    SPARSE_ATTENTION,
-    Breakdown,
-    break_down,
-)
-
-_DISPATCH = (
-    "dispatch_preprocess",
-    "token_dispatch",
-    "dispatch_postprocess",
-    "combine_preprocess",
-    "token_combine",
-    "combine_postprocess",
-)
+from .trace import BY_NAME, EXPERTS, Breakdown, break_down
 
 
-def _places(state: TrainingState) -> Iterator[tuple[Any, str, str]]:
-    """(owner, attribute, family) of every function to annotate."""
-    yield attention, "oracle_attention", FULL_ATTENTION
-    for name in ("block_sparse_attention", "sliding_window_attention", "gated_sum"):
-        yield attention, name, SPARSE_ATTENTION
-    yield stack, "prepare_selection", SPARSE_ATTENTION
-    yield DotProductAttention, "forward", FULL_ATTENTION
+def _family(module: torch.nn.Module) -> str | None:
+    """Of a module of megatron-core; our own parts name themselves."""
+    if isinstance(module, DotProductAttention):
+        return FULL_ATTENTION
+    if isinstance(module, MoELayer):
+        return EXPERTS
+    if isinstance(module, SharedExpertMLP | TEGroupedMLP | SequentialMLP):
+        return BY_NAME
     if has_transformer_engine():
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
-        yield TEDotProductAttention, "forward", FULL_ATTENTION
-    yield TopKRouter, "forward", EXPERTS
-    for name in _DISPATCH:
-        yield MoEAlltoAllTokenDispatcher, name, EXPERTS
-    yield LanguageModule, "compute_language_model_loss", LOSS
-    for name in ("prepare_grads", "get_grad_norm", "step"):
-        yield state.optimizer, name, OPTIMIZER
-
-
-def _annotated(call: Callable[..., Any], family: str) -> Callable[..., Any]:
-    @functools.wraps(call)
-    def run(*arguments: Any, **options: Any) -> Any:
-        with record_function(family):
-            return call(*arguments, **options)
-
-    return run
+        return FULL_ATTENTION if isinstance(module, TEDotProductAttention) else None
+    return None
 
 
 @contextmanager
 def annotated(state: TrainingState) -> Iterator[None]:
-    """Within, the parts of the model show in traces."""
-    with ExitStack() as patches:
-        for owner, attribute, family in _places(state):
-            call = _annotated(getattr(owner, attribute), family)
-            patches.enter_context(mock.patch.object(owner, attribute, call))
+    """Within, the parts of the model that are megatron-core's show in traces too."""
+    handles = []
+    for chunk in state.chunks:
+        for module in chunk.modules():
+            family = _family(module)
+            if family is not None:
+                handles += _annotate(module, family)
+    try:
         yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _annotate(module: torch.nn.Module, family: str) -> list[RemovableHandle]:
+    open_ones: list[record_function] = []
+
+    def begin(*_: Any) -> None:
+        open_ones.append(record_function(family))
+        open_ones[-1].__enter__()
+
+    def end(*_: Any) -> None:
+        open_ones.pop().__exit__(None, None, None)
+
+    return [
+        module.register_forward_pre_hook(begin),
+        module.register_forward_hook(end, always_call=True),
+    ]
 
 
 def profile_step(state: TrainingState, step: Callable[[], object]) -> Breakdown:

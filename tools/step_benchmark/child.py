@@ -7,17 +7,17 @@ case that runs out of memory or is refused has a note in it instead of numbers.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
-from unittest import mock
+from typing import TYPE_CHECKING, Any
 
 import torch
 from hysparse_kernels import BackendUnavailable
@@ -28,6 +28,11 @@ from hysparse_megatron.errors import HySparseError
 from hysparse_megatron.runtime.quiet import quiet_libraries
 
 from .request import Request
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.module import MegatronModule
+
+    from hysparse_megatron.model.megatron_config import HySparseConfig
 
 _MOST_BATCHES = 8
 """Different batches made in advance; more steps take them in turns."""
@@ -71,8 +76,7 @@ def measure(request: Request) -> dict[str, Any]:
     facts = {"attention": reference.describe() if request.reference else f"{backend.name} backend"}
     began = time.perf_counter()
     assert config.model.vocab_size is not None
-    with _building(request, device):
-        state = build_state(config, config.model.vocab_size, device)
+    state = build_state(config, config.model.vocab_size, device, _builder(request, device))
     build_seconds = time.perf_counter() - began
     number = 1 if request.same_batch else min(request.warmup + request.steps, _MOST_BATCHES)
     batches = itertools.cycle([random_batch(config, seed) for seed in range(number)])
@@ -83,7 +87,7 @@ def measure(request: Request) -> dict[str, Any]:
         losses.append(train_step(state, next(steps), next(batches)).loss)
 
     selections = contextlib.ExitStack()
-    selections.enter_context(picks.replaced(config, request.picks, device))
+    selections.enter_context(picks.replaced(state, request.picks))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     for _ in range(request.warmup):
@@ -141,28 +145,32 @@ def random_batch(config: Config, seed: int) -> list[dict[str, torch.Tensor]]:
     return microbatches
 
 
-@contextlib.contextmanager
-def _building(request: Request, device: torch.device) -> Iterator[None]:
-    """How the model of this request is built."""
-    from hysparse_megatron.training import state
+def _builder(request: Request, device: torch.device) -> Callable[..., Sequence[MegatronModule]]:
+    """What builds the model of this request; all else of a training state stays."""
+    from hysparse_megatron.model.builder import build_chunks
 
-    with contextlib.ExitStack() as patches:
-        if request.reference:
-            from .reference import build_reference_chunks
+    from .reference import build_reference_chunks
 
-            # Everything else of a training state stays: optimizer, gradient buffers, precision.
-            patches.enter_context(mock.patch.object(state, "build_chunks", build_reference_chunks))
-        if device.type == "cuda" and not request.exact_weights:
-            patches.enter_context(mock.patch.object(torch.nn.init, "normal_", _normal_on_device))
-        yield
+    build = build_reference_chunks if request.reference else build_chunks
+    if device.type != "cuda" or request.exact_weights:
+        return build
+
+    def with_weights_of_the_gpu(config: Config, megatron: HySparseConfig, *rest: Any) -> Any:
+        std = megatron.init_method_std
+        megatron.init_method = functools.partial(_normal_on_device, std=std)
+        megatron.embedding_init_method = megatron.init_method
+        megatron.output_layer_init_method = functools.partial(
+            _normal_on_device, std=std / (2 * megatron.num_layers) ** 0.5
+        )
+        return build(config, megatron, *rest)
+
+    return with_weights_of_the_gpu
 
 
-def _normal_on_device(
-    tensor: torch.Tensor, mean: float = 0.0, std: float = 1.0, generator: None = None
-) -> torch.Tensor:
-    """`torch.nn.init.normal_`, drawn on the GPU: billions of numbers take a CPU minutes."""
+def _normal_on_device(tensor: torch.Tensor, std: float) -> torch.Tensor:
+    """Fill with normal numbers drawn on the GPU: billions of them take a CPU minutes."""
     with torch.no_grad():
-        drawn = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda").normal_(mean, std)
+        drawn = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda").normal_(0.0, std)
         return tensor.copy_(drawn)
 
 

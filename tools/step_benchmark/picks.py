@@ -8,43 +8,46 @@ timed; the sparse layers read another.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-from unittest import mock
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
-from hysparse_kernels import OracleOutput, oracle_attention
 from hysparse_kernels.benchmarking.problem import Problem
 from hysparse_kernels.benchmarking.selections import synthetic
 from torch import Tensor
 
 from hysparse_megatron.config.schema import Config
-from hysparse_megatron.model import attention
+from hysparse_megatron.model.attend import TrainingAttend
+from hysparse_megatron.model.sharing import SharedAttention
+from hysparse_megatron.model.stack import attending_with
+from hysparse_megatron.training.state import TrainingState
 
 MODEL, CLUSTERED = "model", "clustered"
 PICKS = (MODEL, CLUSTERED)
 
 
-@contextmanager
-def replaced(config: Config, picks: str, device: torch.device) -> Iterator[None]:
+def replaced(state: TrainingState, picks: str) -> AbstractContextManager[None]:
     """Within, sparse layers read such a selection, the same in every block and step."""
     if picks == MODEL:
-        yield
-        return
-    indices = clustered(config, device)
+        return nullcontext()
+    indices = clustered(state.config, state.device)
+    return attending_with(state.chunks, functools.partial(_Selected, indices=indices))
 
-    def select(*arguments: Any, **options: Any) -> OracleOutput:
-        found = oracle_attention(*arguments, **options)
-        if found.block_indices is None:
-            return found
-        assert found.block_indices.shape == indices.shape
-        return found._replace(block_indices=indices)
 
-    with mock.patch.object(
-        attention, "oracle_attention", functools.wraps(oracle_attention)(select)
-    ):
-        yield
+@dataclass(frozen=True, kw_only=True)
+class _Selected(TrainingAttend):
+    """Lets oracles share `indices`, int32 [B, HKV, S, K], in place of what they selected."""
+
+    indices: Tensor
+
+    def full(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, SharedAttention | None]:
+        output, shared = super().full(layer, query, key, value)
+        if shared is None or shared.block_indices is None:
+            return output, shared
+        assert shared.block_indices.shape == self.indices.shape
+        return output, shared._replace(block_indices=self.indices)
 
 
 def clustered(config: Config, device: torch.device) -> Tensor:

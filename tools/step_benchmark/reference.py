@@ -11,6 +11,8 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
+from torch import Tensor
+from torch.profiler import record_function
 
 from hysparse_megatron.architecture.parameters import padded_vocab_size
 from hysparse_megatron.config.schema import Config
@@ -18,6 +20,7 @@ from hysparse_megatron.model.layers import LayerChoice
 from hysparse_megatron.model.megatron_config import HySparseConfig
 from hysparse_megatron.model.rotary import rotary_frequencies
 from hysparse_megatron.runtime import megatron_on_cpu
+from hysparse_megatron.runtime.annotations import LOSS
 from hysparse_megatron.runtime.random import seed_step
 
 
@@ -38,6 +41,14 @@ def describe() -> str:
     return f"megatron-core's GPTModel, {name} layers"
 
 
+class _ReferenceModel(GPTModel):
+    """Names its loss in traces, as ours does."""
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        with record_function(LOSS):
+            return super().compute_language_model_loss(labels, logits)
+
+
 def build_reference_chunks(
     config: Config,
     megatron: HySparseConfig,
@@ -50,7 +61,7 @@ def build_reference_chunks(
     own = _as_by_default(megatron)
     # Layers that draw their weights on the GPU ask for its random streams.
     seed_step(config.train.seed, 0, groups)
-    chunk = GPTModel(
+    chunk = _ReferenceModel(
         config=own,
         transformer_layer_spec=_layer_spec(own),
         vocab_size=padded_vocab_size(vocab_size),

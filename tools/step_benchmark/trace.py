@@ -14,13 +14,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-FULL_ATTENTION = "attention, full"
-SPARSE_ATTENTION = "attention, sparse and window"
+from hysparse_megatron.runtime.annotations import FULL_ATTENTION, LOSS, OPTIMIZER, SPARSE_ATTENTION
+
 GEMM = "GEMM"
 EXPERTS = "experts: router, permute"
 ELEMENTWISE = "norm and elementwise"
-OPTIMIZER = "optimizer"
-LOSS = "loss"
 OTHER = "other"
 FAMILIES = (
     FULL_ATTENTION,
@@ -53,6 +51,9 @@ _BY_NAME = (
     ),
 )
 """First match wins."""
+
+BY_NAME = "sorted by name"
+"""Inside an annotation, what stands in no family after all."""
 
 _DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 _LAUNCH = ("cuda_runtime", "cuda_driver")
@@ -127,6 +128,8 @@ def _host(
             continue
         if event["name"] in FAMILIES:
             family = event["name"]
+        elif event["name"] == BY_NAME:
+            family = None
         elif place in forward_of:
             family = family_at.get(forward_of[place]) or family
         family_at[place] = family
