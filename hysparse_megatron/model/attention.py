@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hysparse_megatron.architecture.layers import LayerKind
 from hysparse_megatron.model.attend import Attend
 from hysparse_megatron.model.attention_base import BaseAttention
 from hysparse_megatron.model.sharing import Shared
@@ -90,3 +91,11 @@ class SparseAttention(BaseAttention):
             self.index, query, key, parts["value"], gates, shared, (sinks[0], sinks[-1])
         )
         return self._project(attention), shared
+
+
+ATTENTION = {
+    LayerKind.FULL: FullAttention,
+    LayerKind.SPARSE: SparseAttention,
+    LayerKind.WINDOW: WindowAttention,
+}
+"""By the kind of the layer."""

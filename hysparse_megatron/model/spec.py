@@ -16,19 +16,12 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from hysparse_megatron.architecture.layers import LayerKind
-from hysparse_megatron.model.attention import FullAttention, SparseAttention, WindowAttention
+from hysparse_megatron.model.attention import ATTENTION
 from hysparse_megatron.model.attention_base import AttentionSubmodules
 from hysparse_megatron.model.experts import moe_layer
 from hysparse_megatron.model.layer import HySparseLayer
 from hysparse_megatron.model.layers import LayerModules
 from hysparse_megatron.model.stack import HySparseStack, HySparseStackSubmodules
-
-_ATTENTION = {
-    LayerKind.FULL: FullAttention,
-    LayerKind.SPARSE: SparseAttention,
-    LayerKind.WINDOW: WindowAttention,
-}
-
 
 _FUSED_NORMS = {
     "self_attention.linear_qkv.linear.layer_norm_": "input_layernorm.",
@@ -51,7 +44,7 @@ def layer_spec(kind: LayerKind, has_experts: bool, modules: LayerModules) -> Mod
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=ModuleSpec(
-                module=_ATTENTION[kind],
+                module=ATTENTION[kind],
                 submodules=AttentionSubmodules(
                     linear_qkv=after_norm, linear_proj=modules.row_linear
                 ),

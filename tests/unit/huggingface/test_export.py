@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from hysparse_megatron.huggingface.configuration_hysparse import HySparseConfig
-from hysparse_megatron.huggingface.settings import from_json
+from hysparse_megatron.architecture.layers import KINDS, FullGate, GateKind, SinkKind
+from hysparse_megatron.huggingface.configuration_hysparse import _ALLOWED, HySparseConfig
+from hysparse_megatron.huggingface.settings import EXPORTED, from_json
 from tests.unit.huggingface.exports import IDS, MOE, load, saved_run
 from tests.unit.model.tiny_models import SEQUENCE
 from tests.unit.single_process import default_group
@@ -134,3 +135,10 @@ def test_logits_are_equal(overrides: list[str], tmp_path: Path) -> None:
         found = model(tokens).logits
     assert found.shape == expected.shape
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_what_is_exported_is_what_the_modeling_file_computes() -> None:
+    assert EXPORTED["layout"] == tuple(KINDS)
+    for name, kinds in {"gate": GateKind, "sink": SinkKind, "full_gate": FullGate}.items():
+        assert EXPORTED[name] == _ALLOWED[name]
+        assert set(EXPORTED[name]) == {kind.value for kind in kinds}
