@@ -16,8 +16,8 @@ from hysparse_megatron.data.run_tokenizer import find_run_tokenizer
 from hysparse_megatron.data.sources import load_data, open_samples, with_path
 from hysparse_megatron.errors import DataError
 from hysparse_megatron.inference.load import LoadedModel
+from hysparse_megatron.model.stack import documents_of
 from hysparse_megatron.runtime.agreement import on_every_rank
-from hysparse_megatron.training.step import documents_of
 
 
 def held_out_batches(

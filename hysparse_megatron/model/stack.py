@@ -246,3 +246,19 @@ def attending_with(
     finally:
         for stack, attend in zip(stacks, former, strict=True):
             stack.attend = attend
+
+
+def documents_of(batch: Mapping[str, Tensor]) -> PackedSeqParams | None:
+    """Where the documents of a batch start, as `HySparseStack.forward` takes it."""
+    offsets = batch.get("cu_seqlens")
+    if offsets is None:
+        return None
+    length = batch["tokens"].shape[1]
+    # Rotation only knows distances, so that every row is rotated as a whole.
+    return PackedSeqParams(
+        qkv_format="sbhd",
+        cu_seqlens_q=offsets,
+        cu_seqlens_kv=offsets,
+        max_seqlen_q=length,
+        max_seqlen_kv=length,
+    )

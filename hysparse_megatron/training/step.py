@@ -10,13 +10,13 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 from torch.profiler import record_function
 
 from hysparse_megatron.errors import DataError
 from hysparse_megatron.evaluation.loss import HeldOutLoss
+from hysparse_megatron.model.stack import documents_of
 from hysparse_megatron.runtime import faults
 from hysparse_megatron.runtime.annotations import OPTIMIZER
 from hysparse_megatron.runtime.random import seed_step
@@ -214,22 +214,6 @@ def _forward_step(
         if step is not None:
             faults.reach("forward", step)
     return output, partial(_loss, batch["loss_mask"], step)
-
-
-def documents_of(batch: Batch) -> PackedSeqParams | None:
-    """Where documents start, in the form in which megatron-core hands it to our stack."""
-    offsets = batch.get("cu_seqlens")
-    if offsets is None:
-        return None
-    length = batch["tokens"].shape[1]
-    # Rotation only knows distances, so that every row is rotated as a whole.
-    return PackedSeqParams(
-        qkv_format="sbhd",
-        cu_seqlens_q=offsets,
-        cu_seqlens_kv=offsets,
-        max_seqlen_q=length,
-        max_seqlen_kv=length,
-    )
 
 
 def _loss(

@@ -1,0 +1,100 @@
+"""Imports run one way: every part of the package stands on those below it."""
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import hysparse_megatron
+
+PACKAGE = Path(hysparse_megatron.__file__).parent
+NAME = PACKAGE.name
+
+LAYERS = [
+    ["errors"],
+    ["files", "packages"],
+    ["architecture"],
+    ["config"],
+    ["runtime"],
+    ["command"],
+    ["config.cli"],
+    ["data"],
+    ["model"],
+    ["training.muon", "checkpoint.moments"],
+    ["training.optimizer"],
+    ["checkpoint"],
+    ["huggingface.weights"],
+    ["compatibility", "continuation"],
+    ["status", "source", "reserve"],
+    ["run_record"],
+    ["rundir"],
+    ["huggingface", "inference", "plan"],
+    ["tracking"],
+    ["evaluation"],
+    ["training"],
+    ["main"],
+    ["completion"],
+    ["__main__"],
+]
+"""Folders and files from the lowest up; what is named by itself is not of its folder's layer."""
+
+LEVELS = {part: level for level, parts in enumerate(LAYERS) for part in parts}
+CONFIG_STANDS_ON = {"architecture", "config", "errors", "files"}
+PLAN_IS_READ_BY = {"plan", "tracking", "main", "__main__"}
+
+
+def modules() -> dict[str, set[str]]:
+    """What every file of the package imports of it, anywhere in the file."""
+    paths = {
+        ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in PACKAGE.rglob("*.py")
+    }
+    found: dict[str, set[str]] = {}
+    for name, path in paths.items():
+        given = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                given |= {alias.name.removeprefix(f"{NAME}.") for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                above = name.split(".")[: -node.level] if node.level else []
+                source = ".".join([*above, *filter(None, [node.module])]).removeprefix(f"{NAME}.")
+                for alias in node.names:
+                    inside = f"{source}.{alias.name}"
+                    given.add(inside if inside in paths else source)
+        found[name] = given & paths.keys()
+    return found
+
+
+def part_of(module: str) -> str:
+    """The longest entry of `LAYERS` that the module belongs to."""
+    entries = [part for part in LEVELS if f"{module}.".startswith(f"{part}.")]
+    assert entries, f"{module} belongs to no layer: name it in LAYERS"
+    return max(entries, key=len)
+
+
+MODULES = {name: imported for name, imported in modules().items() if name != "__init__"}
+
+
+def test_every_import_goes_down() -> None:
+    wrong = []
+    for name, imported in MODULES.items():
+        mine = part_of(name)
+        for other in imported:
+            theirs = part_of(other)
+            if theirs != mine and LEVELS[theirs] >= LEVELS[mine]:
+                wrong.append(f"{name} imports {other}")
+    assert wrong == []
+
+
+def test_no_circle_of_files() -> None:
+    TopologicalSorter(MODULES).prepare()  # raises CycleError, which names the files
+
+
+def test_configuration_and_planner_keep_to_themselves() -> None:
+    for name, imported in MODULES.items():
+        parts = {part_of(other).split(".")[0] for other in imported}
+        if part_of(name) == "config":
+            assert parts <= CONFIG_STANDS_ON, name
+        if part_of(name) == "architecture":
+            assert parts <= {"architecture", "errors"}, name
+        if "plan" in parts:
+            assert name.split(".")[0] in PLAN_IS_READ_BY, name
