@@ -1,0 +1,100 @@
+"""What the run directory is told of a run's beginning and end. Rank 0 alone has one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from hysparse_megatron.checkpoint import store
+from hysparse_megatron.config.schema import Config
+from hysparse_megatron.errors import ConfigError, HySparseError, Preempted, RankFailure
+from hysparse_megatron.rundir import RunDirectory, amend_status
+from hysparse_megatron.runtime.agreement import on_rank_zero
+from hysparse_megatron.status import STATES
+from hysparse_megatron.tracking.summary import write_summary
+from hysparse_megatron.training.control import Watch
+
+Say = Callable[[str], None]
+
+
+def open_directory(config: Config, say: Say) -> RunDirectory | None:
+    """Rank 0's run directory; None on the others."""
+    opened: list[RunDirectory] = []
+    on_rank_zero(lambda: opened.append(RunDirectory(config)), ConfigError)
+    if not opened:
+        return None
+    if opened[0].former_owner:
+        say(f"note: {opened[0].former_owner} ended without giving up {config.run_path}")
+    for line in opened[0].warnings:
+        say(f"WARNING: {line}")
+    for line in opened[0].changed_keys:
+        say(f"note: changed since the last start in {config.run_path}: {line}")
+    return opened[0]
+
+
+def write_no_meeting(config: Config, error: RankFailure) -> None:
+    """Say in `status.json` that the ranks did not meet, before anyone owns the directory."""
+    amend_status(
+        config.run_path, os.getpid(), str(error), state="failed", exit_code=1, rank=error.rank
+    )
+
+
+def is_finished(
+    config: Config, directory: RunDirectory | None, latest: Path | None, say: Say
+) -> bool:
+    """Whether nothing is left to train after `latest`; notes the step that the run begins at."""
+    done = 0
+    if latest is not None:
+        if directory is not None:
+            note_checkpoint(directory, latest)
+        done = store.read_manifest(latest)["step"]
+        if done >= config.train.steps:
+            if directory is not None and directory.state() != "finished":
+                directory.write_status("finished", exit_code=0, step=done)  # killed at its very end
+            say(f"{config.run_path} is finished: step {done} of {config.train.steps}, {latest}")
+            say("train on with a larger train.steps, or start anew with another run_dir")
+            return True
+    if directory is not None:
+        directory.write_status("running", step=done)
+    return False
+
+
+def note_checkpoint(directory: RunDirectory, checkpoint: Path) -> None:
+    """A checkpoint is whole: `status.json` names its step and time."""
+    manifest = checkpoint / store.MANIFEST
+    step = store.read_manifest(checkpoint)["step"]
+    directory.status.saw_checkpoint(step, manifest.stat().st_mtime)
+
+
+def write_finish(
+    config: Config,
+    directory: RunDirectory,
+    tokenizer: str,
+    num_ranks: int,
+    overrides: Sequence[str],
+    say: Say,
+) -> None:
+    """The run has reached its end: its status, and the summary with the next commands."""
+    directory.write_status("finished", exit_code=0, step=config.train.steps)
+    try:
+        say(write_summary(config, directory, tokenizer, num_ranks, overrides))
+    except (OSError, KeyError) as error:  # the run is done and saved
+        say(f"WARNING: no summary.md: {type(error).__name__}: {error}")
+
+
+def write_end(directory: RunDirectory, error: BaseException, watch: Watch) -> None:
+    """Say in `status.json` how a run ended that did not finish."""
+    ours = isinstance(error, HySparseError)
+    code = error.exit_code if isinstance(error, HySparseError) else 1
+    rank: int | None = None if ours else 0
+    if isinstance(error, RankFailure):
+        rank = error.rank
+    elif isinstance(error, Preempted):
+        rank = watch.stopping_rank
+        watch.forget_stop_file()
+    cause = str(error) if ours else f"{type(error).__name__}: {error}"
+    state = STATES.get(code, "failed")
+    with contextlib.suppress(OSError):  # the error itself must not be lost over a full disk
+        directory.write_status(state, exit_code=code, cause=cause, rank=rank)
