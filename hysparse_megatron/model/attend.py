@@ -97,10 +97,11 @@ def _kernel_layout(tensor: Tensor) -> Tensor:
 
 def _selection_rule(model: ModelConfig, groups: RunGroups) -> dict[str, Any]:
     """The same in training and generation."""
+    shared_heads = groups.kv_sharing is not None
     return {
         "block_size": model.block_size,
         "num_selected": model.num_selected_blocks,
-        "reduce_scores": functools.partial(_reduce_scores, groups) if groups.kv_sharing else None,
+        "reduce_scores": functools.partial(_reduce_scores, groups) if shared_heads else None,
         "forced_first_blocks": model.forced_first_blocks,
         "forced_recent_blocks": model.forced_recent_blocks,
     }

@@ -14,9 +14,9 @@ import contextlib
 import functools
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -116,16 +116,12 @@ class Probe:
         with attending_with(self._chunks, functools.partial(_ProbedAttend, probe=self)):
             yield
 
-    @contextlib.contextmanager
-    def looking(self, layer: int) -> Iterator[None]:
-        """What is done within is timed, and not done again for the layer's next micro-batches."""
-        self._seen.add(layer)
-        with torch.no_grad(), self._clock.running():
-            yield
-
-    def has_seen(self, layer: int) -> bool:
-        """Whether the layer's first micro-batch is over."""
-        return layer in self._seen
+    def look(self, layer: int, at: Callable[..., None], *what: Any) -> None:
+        """`at(layer, *what)`, timed, for the first micro-batch of the layer alone."""
+        if layer not in self._seen:
+            self._seen.add(layer)
+            with torch.no_grad(), self._clock.running():
+                at(layer, *what)
 
     def look_at_branches(
         self, layer: int, gates: Sequence[Tensor], sinks: Sequence[Tensor | None]
@@ -135,9 +131,10 @@ class Probe:
         described = model.attention(self._config.plan.layout.kinds[layer])
         for part, logits in zip(described.gates, gates, strict=True):
             self._add(layer, part.name, torch.sigmoid(logits[self._positions].float()))
-        # A sink that branches share is given for each of them.
-        for name, sink in zip(described.sinks, sinks, strict=False):
-            self._add(layer, name, cast(Tensor, sink))
+        # A sink that branches share is given for each of them; a branch may have none.
+        given = [sink for sink in sinks if sink is not None]
+        for name, sink in zip(described.sinks, given, strict=False):
+            self._add(layer, name, sink)
 
     def look_at_oracle(
         self, layer: int, query: Tensor, shared: SharedAttention, documents: Tensor | None
@@ -220,9 +217,8 @@ class _ProbedAttend(TrainingAttend):
         self, layer: int, query: Tensor, key: Tensor, value: Tensor
     ) -> tuple[Tensor, SharedAttention | None]:
         output, shared = super().full(layer, query, key, value)
-        if shared is not None and not self.probe.has_seen(layer):
-            with self.probe.looking(layer):
-                self.probe.look_at_oracle(layer, query, shared, self.documents)
+        if shared is not None:
+            self.probe.look(layer, self.probe.look_at_oracle, query, shared, self.documents)
         return output, shared
 
     def sparse(
@@ -235,17 +231,13 @@ class _ProbedAttend(TrainingAttend):
         shared: Shared,
         sinks: Sinks,
     ) -> Tensor:
-        if not self.probe.has_seen(layer):
-            with self.probe.looking(layer):
-                self.probe.look_at_branches(layer, gates, sinks)
+        self.probe.look(layer, self.probe.look_at_branches, gates, sinks)
         return super().sparse(layer, query, key, value, gates, shared, sinks)
 
     def window(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, sink: Tensor | None
     ) -> Tensor:
-        if not self.probe.has_seen(layer):
-            with self.probe.looking(layer):
-                self.probe.look_at_branches(layer, (), (sink,))
+        self.probe.look(layer, self.probe.look_at_branches, (), (sink,))
         return super().window(layer, query, key, value, sink)
 
 

@@ -1,6 +1,8 @@
 """Imports run one way: every part of the package stands on those below it."""
 
 import ast
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -98,3 +100,12 @@ def test_configuration_and_planner_keep_to_themselves() -> None:
             assert parts <= {"architecture", "errors"}, name
         if "plan" in parts:
             assert name.split(".")[0] in PLAN_IS_READ_BY, name
+
+
+def test_the_architecture_needs_no_torch() -> None:
+    code = f"import sys, pkgutil, {NAME}.architecture as package\n"
+    code += "for one in pkgutil.iter_modules(package.__path__, package.__name__ + '.'):\n"
+    code += "    __import__(one.name)\n"
+    code += "print([name for name in ('torch', 'megatron', 'omegaconf') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]", done.stderr
