@@ -24,6 +24,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hysparse_kernels.benchmarking.report import environment
+
 from hysparse_megatron.architecture.kv_cache import kv_cache_bytes
 from hysparse_megatron.command import command, make_parser, positive
 from hysparse_megatron.config.compose import compose
@@ -34,7 +36,7 @@ from hysparse_megatron.plan.memory import GIB
 from hysparse_megatron.runtime.launcher import Rank
 from hysparse_megatron.runtime.quiet import quiet_libraries
 
-from .step_benchmark.report import Report, environment
+from .step_benchmark.report import StepReport
 from .step_benchmark.slices import FULL, HYSPARSE, SWA
 
 if TYPE_CHECKING:
@@ -132,7 +134,7 @@ def _measure(given: argparse.Namespace, configs: dict[str, Config], argv: Sequen
     if given.output is not None and given.output.suffix != ".txt":
         raise ConfigError(f"--output: got {given.output}; allowed a file that ends in .txt")
     command = f"hysparse benchmark decode {shlex.join(argv)}".strip()
-    report = Report(given.output, environment(given.device, command))
+    report = StepReport(given.output, environment(given.device, command))
     report.write({})  # a path that cannot be written must not be found out after the measuring
     report.heading()
     rows: list[dict[str, Any]] = []
@@ -140,18 +142,18 @@ def _measure(given: argparse.Namespace, configs: dict[str, Config], argv: Sequen
     device = runtime_device.start(Rank(0, 1, 0, 1), parallel)
     for name, config in configs.items():
         loaded = _random_model(config, device)
-        report.say()
-        report.say(
+        report.log()
+        report.log(
             f"{name}: {config.model.layout}, hidden {config.model.hidden_size}, "
             f"{sum(p.numel() for p in loaded.model.parameters()):,} parameters, {loaded.dtype}"
         )
-        report.say(_TABLE)
+        report.log(_TABLE)
         for length in given.lengths:
-            report.say(f"  {length:,} tokens")
+            report.log(f"  {length:,} tokens")
             for batch in given.batches:
                 row = {"layout": name, "length": length}
                 row |= _case(given, loaded, length, batch)
-                report.say(_line(row))
+                report.log(_line(row))
                 rows.append(row)
                 report.write({"rows": rows})
         del loaded
@@ -160,9 +162,9 @@ def _measure(given: argparse.Namespace, configs: dict[str, Config], argv: Sequen
         runtime_device.stop()
         if name != list(configs)[-1]:
             device = runtime_device.start(Rank(0, 1, 0, 1), parallel)
-    report.say()
+    report.log()
     for line in _ratios(rows):
-        report.say(line)
+        report.log(line)
     report.write({"rows": rows})
     return 0 if any("note" not in row for row in rows) else 1
 

@@ -14,17 +14,19 @@ import time
 from argparse import Namespace
 from collections.abc import Sequence
 
+from hysparse_kernels.benchmarking.report import environment
+
 from hysparse_megatron.command import command
 from hysparse_megatron.config.frozen import to_yaml
 
 from .step_benchmark import curve, request
-from .step_benchmark.bars import bars
 from .step_benchmark.cases import Case, make_cases
 from .step_benchmark.options import parse
-from .step_benchmark.report import Report, environment, family_lines, memory_lines, time_line
+from .step_benchmark.report import StepReport, family_lines, memory_lines, time_line
 from .step_benchmark.request import Request
 from .step_benchmark.rows import Row
 from .step_benchmark.slices import MEGATRON
+from .step_benchmark.targets import targets
 
 
 @command
@@ -39,15 +41,15 @@ def main(argv: Sequence[str]) -> int:
     return _measure(options, make_cases(options), _report(options, argv))
 
 
-def _report(options: Namespace, argv: Sequence[str]) -> Report:
+def _report(options: Namespace, argv: Sequence[str]) -> StepReport:
     command = f"hysparse benchmark step {shlex.join(argv)}".strip()
-    report = Report(options.output, environment(options.device, command))
+    report = StepReport(options.output, environment(options.device, command))
     report.write({})  # a path that cannot be written must not be found out after the measuring
     report.heading()
     return report
 
 
-def _measure(options: Namespace, cases: Sequence[Case], report: Report) -> int:
+def _measure(options: Namespace, cases: Sequence[Case], report: StepReport) -> int:
     """Case after case, a table for every length, the ratios at the end."""
     began = time.monotonic()
     rows: list[Row] = []
@@ -59,18 +61,18 @@ def _measure(options: Namespace, cases: Sequence[Case], report: Report) -> int:
             row = Row(case, answer, options.peak_tflops)
             if not table:
                 report.start(row)
-            report.say(time_line(row))
+            report.log(time_line(row))
             table.append(row)
             rows.append(row)
-            report.write_rows(rows, bars(rows))
+            report.write_rows(rows, targets(rows))
         for line in (*memory_lines(table), *family_lines(table)):
-            report.say(line)
-    report.say()
-    report.say("how many times faster, and goals:")
-    for bar in bars(rows):
-        report.say(bar.line())
-    report.say(f"{time.monotonic() - began:.0f} seconds in all")
-    report.write_rows(rows, bars(rows))
+            report.log(line)
+    report.log()
+    report.log("how many times faster, and goals:")
+    for target in targets(rows):
+        report.log(target.line())
+    report.log(f"{time.monotonic() - began:.0f} seconds in all")
+    report.write_rows(rows, targets(rows))
     return 0 if any(row.timing for row in rows) else 1
 
 

@@ -15,19 +15,20 @@ from pathlib import Path
 
 import torch
 from hysparse_kernels.benchmarking.problem import Problem
+from hysparse_kernels.benchmarking.report import environment
 from hysparse_kernels.benchmarking.selections import Captured, describe, statistics, synthetic
-from hysparse_kernels.benchmarking.timing import Timer
+from hysparse_kernels.benchmarking.timer import Timer
 from torch import Tensor
 
 from benchmarks import preparation
-from benchmarks.bars import bars
 from benchmarks.checks import Check
 from benchmarks.measure import Bench
 from benchmarks.options import parse
 from benchmarks.peers import OTHERS
 from benchmarks.rates import Rates
-from benchmarks.report import Report, default_path, environment
+from benchmarks.report import TableReport, default_path
 from benchmarks.rows import Row, Rows
+from benchmarks.targets import targets
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.manual_seed(options.seed)
     command = "python -m benchmarks " + shlex.join(sys.argv[1:] if argv is None else argv)
     output = None if options.output == "none" else Path(options.output or default_path(device))
-    report = Report(output, environment(device, command.strip()))
+    report = TableReport(output, environment(device, command.strip()))
     report.heading()
     return _Run(options, report, device).all()
 
@@ -54,15 +55,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 class _Run:
     """One run: rates, then the checks, then table after table."""
 
-    def __init__(self, options: Namespace, report: Report, device: torch.device) -> None:
+    def __init__(self, options: Namespace, report: TableReport, device: torch.device) -> None:
         self.options, self.report, self.device = options, report, device
         self.began = time.monotonic()
         self.rows, self.checks = Rows(), list[Check]()
         timer = Timer(device, 60.0 if options.quick else 300.0)
-        report.say(f"times: {timer.describe()}")
+        report.log(f"times: {timer.describe()}")
         size = 8192 if device.type == "cuda" else 256
         self.rates = Rates.measure(timer, options.peak_tflops, size)
-        report.say(str(self.rates))
+        report.log(str(self.rates))
         self.bench = Bench(
             timer, self.rates, options.backend, self._emit, {}, retune=not options.quick
         )
@@ -81,11 +82,11 @@ class _Run:
                 self._table("decode", problem)
         if self.captured is not None:
             self._captured(problems[0])
-        self.report.say()
-        self.report.say("goals, and ratios within this run:")
-        for bar in bars(self.rows):
-            self.report.say(bar.line())
-        self.report.say(f"{time.monotonic() - self.began:.0f} seconds in all")
+        self.report.log()
+        self.report.log("goals, and ratios within this run:")
+        for target in targets(self.rows):
+            self.report.log(target.line())
+        self.report.log(f"{time.monotonic() - self.began:.0f} seconds in all")
         self._write()
         ours = [c for c in self.checks if c.failure and not c.refused and c.name not in OTHERS]
         return 1 if ours else 0
@@ -94,7 +95,7 @@ class _Run:
         self.report.row(self.rows.add(row))
 
     def _write(self) -> None:
-        self.report.write(self.rates, self.checks, self.rows.all, bars(self.rows))
+        self.report.write_all(self.rates, self.checks, self.rows.all, targets(self.rows))
 
     def _late(self) -> bool:
         return time.monotonic() - self.began > self.options.limit_seconds
@@ -104,22 +105,22 @@ class _Run:
         options = self.options
         if options.no_checks:
             return
-        self.report.say()
-        self.report.say("relative errors against the fp64 reference, small problems, bf16:")
+        self.report.log()
+        self.report.log("relative errors against the fp64 reference, small problems, bf16:")
         work = preparation.jobs(problems, options.only, options.device, options.backend)
         for job, found in preparation.run_all(work, options.processes):
             if found is None:
                 continue
             self.checks.append(found)
-            self.report.say(found.line(f"{job.table} {job.peer_name} [{job.shape}]"))
+            self.report.log(found.line(f"{job.table} {job.peer_name} [{job.shape}]"))
             if found.aligned and (found.refused or found.failure):
                 verb = "refused" if found.refused else "wrong, not timed"
                 self.bench.notes[job.table, job.peer_name, job.shape] = f"{verb}: {found.failure}"
-        self.report.say(f"checked and compiled after {time.monotonic() - self.began:.0f} seconds")
+        self.report.log(f"checked and compiled after {time.monotonic() - self.began:.0f} seconds")
 
     def _table(self, table: str, problem: Problem) -> None:
         if self._late():
-            self.report.say(f"left out after --limit-seconds: {table}, {problem}")
+            self.report.log(f"left out after --limit-seconds: {table}, {problem}")
             return
         if table in ("oracle", "window"):
             self.bench.attention(table, problem)
@@ -137,7 +138,7 @@ class _Run:
     def _with_selection(self, table: str, problem: Problem, selection: str, ids: Tensor) -> None:
         if table == "sparse":
             self.bench.attention("sparse", problem, selection, ids)
-            self.report.say(f"  the selection: {describe(statistics(ids))}")
+            self.report.log(f"  the selection: {describe(statistics(ids))}")
         elif table == "lists":
             self.bench.lists(problem, selection, ids)
         else:
@@ -148,8 +149,8 @@ class _Run:
         assert self.captured is not None
         facts = self.captured.facts
         told = ", ".join(f"{k} {v}" for k, v in facts.items() if k != "statistics")
-        self.report.say()
-        self.report.say(f"captured selections: {told}")
+        self.report.log()
+        self.report.log(f"captured selections: {told}")
         for layer in self.captured.layers:
             ids = self.captured.for_groups(layer, problem.groups, self.device)
             there = replace(

@@ -11,7 +11,8 @@ import hysparse_kernels as hk
 import torch
 from hysparse_kernels.benchmarking.problem import FORWARD_TO_BACKWARD, Inputs, Problem
 from hysparse_kernels.benchmarking.selections import visible_pairs
-from hysparse_kernels.benchmarking.timing import Timer, Timing
+from hysparse_kernels.benchmarking.timer import Timer
+from hysparse_kernels.benchmarking.timing import Timing
 from torch import Tensor
 
 from benchmarks import fla_peer, hybrid_block

@@ -11,10 +11,10 @@ from pathlib import Path
 import hysparse_kernels as hk
 from hysparse_kernels.benchmarking.problem import Problem, parse_shape
 
-from benchmarks.bars import LONG, MAIN, MANY_GROUPS, SHORT, WIDE
 from benchmarks.decode import BATCHES
 from benchmarks.measure import TABLES
 from benchmarks.preparation import default_processes
+from benchmarks.targets import LONG, MAIN, MANY_GROUPS, SHORT, WIDE
 
 _DESCRIPTION = """\
 Time every operation beside its peers, in one run, and write what is printed, and every number as

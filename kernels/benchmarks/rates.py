@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from hysparse_kernels.benchmarking.timing import Timer
+from hysparse_kernels.benchmarking.timer import Timer
 
 
 @dataclass(frozen=True)

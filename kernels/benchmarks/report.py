@@ -1,18 +1,15 @@
-"""Prints rows as tables while they are measured, and writes the text and a JSON beside it."""
+"""Prints rows as tables while they are measured."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
-import platform
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from hysparse_kernels.benchmarking.report import Report
+from hysparse_kernels.benchmarking.targets import Target
 
-from benchmarks.bars import Bar
 from benchmarks.checks import Check
 from benchmarks.rates import Rates
 from benchmarks.rows import Row
@@ -23,48 +20,11 @@ _HEADER = (
 )
 
 
-def environment(device: torch.device, command: str) -> dict[str, Any]:
-    """What ran where, with which versions."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("triton", "fla-core", "megatron-core"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    if device.type == "cuda":
-        versions["cuDNN"] = str(torch.backends.cudnn.version())
-        name = torch.cuda.get_device_name(device)
-    else:
-        name = f"CPU, {torch.get_num_threads()} threads"
-    return {
-        "date": time.strftime("%Y-%m-%d %H:%M"),
-        "device": name,
-        "versions": versions,
-        "command": command,
-    }
-
-
 @dataclass
-class Report:
-    """Collects what is printed. `path` is the text file, the JSON lies beside it; or None."""
+class TableReport(Report):
+    """One table after the other."""
 
-    path: Path | None
-    facts: dict[str, Any]
-    lines: list[str] = field(default_factory=list)
     _section: tuple[str, str, str | None] | None = None
-
-    def say(self, line: str = "") -> None:
-        """Print a line and keep it."""
-        print(line, flush=True)
-        self.lines.append(line)
-
-    def heading(self) -> None:
-        """What ran where."""
-        versions = "  ".join(
-            f"{name} {version}" for name, version in self.facts["versions"].items()
-        )
-        self.say(f"{self.facts['date']}  {self.facts['device']}  {versions}")
-        self.say(f"command: {self.facts['command']}")
 
     def row(self, row: Row) -> None:
         """One row, under a heading of its own if it starts a table."""
@@ -72,25 +32,21 @@ class Report:
         if section != self._section:
             self._section = section
             selection = f", {row.selection} selection" if row.selection else ""
-            self.say()
-            self.say(f"{row.table}: {row.problem}{selection}")
-            self.say(_HEADER)
-        self.say(format_row(row))
+            self.log()
+            self.log(f"{row.table}: {row.problem}{selection}")
+            self.log(_HEADER)
+        self.log(format_row(row))
 
-    def write(self, rates: Rates, checks: list[Check], rows: list[Row], bars: list[Bar]) -> None:
-        """Both files, whole; called after every table, so that an interrupted run leaves some."""
-        if self.path is None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("\n".join(self.lines) + "\n")
+    def write_all(
+        self, rates: Rates, checks: list[Check], rows: list[Row], targets: list[Target]
+    ) -> None:
+        """Everything measured so far."""
         content = {
-            **self.facts,
             "rates": asdict(rates),
             "checks": [asdict(check) for check in checks],
             "rows": [row.as_json() for row in rows],
-            "bars": [{**asdict(bar), "met": bar.met} for bar in bars],
         }
-        self.path.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
+        self.write(content, targets)
 
 
 def format_row(row: Row) -> str:

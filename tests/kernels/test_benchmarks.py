@@ -1,5 +1,6 @@
 """The benchmarks on a CPU: every table, the files they write, what they say without a GPU."""
 
+import functools
 import json
 import os
 import subprocess
@@ -10,11 +11,11 @@ import pytest
 import torch
 from benchmarks import preparation
 from benchmarks.__main__ import main
-from benchmarks.bars import MAIN, SHORT, WIDE, bars
 from benchmarks.measure import TABLES
 from benchmarks.options import parse
 from benchmarks.rows import BACKWARD, FORWARD, Row, Rows
-from hysparse_kernels.benchmarking import selections
+from benchmarks.targets import MAIN, SHORT, WIDE, targets
+from hysparse_kernels.benchmarking import selections, timer
 from hysparse_kernels.benchmarking.problem import Problem, parse_shape
 from hysparse_kernels.benchmarking.timing import Timing
 
@@ -164,10 +165,10 @@ def test_ratios_and_their_goals() -> None:
         ("hysparse", BACKWARD, 21.0),
     ):
         rows.add(Row("oracle", problem, None, name, "", step, Timing(median, median, median, 3)))
-    lines = [bar.line() for bar in bars(rows)]
+    lines = [target.line() for target in targets(rows)]
     assert lines == [
-        "  oracle forward / cuDNN forward [32768, 64/4/128/128] 1.07 (bar 1.10) ok",
-        "  oracle backward / cuDNN backward [32768, 64/4/128/128] 1.05 (bar 1.03) MISSED",
+        "  oracle forward / cuDNN forward [32768, 64/4/128/128] 1.07 (target 1.10) ok",
+        "  oracle backward / cuDNN backward [32768, 64/4/128/128] 1.05 (target 1.03) MISSED",
     ]
 
 
@@ -189,3 +190,14 @@ def test_what_is_compiled_and_checked_before_timing() -> None:
         assert {job.problem.heads_per_group for job in ours} == {16, 4}
     odd = [job for job in checked if job.problem.batch == 2 and job.peer_name == "fla"]
     assert [job.shape for job in odd] == [MAIN]
+
+
+def test_steps_stop_when_the_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(100))
+    monkeypatch.setattr(timer.time, "perf_counter", lambda: float(next(clock)))
+    done: list[int] = []
+    step, cpu = functools.partial(done.append, 1), torch.device("cpu")
+    assert timer.seconds_of_steps(step, 10, 0.0, cpu) == [1.0, 1.0]
+    assert timer.seconds_of_steps(step, 10, 4.0, cpu) == [1.0] * 4
+    assert timer.seconds_of_steps(step, 3, 99.0, cpu) == [1.0] * 3
+    assert len(done) == 9

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from hysparse_kernels import BackendUnavailable
+from hysparse_kernels.benchmarking.timer import seconds_of_steps
 
 from hysparse_megatron.config.frozen import from_yaml
 from hysparse_megatron.config.schema import Config
@@ -92,7 +93,7 @@ def measure(request: Request) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
     for _ in range(request.warmup):
         step()
-    seconds = time_steps(step, request.steps, request.budget_seconds)
+    seconds = seconds_of_steps(step, request.steps, request.budget_seconds, device)
     result: dict[str, Any] = {
         **facts,
         "build_seconds": build_seconds,
@@ -110,18 +111,6 @@ def measure(request: Request) -> dict[str, Any]:
     selections.close()
     runtime_device.stop()
     return result
-
-
-def time_steps(step: Callable[[], None], most: int, budget_seconds: float) -> list[float]:
-    """Seconds of up to `most` steps, by the clock of the host around finished work."""
-    seconds: list[float] = []
-    while len(seconds) < most and (len(seconds) < 2 or sum(seconds) < budget_seconds):
-        _synchronize()
-        began = time.perf_counter()
-        step()
-        _synchronize()
-        seconds.append(time.perf_counter() - began)
-    return seconds
 
 
 def random_batch(config: Config, seed: int) -> list[dict[str, torch.Tensor]]:
@@ -185,11 +174,6 @@ def _memory(device: torch.device) -> dict[str, int] | None:
         "peak_reserved": torch.cuda.max_memory_reserved(device),
         "device_used": total - free,
     }
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def _first_line(error: BaseException) -> str:

@@ -16,7 +16,7 @@ from hysparse_megatron.config.frozen import to_yaml
 from hysparse_megatron.config.schema import Config
 
 from .cases import slice_config
-from .report import Report
+from .report import StepReport
 from .request import Request
 from .slices import HYSPARSE
 
@@ -53,7 +53,9 @@ def curve_config(options: Namespace, one: CurveRun) -> Config:
     return slice_config(options, HYSPARSE, options.lengths[0], more)
 
 
-def compare(options: Namespace, report: Report, run: Callable[[Request], dict[str, Any]]) -> int:
+def compare(
+    options: Namespace, report: StepReport, run: Callable[[Request], dict[str, Any]]
+) -> int:
     """Train all ways, print and save the curves. Returns the exit code."""
     ways = curve_runs(options.device)
     configs = [curve_config(options, one) for one in ways]
@@ -91,26 +93,26 @@ def _differences(curves: dict[str, list[float]]) -> dict[str, float]:
 
 
 def _print(
-    report: Report,
+    report: StepReport,
     config: Config,
     curves: dict[str, list[float]],
     notes: dict[str, str],
     differences: dict[str, float],
 ) -> None:
-    report.say()
-    report.say(
+    report.log()
+    report.log(
         f"losses of {config.model.layout}, hidden {config.model.hidden_size}, on "
         f"{config.train.seq_length} random tokens, the same ones at every step, in nats"
     )
-    report.say("  step" + "".join(f"{label:>24s}" for label in curves))
+    report.log("  step" + "".join(f"{label:>24s}" for label in curves))
     for step, losses in enumerate(zip(*curves.values(), strict=True)):
-        report.say(f"  {step + 1:4d}" + "".join(f"{loss:24.5f}" for loss in losses))
+        report.log(f"  {step + 1:4d}" + "".join(f"{loss:24.5f}" for loss in losses))
     for label, note in notes.items():
-        report.say(f"  {label}: {note}")
+        report.log(f"  {label}: {note}")
     for label, difference in differences.items():
-        report.say(f"  largest difference of {label} from {EXACT.label}: {difference:.2e}")
+        report.log(f"  largest difference of {label} from {EXACT.label}: {difference:.2e}")
     kernels = [value for label, value in differences.items() if " triton " in label]
     rounding = [value for label, value in differences.items() if label.endswith("reference bf16")]
     if kernels and rounding:
         ratio = kernels[0] / max(rounding[0], 1e-12)
-        report.say(f"  that is {ratio:.2f} times what bf16 alone does to the reference")
+        report.log(f"  that is {ratio:.2f} times what bf16 alone does to the reference")

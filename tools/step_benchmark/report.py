@@ -1,20 +1,16 @@
-"""Prints rows as tables while they are measured, and writes the text and a JSON beside it."""
+"""Prints rows of steps as tables while they are measured."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
-import platform
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
+
+from hysparse_kernels.benchmarking.report import Report
+from hysparse_kernels.benchmarking.targets import Target
 
 from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.plan.memory import GIB
 
-from .bars import Bar
 from .rows import Row
 from .trace import FAMILIES
 
@@ -29,43 +25,8 @@ _MEMORY = (
 )
 
 
-def environment(device: str, command: str) -> dict[str, Any]:
-    """What ran where, with which versions."""
-    import torch
-
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("triton", "megatron-core", "transformer-engine"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    on_gpu, threads = device == "cuda", torch.get_num_threads()
-    return {
-        "date": time.strftime("%Y-%m-%d %H:%M"),
-        "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {threads} threads",
-        "versions": versions,
-        "command": command,
-    }
-
-
-@dataclass
-class Report:
-    """Collects what is printed. `path` is the text file, the JSON lies beside it; or None."""
-
-    path: Path | None
-    facts: dict[str, Any]
-    lines: list[str] = field(default_factory=list)
-
-    def say(self, line: str = "") -> None:
-        """Print a line and keep it."""
-        print(line, flush=True)
-        self.lines.append(line)
-
-    def heading(self) -> None:
-        """What ran where."""
-        versions = "  ".join(f"{name} {number}" for name, number in self.facts["versions"].items())
-        self.say(f"{self.facts['date']}  {self.facts['device']}  {versions}")
-        self.say(f"command: {self.facts['command']}")
+class StepReport(Report):
+    """Rows of steps, in a table for every length."""
 
     def start(self, row: Row) -> None:
         """The heading of a length's table."""
@@ -73,35 +34,25 @@ class Report:
         model, train = config.model, config.train
         experts = f", {model.moe.num_experts} experts" if model.moe.num_experts else ""
         number = train.global_batch_size // train.micro_batch_size
-        self.say()
-        self.say(
+        self.log()
+        self.log(
             f"{row.case.length} tokens: hidden {model.hidden_size}{experts}, vocabulary "
             f"{model.vocab_size}, {train.precision.value}, recompute {train.recompute.value}, "
             f"{number} micro-batches of {train.micro_batch_size} a step"
         )
-        self.say(_TIMES)
+        self.log(_TIMES)
 
-    def write(self, content: dict[str, Any]) -> None:
-        """Both files, whole; called after every case, so that an interrupted run leaves some."""
-        if self.path is None:
-            return
+    def write(self, content: dict[str, Any], targets: Sequence[Target] = ()) -> None:
+        """Both files. Raises ConfigError where they cannot be written."""
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text("\n".join(self.lines) + "\n")
-            text = json.dumps({**self.facts, **content}, indent=1)
-            self.path.with_suffix(".json").write_text(text + "\n")
+            super().write(content, targets)
         except OSError as error:
             raise ConfigError(f"--output: cannot write {self.path} ({error.strerror})") from error
 
-    def write_rows(self, rows: Sequence[Row], bars: Sequence[Bar]) -> None:
+    def write_rows(self, rows: Sequence[Row], targets: Sequence[Target]) -> None:
         """Both files of a comparison."""
-        self.write(
-            {
-                "peak_tflops": rows[0].peak_tflops,
-                "rows": [row.as_json() for row in rows],
-                "bars": [{**asdict(bar), "met": bar.met} for bar in bars],
-            }
-        )
+        values = {"peak_tflops": rows[0].peak_tflops, "rows": [row.as_json() for row in rows]}
+        self.write(values, targets)
 
 
 def time_line(row: Row) -> str:
@@ -110,9 +61,9 @@ def time_line(row: Row) -> str:
     if row.timing is None:
         return f"{start}  {row.note}"
     timing = row.timing
-    quartiles = f"{timing.low * 1e3:.1f} .. {timing.high * 1e3:.1f}"
+    quartiles = f"{timing.low_ms:.1f} .. {timing.high_ms:.1f}"
     line = (
-        f"{start}{timing.median * 1e3:8.1f} ms  {quartiles:>19s}{row.tokens_per_second:11.0f}"
+        f"{start}{timing.median_ms:8.1f} ms  {quartiles:>19s}{row.tokens_per_second:11.0f}"
         f"{row.tflops:7.1f}{row.share_of_peak:9.1%}"
     )
     if row.memory is None or row.memory_ratio is None:

@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from hysparse_kernels.benchmarking.timing import Timing
+
 from .cases import Case
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Median and quartiles of whole steps, in seconds."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, seconds: list[float]) -> Timing:
-        """The numbers of single steps."""
-        if len(seconds) < 2:
-            return cls(seconds[0], seconds[0], seconds[0])
-        low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
-        return cls(median, low, high)
 
 
 @dataclass(frozen=True)
@@ -43,13 +27,15 @@ class Row:
     @cached_property
     def timing(self) -> Timing | None:
         """Of whole steps."""
-        return None if self.note else Timing.of(self.answer["step_seconds"])
+        if self.note:
+            return None
+        return Timing.of([1e3 * seconds for seconds in self.answer["step_seconds"]])
 
     @property
     def tokens_per_second(self) -> float:
         """Of a measured case."""
         assert self.timing is not None
-        return self.case.tokens / self.timing.median
+        return 1e3 * self.case.tokens / self.timing.median_ms
 
     @property
     def tflops(self) -> float:
@@ -89,7 +75,7 @@ class Row:
         found = self.answer.get("profile")
         if found is None or self.timing is None:
             return None
-        return max(0.0, 1 - found["busy_seconds"] / self.timing.median)
+        return max(0.0, 1 - 1e3 * found["busy_seconds"] / self.timing.median_ms)
 
     def as_json(self) -> dict[str, Any]:
         """Everything measured, planned and derived. Units in the names."""
@@ -115,9 +101,9 @@ class Row:
         }
         if self.timing is not None:
             values |= {
-                "median_seconds": self.timing.median,
-                "low_seconds": self.timing.low,
-                "high_seconds": self.timing.high,
+                "median_seconds": self.timing.median_ms / 1e3,
+                "low_seconds": self.timing.low_ms / 1e3,
+                "high_seconds": self.timing.high_ms / 1e3,
                 "tokens_per_second": self.tokens_per_second,
                 "tflops": self.tflops,
                 "share_of_peak": self.share_of_peak,

@@ -16,13 +16,13 @@ from hysparse_megatron.plan.memory import GIB
 from hysparse_megatron.plan.overview import make_overview
 from tools.benchmark_step import main
 from tools.step_benchmark import child, request
-from tools.step_benchmark.bars import bars
 from tools.step_benchmark.cases import make_cases
 from tools.step_benchmark.options import parse
 from tools.step_benchmark.report import family_lines, memory_lines, time_line
 from tools.step_benchmark.request import Request
 from tools.step_benchmark.rows import Row
 from tools.step_benchmark.slices import default_layers, slice_layout
+from tools.step_benchmark.targets import targets
 from tools.step_benchmark.trace import (
     ELEMENTWISE,
     EXPERTS,
@@ -133,16 +133,6 @@ def test_batches_are_those_of_training() -> None:
     assert torch.equal(child.random_batch(config, seed=3)[1]["tokens"], made[1]["tokens"])
 
 
-def test_steps_stop_when_the_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter(range(100))
-    monkeypatch.setattr(child.time, "perf_counter", lambda: float(next(clock)))
-    done: list[int] = []
-    assert child.time_steps(lambda: done.append(1), 10, budget_seconds=0.0) == [1.0, 1.0]
-    assert child.time_steps(lambda: done.append(1), 10, budget_seconds=4.0) == [1.0] * 4
-    assert child.time_steps(lambda: done.append(1), 3, budget_seconds=99.0) == [1.0] * 3
-    assert len(done) == 9
-
-
 @pytest.mark.parametrize(
     ("name", "family"),
     [
@@ -245,19 +235,24 @@ TIMES = {
 
 def test_ratios_and_goals() -> None:
     rows = rows_of(f"{BIG} --lengths 32768,131072 --reference megatron", TIMES)
-    lines = [bar.line() for bar in bars(rows)]
+    lines = [target.line() for target in targets(rows)]
     for expected in (
-        "full / hysparse [32768, 80B-A3B] 3.00 (bar at least 2.50) ok",
-        "full / hysparse [131072, 80B-A3B] 3.00 (bar at least 4.50) MISSED",
+        "full / hysparse [32768, 80B-A3B] 3.00 (target at least 2.50) ok",
+        "full / hysparse [131072, 80B-A3B] 3.00 (target at least 4.50) MISSED",
         "swa / hysparse [32768, 80B-A3B] 0.90",
-        "megatron / full [32768, 80B-A3B] 1.10 (bar at least 1.00) ok",
+        "megatron / full [32768, 80B-A3B] 1.10 (target at least 1.00) ok",
         "drift: full again / full [32768, 80B-A3B] 1.05",
     ):
         assert f"  {expected}" in lines
     dense = "--model hysparse_7b --vocab 8192 --lengths"
-    assert [bar.goal for bar in bars(rows_of(f"{dense} 32768", TIMES))] == [1.35, None, None, None]
-    assert all(bar.goal is None for bar in bars(rows_of(f"{dense} 8192", TIMES)))
-    assert all(bar.goal is None for bar in bars(rows_of(MINI, TIMES)))
+    assert [target.limit for target in targets(rows_of(f"{dense} 32768", TIMES))] == [
+        1.35,
+        None,
+        None,
+        None,
+    ]
+    assert all(target.limit is None for target in targets(rows_of(f"{dense} 8192", TIMES)))
+    assert all(target.limit is None for target in targets(rows_of(MINI, TIMES)))
 
 
 def test_tables_hold_what_was_measured() -> None:
@@ -434,7 +429,7 @@ def test_real_steps_on_the_cpu(tmp_path: Path) -> None:
     assert hysparse[SPARSE_ATTENTION] > 0.5 * hysparse[FULL_ATTENTION]
     assert "Megatron" not in rows["full"]["measured"]["attention"]
     assert rows["megatron"]["measured"]["attention"] == "megatron-core's GPTModel, local layers"
-    ratios = [bar["text"] for bar in values["bars"]]
+    ratios = [target["text"] for target in values["targets"]]
     assert ratios == ["full / hysparse [64]", "megatron / full [64]"]
     assert "full / hysparse [64]" in path.read_text()
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from hysparse_kernels.benchmarking.problem import Problem
+from hysparse_kernels.benchmarking.targets import Target
 
 from benchmarks.rows import BACKWARD, BOTH, FORWARD, REPLAYED, Rows
 
@@ -13,37 +14,10 @@ MAIN, WIDE, MANY_GROUPS = "64/4/128/128", "64/4/192/128", "32/8/128/128"
 SHORT, LONG = 32768, 131072
 
 
-@dataclass(frozen=True)
-class Bar:
-    """A measured number and where it should be; `limit` None: no goal, for information."""
-
-    text: str
-    value: float
-    limit: float | None = None
-    unit: str = ""
-    at_least: bool = False
-
-    @property
-    def met(self) -> bool | None:
-        """Whether the goal is reached; None without one."""
-        if self.limit is None:
-            return None
-        return self.value >= self.limit if self.at_least else self.value <= self.limit
-
-    def line(self) -> str:
-        """`oracle forward / cuDNN forward 1.07 (bar 1.10) ok`."""
-        number = f"{self.value:.2f}{self.unit}"
-        if self.limit is None:
-            return f"  {self.text} {number}"
-        bound = "at least " if self.at_least else ""
-        verdict = "ok" if self.met else "MISSED"
-        return f"  {self.text} {number} (bar {bound}{self.limit:.2f}{self.unit}) {verdict}"
-
-
-def bars(rows: Rows) -> list[Bar]:
+def targets(rows: Rows) -> list[Target]:
     """All that the rows allow. Goals are set for the shapes and lengths named above."""
     problems: dict[Problem, None] = dict.fromkeys(row.problem for row in rows.all)
-    result: list[Bar] = []
+    result: list[Target] = []
     for problem in problems:
         for rule in (_oracle, _memory, _sparse, _lists, _window, _block, _topk, _decode):
             result += rule(rows, problem)
@@ -58,7 +32,7 @@ def _ratio(above: float | None, below: float | None) -> float | None:
     return above / below if above is not None and below else None
 
 
-def _oracle(rows: Rows, problem: Problem) -> Iterator[Bar]:
+def _oracle(rows: Rows, problem: Problem) -> Iterator[Target]:
     has_goal = problem.sequence == SHORT and problem.shape in (MAIN, WIDE, MANY_GROUPS)
     for peer, name in (("cudnn", "cuDNN"), ("flash", "FlashAttention"), ("sdpa", "SDPA on CPU")):
         for step, limit in ((FORWARD, 1.10), (BACKWARD, 1.03)):
@@ -66,15 +40,15 @@ def _oracle(rows: Rows, problem: Problem) -> Iterator[Bar]:
             ratio = _ratio(ours, rows.median_ms("oracle", peer, step, problem))
             if ratio is not None:
                 goal = limit if has_goal and peer == "cudnn" else None
-                yield Bar(f"oracle {step} / {name} {step} {_where(problem)}", ratio, goal)
+                yield Target(f"oracle {step} / {name} {step} {_where(problem)}", ratio, goal)
 
 
-def _memory(rows: Rows, problem: Problem) -> Iterator[Bar]:
+def _memory(rows: Rows, problem: Problem) -> Iterator[Target]:
     row = rows.find("oracle", "hysparse", FORWARD, problem)
     if row is not None and row.extra_bytes is not None:
         text = f"oracle forward, memory beyond o, lse and indices {_where(problem)}"
         goal = 300.0 if problem.sequence == LONG else None
-        yield Bar(text, row.extra_bytes / 1e6, goal, " MB")
+        yield Target(text, row.extra_bytes / 1e6, goal, " MB")
 
 
 _SPARSE_GOALS = {
@@ -85,64 +59,68 @@ _SPARSE_GOALS = {
 }
 
 
-def _sparse(rows: Rows, problem: Problem) -> Iterator[Bar]:
+def _sparse(rows: Rows, problem: Problem) -> Iterator[Target]:
     for selection in _selections(rows, "sparse", problem):
         for step in (FORWARD, BACKWARD, BOTH):
             ours = rows.median_ms("sparse", "hysparse", step, problem, selection)
             text = f"block-sparse {step}, {selection} {_where(problem)}"
             goal = _SPARSE_GOALS.get((problem.shape, step))
             if ours is not None and goal and problem.sequence == SHORT and selection == "clustered":
-                yield Bar(text, ours, goal, " ms")
+                yield Target(text, ours, goal, " ms")
             ratio = _ratio(ours, rows.median_ms("sparse", "fla", step, problem, selection))
             if ratio is not None:
                 limit = 1.0 if selection == "random" and problem.sequence == SHORT else None
-                yield Bar(f"{text} / fla-core", ratio, limit)
+                yield Target(f"{text} / fla-core", ratio, limit)
 
 
-def _lists(rows: Rows, problem: Problem) -> Iterator[Bar]:
+def _lists(rows: Rows, problem: Problem) -> Iterator[Target]:
     for selection in _selections(rows, "lists", problem):
         ours = rows.median_ms("lists", "hysparse", FORWARD, problem, selection)
         if ours is not None:
             goal = 1.5 if problem.sequence == SHORT else None
-            yield Bar(f"prepare_selection, {selection} {_where(problem)}", ours, goal, " ms")
+            yield Target(f"prepare_selection, {selection} {_where(problem)}", ours, goal, " ms")
 
 
-def _window(rows: Rows, problem: Problem) -> Iterator[Bar]:
+def _window(rows: Rows, problem: Problem) -> Iterator[Target]:
     ours = rows.median_ms("window", "hysparse", BOTH, problem)
     ratio = _ratio(ours, rows.median_ms("window", "flex", BOTH, problem))
     if ratio is not None:
         goal = 0.7 if problem.sequence == SHORT else None
-        yield Bar(f"window with sinks, both / FlexAttention without {_where(problem)}", ratio, goal)
+        yield Target(
+            f"window with sinks, both / FlexAttention without {_where(problem)}", ratio, goal
+        )
 
 
-def _block(rows: Rows, problem: Problem) -> Iterator[Bar]:
+def _block(rows: Rows, problem: Problem) -> Iterator[Target]:
     goals = {(SHORT, MAIN): 4.0, (LONG, MAIN): 7.0}
     for selection in _selections(rows, "block", problem):
         full = rows.median_ms("block", "full", BOTH, problem, selection)
         ratio = _ratio(full, rows.median_ms("block", "hysparse", BOTH, problem, selection))
         if ratio is not None:
             text = f"hybrid block of 12 layers, {selection}, times faster {_where(problem)}"
-            yield Bar(text, ratio, goals.get((problem.sequence, problem.shape)), "", at_least=True)
+            yield Target(
+                text, ratio, goals.get((problem.sequence, problem.shape)), "", at_least=True
+            )
 
 
-def _topk(rows: Rows, problem: Problem) -> Iterator[Bar]:
+def _topk(rows: Rows, problem: Problem) -> Iterator[Target]:
     ours = rows.median_ms("topk", "hysparse", FORWARD, problem)
     ratio = _ratio(ours, rows.median_ms("topk", "torch", FORWARD, problem))
     if ratio is not None:
-        yield Bar(f"block_topk / torch.topk {_where(problem)}", ratio)
+        yield Target(f"block_topk / torch.topk {_where(problem)}", ratio)
 
 
-def _decode(rows: Rows, problem: Problem) -> Iterator[Bar]:
+def _decode(rows: Rows, problem: Problem) -> Iterator[Target]:
     for step in (FORWARD, REPLAYED):
         full = rows.median_ms("decode", "sdpa_block", step, problem)
         ratio = _ratio(full, rows.median_ms("decode", "hysparse", step, problem))
         if ratio is not None:
             how = "as a graph, " if step == REPLAYED else ""
             where = f"{_where(problem)}, batch {problem.batch}"
-            yield Bar(f"decode, hybrid block of 12 layers, {how}times faster {where}", ratio)
+            yield Target(f"decode, hybrid block of 12 layers, {how}times faster {where}", ratio)
 
 
-def _growth(rows: Rows) -> Iterator[Bar]:
+def _growth(rows: Rows) -> Iterator[Target]:
     for problem in dict.fromkeys(row.problem for row in rows.all):
         if problem.sequence == LONG:
             short = replace(problem, sequence=SHORT)
@@ -150,7 +128,7 @@ def _growth(rows: Rows) -> Iterator[Bar]:
             ratio = _ratio(rows.median_ms("sparse", "hysparse", BOTH, problem, "clustered"), below)
             if ratio is not None:
                 text = f"block-sparse both, clustered, {LONG} / {SHORT} tokens [{problem.shape}]"
-                yield Bar(text, ratio, 4.4)
+                yield Target(text, ratio, 4.4)
 
 
 def _selections(rows: Rows, table: str, problem: Problem) -> list[str]:
