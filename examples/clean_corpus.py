@@ -1,6 +1,6 @@
 """Filters that people use before pretraining, of datatrove's own blocks: a recipe to change.
 
-    pip install 'datatrove[io,processing]' 'hysparse-megatron[data]'
+    pip install 'datatrove[io,processing]' spacy 'hysparse-megatron[data]'
     python examples/clean_corpus.py /data/raw /data/clean --tasks 32
     python -m tools.prepare_data --tokenizer tokenizer.json --output /data/tokens /data/clean/kept
 

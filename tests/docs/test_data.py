@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 from tools.prepare_data import _parser
@@ -25,3 +27,13 @@ def test_shown_commands_are_valid() -> None:
     assert len(lines) >= 2
     for line in lines:
         _parser().parse_args(shlex.split(line))
+
+
+def test_the_recipe_of_filters_is_there_and_tells_its_options() -> None:
+    path = Path(__file__).resolve().parents[2] / "examples" / "clean_corpus.py"
+    assert "`examples/clean_corpus.py`" in TEXT
+    done = subprocess.run(
+        [sys.executable, str(path), "--help"], capture_output=True, text=True, check=True
+    )
+    for option in ("--warc", "--language", "--evaluations", "--tasks"):
+        assert option in done.stdout
