@@ -2,7 +2,7 @@
 
     pip install 'datatrove[io,processing]' spacy 'hysparse-megatron[data]'
     python examples/clean_corpus.py /data/raw /data/clean --tasks 32
-    python -m tools.prepare_data --tokenizer tokenizer.json --output /data/tokens /data/clean/kept
+    hysparse prepare-data --tokenizer tokenizer.json --output /data/tokens /data/clean/kept
 
 Reads JSON lines (or WARC with `--warc`), and writes JSON lines: language and quality heuristics,
 near-duplicates by minhash, and texts that share 12-grams with evaluation sets left out. Every step

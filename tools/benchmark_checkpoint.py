@@ -3,7 +3,7 @@
     hysparse benchmark checkpoint --directory /scratch train.precision=bf16 model=hysparse_7b
 
 Trains on random tokens and saves again and again, synchronously and asynchronously in turn, in one
-process or under torchrun. Takes the overrides of `python -m hysparse_megatron` and writes
+process or under torchrun. Takes the overrides of `hysparse train` and writes
 checkpoints, removed at the end, into `--directory`. Two costs of a save are shown: how long
 training stood still in it, and by how much the whole took longer than its steps do without a save,
 which counts the cores that writing takes from training too. The best of the repeats stands first.

@@ -28,7 +28,7 @@ from hysparse_kernels.benchmarking.selections import Captured, describe, statist
 from torch import Tensor
 
 from hysparse_megatron.command import command, make_parser
-from hysparse_megatron.config.compose import load_frozen
+from hysparse_megatron.config.frozen import load_frozen
 from hysparse_megatron.config.schema import Config, ParallelConfig
 from hysparse_megatron.runtime.launcher import Rank
 from hysparse_megatron.runtime.quiet import quiet_libraries

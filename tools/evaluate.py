@@ -14,8 +14,8 @@ Tasks:
 
 Loads any checkpoint of the run, whatever parallel sizes saved it, into this process or split over
 the ranks of torchrun (tensor parallel). For lm-evaluation-harness export the model first, with
-tools.convert. Ends with 0, with 2 for settings that cannot be, with 5 if data or tokenizer are not
-there, with 6 if there is no valid checkpoint.
+hysparse convert. Ends with 0, with 2 for settings that cannot be, with 5 if data or tokenizer are
+not there, with 6 if there is no valid checkpoint.
 """
 
 from __future__ import annotations

@@ -33,8 +33,8 @@ from typing import Any
 from hysparse_megatron.architecture.layers import LayerKind
 from hysparse_megatron.architecture.layout import parse_layout
 from hysparse_megatron.command import command, make_parser, positive
-from hysparse_megatron.config.compose import compose, load_frozen
-from hysparse_megatron.config.frozen import CONFIG_FILE, freeze
+from hysparse_megatron.config.compose import compose
+from hysparse_megatron.config.frozen import CONFIG_FILE, freeze, load_frozen
 from hysparse_megatron.config.schema import Config, Schedule
 from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.files import require_writable

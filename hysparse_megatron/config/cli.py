@@ -7,8 +7,9 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from hysparse_megatron.command import CommandParser, make_parser
-from hysparse_megatron.config.compose import GROUPS, compose, group_options, load_frozen
+from hysparse_megatron.config.compose import GROUPS, compose, group_options
 from hysparse_megatron.config.describe import all_keys, keys_like
+from hysparse_megatron.config.frozen import load_frozen
 from hysparse_megatron.config.own_presets import OPTION
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.errors import ConfigError, did_you_mean

@@ -25,30 +25,11 @@ from hysparse_megatron.config.describe import (
     type_of,
     unknown_key,
 )
-from hysparse_megatron.config.frozen import (
-    build,
-    config_hash,
-    freeze,
-    from_yaml,
-    load_frozen,
-    schema_node,
-    to_yaml,
-)
+from hysparse_megatron.config.frozen import build, schema_node
 from hysparse_megatron.config.own_presets import own_folders, refuse_shadows, search_path
 from hysparse_megatron.config.problems import as_error
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.errors import ConfigError, Problem
-
-__all__ = [
-    "compose",
-    "config_directory",
-    "config_hash",
-    "freeze",
-    "from_yaml",
-    "group_options",
-    "load_frozen",
-    "to_yaml",
-]
 
 SECTIONS: dict[str, type] = {
     "model": schema.ModelConfig,

@@ -13,7 +13,8 @@ import psutil
 import pytest
 from run_commands import LOCAL, ROOT, Command, run
 
-from hysparse_megatron.config.compose import compose, from_yaml
+from hysparse_megatron.config.compose import compose
+from hysparse_megatron.config.frozen import from_yaml
 
 pytestmark = pytest.mark.distributed
 

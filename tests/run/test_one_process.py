@@ -22,7 +22,8 @@ from run_commands import (
 )
 
 from hysparse_megatron.checkpoint.store import is_proven
-from hysparse_megatron.config.compose import compose, load_frozen
+from hysparse_megatron.config.compose import compose
+from hysparse_megatron.config.frozen import load_frozen
 from hysparse_megatron.tracking.selections import read_selections
 
 pytestmark = pytest.mark.thorough

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from hysparse_megatron.compatibility import compared_settings
-from hysparse_megatron.config.compose import compose, freeze
+from hysparse_megatron.config.compose import compose
+from hysparse_megatron.config.frozen import freeze
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.continuation import check_continuation, learning_rate, recorded_settings
 from hysparse_megatron.errors import ConfigError

@@ -45,6 +45,13 @@ def test_every_module_of_a_command_is_there_and_has_its_name() -> None:
         assert f"hysparse {name}" in text
 
 
+def test_every_tool_is_a_command() -> None:
+    named = {f"{module.replace('.', '/')}.py" for module, _ in COMMANDS.values()}
+    for path in (*ROOT.glob("tools/*.py"), *ROOT.glob("launch/*.py")):
+        if "def main(argv" in path.read_text() and path.name != "requeue.py":  # of job scripts
+            assert str(path.relative_to(ROOT)) in named
+
+
 def test_help_and_version_import_no_library() -> None:
     program = (
         "import sys; from hysparse_megatron.main import main; main(sys.argv[1:]); "

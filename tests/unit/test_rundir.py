@@ -14,7 +14,8 @@ import pytest
 
 from hysparse_megatron import rundir
 from hysparse_megatron.checkpoint.manifest import write_manifest
-from hysparse_megatron.config.compose import compose, config_hash, load_frozen
+from hysparse_megatron.config.compose import compose
+from hysparse_megatron.config.frozen import config_hash, load_frozen
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.run_record import add_job, submitted_jobs

@@ -145,7 +145,7 @@ def too_many_bad(samples: list[str], found: int, limit: int) -> DataError:
     listed = "".join(f"\n  {sample}" for sample in samples)
     return DataError(
         f"{found} bad document(s) so far, {limit} allowed; mend them, or leave them out by "
-        f"preparing with tools.prepare_data --max-bad:{listed}"
+        f"preparing with hysparse prepare-data --max-bad:{listed}"
     )
 
 

@@ -104,7 +104,7 @@ def describe(numbers: dict[str, float]) -> str:
 
 @dataclass(frozen=True)
 class Captured:
-    """What the oracles of a trained model select on one text; see tools.capture_selections."""
+    """What the oracles of a trained model select on one text; see `hysparse capture-selections`."""
 
     facts: dict[str, Any]
     """How it came about: model, steps, loss, block_size, num_selected, sequence and so on."""

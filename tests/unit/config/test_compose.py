@@ -17,11 +17,10 @@ from hysparse_megatron.config.compose import (
     SECTIONS,
     compose,
     config_directory,
-    from_yaml,
     group_options,
-    to_yaml,
 )
 from hysparse_megatron.config.describe import ALIASES, all_keys
+from hysparse_megatron.config.frozen import from_yaml, to_yaml
 from hysparse_megatron.config.schema import Precision, Schedule, TrackingMode
 from hysparse_megatron.config.validate import validate
 from hysparse_megatron.errors import ConfigError
