@@ -14,7 +14,7 @@ import hysparse_kernels as hk
 import torch
 from hysparse_kernels.benchmarking.problem import Inputs, Problem
 from hysparse_kernels.benchmarking.selections import synthetic
-from hysparse_kernels.selftest.comparison import TOLERANCE, relative_error, wrong_picks
+from hysparse_kernels.selftest.comparison import TOLERANCE, relative_error, wrong_selections
 from torch import Tensor
 
 from benchmarks import fla_peer
@@ -84,7 +84,7 @@ def check(table: str, peer: Peer, problem: Problem, device: torch.device, backen
     wrong = [name for name, error in errors.items() if not error < tolerance]
     failure = f"{', '.join(wrong)} above {tolerance:.0e}" if wrong else ""
     if isinstance(exact, hk.OracleOutput) and peer.name == "hysparse":
-        rows = wrong_picks(
+        rows = wrong_selections(
             result.block_indices,
             exact,
             inputs.query,
@@ -92,7 +92,7 @@ def check(table: str, peer: Peer, problem: Problem, device: torch.device, backen
             block_size=problem.block_size,
         )
         if rows:
-            failure = f"{failure} {rows} rows of picks are wrong".strip()
+            failure = f"{failure} {rows} rows of the selection are wrong".strip()
     return Check(table, peer.name, problem, errors, failure)
 
 

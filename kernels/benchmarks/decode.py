@@ -53,7 +53,7 @@ class DecodeStep:
     sink: Tensor
     oracle: hk.TokenCache
     ring: hk.WindowCache
-    picks: Tensor
+    selection: Tensor
     """int32 [B, HKV, 1, K], ascending: any, as a step reads few and shares none."""
 
     @classmethod
@@ -82,11 +82,11 @@ class DecodeStep:
                 cache.append(prompt, *tokens(new))
         chunk = hk.Chunk(rows, (past,) * batch, (1,) * batch, device)
         order = torch.rand(batch, groups, 1, problem.num_blocks, device=device).argsort(-1)
-        picks = order[..., : problem.num_selected].sort(-1).values.int()
+        selection = order[..., : problem.num_selected].sort(-1).values.int()
         return cls(
             problem, backend, chunk, normal(1, problem.heads, problem.head_dim), *tokens(1),
             torch.randn(2, batch, 1, problem.heads, 1, device=device, dtype=bf16),
-            torch.randn(problem.heads, device=device), oracle, ring, picks,
+            torch.randn(problem.heads, device=device), oracle, ring, selection,
         )  # fmt: skip
 
     def rows(self) -> Iterator[Measured]:
@@ -96,7 +96,7 @@ class DecodeStep:
         if stored == hk.FP8:
             yield Measured("full_fp8", "hysparse full layer, FP8 cache", self.full, all_tokens)
             return
-        selected = self.picks.shape[-1] * self.problem.block_size
+        selected = self.selection.shape[-1] * self.problem.block_size
         window = self._bytes(self.problem.window, torch.bfloat16)
         sparse = self._bytes(selected, stored) + window
         yield Measured("sdpa", "SDPA of torch, full layer", self.sdpa, all_tokens)
@@ -140,7 +140,7 @@ class DecodeStep:
         """A sparse layer, both branches and gates."""
         return hk.cached_sparse_attention(
             self.query, self.key, self.value, self.gates[0], self.gates[1], self.oracle,
-            self.picks, self.ring, self.chunk,
+            self.selection, self.ring, self.chunk,
             block_size=self.problem.block_size, window=self.problem.window,
             sparse_sink=self.sink, window_sink=self.sink, backend=self.backend,
         )  # fmt: skip

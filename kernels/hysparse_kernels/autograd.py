@@ -20,8 +20,8 @@ from hysparse_kernels.call import AttentionCall, CausalKeys, OracleOutput, Selec
 from hysparse_kernels.hopper import launch as hopper
 from hysparse_kernels.triton import kernels
 from hysparse_kernels.triton.launch import (
+    KeySchedule,
     Saved,
-    Walk,
     forward,
     key_value_gradients,
     query_gradient,
@@ -38,25 +38,27 @@ def attend(call: AttentionCall) -> OracleOutput:
             if select:
                 selector = Selector(rule, query.shape[1], call.cu_seqlens)
             size = rule.block_size if select else 64
-            walk = Walk(kernels.CAUSAL, keys=size, cu_seqlens=call.cu_seqlens)
+            schedule = KeySchedule(kernels.CAUSAL, keys=size, cu_seqlens=call.cu_seqlens)
         case SelectedKeys(indices, size, lists):
             if lists is None:
                 heads = query.shape[2] // key.shape[2]
                 lists = build_block_lists(indices, heads, size, call.cu_seqlens)
-            walk = Walk(kernels.BLOCKS, keys=size, lists=lists)
+            schedule = KeySchedule(kernels.BLOCKS, keys=size, lists=lists)
         case WindowKeys(window):
-            walk = Walk(kernels.WINDOW, keys=32, window=window, cu_seqlens=call.cu_seqlens)
-    return _attend(call, walk, selector)
+            schedule = KeySchedule(
+                kernels.WINDOW, keys=32, window=window, cu_seqlens=call.cu_seqlens
+            )
+    return _attend(call, schedule, selector)
 
 
-def _attend(call: AttentionCall, walk: Walk, selector: Selector | None) -> OracleOutput:
+def _attend(call: AttentionCall, schedule: KeySchedule, selector: Selector | None) -> OracleOutput:
     query, key, value = call.query, call.key, call.value
     batch, sequence = query.shape[:2]
-    one_row = batch > 1 and walk.packed
+    one_row = batch > 1 and schedule.packed
     if one_row:
         query, key, value = (tensor.flatten(0, 1).unsqueeze(0) for tensor in (query, key, value))
     output, lse, indices = _Attention.apply(
-        query, key, value, call.sink, walk, call.scale, selector, call.accumulate
+        query, key, value, call.sink, schedule, call.scale, selector, call.accumulate
     )
     if not one_row:
         return OracleOutput(output, lse, indices)
@@ -71,7 +73,7 @@ def _unit_stride(tensor: Tensor) -> Tensor:
 
 
 class _Attention(torch.autograd.Function):
-    """(output, lse, indices or None) of one walk; first order only, as `reference`."""
+    """(output, lse, indices or None) of one schedule; first order only, as `reference`."""
 
     @staticmethod
     def forward(
@@ -80,45 +82,45 @@ class _Attention(torch.autograd.Function):
         key: Tensor,
         value: Tensor,
         sink: Tensor | None,
-        walk: Walk,
+        schedule: KeySchedule,
         scale: float,
         selector: Selector | None,
         accumulate: KeyValueGradients | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         query, key, value = (_unit_stride(tensor) for tensor in (query, key, value))
-        by_cudnn = _cudnn_is_faster(query, key, value, walk, selector)
-        ctx.hopper = not by_cudnn and hopper.why_not(query, key, value, walk, selector) is None
+        by_cudnn = _cudnn_is_faster(query, key, value, schedule, selector)
+        ctx.hopper = not by_cudnn and hopper.why_not(query, key, value, schedule, selector) is None
         if ctx.hopper:
             query, key, value = (hopper.aligned(tensor) for tensor in (query, key, value))
         if by_cudnn:
             output, lse, indices = _cudnn_forward(query, key, value, scale)
         else:
             run = hopper.forward if ctx.hopper else forward
-            output, lse, indices = run(query, key, value, sink, walk, scale, selector)
+            output, lse, indices = run(query, key, value, sink, schedule, scale, selector)
         ctx.mark_non_differentiable(*([lse] if indices is None else [lse, indices]))
         ctx.save_for_backward(query, key, value, sink, output, lse)
-        ctx.walk, ctx.scale, ctx.accumulate = walk, scale, accumulate
+        ctx.schedule, ctx.scale, ctx.accumulate = schedule, scale, accumulate
         return output, lse, indices
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, *_unused: Any) -> tuple[Tensor | None, ...]:
         query, key, value, sink, output, lse = ctx.saved_tensors
-        walk, scale = ctx.walk, ctx.scale
+        schedule, scale = ctx.schedule, ctx.scale
         grad = _unit_stride(grad)
-        if walk.mode == kernels.CAUSAL and not walk.packed and _cudnn_takes(query, value):
+        if schedule.mode == kernels.CAUSAL and not schedule.packed and _cudnn_takes(query, value):
             return *_cudnn_backward(grad, query, key, value, output, lse, scale), *[None] * 5
         saved = Saved(query, key, value, output, lse, grad)
         d_key = d_value = None
         keys_too = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         if ctx.hopper:
             d_query, d_key, d_value, delta = hopper.gradients(
-                saved, walk, scale, ctx.accumulate, keys_too
+                saved, schedule, scale, ctx.accumulate, keys_too
             )
         else:
-            d_query, delta = query_gradient(saved, walk, scale)
+            d_query, delta = query_gradient(saved, schedule, scale)
             if keys_too:
-                d_key, d_value = key_value_gradients(saved, delta, walk, scale, ctx.accumulate)
+                d_key, d_value = key_value_gradients(saved, delta, schedule, scale, ctx.accumulate)
         d_sink = None
         if sink is not None:
             # The sink's softmax weight; rows that see nothing (lse = -inf) have no sink weight.
@@ -146,7 +148,7 @@ _MANY_HEADS = 16
 
 
 def _cudnn_is_faster(
-    query: Tensor, key: Tensor, value: Tensor, walk: Walk, selector: Selector | None
+    query: Tensor, key: Tensor, value: Tensor, schedule: KeySchedule, selector: Selector | None
 ) -> bool:
     """Whether this is causal attention that cuDNN's forward pass can run and beats ours at.
 
@@ -154,7 +156,7 @@ def _cudnn_is_faster(
     and 32,768 tokens: 64 heads in 4 groups 1.28 1.07 0.97 0.89 0.92, 32 in 8 groups 1.52 1.40 1.33
     1.05 0.96, 32 in 32 groups 2.0 0.93 0.91 1.07 0.93, 64 in 4 of 192/128 1.14 0.97 0.94 0.83 0.84.
     """
-    if walk.mode != kernels.CAUSAL or walk.packed or selector is not None:
+    if schedule.mode != kernels.CAUSAL or schedule.packed or selector is not None:
         return False
     if not _cudnn_takes(query, value):
         return False

@@ -16,7 +16,7 @@ class BackendUnavailable(RuntimeError):
 
 
 class BackendChoice(NamedTuple):
-    """``name`` of the backend that will run and, for the log, the ``reason`` it was picked."""
+    """``name`` of the backend that will run and, for the log, the ``reason`` it was chosen."""
 
     name: Literal["reference", "triton"]
     reason: str

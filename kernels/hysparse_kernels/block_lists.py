@@ -1,19 +1,19 @@
-"""A selection turned into lists that kernels can walk: built once, used by every sparse layer.
+"""A selection as index lists for the kernels, built once and used by every sparse layer.
 
-Neighbouring tokens select much the same blocks. The forward and dQ kernels therefore take a tile of
-neighbouring tokens at once and walk over the union of their blocks, with one bit per token. The dK,
-dV kernel needs the inverse: for every block the parts (half tiles) that read it. These are cut
-where the sequence is cut into segments: programs that work on one segment at a time find its
-queries in the cache, whatever block they work for, and a block that everybody reads does not keep
-one program busy for longer than all others take together.
+Forward index (CSR): neighbouring tokens select much the same blocks, so that the forward and dQ
+kernels take a tile of neighbouring tokens at once and visit the union of their blocks, with one bit
+per token. Inverse index (CSC): for every block the parts (half tiles) that read it, for the dK, dV
+kernel. Work items: the inverse index cut where the sequence is cut into segments. Programs that
+work on one segment at a time find its queries in the cache, whatever block they work for, and a
+block that every token reads does not keep one program busy for longer than all others together.
 
 Packed documents (see documents.py) are one row of B * S tokens: tiles and parts may reach over a
-border, as a token sees only blocks that it selected. Picks of blocks that start after the token are
-dropped. Everything is made on the device, without waiting for it.
+border, as a token sees only blocks that it selected. Blocks that start after the token are dropped.
+ Everything is made on the device, without waiting for it.
 
 Shapes: B batch, HKV KV groups, S sequence, K selected, R = B * HKV rows of S tokens (packed: HKV
 rows of B * S), T token tiles and P = 2 * T parts of a row, U places for a union, NT entries of the
-block table, E places for readers, C segments.
+block table, E entries of the inverse index, M work items, C segments.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from hysparse_kernels.documents import BlockTable
 SEGMENT_ROWS = 65536
 """Tokens times query heads per group of a segment: 32 MB of queries and gradients at head dim 128,
 which stay in the L2 cache of an H100 or H200."""
-CHUNK_PARTS = 32
-"""Readers below which a piece goes on into the next segment: fetching the keys and adding to their
-gradients costs a program as much as several of them, but those of the last segment may have left
-the cache. Backward at 131,072 tokens, clustered: 1 takes 40.3 ms, 8 36.8, 32 36.0, 64 37.5."""
+WORK_ITEM_PARTS = 32
+"""Parts below which a work item goes on into the next segment: fetching the keys and adding to
+their gradients costs a program as much as several parts, but those of the last segment may have
+left the cache. Backward at 131,072 tokens, clustered: 1 takes 40.3 ms, 8 36.8, 32 36.0, 64 37.5."""
 _PART_ROWS = 64
 _MOST_PART_TOKENS = 16
 """A tile is two parts, and the bits of its tokens must fit into 32."""
@@ -64,8 +64,8 @@ class TokenTile:
 
 
 @dataclass(frozen=True)
-class Unions:
-    """What every token tile reads; see `BlockLists`."""
+class ForwardIndex:
+    """The blocks that every token tile reads (CSR); see `BlockLists`."""
 
     starts: Tensor
     bits: Tensor
@@ -73,35 +73,35 @@ class Unions:
 
 
 @dataclass(frozen=True)
-class Readers:
-    """The parts that read every block; see `BlockLists`."""
+class InverseIndex:
+    """The parts that read every block (CSC); see `BlockLists`."""
 
     part: Tensor
     bits: Tensor
     counts: Tensor
-    """int32 [R * NT, C]: how many readers a block has in every segment."""
+    """int32 [R * NT, C]: how many parts of every segment read a block."""
     ends: Tensor
-    """int64 [R * NT]: where the readers of a block end."""
+    """int64 [R * NT]: where the parts of a block end."""
 
 
 @dataclass(frozen=True)
-class Chunks:
-    """The readers of all blocks in pieces, in the order in which kernels start on them.
+class WorkItems:
+    """The inverse index cut up, in the order in which kernels start on the items.
 
-    A piece is what one program works on: readers of one block, from one segment or, until there are
-    CHUNK_PARTS, from several. Every block has at least one, be it empty, as somebody must write its
-    sum. They are in the order of rows, then segments (of the last reader), then blocks; M at most.
+    An item is what one program works on: parts that read one block, from one segment or, until
+    there are WORK_ITEM_PARTS, from several. Every block has at least one, be it empty, as its sum
+    must be written. They are in the order of rows, then segments (of the last part), then blocks.
     """
 
     entry: Tensor
     """int32 [M]: row * NT + block."""
     first: Tensor
-    """int64 [M]: where in `reader_part` the piece begins."""
+    """int64 [M]: where in `inverse_part` the item begins."""
     stop: Tensor
     """int64 [M]: where it ends."""
     after: Tensor
-    """int32 [M]: the piece whose part of the block's sum comes before this one's, -1 for the first
-    one of a block; -2 past the last piece, where there is nothing to do."""
+    """int32 [M]: the item whose share of the block's sum comes before this one's, -1 for the first
+    one of a block; -2 past the last item, where there is nothing to do."""
 
     def __len__(self) -> int:
         return len(self.entry)
@@ -129,16 +129,16 @@ class BlockLists:
     """int32 [R, T, U]: bit r says that token r of the tile selected the block; then 0."""
     counts: Tensor
     """int32 [R, T]: length of each union."""
-    reader_part: Tensor
+    inverse_part: Tensor
     """int32 [E]: the parts that read block 0, then block 1, ... of row 0, then row 1, ...;
     ascending within a block. Nothing is written past the last one."""
-    reader_bits: Tensor
+    inverse_bits: Tensor
     """int32 [E]: which of the part's tokens."""
     segments: int
     """C: into how many segments of `segment_tokens` the tokens are cut."""
     segment_tokens: int
-    chunks: Chunks
-    """The pieces into which the readers are cut."""
+    work_items: WorkItems
+    """What the programs of the dK, dV kernel do."""
 
     @property
     def part_tokens(self) -> int:
@@ -157,13 +157,13 @@ def tile_of_two_parts(heads: int) -> tuple[TokenTile, TokenTile]:
     return TokenTile(2 * part.tokens, part.heads, part.pack), part
 
 
-def union_capacity(tile_tokens: int, selected: int, blocks: int) -> int:
+def forward_capacity(tile_tokens: int, selected: int, blocks: int) -> int:
     """U: the longest union there can be, rounded up to whole 16-byte loads."""
     return -(-min(tile_tokens * selected, blocks) // 4) * 4
 
 
-def reader_capacity(rows: int, tiles: int, tile_tokens: int, selected: int, blocks: int) -> int:
-    """E: a tile's two parts read no more blocks than its tokens pick, and each all at most."""
+def inverse_capacity(rows: int, tiles: int, tile_tokens: int, selected: int, blocks: int) -> int:
+    """E: a tile's two parts read no more blocks than its tokens select, and each all at most."""
     return rows * tiles * min(tile_tokens * selected, 2 * blocks)
 
 
@@ -172,10 +172,10 @@ def segment_of(heads: int, tile_tokens: int) -> int:
     return max(1, SEGMENT_ROWS // heads // tile_tokens) * tile_tokens
 
 
-def most_chunks(
+def max_work_items(
     rows: int, table: BlockTable, block_size: int, segments: int, segment_tokens: int
 ) -> int:
-    """M: how many pieces there can be, known without asking the device."""
+    """M: how many items there can be, known without asking the device."""
     if table.packed:
         return rows * len(table) * segments
     # No token before a block reads it.

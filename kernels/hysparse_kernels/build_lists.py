@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from hysparse_kernels import block_lists
-from hysparse_kernels.block_lists import BlockLists, most_chunks, segment_of, tile_of_two_parts
+from hysparse_kernels.block_lists import BlockLists, max_work_items, segment_of, tile_of_two_parts
 from hysparse_kernels.documents import block_table
 
 
@@ -34,13 +34,15 @@ def build_block_lists(
         from hysparse_kernels.triton import lists as builder
     else:
         from hysparse_kernels.reference import lists as builder  # type: ignore[no-redef]
-    unions = builder.unions(rows, tile.tokens, block_size, table)
+    forward = builder.forward_index(rows, tile.tokens, block_size, table)
     segment_tokens = segment_of(heads, tile.tokens)
-    readers = builder.readers(unions, tile.tokens, block_size, table, selected, segment_tokens)
+    inverse = builder.inverse_index(
+        forward, tile.tokens, block_size, table, selected, segment_tokens
+    )
     segments = -(-rows.shape[1] // segment_tokens)
-    most = most_chunks(rows.shape[0], table, block_size, segments, segment_tokens)
+    most = max_work_items(rows.shape[0], table, block_size, segments, segment_tokens)
     return BlockLists(
-        tile, part, block_size, table, unions.starts, unions.bits, unions.counts,
-        readers.part, readers.bits, segments, segment_tokens,
-        builder.chunks(readers, table, segments, most, block_lists.CHUNK_PARTS),
+        tile, part, block_size, table, forward.starts, forward.bits, forward.counts,
+        inverse.part, inverse.bits, segments, segment_tokens,
+        builder.work_items(inverse, table, segments, most, block_lists.WORK_ITEM_PARTS),
     )  # fmt: skip

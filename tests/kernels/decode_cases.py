@@ -173,7 +173,7 @@ class Step:
             **options,
         )
 
-    def sparse(self, backend: str, caches: Caches, picks: Tensor) -> Tensor:
+    def sparse(self, backend: str, caches: Caches, selection: Tensor) -> Tensor:
         case = self.case
         return cached_sparse_attention(
             self.query if backend == "triton" else self.query.double(),
@@ -181,7 +181,7 @@ class Step:
             self.near_value,
             *self.gates,
             caches.oracle,
-            picks,
+            selection,
             caches.ring,
             self.chunk,
             block_size=case.block_size,
@@ -218,7 +218,7 @@ class Step:
         self,
         cache: TokenCache | WindowCache,
         sink: Tensor | None = None,
-        picks: Tensor | None = None,
+        selection: Tensor | None = None,
         softmax_scale: float | None = None,
     ) -> Variances:
         """Of the attention of all new tokens to what a cache holds, the tokens themselves in it."""
@@ -226,9 +226,9 @@ class Step:
         for i, row in enumerate(self.case.rows):
             key, value = self.keys(cache, row)
             seen = torch.ones(1, 1, 1, key.shape[1], dtype=torch.bool, device=key.device)
-            if picks is not None:
+            if selection is not None:
                 block = torch.arange(key.shape[1], device=key.device) // self.case.block_size
-                seen = (picks[i, :, :, :, None] == block).any(2)[None]
+                seen = (selection[i, :, :, :, None] == block).any(2)[None]
             query, dtype = self.query[i : i + 1], self.case.dtype
             found.append(
                 rounding.attention(
@@ -239,10 +239,10 @@ class Step:
             *(torch.cat([getattr(part, name) for part in found]) for name in FORWARD_RESULTS)
         )
 
-    def allowed_of_sum(self, picks: Tensor) -> Tensor:
+    def allowed_of_sum(self, selection: Tensor) -> Tensor:
         """Variance of a sparse layer's output, once the new tokens are in the caches."""
         total = torch.zeros((), dtype=torch.float64, device=self.query.device)
-        branches = (self.theirs.oracle, picks), (self.theirs.ring, None)
+        branches = (self.theirs.oracle, selection), (self.theirs.ring, None)
         for gate, sink, (cache, chosen) in zip(self.gates, self.sinks, branches, strict=True):
             output = self.allowed(cache, sink, chosen).output
             total = total + output * gate.double().sigmoid() ** 2
@@ -272,7 +272,7 @@ def compare(case: Case, device: torch.device, seed: int) -> None:
     allowed = step.allowed(theirs.oracle)
     assert_within(got.output, exact.output, allowed.output, f"full layer of {case}")
     assert torch.equal(got.output, bare.output), f"full layer of {case} does not repeat"
-    assert torch.equal(got.block_indices, bare.block_indices), f"{case}: picks do not repeat"
+    assert torch.equal(got.block_indices, bare.block_indices), f"{case}: selections do not repeat"
     assert alone.block_indices is None
     what = f"full layer without selection of {case}"
     assert_within(alone.output, exact.output, allowed.output, what)
@@ -324,7 +324,7 @@ def compare(case: Case, device: torch.device, seed: int) -> None:
 
 
 def _offered(scores: Tensor, case: Case, chunk: Chunk) -> Tensor:
-    """What a selection picks from: scores [A, HKV, 1, N], inf where forced, -inf if not visible."""
+    """What is selected from: scores [A, HKV, 1, N], inf where forced, -inf if not visible."""
     own = chunk.positions[:, None, :, None] // case.block_size
     block = torch.arange(scores.shape[-1], device=scores.device)
     forced = (block < case.forced[0]) | (block > own - case.forced[1])

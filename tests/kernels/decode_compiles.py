@@ -60,13 +60,13 @@ def _call(
     sink = torch.zeros(2 * heads)
     step = (query, key, value)
     rule = SelectionRule(block_size, 2)
-    _, picks = launch.full_attention(*step, cache, chunk, rule=rule, scale=0.1)
-    assert picks is not None
+    _, selection = launch.full_attention(*step, cache, chunk, rule=rule, scale=0.1)
+    assert selection is not None
     launch.full_attention(*step, cache, chunk, rule=None, scale=0.1)
     for width in (1, value_dim):
         gates = (tensor(2 * heads, width), tensor(2 * heads, width))
         launch.sparse_attention(
-            *step, gates, cache, picks, ring, chunk,
+            *step, gates, cache, selection, ring, chunk,
             block_size=block_size, window=128, sinks=(sink, sink), scale=0.1,
         )  # fmt: skip
     launch.window_attention(*step, ring, chunk, window=128, sink=None, scale=0.1)

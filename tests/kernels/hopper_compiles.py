@@ -13,7 +13,7 @@ from hysparse_kernels.build_lists import build_block_lists
 from hysparse_kernels.call import SelectionRule
 from hysparse_kernels.hopper import launch as hopper
 from hysparse_kernels.triton import kernels as portable
-from hysparse_kernels.triton.launch import Saved, Walk
+from hysparse_kernels.triton.launch import KeySchedule, Saved
 from hysparse_kernels.triton.topk import Selector
 from torch import Tensor
 from triton.experimental.gluon._runtime import GluonJITFunction
@@ -48,10 +48,10 @@ def _call(
         cu_seqlens = None
     if mode == portable.CAUSAL:
         sink, selector = None, Selector(SelectionRule(64, 2), 200, cu_seqlens)
-    walk = Walk(mode, keys=64, window=100, lists=lists, cu_seqlens=cu_seqlens)
-    output, lse, _ = hopper.forward(query, key, value, sink, walk, 0.1, selector)
+    schedule = KeySchedule(mode, keys=64, window=100, lists=lists, cu_seqlens=cu_seqlens)
+    output, lse, _ = hopper.forward(query, key, value, sink, schedule, 0.1, selector)
     saved = Saved(query, key, value, output, lse, torch.zeros_like(output))
-    hopper.gradients(saved, walk, 0.1, None, keys_too=True)
+    hopper.gradients(saved, schedule, 0.1, None, keys_too=True)
 
 
 def main() -> None:

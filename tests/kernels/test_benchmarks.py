@@ -145,7 +145,7 @@ def test_synthetic_selections_are_such_as_an_oracle_makes(clustered: bool, seed:
 
 def test_captured_selections_survive_a_file(tmp_path: Path, seed: int) -> None:
     ids = selections.synthetic(PROBLEM, torch.device("cpu"), clustered=False)[0]
-    path = tmp_path / "picks.npz"
+    path = tmp_path / "selected.npz"
     selections.Captured({"model": "tiny", "block_size": 16}, {0: ids, 4: ids + 1}).save(path)
     loaded = selections.Captured.load(path)
     assert loaded.facts == {"model": "tiny", "block_size": 16}

@@ -49,12 +49,12 @@ def reads_of_unions(lists: BlockLists) -> Reads:
 
 def reads_of_chunks(lists: BlockLists) -> Reads:
     reads: Reads = {}
-    for entry, first, stop, after in zip(*lists.chunks.tensors, strict=True):
+    for entry, first, stop, after in zip(*lists.work_items.tensors, strict=True):
         row, block = divmod(int(entry), len(lists.table))
-        parts = lists.reader_part[first:stop].tolist()
+        parts = lists.inverse_part[first:stop].tolist()
         assert not parts or after > -2
         assert parts == sorted(set(parts))
-        for part, bits in zip(parts, lists.reader_bits[first:stop].tolist(), strict=True):
+        for part, bits in zip(parts, lists.inverse_bits[first:stop].tolist(), strict=True):
             key = (row, int(lists.table.first[block]))
             for token in members(bits, lists.part_tokens):
                 reads.setdefault(key, set()).add(part * lists.part_tokens + token)
@@ -63,7 +63,7 @@ def reads_of_chunks(lists: BlockLists) -> Reads:
 
 def check_chunks(lists: BlockLists) -> None:
     """Every block with keys is in a chain of pieces, and those are in the order of segments."""
-    entries, firsts, stops, afters = (tensor.tolist() for tensor in lists.chunks.tensors)
+    entries, firsts, stops, afters = (tensor.tolist() for tensor in lists.work_items.tensors)
     used = afters.index(-2) if -2 in afters else len(afters)
     assert set(afters[used:]) <= {-2}
     latest: dict[int, int] = {}
@@ -71,11 +71,11 @@ def check_chunks(lists: BlockLists) -> None:
     for number, entry in enumerate(entries[:used]):
         assert afters[number] == latest.get(entry, -1)
         latest[entry] = number
-        assert stops[number] - firsts[number] < block_lists.CHUNK_PARTS + longest_segment(lists)
+        assert stops[number] - firsts[number] < block_lists.WORK_ITEM_PARTS + longest_segment(lists)
     for number, entry in enumerate(entries[:used]):
         if number != latest[entry]:  # the last one waits for the last segment, and may be short
-            assert stops[number] - firsts[number] >= block_lists.CHUNK_PARTS
-            token = int(lists.reader_part[stops[number] - 1]) * lists.part_tokens
+            assert stops[number] - firsts[number] >= block_lists.WORK_ITEM_PARTS
+            token = int(lists.inverse_part[stops[number] - 1]) * lists.part_tokens
             places.append((entry // len(lists.table), token // lists.segment_tokens))
     assert places == sorted(places)
     rows, blocks = lists.counts.shape[0], len(lists.table)
@@ -96,7 +96,7 @@ def members(bits: int, tokens: int) -> list[int]:
 @pytest.mark.parametrize("trial", range(8))
 def test_lists(trial: int, rng: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(block_lists, "SEGMENT_ROWS", rng.choice([2, 256, 65536]))
-    monkeypatch.setattr(block_lists, "CHUNK_PARTS", rng.choice([1, 2, 16]))
+    monkeypatch.setattr(block_lists, "WORK_ITEM_PARTS", rng.choice([1, 2, 16]))
     batch, groups, length = rng.choice([1, 2]), rng.choice([1, 2]), rng.randint(1, 90)
     heads, selected = rng.choice([1, 2, 4, 7, 16, 64, 128]), rng.randint(1, 5)
     lengths = random_documents(batch, length, rng) if trial % 2 else None

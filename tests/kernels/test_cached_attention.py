@@ -158,14 +158,14 @@ def test_sparse_attention(trial: int, rng: random.Random) -> None:
     sinks = rng.choice([(None, None), tuple(torch.randn(2, case.heads, dtype=torch.float64))])
     rule = {"block_size": case.block_size, "num_selected": case.num_selected}
     scale = {"softmax_scale": case.softmax_scale}
-    picked = oracle_attention(problem.query, problem.key, problem.value, **rule, **scale)
-    assert picked.block_indices is not None
+    selected = oracle_attention(problem.query, problem.key, problem.value, **rule, **scale)
+    assert selected.block_indices is not None
     own_query = torch.randn_like(problem.query)
     far = block_sparse_attention(
         own_query,
         problem.key,
         problem.value,
-        picked.block_indices,
+        selected.block_indices,
         block_size=case.block_size,
         sink=sinks[0],
         **scale,
@@ -204,16 +204,16 @@ def test_ties_go_to_the_lowest_block(rng: random.Random) -> None:
     rule = {"block_size": block_size, "num_selected": 3}
     expected = oracle_attention(query, key, key, softmax_scale=1.0, **rule)
     cache = TokenCache([length], 2, 4, 4, torch.float32, CPU)
-    picked = []
+    selected = []
     for past in range(length):
         chunk = Chunk((0,), (past,), (1,), CPU)
         tensors = columns(chunk, query, key, key)
         found = cached_full_attention(*tensors, cache, chunk, softmax_scale=1.0, **rule)
-        picked.append(found.block_indices)
+        selected.append(found.block_indices)
     logits = torch.einsum("tgd,jgd->gtj", query[0], key[0])[:, -1]
     best = logits.view(2, -1, block_size).amax(-1)
     assert any(len(set(of_group.tolist())) < len(of_group) for of_group in best), "no ties at all"
-    assert torch.equal(torch.cat(picked, dim=2), expected.block_indices)
+    assert torch.equal(torch.cat(selected, dim=2), expected.block_indices)
 
 
 def test_split_groups_reduce_their_scores(rng: random.Random) -> None:

@@ -82,12 +82,12 @@ def test_what_is_taken(stored: torch.dtype, heads: int, monkeypatch: pytest.Monk
 def test_every_operation_refuses_by_name() -> None:
     oracle, ring = caches()
     query, key = torch.zeros(1, 1, 2, 8), torch.zeros(1, 1, 1, 8)
-    gate, picks = torch.zeros(1, 1, 2, 1), torch.zeros(1, 1, 1, 1, dtype=torch.int32)
+    gate, selection = torch.zeros(1, 1, 2, 1), torch.zeros(1, 1, 1, 1, dtype=torch.int32)
     blocks = {"block_size": 64, "backend": "triton"}
     calls: list[Callable[[], object]] = [
         lambda: cached_full_attention(query, key, key, oracle, ONE, num_selected=1, **blocks),
         lambda: cached_sparse_attention(
-            query, key, key, gate, gate, oracle, picks, ring, ONE, window=4, **blocks
+            query, key, key, gate, gate, oracle, selection, ring, ONE, window=4, **blocks
         ),
         lambda: cached_window_attention(query, key, key, ring, ONE, window=4, backend="triton"),
     ]

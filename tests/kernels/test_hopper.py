@@ -5,7 +5,7 @@ import torch
 from hysparse_kernels import resolve_backend
 from hysparse_kernels.hopper import launch as hopper
 from hysparse_kernels.triton import kernels as portable
-from hysparse_kernels.triton.launch import Walk
+from hysparse_kernels.triton.launch import KeySchedule
 
 
 @pytest.mark.parametrize(
@@ -32,10 +32,10 @@ def test_shapes_that_are_taken(heads: int, dims: tuple[int, int]) -> None:
 
 def test_no_gpu_and_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     query, key = torch.zeros(1, 8, 4, 64), torch.zeros(1, 8, 1, 64)
-    walk = Walk(portable.WINDOW, keys=64, window=4)
-    assert "compute capability 9.0" in hopper.why_not(query, key, key, walk)
+    schedule = KeySchedule(portable.WINDOW, keys=64, window=4)
+    assert "compute capability 9.0" in hopper.why_not(query, key, key, schedule)
     monkeypatch.setenv(hopper.SWITCH, "0")
-    assert hopper.why_not(query, key, key, walk) == "HYSPARSE_HOPPER is 0"
+    assert hopper.why_not(query, key, key, schedule) == "HYSPARSE_HOPPER is 0"
 
 
 @pytest.mark.parametrize(

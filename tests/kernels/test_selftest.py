@@ -8,7 +8,7 @@ import torch
 from hysparse_kernels import dispatch
 from hysparse_kernels.selftest import __main__ as selftest
 from hysparse_kernels.selftest.checks import CPU_CASES, run_case
-from hysparse_kernels.selftest.comparison import TOLERANCE, relative_error, wrong_picks
+from hysparse_kernels.selftest.comparison import TOLERANCE, relative_error, wrong_selections
 
 
 @pytest.fixture
@@ -68,13 +68,13 @@ def test_a_crash_is_a_failed_check(monkeypatch: pytest.MonkeyPatch) -> None:
     assert check.failures == ("RuntimeError: no such instruction",)
 
 
-def test_wrong_picks_counts_rows(seed: int) -> None:
+def test_wrong_selections_counts_rows(seed: int) -> None:
     query, key = torch.randn(1, 20, 4, 8).double(), torch.randn(1, 20, 2, 8).double()
     exact = dispatch.oracle_attention(query, key, key, block_size=4, num_selected=2)
     assert exact.block_indices is not None
 
     def wrong(indices: torch.Tensor) -> int:
-        return wrong_picks(indices, exact, query, key, block_size=4)
+        return wrong_selections(indices, exact, query, key, block_size=4)
 
     assert wrong(exact.block_indices) == 0
     worse = exact.block_indices.clone()

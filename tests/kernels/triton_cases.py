@@ -151,14 +151,14 @@ def compare(case: Case, dtype: torch.dtype, device: str, seed: int) -> None:
     inputs = Inputs(query, key, value, sink, grad)
     packing = {"cu_seqlens": case.cu_seqlens(device)}
     block = {"block_size": case.block_size, **packing}
-    picks = {**block, "num_selected": case.selected}
+    rule = {**block, "num_selected": case.selected}
     seen = []
 
     def record(scores: Tensor) -> Tensor:
         seen.append(scores.clone())
         return scores
 
-    exact = oracle_attention(query.double(), key.double(), value.double(), **picks, **REFERENCE)
+    exact = oracle_attention(query.double(), key.double(), value.double(), **rule, **REFERENCE)
     starts = case.starts(device)
     keys = causal_keys(starts)
     allowed = rounding.attention(query, key, value, keys, dtype=dtype)
@@ -170,22 +170,22 @@ def compare(case: Case, dtype: torch.dtype, device: str, seed: int) -> None:
         wrong = rounding.wrong_rows(got.block_indices, scores, allowed.scores)
         assert not wrong.any(), f"{case}: {int(wrong.sum())} rows of a selection {how}"
 
-    check(oracle_attention(query, key, value, reduce_scores=record, **picks, **TRITON), "")
+    check(oracle_attention(query, key, value, reduce_scores=record, **rule, **TRITON), "")
     scored = torch.cat(seen, 2)
     blocks = -(-case.sequence // case.block_size)
     assert scored.numel() == case.batch * case.groups * case.sequence * blocks
     assert not scored.isnan().any(), f"{case}: scores"
     # Without a look at the scores; on a Hopper GPU other kernels do that.
     with poisoned_memory():
-        got = oracle_attention(query, key, value, **picks, **TRITON)
+        got = oracle_attention(query, key, value, **rule, **TRITON)
     check(got, "without scores")
 
     indices = disturbed(exact.block_indices, generator)
     lists = prepare_selection(indices, case.heads, **block, backend="triton")
     operations = {
         "oracle": (
-            lambda q, k, v, s: oracle_attention(q, k, v, **picks, **TRITON).output,
-            lambda q, k, v, s: oracle_attention(q, k, v, **picks, **REFERENCE).output,
+            lambda q, k, v, s: oracle_attention(q, k, v, **rule, **TRITON).output,
+            lambda q, k, v, s: oracle_attention(q, k, v, **rule, **REFERENCE).output,
         ),
         "block-sparse": (
             lambda q, k, v, s: block_sparse_attention(
@@ -230,13 +230,13 @@ def rounding_of_operations(
     def of(query: Tensor, seen: Tensor, sink: Tensor | None = None) -> Variances:
         return rounding.attention(query, key, value, seen, dtype=query.dtype, sink=sink, grad=grad)
 
-    picked = selected_keys(starts, indices, case.block_size)
+    selected = selected_keys(starts, indices, case.block_size)
     found = {
         "oracle": of(query, causal_keys(starts)),
-        "block-sparse": of(query, picked, sink),
+        "block-sparse": of(query, selected, sink),
         "window": of(query, window_keys(starts, case.window), sink),
     }
-    twice = of(2 * query, picked)
+    twice = of(2 * query, selected)
     twice.query = 4 * twice.query  # of 2 * query with respect to query
     found["accumulated"] = rounding.added((found["block-sparse"], twice, found["oracle"]))
     return found
@@ -284,8 +284,8 @@ def compare_operation(
 
 
 def disturbed(indices: Tensor, generator: torch.Generator) -> Tensor:
-    """The picks in any order, some of them random and thus twice or of the future, some rows empty,
-    and block 0 in most rows."""
+    """The blocks in any order, some random and thus twice or of the future, some rows empty, and
+    block 0 in most rows."""
     shape, device = indices.shape, indices.device
 
     def chance(*size: int) -> Tensor:
@@ -342,11 +342,11 @@ def compare_lists(case: Case, device: str, seed: int) -> None:
         a, b = getattr(lists, field), getattr(wanted, field)
         assert a.dtype == b.dtype, field
         assert torch.equal(a, b), f"{case}: {field} of the lists"
-    for a, b in zip(lists.chunks.tensors, wanted.chunks.tensors, strict=True):
-        assert torch.equal(a, b), f"{case}: chunks of the lists"
-    readers = int(wanted.chunks.stop.max())
-    assert torch.equal(lists.reader_part[:readers], wanted.reader_part[:readers]), case
-    assert torch.equal(lists.reader_bits[:readers], wanted.reader_bits[:readers]), case
+    for a, b in zip(lists.work_items.tensors, wanted.work_items.tensors, strict=True):
+        assert torch.equal(a, b), f"{case}: work_items of the lists"
+    readers = int(wanted.work_items.stop.max())
+    assert torch.equal(lists.inverse_part[:readers], wanted.inverse_part[:readers]), case
+    assert torch.equal(lists.inverse_bits[:readers], wanted.inverse_bits[:readers]), case
     assert lists.segments == wanted.segments
 
 
@@ -369,10 +369,10 @@ def compare_topk(device: str, seed: int, shapes: list[tuple[int, int]]) -> None:
 
 @contextlib.contextmanager
 def several_passes(segment_rows: int, map_bytes: int, scratch_bytes: int) -> Iterator[None]:
-    """Limits so low that small inputs are cut into chunks and passes like large ones."""
+    """Limits so low that small inputs are cut into work_items and passes like large ones."""
     limits = (
         (block_lists, "SEGMENT_ROWS", segment_rows),
-        (block_lists, "CHUNK_PARTS", 2),
+        (block_lists, "WORK_ITEM_PARTS", 2),
         (triton_lists, "_MAP_BYTES", map_bytes),
         (triton_topk, "_SCRATCH_BYTES", scratch_bytes),
     )

@@ -78,7 +78,7 @@ def main() -> None:
     _call(3, (96, 64), 32, torch.tensor([0, 50, 50, 200], dtype=torch.int32))
     assert set(compiled) == {
         "forward_kernel", "dq_kernel", "dkv_kernel", "group_scores_kernel", "topk_kernel",
-        "union_kernel", "map_kernel", "count_kernel", "compact_kernel", "chunk_kernel",
+        "forward_index_kernel", "map_kernel", "count_kernel", "compact_kernel", "work_item_kernel",
         "_forward", "_backward",
     }  # fmt: skip
     print(f"{compiled.total()} compiled with triton {triton.__version__}")

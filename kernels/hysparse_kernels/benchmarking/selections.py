@@ -51,7 +51,7 @@ def visible_pairs(indices: Tensor, problem: Problem) -> float:
     """
     total = 0
     token = torch.arange(problem.sequence, device=indices.device)[:, None]
-    for group in indices.flatten(0, 1):  # one at a time: long sequences have many picks
+    for group in indices.flatten(0, 1):  # one at a time: long sequences select much
         reach = token - group * problem.block_size + 1
         seen = torch.where(group >= 0, reach.clamp(0, problem.block_size), 0)
         total += int(seen.sum())
@@ -67,11 +67,13 @@ def mean_union(indices: Tensor, tokens: int) -> float:
     tiles = sequence // tokens
     if not tiles:
         return float("nan")
-    picks = indices[:, :, : tiles * tokens].reshape(batch * groups, tiles, tokens * selected)
-    picks = picks.sort(-1).values
-    new = torch.ones_like(picks, dtype=torch.bool)
-    new[..., 1:] = picks[..., 1:] != picks[..., :-1]
-    return float((new & (picks >= 0)).sum() / (batch * groups * tiles))
+    selected_blocks = indices[:, :, : tiles * tokens].reshape(
+        batch * groups, tiles, tokens * selected
+    )
+    selected_blocks = selected_blocks.sort(-1).values
+    new = torch.ones_like(selected_blocks, dtype=torch.bool)
+    new[..., 1:] = selected_blocks[..., 1:] != selected_blocks[..., :-1]
+    return float((new & (selected_blocks >= 0)).sum() / (batch * groups * tiles))
 
 
 def hottest_share(indices: Tensor) -> float:
@@ -84,7 +86,7 @@ def hottest_share(indices: Tensor) -> float:
 
 
 def statistics(indices: Tensor) -> dict[str, float]:
-    """What decides how fast a selection can be walked, of int32 [B, HKV, S, K]."""
+    """What decides how fast a selection can be read, of int32 [B, HKV, S, K]."""
     return {
         "neighbour_agreement": float(neighbour_agreement(indices)),
         **{f"mean_union_of_{tokens}": mean_union(indices, tokens) for tokens in (4, 8, 16)},

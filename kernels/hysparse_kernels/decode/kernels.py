@@ -15,8 +15,8 @@ before. Scores are kept in base 2 and in fp32. No atomics: results repeat bit fo
 a sequence are not specialised, or a step would wait for the compiler now and then.
 
 Shapes: A rows of the step, HQ query heads, HKV KV groups, G = HQ // HKV heads per group, D
-query/key and DV value head dim, L = A * HKV lines, X splits, N blocks, U tiles of KEYS keys, K
-selected.
+query/key and DV value head dim, L = A * HKV pairs of row and group, X splits, N blocks, U tiles of
+KEYS keys, K selected.
 """
 
 from __future__ import annotations
@@ -36,27 +36,27 @@ def _power_of_two(exponent):
 
 
 @triton.jit
-def _walk(
-    q, head, key_, value, key_exponent, value_exponent, picks, maxima,
+def _attend_tiles(
+    q, head, key_, value, key_exponent, value_exponent, selection, maxima,
     group, groups, base, first, length, entries, begin, stop, scale_log2, width, value_width,
     MODE: tl.constexpr, SCALED: tl.constexpr, SCORES: tl.constexpr, HEADS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Peak [ROWS], total [ROWS] and sums [ROWS, VALUE_WIDTH] of the softmax over tiles begin..stop.
+    """m_i [ROWS], l_i [ROWS] and acc [ROWS, VALUE_WIDTH] of the softmax over tiles begin..stop.
 
     Tile t holds the keys at first + t * KEYS and after, or, for BLOCKS, those of a piece of block
-    picks[t // pieces]. With SCORES the raw maximum of every tile goes to maxima [U, HEADS].
+    selection[t // pieces]. With SCORES the raw maximum of every tile goes to maxima [U, HEADS].
     """
     offset = tl.arange(0, KEYS)
     column = tl.arange(0, WIDTH)
     value_column = tl.arange(0, VALUE_WIDTH)
-    peak = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    sums = tl.zeros([ROWS, VALUE_WIDTH], tl.float32)
+    m_i = tl.full([ROWS], float("-inf"), tl.float32)
+    l_i = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, VALUE_WIDTH], tl.float32)
     for tile in range(begin, stop):
         if MODE == 2:
-            block = tl.load(picks + tile // (BLOCK // KEYS))
+            block = tl.load(selection + tile // (BLOCK // KEYS))
             position = block * BLOCK + tile % (BLOCK // KEYS) * KEYS + offset
             seen = (block >= 0) & (position < length)
         else:
@@ -73,25 +73,25 @@ def _walk(
             power = _power_of_two(tl.load(key_exponent + place, mask=seen, other=0))
             scores = scores * power[None, :]
         scores = tl.where(seen[None, :], scores, float("-inf"))
-        tile_peak = tl.max(scores, 1)
+        m_tile = tl.max(scores, 1)
         if SCORES:
-            tl.store(maxima + tile * HEADS + head, tile_peak, mask=head < HEADS)
-        new_peak = tl.maximum(peak, tile_peak)
+            tl.store(maxima + tile * HEADS + head, m_tile, mask=head < HEADS)
+        m_new = tl.maximum(m_i, m_tile)
         # A finite pivot: rows that have seen no key yet must not compute inf - inf.
-        pivot = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        weights = tl.exp2(scores - pivot[:, None])
-        decay = tl.exp2(peak - pivot)
-        total = total * decay + tl.sum(weights, 1)
+        pivot = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.exp2(scores - pivot[:, None])
+        alpha = tl.exp2(m_i - pivot)
+        l_i = l_i * alpha + tl.sum(p, 1)
         v = tl.load(value + place[:, None] * value_width + value_column[None, :],
                     mask=seen[:, None] & (value_column < value_width)[None, :],
                     other=0.0)  # fmt: skip
         if SCALED:
             power = _power_of_two(tl.load(value_exponent + place, mask=seen, other=0))
-            weights = weights * power[None, :]
-        mixed = tl.dot(weights.to(DOT), v.to(DOT), input_precision=PRECISION)
-        sums = sums * decay[:, None] + mixed
-        peak = new_peak
-    return peak, total, sums
+            p = p * power[None, :]
+        pv = tl.dot(p.to(DOT), v.to(DOT), input_precision=PRECISION)
+        acc = acc * alpha[:, None] + pv
+        m_i = m_new
+    return m_i, l_i, acc
 
 
 @triton.jit
@@ -103,8 +103,8 @@ def _share(tiles, split, splits):
 
 @triton.jit(do_not_specialize=["far_splits", "num_tiles"])
 def attend_kernel(
-    query, step, peaks, totals, sums,
-    far_key, far_value, far_key_exponent, far_value_exponent, far_starts, picks, maxima,
+    query, step, m_parts, l_parts, acc_parts,
+    far_key, far_value, far_key_exponent, far_value_exponent, far_starts, selection, maxima,
     near_key, near_value,
     q_a, q_h, rows, groups, far_splits, num_tiles, selected, window, entries,
     scale_log2, width, value_width,
@@ -112,13 +112,13 @@ def attend_kernel(
     HEADS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """peaks, totals [L, X, G] and sums [L, X, G, DV] of program (split, line), all fp32.
+    """m_parts, l_parts [L, X, G] and acc_parts [L, X, G, DV] of program (split, pair), all fp32.
 
     The first far_splits splits read the far branch, the others the ring of the window. With SCORES
     also the maxima [L, U, G] of the tiles of the far branch.
     """
-    split, line = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    row_of_step, group = line // groups, line % groups
+    split, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    row_of_step, group = pair // groups, pair % groups
     row = tl.load(step + row_of_step)
     length = (tl.load(step + rows + row_of_step) + 1).to(tl.int32)
     head = tl.arange(0, ROWS)
@@ -127,16 +127,16 @@ def attend_kernel(
     q = tl.load(q_rows[:, None] + column[None, :],
                 mask=(head < HEADS)[:, None] & (column < width)[None, :], other=0.0)  # fmt: skip
     q = q.to(DOT)
-    peak = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    mixed = tl.zeros([ROWS, VALUE_WIDTH], tl.float32)
+    m_i = tl.full([ROWS], float("-inf"), tl.float32)
+    l_i = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, VALUE_WIDTH], tl.float32)
     if FAR != 0:  # noqa: SIM102 - decided when compiling
         if split < far_splits:
             tiles = tl.cdiv(length, KEYS) if FAR == 1 else selected * (BLOCK // KEYS)
             begin, stop = _share(tiles, split, far_splits)
-            peak, total, mixed = _walk(
+            m_i, l_i, acc = _attend_tiles(
                 q, head, far_key, far_value, far_key_exponent, far_value_exponent,
-                picks + line * selected, maxima + line * num_tiles * HEADS,
+                selection + pair * selected, maxima + pair * num_tiles * HEADS,
                 group, groups, tl.load(far_starts + row), 0, length, 0, begin, stop,
                 scale_log2, width, value_width,
                 FAR, SCALED, SCORES, HEADS, ROWS, BLOCK, KEYS,
@@ -147,53 +147,53 @@ def attend_kernel(
             first = tl.maximum(length - window, 0)
             tiles = tl.cdiv(length - first, KEYS)
             begin, stop = _share(tiles, split - far_splits, tl.num_programs(0) - far_splits)
-            peak, total, mixed = _walk(
-                q, head, near_key, near_value, near_key, near_value, picks, maxima,
+            m_i, l_i, acc = _attend_tiles(
+                q, head, near_key, near_value, near_key, near_value, selection, maxima,
                 group, groups, row * entries, first, length, entries, begin, stop,
                 scale_log2, width, value_width,
                 _RING, False, False, HEADS, ROWS, BLOCK, KEYS,
                 WIDTH, VALUE_WIDTH, DOT, PRECISION,
             )  # fmt: skip
-    place = (line * tl.num_programs(0) + split) * HEADS + head
+    place = (pair * tl.num_programs(0) + split) * HEADS + head
     value_column = tl.arange(0, VALUE_WIDTH)
-    tl.store(peaks + place, peak, mask=head < HEADS)
-    tl.store(totals + place, total, mask=head < HEADS)
-    tl.store(sums + place[:, None] * value_width + value_column[None, :], mixed,
+    tl.store(m_parts + place, m_i, mask=head < HEADS)
+    tl.store(l_parts + place, l_i, mask=head < HEADS)
+    tl.store(acc_parts + place[:, None] * value_width + value_column[None, :], acc,
              mask=(head < HEADS)[:, None] & (value_column < value_width)[None, :])  # fmt: skip
 
 
 @triton.jit
 def _mix(
-    peaks, totals, sums, sink, base, begin, stop, head, value_width,
+    m_parts, l_parts, acc_parts, sink, base, begin, stop, head, value_width,
     HAS_SINK: tl.constexpr, HEADS: tl.constexpr, VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Output [VALUE_WIDTH] and base-2 lse of one head from splits begin..stop, 0 without a key."""
     column = tl.arange(0, VALUE_WIDTH)
-    peak = tl.full([], float("-inf"), tl.float32)
-    total = tl.zeros([], tl.float32)
+    m_i = tl.full([], float("-inf"), tl.float32)
+    l_i = tl.zeros([], tl.float32)
     if HAS_SINK:
-        peak = tl.load(sink + head).to(tl.float32) * 1.4426950408889634
-        total = tl.where(peak == float("-inf"), 0.0, 1.0)
-    mixed = tl.zeros([VALUE_WIDTH], tl.float32)
+        m_i = tl.load(sink + head).to(tl.float32) * 1.4426950408889634
+        l_i = tl.where(m_i == float("-inf"), 0.0, 1.0)
+    acc = tl.zeros([VALUE_WIDTH], tl.float32)
     for chunk in range(begin, stop, CHUNK):
         split = chunk + tl.arange(0, CHUNK)
         place = base + split.to(tl.int64) * HEADS
         there = split < stop
-        part_peak = tl.load(peaks + place, mask=there, other=float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(part_peak, 0))
-        pivot = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        weights = tl.exp2(part_peak - pivot)
-        decay = tl.exp2(peak - pivot)
-        part_total = tl.load(totals + place, mask=there, other=0.0)
-        total = total * decay + tl.sum(weights * part_total, 0)
-        parts = tl.load(sums + place[:, None] * value_width + column[None, :],
+        m_part = tl.load(m_parts + place, mask=there, other=float("-inf"))
+        m_new = tl.maximum(m_i, tl.max(m_part, 0))
+        pivot = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.exp2(m_part - pivot)
+        alpha = tl.exp2(m_i - pivot)
+        l_part = tl.load(l_parts + place, mask=there, other=0.0)
+        l_i = l_i * alpha + tl.sum(p * l_part, 0)
+        acc_part = tl.load(acc_parts + place[:, None] * value_width + column[None, :],
                         mask=there[:, None] & (column < value_width)[None, :],
                         other=0.0)  # fmt: skip
-        mixed = mixed * decay + tl.sum(weights[:, None] * parts, 0)
-        peak = new_peak
-    empty = total == 0.0
-    safe = tl.where(empty, 1.0, total)
-    return mixed / safe, tl.where(empty, float("-inf"), peak + tl.log2(safe))
+        acc = acc * alpha + tl.sum(p[:, None] * acc_part, 0)
+        m_i = m_new
+    empty = l_i == 0.0
+    safe = tl.where(empty, 1.0, l_i)
+    return acc / safe, tl.where(empty, float("-inf"), m_i + tl.log2(safe))
 
 
 @triton.jit
@@ -211,7 +211,7 @@ def _gate(gate, stride_a, stride_h, stride_d, row, head, width, PER_HEAD: tl.con
 
 @triton.jit(do_not_specialize=["splits", "far_splits"])
 def combine_kernel(
-    peaks, totals, sums, far_sink, near_sink, far_gate, near_gate, output, lse,
+    m_parts, l_parts, acc_parts, far_sink, near_sink, far_gate, near_gate, output, lse,
     f_a, f_h, f_d, n_a, n_h, n_d, groups, splits, far_splits, value_width,
     FAR: tl.constexpr, NEAR: tl.constexpr, FAR_SINK: tl.constexpr, NEAR_SINK: tl.constexpr,
     LSE: tl.constexpr, PER_HEAD: tl.constexpr,
@@ -225,16 +225,16 @@ def combine_kernel(
     base = (row * groups + head // HEADS) * splits * HEADS + head % HEADS
     result = tl.zeros([VALUE_WIDTH], tl.float32)
     if FAR:
-        far, log_total = _mix(peaks, totals, sums, far_sink, base, 0, far_splits, head,
+        far, lse_i = _mix(m_parts, l_parts, acc_parts, far_sink, base, 0, far_splits, head,
                               value_width, FAR_SINK, HEADS, VALUE_WIDTH, CHUNK)  # fmt: skip
         result = far
         if LSE:
-            tl.store(lse + row * groups * HEADS + head, log_total)
+            tl.store(lse + row * groups * HEADS + head, lse_i)
         if NEAR:
             result = far * _gate(far_gate, f_a, f_h, f_d, row, head, value_width, PER_HEAD,
                                  VALUE_WIDTH)  # fmt: skip
     if NEAR:
-        near, _ = _mix(peaks, totals, sums, near_sink, base, far_splits, splits, head,
+        near, _ = _mix(m_parts, l_parts, acc_parts, near_sink, base, far_splits, splits, head,
                        value_width, NEAR_SINK, HEADS, VALUE_WIDTH, CHUNK)  # fmt: skip
         if FAR:
             near = near * _gate(near_gate, n_a, n_h, n_d, row, head, value_width, PER_HEAD,
@@ -251,26 +251,26 @@ def scores_kernel(
     HEADS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """scores [A, HKV, 1, N] fp32 of program (CHUNK blocks, line): Eq. 3 in the log, base 2.
+    """scores [A, HKV, 1, N] fp32 of program (CHUNK blocks, pair): Eq. 3 in the log, base 2.
 
     The largest log-probability of a block over its keys and the heads of the group, that is max
     over heads of (block maximum - lse); -inf for blocks that start after the query.
     """
-    line = tl.program_id(1).to(tl.int64)
-    length = tl.load(step + rows + line // groups) + 1
+    pair = tl.program_id(1).to(tl.int64)
+    length = tl.load(step + rows + pair // groups) + 1
     head = tl.arange(0, ROWS)
-    log_total = tl.load(lse + line * HEADS + head, mask=head < HEADS, other=0.0)
+    lse_i = tl.load(lse + pair * HEADS + head, mask=head < HEADS, other=0.0)
     block = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     best = tl.full([CHUNK], float("-inf"), tl.float32)
     for piece in tl.static_range(BLOCK // KEYS):
         tile = block * (BLOCK // KEYS) + piece
         # Nothing was written for tiles after the query.
-        walked = (tile * KEYS < length)[:, None] & (head < HEADS)[None, :]
-        place = (line * num_tiles + tile)[:, None] * HEADS + head[None, :]
-        raw = tl.load(maxima + place, mask=walked & (block < num_blocks)[:, None],
+        visited = (tile * KEYS < length)[:, None] & (head < HEADS)[None, :]
+        place = (pair * num_tiles + tile)[:, None] * HEADS + head[None, :]
+        raw = tl.load(maxima + place, mask=visited & (block < num_blocks)[:, None],
                       other=float("-inf"))  # fmt: skip
-        best = tl.maximum(best, tl.max(raw - log_total[None, :], 1))
-    tl.store(scores + line * num_blocks + block, best, mask=block < num_blocks)
+        best = tl.maximum(best, tl.max(raw - lse_i[None, :], 1))
+    tl.store(scores + pair * num_blocks + block, best, mask=block < num_blocks)
 
 
 @triton.jit

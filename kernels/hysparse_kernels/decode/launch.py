@@ -6,7 +6,7 @@ device: what kernels need of a step is one small tensor, sent once for all layer
 
 Shapes: A rows of the step, HQ query heads, HKV KV groups, G = HQ // HKV heads per group, D
 query/key head dim, DV value head dim, N blocks of the longest row, K selected, X splits,
-L = A * HKV lines, U tiles of keys.
+L = A * HKV pairs of row and group, U tiles of keys.
 """
 
 from __future__ import annotations
@@ -86,14 +86,14 @@ def full_attention(
     if rule is None:
         step.attend(parts, kernels.ALL, scale)
         return step.combine(parts), None
-    lines, heads = step.lines, step.heads
-    maxima = parts.peaks.new_empty(lines, tiles, heads)
-    lse = parts.peaks.new_empty(lines, heads)
+    pairs, heads = step.pairs, step.heads
+    maxima = parts.m.new_empty(pairs, tiles, heads)
+    lse = parts.m.new_empty(pairs, heads)
     step.attend(parts, kernels.ALL, scale, maxima=maxima)
     output = step.combine(parts, lse=lse)
     blocks = triton.cdiv(longest, rule.block_size)
-    scores = parts.peaks.new_empty(len(chunk.rows), step.groups, 1, blocks)
-    kernels.scores_kernel[(triton.cdiv(blocks, 32), lines)](
+    scores = parts.m.new_empty(len(chunk.rows), step.groups, 1, blocks)
+    kernels.scores_kernel[(triton.cdiv(blocks, 32), pairs)](
         maxima, lse, chunk.on_device, scores, len(chunk.rows), step.groups, tiles, blocks,
         HEADS=heads, ROWS=step.rows, BLOCK=rule.block_size, KEYS=step.keys, CHUNK=32,
     )  # fmt: skip
@@ -121,10 +121,10 @@ def sparse_attention(
     """Gated sum [A, 1, HQ, DV] of the selected blocks and the window; stores key and value."""
     _store(key, value, cache, chunk)
     step = _Step.of(query, chunk, oracle, cache, block_size)
-    picks = block_indices.contiguous()
-    far = step.splits(picks.shape[-1] * (block_size // step.keys))
+    selection = block_indices.contiguous()
+    far = step.splits(selection.shape[-1] * (block_size // step.keys))
     parts = step.partial(far, step.splits(triton.cdiv(window, step.keys)))
-    step.attend(parts, kernels.BLOCKS, scale, picks=picks, window=window)
+    step.attend(parts, kernels.BLOCKS, scale, selection=selection, window=window)
     return step.combine(parts, sinks=sinks, gates=gates)
 
 
@@ -149,12 +149,12 @@ def window_attention(
 
 @dataclass(frozen=True)
 class _Parts:
-    """Softmax of each split of keys before they are added up: peaks and totals [L, X, G] and sums
+    """Softmax of each split of keys before they are added up: m and l [L, X, G] and acc
     [L, X, G, DV] in fp32; the first `far` splits belong to the far branch."""
 
-    peaks: Tensor
-    totals: Tensor
-    sums: Tensor
+    m: Tensor
+    l: Tensor  # noqa: E741
+    acc: Tensor
     far: int
     near: int
 
@@ -206,7 +206,7 @@ class _Step:
         )  # fmt: skip
 
     @property
-    def lines(self) -> int:
+    def pairs(self) -> int:
         """A * HKV."""
         return len(self.chunk.rows) * self.groups
 
@@ -225,16 +225,16 @@ class _Step:
 
     def splits(self, tiles: int, least: int = 1) -> int:
         """Into how many programs to cut `tiles`, each of at least `least` if there are as many."""
-        wanted = triton.cdiv(_programs(self.query.device), self.lines)
+        wanted = triton.cdiv(_programs(self.query.device), self.pairs)
         return max(1, min(triton.cdiv(tiles, least), wanted))
 
     def partial(self, far: int, near: int) -> _Parts:
         """Memory for so many splits of either branch."""
-        shape = (self.lines, far + near, self.heads)
+        shape = (self.pairs, far + near, self.heads)
         value_dim = (self.ring if self.oracle is None else self.oracle).value.shape[-1]  # type: ignore[union-attr]
-        peaks, totals = self.query.new_empty((2, *shape), dtype=torch.float32)
-        sums = self.query.new_empty((*shape, value_dim), dtype=torch.float32)
-        return _Parts(peaks, totals, sums, far, near)
+        m_parts, l_parts = self.query.new_empty((2, *shape), dtype=torch.float32)
+        acc_parts = self.query.new_empty((*shape, value_dim), dtype=torch.float32)
+        return _Parts(m_parts, l_parts, acc_parts, far, near)
 
     def attend(
         self,
@@ -242,12 +242,12 @@ class _Step:
         far_mode: int,
         scale: float,
         *,
-        picks: Tensor | None = None,
+        selection: Tensor | None = None,
         maxima: Tensor | None = None,
         window: int = 0,
     ) -> None:
         """Fill `parts` and, if they are wanted, the maxima [L, U, G] of the oracle's tiles."""
-        query, oracle, ring, unused = self.query, self.oracle, self.ring, parts.peaks
+        query, oracle, ring, unused = self.query, self.oracle, self.ring, parts.m
         exponents = None if oracle is None else oracle.key_exponent
         far: tuple[Any, ...] = (unused,) * 5
         if oracle is not None:
@@ -258,14 +258,15 @@ class _Step:
                 oracle.value_exponent if scaled else unused,
                 oracle.starts_on_device,
             )  # fmt: skip
-        kernels.attend_kernel[(parts.far + parts.near, self.lines)](
-            query, self.chunk.on_device, parts.peaks, parts.totals, parts.sums,
-            *far, unused if picks is None else picks, unused if maxima is None else maxima,
+        kernels.attend_kernel[(parts.far + parts.near, self.pairs)](
+            query, self.chunk.on_device, parts.m, parts.l, parts.acc,
+            *far, unused if selection is None else selection, unused if maxima is None else maxima,
             *((unused, unused) if ring is None else (ring.key, ring.value)),
             query.stride(0), query.stride(2), len(self.chunk.rows), self.groups, parts.far,
-            0 if maxima is None else maxima.shape[1], 0 if picks is None else picks.shape[-1],
+            0 if maxima is None else maxima.shape[1],
+            0 if selection is None else selection.shape[-1],
             window, 0 if ring is None else ring.entries,
-            scale * _LOG2_E, query.shape[-1], parts.sums.shape[-1],
+            scale * _LOG2_E, query.shape[-1], parts.acc.shape[-1],
             FAR=far_mode, NEAR=ring is not None, SCALED=exponents is not None,
             SCORES=maxima is not None, HEADS=self.heads, ROWS=self.rows,
             BLOCK=self.block_size, KEYS=self.keys, **self.constants,
@@ -281,13 +282,13 @@ class _Step:
         gates: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Output [A, 1, HQ, DV] of all splits; with lse [L, G] also that, in base 2."""
-        unused = parts.peaks
-        value_dim = parts.sums.shape[-1]
+        unused = parts.m
+        value_dim = parts.acc.shape[-1]
         output = self.query.new_empty(*self.query.shape[:3], value_dim)
         given = (unused[..., None], unused[..., None]) if gates is None else gates
         strides = [gate.stride(axis) for gate in given for axis in (0, 2, 3)]
         kernels.combine_kernel[(len(self.chunk.rows), self.query.shape[2])](
-            parts.peaks, parts.totals, parts.sums,
+            parts.m, parts.l, parts.acc,
             *(unused if sink is None else sink for sink in sinks),
             *given, output, unused if lse is None else lse,
             *strides, self.groups, parts.far + parts.near, parts.far, value_dim,

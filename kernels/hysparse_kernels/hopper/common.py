@@ -17,9 +17,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 LOG2_E = gl.constexpr(1.4426950408889634)
 LN_2 = gl.constexpr(0.6931471805599453)
 SPAN = gl.constexpr(0)
-"""Mode of a kernel that walks over the keys of a window, or of the whole past."""
+"""Mode of a kernel that iterates over the keys of a window, or of the whole past."""
 BLOCKS = gl.constexpr(1)
-"""Mode of a kernel that walks over selected blocks."""
+"""Mode of a kernel that iterates over selected blocks."""
 
 
 @gluon.jit
@@ -41,8 +41,8 @@ def work(item, items, tiles, programs):
     Where tiles grow with their number the longest come first. Programs take turns in both
     directions, so that none always gets the longer tile.
     """
-    lane = gl.program_id(0)
-    index = item * programs + lane + (item % 2) * (programs - 1 - 2 * lane)
+    program = gl.program_id(0)
+    index = item * programs + program + (item % 2) * (programs - 1 - 2 * program)
     valid = index < items
     index = gl.minimum(index, items - 1)
     return tiles - 1 - index % tiles, index // tiles, valid
@@ -63,7 +63,7 @@ def extent(tile, tile_table, sequence, TILE: gl.constexpr, PACKED: gl.constexpr)
 
 
 @gluon.jit
-def room(desc, COUNT: gl.constexpr):
+def alloc_smem(desc, COUNT: gl.constexpr):
     """Shared memory for COUNT boxes of a descriptor: [COUNT, *box]."""
     shape: gl.constexpr = [COUNT] + desc.block_type.shape  # noqa: RUF005 - the compiler's Python
     return gl.allocate_shared_memory(desc.dtype, shape, desc.layout)
@@ -110,7 +110,7 @@ def as_operand(values, dtype: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
-def product(left, left2, right, right2, donor, ROWS: gl.constexpr, WIDTH: gl.constexpr,
+def qk_dot(left, left2, right, right2, donor, ROWS: gl.constexpr, WIDTH: gl.constexpr,
             SPLIT: gl.constexpr):  # fmt: skip
     """Start left @ right^T over a head dim that may lie in two pieces; right are [ROWS, width].
 
@@ -125,7 +125,7 @@ def product(left, left2, right, right2, donor, ROWS: gl.constexpr, WIDTH: gl.con
 
 
 @gluon.jit
-def fetch(desc, desc2, coordinates, barrier, memory, memory2, SPLIT: gl.constexpr):
+def tma_load(desc, desc2, coordinates, barrier, memory, memory2, SPLIT: gl.constexpr):
     """Bring one tile of a head dim that may lie in two pieces; `coordinates` (b, s, head)."""
     batch, token, head = coordinates
     tma.async_copy_global_to_shared(desc, [batch, token, head, 0], barrier, memory)
@@ -134,7 +134,7 @@ def fetch(desc, desc2, coordinates, barrier, memory, memory2, SPLIT: gl.constexp
 
 
 @gluon.jit
-def send_rows(values, desc, memory, batch, first, head, COLUMN: gl.constexpr):
+def tma_store(values, desc, memory, batch, first, head, COLUMN: gl.constexpr):
     """[64, width] of a tile into [B, S, HQ, *] by the copy engine, which skips what is past S.
 
     Through `memory`, one box, which is free again afterwards.
@@ -148,16 +148,16 @@ def send_rows(values, desc, memory, batch, first, head, COLUMN: gl.constexpr):
 
 
 @gluon.jit
-def write_rows(values, target, batch, first, stop, sequence, groups, kv, HEADS: gl.constexpr,
+def store_rows(values, target, batch, first, stop, sequence, groups, kv, HEADS: gl.constexpr,
                STRIDE: gl.constexpr, COLUMN: gl.constexpr):  # fmt: skip
     """The same by ordinary stores, where another document begins at `stop`.
 
     Columns COLUMN .. of target [B, S, HQ, STRIDE].
     """
     layout: gl.constexpr = values.type.layout
-    line = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
-    token = first + line // HEADS
-    place = (batch.to(gl.int64) * sequence + token) * groups * HEADS + kv * HEADS + line % HEADS
+    row = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
+    token = first + row // HEADS
+    place = (batch.to(gl.int64) * sequence + token) * groups * HEADS + kv * HEADS + row % HEADS
     column = COLUMN + gl.arange(0, values.shape[1], layout=gl.SliceLayout(0, layout))
     gl.store(target + place[:, None] * STRIDE + column[None, :], values,
              mask=(token < stop)[:, None])  # fmt: skip

@@ -7,9 +7,9 @@ at the end, always in the same order:
 
     S^T = K Q^T    dP^T = V dO^T    dV += P^T dO    dK += dS^T Q
 
-With BLOCKS the parts come from the inverted lists of a selection, and a program takes one piece of
-one block's, see block_lists.Chunks. The pieces of one segment of the sequence are worked on at the
-same time, so that all of them find its queries in the L2 cache however far apart the blocks are
+With BLOCKS the parts come from the inverse index of a selection, and a program takes one work item
+of one block, see block_lists.WorkItems. The items of one segment of the sequence run at the same
+time, so that all of them find its queries in the L2 cache however far apart the blocks are
 that they work for; and a block that every token reads is cut up. The first program of a block
 stores its sums, a later one waits until the one before is done and adds to them, so that no float
 is ever added in an order of chance. Programs are started in the order of their numbers, and none
@@ -32,16 +32,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from hysparse_kernels.hopper.common import (
     BLOCKS,
+    alloc_smem,
     as_operand,
     barriers,
-    fetch,
     flat,
-    room,
+    tma_load,
 )
 
 
 @gluon.jit
-def _task(block_first, block_stop, document_stop, chunk_entry, chunk_first, chunk_stop, chunk_after,
+def _task(block_first, block_stop, document_stop, item_entry, item_first, item_stop, item_after,
           window, sequence, blocks, MODE: gl.constexpr, TOKENS: gl.constexpr, KEYS: gl.constexpr,
           PACKED: gl.constexpr):  # fmt: skip
     """What this program does.
@@ -53,10 +53,10 @@ def _task(block_first, block_stop, document_stop, chunk_entry, chunk_first, chun
     entry = gl.program_id(0)
     after = -1
     if MODE == BLOCKS:
-        first = gl.load(chunk_first + entry).to(gl.int32)
-        stop = gl.load(chunk_stop + entry).to(gl.int32)
-        after = gl.load(chunk_after + entry)
-        entry = gl.load(chunk_entry + entry)
+        first = gl.load(item_first + entry).to(gl.int32)
+        stop = gl.load(item_stop + entry).to(gl.int32)
+        after = gl.load(item_after + entry)
+        entry = gl.load(item_entry + entry)
     group = entry // blocks
     block = entry % blocks
     if PACKED:
@@ -81,8 +81,8 @@ def _loader(
     q_desc, q2_desc, g_desc, k_desc, k2_desc, v_desc, lse_desc, delta_desc,
     q_smem, q2_smem, g_smem, k_smem, k2_smem, v_smem, lse_smem, delta_smem,
     k_ready, ready, empty,
-    block_first, block_stop, document_stop, chunk_entry, chunk_first, chunk_stop, chunk_after,
-    reader_part, window, sequence, groups, blocks,
+    block_first, block_stop, document_stop, item_entry, item_first, item_stop, item_after,
+    inverse_part, window, sequence, groups, blocks,
     MODE: gl.constexpr, TOKENS: gl.constexpr, HEADS: gl.constexpr, KEYS: gl.constexpr,
     STAGES: gl.constexpr, SPLIT: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
@@ -96,31 +96,31 @@ def _loader(
         + g_desc.block_type.nbytes + 2 * 64 * 4
     )  # fmt: skip
     group, key, _, first, stop, _, _ = _task(
-        block_first, block_stop, document_stop, chunk_entry, chunk_first, chunk_stop, chunk_after,
+        block_first, block_stop, document_stop, item_entry, item_first, item_stop, item_after,
         window, sequence, blocks, MODE, TOKENS, KEYS, PACKED,
     )  # fmt: skip
     batch = group // groups
     kv = group % groups
     if first < stop:
         mbarrier.expect(k_ready, k_bytes)
-        fetch(k_desc, k2_desc, (batch, key, kv), k_ready, k_smem, k2_smem, SPLIT)
+        tma_load(k_desc, k2_desc, (batch, key, kv), k_ready, k_smem, k2_smem, SPLIT)
         tma.async_copy_global_to_shared(v_desc, [batch, key, kv, 0], k_ready, v_smem)
         upcoming = first
         if MODE == BLOCKS:
-            upcoming = gl.load(reader_part + first)
-        for reader in range(first, stop):
+            upcoming = gl.load(inverse_part + first)
+        for place in range(first, stop):
             part = upcoming
             if MODE == BLOCKS:
-                upcoming = gl.load(reader_part + gl.minimum(reader + 1, stop - 1))
+                upcoming = gl.load(inverse_part + gl.minimum(place + 1, stop - 1))
             else:
                 upcoming += 1
-            step = reader - first
+            step = place - first
             stage = step % STAGES
             bar = ready.index(stage)
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
             mbarrier.expect(bar, step_bytes)
             token = part * TOKENS
-            fetch(q_desc, q2_desc, (batch, token, kv * HEADS), bar, q_smem.index(stage),
+            tma_load(q_desc, q2_desc, (batch, token, kv * HEADS), bar, q_smem.index(stage),
                   q2_smem.index(stage), SPLIT)  # fmt: skip
             tma.async_copy_global_to_shared(
                 g_desc, [batch, token, kv * HEADS, 0], bar, g_smem.index(stage)
@@ -136,8 +136,8 @@ def _loader(
 @gluon.jit
 def _columns(memory, FIRST: gl.constexpr, COUNT: gl.constexpr, layout: gl.constexpr):
     """[COUNT] fp32 of a [1, 64] tile."""
-    line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    return memory._reinterpret(gl.float32, [64], line).slice(FIRST, COUNT).load(layout)
+    layout_1d: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    return memory._reinterpret(gl.float32, [64], layout_1d).slice(FIRST, COUNT).load(layout)
 
 
 @gluon.jit
@@ -149,40 +149,40 @@ def _view(memory, WIDTH: gl.constexpr):
 
 
 @gluon.jit
-def _hand_over(sums, memory, met, meeting, WIDTH: gl.constexpr):
-    """Consumer 1 leaves its [64, WIDTH] sums as soon as there is room."""
+def _hand_over(acc, memory, met, meeting, WIDTH: gl.constexpr):
+    """Consumer 1 leaves its [64, WIDTH] acc as soon as there is room."""
     mbarrier.wait(met.index(1), meeting & 1)
-    _view(memory, WIDTH).store(sums)
+    _view(memory, WIDTH).store(acc)
     gl.thread_barrier()
     mbarrier.arrive(met.index(0), count=1)
 
 
 @gluon.jit
-def _take_over(sums, memory, met, meeting, WIDTH: gl.constexpr):
+def _take_over(acc, memory, met, meeting, WIDTH: gl.constexpr):
     """Consumer 0 adds what consumer 1 leaves, and makes room for more."""
     mbarrier.wait(met.index(0), meeting & 1)
-    sums = sums + _view(memory, WIDTH).load(sums.type.layout)
+    acc = acc + _view(memory, WIDTH).load(acc.type.layout)
     gl.thread_barrier()
     mbarrier.arrive(met.index(1), count=1)
-    return sums
+    return acc
 
 
 @gluon.jit
-def _write(target, sums, row, keys_stop, groups, key, offset, add_to,
+def _write(target, acc, first_row, keys_stop, groups, key, offset, add_to,
            STRIDE: gl.constexpr, WIDTH: gl.constexpr):  # fmt: skip
-    """Store or add [64, WIDTH] sums into target [B, S, HKV, STRIDE] from column `offset` on.
+    """Store or add [64, WIDTH] acc into target [B, S, HKV, STRIDE] from column `offset` on.
 
-    `row` is the place of the first key in [B, S, HKV], `key` its token.
+    `first_row` is the place of the first key in [B, S, HKV], `key` its token.
     """
-    layout: gl.constexpr = sums.type.layout
-    line = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
+    layout: gl.constexpr = acc.type.layout
+    row = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
     column = offset + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, layout))
-    place = (row + line.to(gl.int64) * groups) * STRIDE
+    place = (first_row + row.to(gl.int64) * groups) * STRIDE
     pointers = target + place[:, None] + column[None, :]
-    mask = (key + line < keys_stop)[:, None]
+    mask = (key + row < keys_stop)[:, None]
     if add_to:
-        sums = sums + gl.load(pointers, mask=mask, other=0.0)
-    gl.store(pointers, sums, mask=mask)
+        acc = acc + gl.load(pointers, mask=mask, other=0.0)
+    gl.store(pointers, acc, mask=mask)
 
 
 @gluon.jit
@@ -190,8 +190,8 @@ def _consumer(
     dk, dv, flags,
     q_smem, q2_smem, g_smem, k_smem, k2_smem, v_smem, lse_smem, delta_smem,
     k_ready, ready, empty, met,
-    block_first, block_stop, document_stop, chunk_entry, chunk_first, chunk_stop, chunk_after,
-    reader_part, reader_bits, window, sequence, groups, blocks, scale, scale_log2, accumulate,
+    block_first, block_stop, document_stop, item_entry, item_first, item_stop, item_after,
+    inverse_part, inverse_bits, window, sequence, groups, blocks, scale, scale_log2, accumulate,
     MODE: gl.constexpr, HALF: gl.constexpr, TOKENS: gl.constexpr, HEADS: gl.constexpr,
     KEYS: gl.constexpr, STAGES: gl.constexpr, WIDTH: gl.constexpr, VALUE_WIDTH: gl.constexpr,
     SPLIT: gl.constexpr, PACKED: gl.constexpr, ROWS: gl.constexpr,
@@ -206,7 +206,7 @@ def _consumer(
     s_column: gl.constexpr = gl.SliceLayout(0, s_layout)
     dtype: gl.constexpr = v_smem.dtype
     group, key_first, keys_stop, first, stop, limit, after = _task(
-        block_first, block_stop, document_stop, chunk_entry, chunk_first, chunk_stop, chunk_after,
+        block_first, block_stop, document_stop, item_entry, item_first, item_stop, item_after,
         window, sequence, blocks, MODE, TOKENS, KEYS, PACKED,
     )  # fmt: skip
     if after > -2:
@@ -216,26 +216,26 @@ def _consumer(
             k2 = flat(k2_smem, KEYS, 64)
         v = flat(v_smem, KEYS, VALUE_WIDTH)
         key = key_first + gl.arange(0, 64, layout=gl.SliceLayout(1, s_layout))
-        k_sums = gl.zeros([64, WIDTH], gl.float32, k_layout)
-        k2_sums = gl.zeros([64, 64], gl.float32, k2_layout)
-        v_sums = gl.zeros([64, VALUE_WIDTH], gl.float32, v_layout)
+        dk_acc = gl.zeros([64, WIDTH], gl.float32, k_layout)
+        dk2_acc = gl.zeros([64, 64], gl.float32, k2_layout)
+        dv_acc = gl.zeros([64, VALUE_WIDTH], gl.float32, v_layout)
         mbarrier.wait(k_ready, 0, pred=first < stop)
         upcoming = first + HALF
         upcoming_bits = 0
         if MODE == BLOCKS:
             here = gl.minimum(first + HALF, stop - 1)
-            upcoming = gl.load(reader_part + here, mask=stop > first)
-            upcoming_bits = gl.load(reader_bits + here, mask=stop > first)
-        for reader in range(first + HALF, stop, 2):
+            upcoming = gl.load(inverse_part + here, mask=stop > first)
+            upcoming_bits = gl.load(inverse_bits + here, mask=stop > first)
+        for place in range(first + HALF, stop, 2):
             part = upcoming
             members = upcoming_bits
             if MODE == BLOCKS:
-                here = gl.minimum(reader + 2, stop - 1)
-                upcoming = gl.load(reader_part + here)
-                upcoming_bits = gl.load(reader_bits + here)
+                here = gl.minimum(place + 2, stop - 1)
+                upcoming = gl.load(inverse_part + here)
+                upcoming_bits = gl.load(inverse_bits + here)
             else:
                 upcoming += 2
-            step = reader - first
+            step = place - first
             stage = step % STAGES
             mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
             q = flat(q_smem.index(stage), 64, WIDTH)
@@ -272,30 +272,30 @@ def _consumer(
                         seen = seen & (key[:, None] > token[None, :] - window)
                         seen = seen & (token < limit)[None, :]
                     s = gl.where(seen, s, float("-inf"))
-                weights = gl.exp2(s * scale_log2 - pivot[None, :])
-                p = as_operand(weights, dtype, p_layout)
-                v_sums = warpgroup_mma(p, g_piece, v_sums, is_async=True)
+                p = gl.exp2(s * scale_log2 - pivot[None, :])
+                p_operand = as_operand(p, dtype, p_layout)
+                dv_acc = warpgroup_mma(p_operand, g_piece, dv_acc, is_async=True)
                 dp = warpgroup_mma_wait(1, [dp])
                 delta = _columns(delta_smem.index(stage), piece * ROWS, ROWS, s_column)
-                ds = as_operand(weights * (dp - delta[None, :]), dtype, ds_layout)
-                k_sums = warpgroup_mma(ds, q_piece, k_sums, is_async=True)
+                ds_operand = as_operand(p * (dp - delta[None, :]), dtype, ds_layout)
+                dk_acc = warpgroup_mma(ds_operand, q_piece, dk_acc, is_async=True)
                 if SPLIT:
-                    k2_sums = warpgroup_mma(ds, q2_piece, k2_sums, is_async=True)
-                    v_sums, k_sums, k2_sums = warpgroup_mma_wait(0, [v_sums, k_sums, k2_sums])
+                    dk2_acc = warpgroup_mma(ds_operand, q2_piece, dk2_acc, is_async=True)
+                    dv_acc, dk_acc, dk2_acc = warpgroup_mma_wait(0, [dv_acc, dk_acc, dk2_acc])
                 else:
-                    v_sums, k_sums = warpgroup_mma_wait(0, [v_sums, k_sums])
+                    dv_acc, dk_acc = warpgroup_mma_wait(0, [dv_acc, dk_acc])
             mbarrier.arrive(empty.index(stage), count=1)
 
-        k_sums = k_sums * scale
+        dk_acc = dk_acc * scale
         if HALF == 1:
-            _hand_over(v_sums, q_smem, met, 0, VALUE_WIDTH)
-            _hand_over(k_sums, q_smem, met, 1, WIDTH)
+            _hand_over(dv_acc, q_smem, met, 0, VALUE_WIDTH)
+            _hand_over(dk_acc, q_smem, met, 1, WIDTH)
             if SPLIT:
-                _hand_over(k2_sums * scale, q_smem, met, 2, 64)
+                _hand_over(dk2_acc * scale, q_smem, met, 2, 64)
         else:
             # This consumer is done with its parts, and so is the ring.
             mbarrier.arrive(met.index(1), count=1)
-            v_sums = _take_over(v_sums, q_smem, met, 0, VALUE_WIDTH)
+            dv_acc = _take_over(dv_acc, q_smem, met, 0, VALUE_WIDTH)
             add_to = after + accumulate >= 0
             if MODE == BLOCKS:  # noqa: SIM102 - decided when compiling
                 if after >= 0:
@@ -304,14 +304,14 @@ def _consumer(
                         done = gl.atomic_add(flags + after, 0, sem="acquire", scope="gpu")
             batch = group // groups
             out = (batch.to(gl.int64) * sequence + key_first) * groups + group % groups
-            _write(dv, v_sums, out, keys_stop, groups, key_first, 0, add_to,
+            _write(dv, dv_acc, out, keys_stop, groups, key_first, 0, add_to,
                    VALUE_WIDTH, VALUE_WIDTH)  # fmt: skip
-            k_sums = _take_over(k_sums, q_smem, met, 1, WIDTH)
-            _write(dk, k_sums, out, keys_stop, groups, key_first, 0, add_to,
+            dk_acc = _take_over(dk_acc, q_smem, met, 1, WIDTH)
+            _write(dk, dk_acc, out, keys_stop, groups, key_first, 0, add_to,
                    WIDTH + (64 if SPLIT else 0), WIDTH)  # fmt: skip
             if SPLIT:
-                k2_sums = _take_over(k2_sums * scale, q_smem, met, 2, 64)
-                _write(dk, k2_sums, out, keys_stop, groups, key_first, WIDTH, add_to,
+                dk2_acc = _take_over(dk2_acc * scale, q_smem, met, 2, 64)
+                _write(dk, dk2_acc, out, keys_stop, groups, key_first, WIDTH, add_to,
                        WIDTH + 64, 64)  # fmt: skip
             if MODE == BLOCKS:
                 gl.thread_barrier()
@@ -321,8 +321,8 @@ def _consumer(
 @gluon.jit(do_not_specialize=["window", "sequence", "groups", "blocks", "accumulate"])
 def dkv_kernel(
     q_desc, q2_desc, g_desc, k_desc, k2_desc, v_desc, lse_desc, delta_desc, dk, dv, flags,
-    block_first, block_stop, document_stop, chunk_entry, chunk_first, chunk_stop, chunk_after,
-    reader_part, reader_bits, window, sequence, groups, blocks, scale, scale_log2, accumulate,
+    block_first, block_stop, document_stop, item_entry, item_first, item_stop, item_after,
+    inverse_part, inverse_bits, window, sequence, groups, blocks, scale, scale_log2, accumulate,
     MODE: gl.constexpr, TOKENS: gl.constexpr, HEADS: gl.constexpr, KEYS: gl.constexpr,
     STAGES: gl.constexpr, WIDTH: gl.constexpr, VALUE_WIDTH: gl.constexpr, SPLIT: gl.constexpr,
     PACKED: gl.constexpr, ROWS: gl.constexpr,
@@ -332,14 +332,14 @@ def dkv_kernel(
     # from one of the other that it never waited for.
     gl.static_assert(STAGES % 2 == 0)
     gl.static_assert(STAGES * WIDTH >= 2 * VALUE_WIDTH)
-    q_smem = room(q_desc, STAGES)
-    g_smem = room(g_desc, STAGES)
-    k_smem = room(k_desc, 1).index(0)
-    v_smem = room(v_desc, 1).index(0)
-    q2_smem = room(q2_desc, STAGES) if SPLIT else q_smem
-    k2_smem = room(k2_desc, 1).index(0) if SPLIT else k_smem
-    lse_smem = room(lse_desc, STAGES)
-    delta_smem = room(delta_desc, STAGES)
+    q_smem = alloc_smem(q_desc, STAGES)
+    g_smem = alloc_smem(g_desc, STAGES)
+    k_smem = alloc_smem(k_desc, 1).index(0)
+    v_smem = alloc_smem(v_desc, 1).index(0)
+    q2_smem = alloc_smem(q2_desc, STAGES) if SPLIT else q_smem
+    k2_smem = alloc_smem(k2_desc, 1).index(0) if SPLIT else k_smem
+    lse_smem = alloc_smem(lse_desc, STAGES)
+    delta_smem = alloc_smem(delta_desc, STAGES)
     k_ready = barriers(1, 1).index(0)
     ready = barriers(STAGES, 1)
     empty = barriers(STAGES, 1)
@@ -349,22 +349,22 @@ def dkv_kernel(
         [
             (_consumer, (dk, dv, flags, q_smem, q2_smem, g_smem, k_smem, k2_smem, v_smem, lse_smem,
                          delta_smem, k_ready, ready, empty, met, block_first, block_stop,
-                         document_stop, chunk_entry, chunk_first, chunk_stop, chunk_after,
-                         reader_part, reader_bits, window, sequence, groups, blocks, scale,
+                         document_stop, item_entry, item_first, item_stop, item_after,
+                         inverse_part, inverse_bits, window, sequence, groups, blocks, scale,
                          scale_log2, accumulate,
                          MODE, 0, TOKENS, HEADS, KEYS, STAGES, WIDTH, VALUE_WIDTH, SPLIT, PACKED,
                          ROWS)),
             (_consumer, (dk, dv, flags, q_smem, q2_smem, g_smem, k_smem, k2_smem, v_smem, lse_smem,
                          delta_smem, k_ready, ready, empty, met, block_first, block_stop,
-                         document_stop, chunk_entry, chunk_first, chunk_stop, chunk_after,
-                         reader_part, reader_bits, window, sequence, groups, blocks, scale,
+                         document_stop, item_entry, item_first, item_stop, item_after,
+                         inverse_part, inverse_bits, window, sequence, groups, blocks, scale,
                          scale_log2, accumulate,
                          MODE, 1, TOKENS, HEADS, KEYS, STAGES, WIDTH, VALUE_WIDTH, SPLIT, PACKED,
                          ROWS)),
             (_loader, (q_desc, q2_desc, g_desc, k_desc, k2_desc, v_desc, lse_desc, delta_desc,
                        q_smem, q2_smem, g_smem, k_smem, k2_smem, v_smem, lse_smem, delta_smem,
-                       k_ready, ready, empty, block_first, block_stop, document_stop, chunk_entry,
-                       chunk_first, chunk_stop, chunk_after, reader_part, window, sequence, groups,
+                       k_ready, ready, empty, block_first, block_stop, document_stop, item_entry,
+                       item_first, item_stop, item_after, inverse_part, window, sequence, groups,
                        blocks,
                        MODE, TOKENS, HEADS, KEYS, STAGES, SPLIT, PACKED)),
         ],

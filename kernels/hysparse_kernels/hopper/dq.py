@@ -1,11 +1,11 @@
 """dQ of window, block-sparse and causal attention for Hopper GPUs, written in Gluon.
 
-The forward's walk (see forward.py) with the weights recomputed from lse. Before a consumer
+The forward's key schedule (see forward.py) with p recomputed from lse. Before a consumer
 starts on its rows it computes delta = sum(output * grad) for them, and leaves delta and lse where
 the dK, dV kernel, which runs afterwards, can fetch them with the queries:
 
     row_lse, row_delta  fp32 [B * HKV, row_stride], place token * HEADS + head in the group; lse in
-                        base 2 and +inf for a row that sees no key, so that its weights are zero
+                        base 2 and +inf for a row that sees no key, so that its p are zero
 
 Shapes: B batch, S sequence, HQ query heads, HKV KV groups, D query/key head dim, DV value head dim.
 """
@@ -24,29 +24,26 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from hysparse_kernels.hopper.common import (
     BLOCKS,
     LOG2_E,
+    alloc_smem,
     as_operand,
     barriers,
     extent,
     flat,
     narrow,
-    product,
-    room,
-    send_rows,
+    qk_dot,
+    store_rows,
+    tma_store,
     work,
-    write_rows,
 )
-from hysparse_kernels.hopper.tiling import first_step, hide, loader, next_step, span
+from hysparse_kernels.hopper.tiling import apply_mask, first_step, loader, next_step, span
 
 
 @gluon.jit
 def _row_delta(output, grad, g_b, g_s, g_h, batch, first, kv, groups, sequence, stop,
-               HEADS: gl.constexpr, VALUE_WIDTH: gl.constexpr, LINES: gl.constexpr):  # fmt: skip
-    """sum over DV of output * grad of 64 rows, [64] fp32; zero for rows past the end.
-
-    LINES rows at a time, which bounds the registers.
-    """
-    lanes: gl.constexpr = VALUE_WIDTH // 8
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // lanes, lanes], [4, 1], [1, 0])
+               HEADS: gl.constexpr, VALUE_WIDTH: gl.constexpr):  # fmt: skip
+    """sum over DV of output * grad of 64 rows, [64] fp32; zero for rows past the end."""
+    threads: gl.constexpr = VALUE_WIDTH // 8
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // threads, threads], [4, 1], [1, 0])
     row = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
     column = gl.arange(0, VALUE_WIDTH, layout=gl.SliceLayout(0, layout))
     token = first + row // HEADS
@@ -94,13 +91,13 @@ def _consumer(
             alive = token < stop
 
             found = _row_delta(output, grad, g_b, g_s, g_h, batch, first, kv, groups, sequence,
-                               stop, HEADS, VALUE_WIDTH, 16)  # fmt: skip
+                               stop, HEADS, VALUE_WIDTH)  # fmt: skip
             delta = gl.convert_layout(found, s_row)
             place = (batch.to(gl.int64) * groups * HEADS + head) * sequence + token
-            log_total = gl.load(lse + place, mask=alive, other=float("inf")) * LOG2_E
-            log_total = gl.where(log_total == float("-inf"), float("inf"), log_total)
+            lse_i = gl.load(lse + place, mask=alive, other=float("inf")) * LOG2_E
+            lse_i = gl.where(lse_i == float("-inf"), float("inf"), lse_i)
             stat = group.to(gl.int64) * row_stride + token * HEADS + row % HEADS
-            gl.store(row_lse + stat, log_total, mask=alive)
+            gl.store(row_lse + stat, lse_i, mask=alive)
             gl.store(row_delta + stat, delta, mask=alive)
 
             slot = (item % Q_STAGES) * 2 + HALF
@@ -109,10 +106,10 @@ def _consumer(
             if SPLIT:
                 q2 = flat(q2_smem.index(slot), 64, 64)
             g = flat(g_smem.index(slot), 64, VALUE_WIDTH)
-            sums = gl.zeros([64, WIDTH], gl.float32, q_layout)
-            sums2 = gl.zeros([64, 64], gl.float32, q2_layout)
-            weights = gl.zeros([64, KEYS], gl.float32, s_layout)
-            pulled = gl.zeros([64, KEYS], gl.float32, s_layout)
+            acc = gl.zeros([64, WIDTH], gl.float32, q_layout)
+            acc2 = gl.zeros([64, 64], gl.float32, q2_layout)
+            p = gl.zeros([64, KEYS], gl.float32, s_layout)
+            ds = gl.zeros([64, KEYS], gl.float32, s_layout)
             mbarrier.wait(q_ready.index(slot), (item // Q_STAGES) & 1)
             upcoming, members = first_step(begin, starts, bits, list_base, MODE)
             for index in range(steps):
@@ -124,45 +121,45 @@ def _consumer(
                 stage = step % STAGES
                 mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
                 if used:
-                    s = product(q, q2, k_smem.index(stage), k2_smem.index(stage), weights,
+                    s = qk_dot(q, q2, k_smem.index(stage), k2_smem.index(stage), p,
                                 KEYS, WIDTH, SPLIT)  # fmt: skip
-                    dp = product(g, g, v_smem.index(stage), v_smem.index(stage), pulled,
+                    dp = qk_dot(g, g, v_smem.index(stage), v_smem.index(stage), ds,
                                  KEYS, VALUE_WIDTH, False)  # fmt: skip
                     s = warpgroup_mma_wait(1, [s])
-                    s = hide(s, key_first, column, token, first, start, window,
+                    s = apply_mask(s, key_first, column, token, first, start, window,
                              MODE, TOKENS, KEYS, PACKED)  # fmt: skip
-                    pivot = log_total
+                    pivot = lse_i
                     if MODE == BLOCKS:
-                        picked = ((mine >> (row // HEADS)) & 1) == 1
-                        pivot = gl.where(picked, log_total, float("inf"))
-                    weights = gl.exp2(s * scale_log2 - pivot[:, None])
+                        selected = ((mine >> (row // HEADS)) & 1) == 1
+                        pivot = gl.where(selected, lse_i, float("inf"))
+                    p = gl.exp2(s * scale_log2 - pivot[:, None])
                     dp = warpgroup_mma_wait(0, [dp])
-                    pulled = weights * (dp - delta[:, None])
-                    ds = as_operand(pulled, dtype, ds_layout)
-                    sums = warpgroup_mma(ds, flat(k_smem.index(stage), KEYS, WIDTH), sums,
+                    ds = p * (dp - delta[:, None])
+                    ds_operand = as_operand(ds, dtype, ds_layout)
+                    acc = warpgroup_mma(ds_operand, flat(k_smem.index(stage), KEYS, WIDTH), acc,
                                          is_async=True)  # fmt: skip
                     if SPLIT:
-                        sums2 = warpgroup_mma(ds, flat(k2_smem.index(stage), KEYS, 64), sums2,
+                        acc2 = warpgroup_mma(ds_operand, flat(k2_smem.index(stage), KEYS, 64), acc2,
                                               is_async=True)  # fmt: skip
-                        sums, sums2 = warpgroup_mma_wait(0, [sums, sums2])
+                        acc, acc2 = warpgroup_mma_wait(0, [acc, acc2])
                     else:
-                        sums = warpgroup_mma_wait(0, [sums])
+                        acc = warpgroup_mma_wait(0, [acc])
                 mbarrier.arrive(empty.index(stage), count=1)
                 step += 1
 
             STRIDE: gl.constexpr = WIDTH + (64 if SPLIT else 0)
-            found_q = narrow(sums * scale, dtype)
+            found_q = narrow(acc * scale, dtype)
             if PACKED:
                 mbarrier.arrive(q_empty.index(slot), count=1)
-                write_rows(found_q, dq, batch, first, stop, sequence, groups, kv,
+                store_rows(found_q, dq, batch, first, stop, sequence, groups, kv,
                            HEADS, STRIDE, 0)  # fmt: skip
                 if SPLIT:
-                    write_rows(narrow(sums2 * scale, dtype), dq, batch, first, stop, sequence,
+                    store_rows(narrow(acc2 * scale, dtype), dq, batch, first, stop, sequence,
                                groups, kv, HEADS, STRIDE, WIDTH)  # fmt: skip
             else:
-                send_rows(found_q, dq_desc, q_smem.index(slot), batch, first, kv * HEADS, 0)
+                tma_store(found_q, dq_desc, q_smem.index(slot), batch, first, kv * HEADS, 0)
                 if SPLIT:
-                    send_rows(narrow(sums2 * scale, dtype), dq2_desc, q2_smem.index(slot),
+                    tma_store(narrow(acc2 * scale, dtype), dq2_desc, q2_smem.index(slot),
                               batch, first, kv * HEADS, 128)  # fmt: skip
                 mbarrier.arrive(q_empty.index(slot), count=1)
 
@@ -189,12 +186,12 @@ def dq_kernel(
     VALUE_WIDTH: gl.constexpr, SPLIT: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """dq [B, S, HQ, D], and the rows' lse and delta for the kernel after it."""
-    q_smem = room(q_desc, 2 * Q_STAGES)
-    g_smem = room(g_desc, 2 * Q_STAGES)
-    k_smem = room(k_desc, STAGES)
-    v_smem = room(v_desc, STAGES)
-    q2_smem = room(q2_desc, 2 * Q_STAGES) if SPLIT else q_smem
-    k2_smem = room(k2_desc, STAGES) if SPLIT else k_smem
+    q_smem = alloc_smem(q_desc, 2 * Q_STAGES)
+    g_smem = alloc_smem(g_desc, 2 * Q_STAGES)
+    k_smem = alloc_smem(k_desc, STAGES)
+    v_smem = alloc_smem(v_desc, STAGES)
+    q2_smem = alloc_smem(q2_desc, 2 * Q_STAGES) if SPLIT else q_smem
+    k2_smem = alloc_smem(k2_desc, STAGES) if SPLIT else k_smem
     q_ready = barriers(2 * Q_STAGES, 1)
     q_empty = barriers(2 * Q_STAGES, 1)
     ready = barriers(STAGES, 1)

@@ -24,23 +24,23 @@ from hysparse_kernels.hopper.common import (
     BLOCKS,
     LN_2,
     LOG2_E,
+    alloc_smem,
     as_operand,
     barriers,
     extent,
     flat,
     narrow,
-    product,
-    room,
-    send_rows,
+    qk_dot,
+    store_rows,
+    tma_store,
     work,
-    write_rows,
 )
-from hysparse_kernels.hopper.tiling import first_step, hide, loader, next_step, span
+from hysparse_kernels.hopper.tiling import apply_mask, first_step, loader, next_step, span
 
 
 @gluon.jit
-def _softmax(s, peak, total, mine, row, scale_log2, MODE: gl.constexpr, HEADS: gl.constexpr):
-    """One step of the online softmax in base 2: weights (fp32), decay, and the new peak and total.
+def _softmax(s, m_i, l_i, mine, row, scale_log2, MODE: gl.constexpr, HEADS: gl.constexpr):
+    """One step of the online softmax in base 2: p (fp32), alpha, and the new m_i and l_i.
 
     s [64, KEYS] are raw dot products, -inf where hidden by place; with BLOCKS bit r of `mine` says
     that token r of the consumer selected the block. A row may see no key here, or none so far.
@@ -48,17 +48,17 @@ def _softmax(s, peak, total, mine, row, scale_log2, MODE: gl.constexpr, HEADS: g
     infinite = gl.full([64], float("inf"), gl.float32, row.type.layout)
     highest = gl.max(s, 1) * scale_log2
     if MODE == BLOCKS:
-        picked = ((mine >> (row // HEADS)) & 1) == 1
-        highest = gl.where(picked, highest, float("-inf"))
-    new_peak = gl.maximum(peak, highest)
-    # An infinite pivot makes the weights of a row that sees nothing here zero.
-    known = new_peak != float("-inf")
-    decay = gl.exp2(peak - gl.where(known, new_peak, 0.0))
-    pivot = gl.where(known, new_peak, infinite)
+        selected = ((mine >> (row // HEADS)) & 1) == 1
+        highest = gl.where(selected, highest, float("-inf"))
+    m_new = gl.maximum(m_i, highest)
+    # An infinite pivot makes the p of a row that sees nothing here zero.
+    known = m_new != float("-inf")
+    alpha = gl.exp2(m_i - gl.where(known, m_new, 0.0))
+    pivot = gl.where(known, m_new, infinite)
     if MODE == BLOCKS:
-        pivot = gl.where(picked, pivot, infinite)
-    weights = gl.exp2(s * scale_log2 - pivot[:, None])
-    return weights, decay, new_peak, total * decay + gl.sum(weights, 1)
+        pivot = gl.where(selected, pivot, infinite)
+    p = gl.exp2(s * scale_log2 - pivot[:, None])
+    return p, alpha, m_new, l_i * alpha + gl.sum(p, 1)
 
 
 @gluon.jit
@@ -104,10 +104,10 @@ def _consumer(
                 # From registers Q costs the shared memory no bandwidth at every step. (Where both
                 # products have one shape, ptxas of CUDA 13 puts Q and P into the same registers.)
                 q = q_tile.load(q_layout)
-            peak = gl.full([64], float("-inf"), gl.float32, s_row)
-            total = gl.zeros([64], gl.float32, s_row)
-            o = gl.zeros([64, VALUE_WIDTH], gl.float32, o_layout)
-            weights = gl.zeros([64, KEYS], gl.float32, s_layout)
+            m_i = gl.full([64], float("-inf"), gl.float32, s_row)
+            l_i = gl.zeros([64], gl.float32, s_row)
+            acc = gl.zeros([64, VALUE_WIDTH], gl.float32, o_layout)
+            p = gl.zeros([64, KEYS], gl.float32, s_layout)
             upcoming, members = first_step(begin, starts, bits, list_base, MODE)
             for index in range(steps):
                 key_first = upcoming
@@ -118,47 +118,49 @@ def _consumer(
                 stage = step % STAGES
                 mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
                 if used:
-                    s = product(q, q2, k_smem.index(stage), k2_smem.index(stage), weights,
+                    s = qk_dot(q, q2, k_smem.index(stage), k2_smem.index(stage), p,
                                 KEYS, WIDTH, SPLIT)  # fmt: skip
                     s = warpgroup_mma_wait(0, [s])
-                    s = hide(s, key_first, column, token, first, start, window,
+                    s = apply_mask(s, key_first, column, token, first, start, window,
                              MODE, TOKENS, KEYS, PACKED)  # fmt: skip
-                    weights, decay, peak, total = _softmax(
-                        s, peak, total, mine, row, scale_log2, MODE, HEADS
-                    )
-                    o = o * gl.convert_layout(decay, o_row, assert_trivial=True)[:, None]
-                    p = as_operand(weights, dtype, p_layout)
-                    o = warpgroup_mma(p, flat(v_smem.index(stage), KEYS, VALUE_WIDTH), o,
-                                      is_async=True)  # fmt: skip
-                    o = warpgroup_mma_wait(0, [o])
+                    p, alpha, m_i, l_i = _softmax(s, m_i, l_i, mine, row, scale_log2, MODE, HEADS)
+                    acc = acc * gl.convert_layout(alpha, o_row, assert_trivial=True)[:, None]
+                    p_operand = as_operand(p, dtype, p_layout)
+                    v = flat(v_smem.index(stage), KEYS, VALUE_WIDTH)
+                    acc = warpgroup_mma(p_operand, v, acc, is_async=True)
+                    acc = warpgroup_mma_wait(0, [acc])
                 mbarrier.arrive(empty.index(stage), count=1)
                 step += 1
 
             head = kv * HEADS + row % HEADS
             if HAS_SINK:
                 extra = gl.load(sink + head).to(gl.float32) * LOG2_E
-                new_peak = gl.maximum(peak, extra)
-                pivot = gl.where(new_peak == float("-inf"), 0.0, new_peak)
-                decay = gl.exp2(peak - pivot)
-                total = total * decay + gl.exp2(extra - pivot)
-                o = o * gl.convert_layout(decay, o_row, assert_trivial=True)[:, None]
-                peak = new_peak
-            empty_row = total == 0.0
-            safe = gl.where(empty_row, 1.0, total)
-            log_total = gl.where(empty_row, float("-inf"), (peak + gl.log2(safe)) * LN_2)
-            o = o * gl.convert_layout(1.0 / safe, o_row, assert_trivial=True)[:, None]
+                m_new = gl.maximum(m_i, extra)
+                pivot = gl.where(m_new == float("-inf"), 0.0, m_new)
+                alpha = gl.exp2(m_i - pivot)
+                l_i = l_i * alpha + gl.exp2(extra - pivot)
+                acc = acc * gl.convert_layout(alpha, o_row, assert_trivial=True)[:, None]
+                m_i = m_new
+            empty_row = l_i == 0.0
+            safe = gl.where(empty_row, 1.0, l_i)
+            lse_i = gl.where(empty_row, float("-inf"), (m_i + gl.log2(safe)) * LN_2)
+            acc = acc * gl.convert_layout(1.0 / safe, o_row, assert_trivial=True)[:, None]
             alive = token < stop
             place = (batch.to(gl.int64) * groups * HEADS + head) * sequence + token
-            gl.store(lse + place, log_total, mask=alive)
+            gl.store(lse + place, lse_i, mask=alive)
             if PACKED:
                 mbarrier.arrive(q_empty.index(slot), count=1)
-                write_rows(narrow(o, dtype), output, batch, first, stop, sequence, groups, kv,
+                store_rows(narrow(acc, dtype), output, batch, first, stop, sequence, groups, kv,
                            HEADS, VALUE_WIDTH, 0)  # fmt: skip
             elif OWN_OUTPUT:
                 mbarrier.arrive(q_empty.index(slot), count=1)
-                send_rows(narrow(o, dtype), o_desc, o_smem.index(HALF), batch, first, kv * HEADS, 0)
+                tma_store(
+                    narrow(acc, dtype), o_desc, o_smem.index(HALF), batch, first, kv * HEADS, 0
+                )
             else:
-                send_rows(narrow(o, dtype), o_desc, q_smem.index(slot), batch, first, kv * HEADS, 0)
+                tma_store(
+                    narrow(acc, dtype), o_desc, q_smem.index(slot), batch, first, kv * HEADS, 0
+                )
                 mbarrier.arrive(q_empty.index(slot), count=1)
 
 
@@ -175,12 +177,12 @@ def forward_kernel(
 ):  # fmt: skip
     """output [B, S, HQ, DV] and lse [B, HQ, S] (natural log, sink included)."""
     OWN_OUTPUT: gl.constexpr = WIDTH != VALUE_WIDTH
-    q_smem = room(q_desc, 2 * Q_STAGES)
-    k_smem = room(k_desc, STAGES)
-    v_smem = room(v_desc, STAGES)
-    q2_smem = room(q2_desc, 2 * Q_STAGES) if SPLIT else q_smem
-    k2_smem = room(k2_desc, STAGES) if SPLIT else k_smem
-    o_smem = room(o_desc, 2) if OWN_OUTPUT else q_smem
+    q_smem = alloc_smem(q_desc, 2 * Q_STAGES)
+    k_smem = alloc_smem(k_desc, STAGES)
+    v_smem = alloc_smem(v_desc, STAGES)
+    q2_smem = alloc_smem(q2_desc, 2 * Q_STAGES) if SPLIT else q_smem
+    k2_smem = alloc_smem(k2_desc, STAGES) if SPLIT else k_smem
+    o_smem = alloc_smem(o_desc, 2) if OWN_OUTPUT else q_smem
     q_ready = barriers(2 * Q_STAGES, 1)
     q_empty = barriers(2 * Q_STAGES, 1)
     ready = barriers(STAGES, 1)

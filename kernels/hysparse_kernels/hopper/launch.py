@@ -29,7 +29,7 @@ from hysparse_kernels.hopper.dq import dq_kernel
 from hysparse_kernels.hopper.forward import forward_kernel
 from hysparse_kernels.hopper.oracle import oracle_kernel
 from hysparse_kernels.triton import kernels as portable
-from hysparse_kernels.triton.launch import Saved, Walk, gradient_buffers
+from hysparse_kernels.triton.launch import KeySchedule, Saved, gradient_buffers
 from hysparse_kernels.triton.topk import Selector
 
 _LOG2_E = 1.4426950408889634
@@ -51,7 +51,11 @@ def is_hopper(device: torch.device) -> bool:
 
 
 def why_not(
-    query: Tensor, key: Tensor, value: Tensor, walk: Walk, selector: Selector | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    schedule: KeySchedule,
+    selector: Selector | None = None,
 ) -> str | None:
     """Why these kernels cannot take such a call, or None."""
     if os.environ.get(SWITCH, "1") == "0":
@@ -59,10 +63,10 @@ def why_not(
     if not is_hopper(query.device):
         return f"they need a GPU of compute capability 9.0, the tensors are on {query.device}"
     reason = why_not_shape(query.shape[2] // key.shape[2], query.shape[3], value.shape[3])
-    if reason is None and walk.lists is not None and walk.keys != _KEYS:
-        reason = f"they take selected blocks of {_KEYS} keys, not {walk.keys}"
-    if reason is None and walk.lists is not None and walk.lists.part.rows != _ROWS:
-        reason = f"they take 4, 8, ... 64 heads per group, not {walk.lists.part.heads}"
+    if reason is None and schedule.lists is not None and schedule.keys != _KEYS:
+        reason = f"they take selected blocks of {_KEYS} keys, not {schedule.keys}"
+    if reason is None and schedule.lists is not None and schedule.lists.part.rows != _ROWS:
+        reason = f"they take 4, 8, ... 64 heads per group, not {schedule.lists.part.heads}"
     if reason is None and selector is not None:
         blocks = triton.cdiv(selector.longest, selector.rule.block_size)
         if selector.rule.reduce_scores is not None:
@@ -193,26 +197,28 @@ class _Tiles:
     number: int
     table: Tensor
     """int32 [tiles, 3] for packed documents: first token, start and stop of its document."""
-    unions: tuple[Any, ...]
-    """starts, bits, counts and capacity of a selection's unions, or stand-ins."""
+    forward_index: tuple[Any, ...]
+    """starts, bits, counts and capacity of a selection's forward_index, or stand-ins."""
 
     @classmethod
-    def of(cls, walk: Walk, size: _Geometry, unused: Tensor) -> _Tiles:
-        if walk.lists is not None:
-            starts = walk.lists.starts
-            unions = (starts, walk.lists.bits, walk.lists.counts, starts.shape[2])
-            return cls(BLOCKS.value, False, starts.shape[1], unused, unions)
+    def of(cls, schedule: KeySchedule, size: _Geometry, unused: Tensor) -> _Tiles:
+        if schedule.lists is not None:
+            starts = schedule.lists.starts
+            forward_index = (starts, schedule.lists.bits, schedule.lists.counts, starts.shape[2])
+            return cls(BLOCKS.value, False, starts.shape[1], unused, forward_index)
         number, table = triton.cdiv(size.sequence, 2 * size.tokens), unused
-        if walk.cu_seqlens is not None:
-            pieces = cut(walk.cu_seqlens, 2 * size.tokens, size.sequence)
+        if schedule.cu_seqlens is not None:
+            pieces = cut(schedule.cu_seqlens, 2 * size.tokens, size.sequence)
             table = torch.stack((pieces.first, pieces.document_first, pieces.document_stop), 1)
             number = len(pieces)
-        unions = (unused, unused, unused, 0)
-        return cls(SPAN.value, walk.cu_seqlens is not None, number, table, unions)
+        forward_index = (unused, unused, unused, 0)
+        return cls(SPAN.value, schedule.cu_seqlens is not None, number, table, forward_index)
 
 
-def _window(walk: Walk, size: _Geometry) -> int:
-    return size.sequence if walk.mode == portable.CAUSAL else min(walk.window, size.sequence)
+def _window(schedule: KeySchedule, size: _Geometry) -> int:
+    return (
+        size.sequence if schedule.mode == portable.CAUSAL else min(schedule.window, size.sequence)
+    )
 
 
 def forward(
@@ -220,7 +226,7 @@ def forward(
     key: Tensor,
     value: Tensor,
     sink: Tensor | None,
-    walk: Walk,
+    schedule: KeySchedule,
     scale: float,
     selector: Selector | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -228,8 +234,8 @@ def forward(
     size = _Geometry.of(query, key, value)
     output = query.new_empty(*query.shape[:3], size.value_width)
     lse = query.new_empty(size.batch, query.shape[2], size.sequence, dtype=torch.float32)
-    tiles = _Tiles.of(walk, size, lse)
-    if walk.mode == portable.CAUSAL:
+    tiles = _Tiles.of(schedule, size, lse)
+    if schedule.mode == portable.CAUSAL:
         return output, lse, _oracle(query, key, value, output, lse, tiles, size, scale, selector)
     items = tiles.number * size.batch * size.groups
     programs = min(items, _multiprocessors(query.device))
@@ -238,8 +244,9 @@ def forward(
     forward_kernel[(programs,)](
         *size.queries(query), *size.keys(key, _KEYS), size.values(value, _KEYS),
         size.rows(output, size.value_width), output, lse, lse if sink is None else sink,
-        *tiles.unions, tiles.table, size.sequence, size.groups, tiles.number, items, programs,
-        _window(walk, size), scale * _LOG2_E,
+        *tiles.forward_index, tiles.table,
+        size.sequence, size.groups, tiles.number, items, programs,
+        _window(schedule, size), scale * _LOG2_E,
         MODE=tiles.mode, PACKED=tiles.packed, **size.constants(), KEYS=_KEYS,
         STAGES=_stages(4, _KEYS * size.key_bytes, fixed), Q_STAGES=q_stages,
         HAS_SINK=sink is not None, num_warps=4,
@@ -286,7 +293,11 @@ def _oracle(
 
 
 def gradients(
-    saved: Saved, walk: Walk, scale: float, accumulate: KeyValueGradients | None, keys_too: bool
+    saved: Saved,
+    schedule: KeySchedule,
+    scale: float,
+    accumulate: KeyValueGradients | None,
+    keys_too: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """dQ, dK, dV and delta [B, HQ, S] fp32; no dK and dV where none are asked for or where they
     were added to `accumulate`."""
@@ -299,7 +310,7 @@ def gradients(
     row_lse = lse.new_empty(pairs, stride)
     row_delta = torch.empty_like(row_lse)
     d_query = query.new_empty(query.shape)
-    tiles = _Tiles.of(walk, size, lse)
+    tiles = _Tiles.of(schedule, size, lse)
     items = tiles.number * pairs
     programs = min(items, _multiprocessors(query.device))
     q_desc, k_desc = size.queries(query), size.keys(key, _KEYS)
@@ -308,8 +319,9 @@ def gradients(
     dq_kernel[(programs,)](
         *q_desc, g_desc, *k_desc, v_desc, *size.queries(d_query),
         output, grad, *grad.stride()[:3], lse, row_lse, row_delta, stride, d_query,
-        *tiles.unions, tiles.table, size.sequence, size.groups, tiles.number, items, programs,
-        _window(walk, size), scale, scale * _LOG2_E,
+        *tiles.forward_index, tiles.table,
+        size.sequence, size.groups, tiles.number, items, programs,
+        _window(schedule, size), scale, scale * _LOG2_E,
         MODE=tiles.mode, PACKED=tiles.packed, **size.constants(), KEYS=_KEYS,
         STAGES=_stages(4, _KEYS * size.key_bytes, 2 * _ROWS * size.key_bytes * q_stages),
         Q_STAGES=q_stages, num_warps=4,
@@ -321,26 +333,26 @@ def gradients(
         return d_query, None, None, delta
 
     d_key, d_value, add = gradient_buffers(key, value, accumulate, fp32=True)
-    lists, packed = walk.lists, walk.cu_seqlens is not None
+    lists, packed = schedule.lists, schedule.cu_seqlens is not None
     blocks = triton.cdiv(size.sequence, _KEYS)
     work = blocks * pairs
     block_table: tuple[Tensor, ...] = (lse, lse, lse)
-    chunks: tuple[Tensor, ...] = (lse, lse, lse, lse, lse, lse)
+    work_items: tuple[Tensor, ...] = (lse, lse, lse, lse, lse, lse)
     flags = lse
     if lists is not None:
-        blocks, work, packed = len(lists.table), len(lists.chunks), lists.packed
+        blocks, work, packed = len(lists.table), len(lists.work_items), lists.packed
         block_table = (lists.table.first, lists.table.stop, lse)
-        chunks = (*lists.chunks.tensors, lists.reader_part, lists.reader_bits)
-        flags = torch.zeros_like(lists.chunks.after)
-    elif walk.cu_seqlens is not None:
-        pieces = cut(walk.cu_seqlens, _KEYS, size.sequence)
+        work_items = (*lists.work_items.tensors, lists.inverse_part, lists.inverse_bits)
+        flags = torch.zeros_like(lists.work_items.after)
+    elif schedule.cu_seqlens is not None:
+        pieces = cut(schedule.cu_seqlens, _KEYS, size.sequence)
         blocks, block_table = len(pieces), (pieces.first, pieces.stop, pieces.document_stop)
         work = blocks * pairs
     dkv_kernel[(work,)](
         *q_desc, g_desc, *k_desc, v_desc,
         _descriptor(row_lse, [1, _ROWS]), _descriptor(row_delta, [1, _ROWS]),
-        d_key, d_value, flags, *block_table, *chunks,
-        _window(walk, size), size.sequence, size.groups, blocks, scale, scale * _LOG2_E,
+        d_key, d_value, flags, *block_table, *work_items,
+        _window(schedule, size), size.sequence, size.groups, blocks, scale, scale * _LOG2_E,
         int(add), MODE=tiles.mode, PACKED=packed, **size.constants(), KEYS=_KEYS, STAGES=4,
         ROWS=32 if size.split else 64, num_warps=4,
     )  # fmt: skip

@@ -1,8 +1,8 @@
 """Causal attention with its block selection for Hopper GPUs, written in Gluon.
 
 One persistent program per multiprocessor. A program owns a tile of ROWS = 128 rows, 2 * TOKENS
-neighbouring tokens times the HEADS query heads of one KV group, and walks over all keys up to its
-last token, KEYS at a time:
+neighbouring tokens times the HEADS query heads of one KV group, and iterates over all keys up to
+its last token, KEYS at a time:
 
     loader      one warp: Q of the tile, then K and V tiles, by the copy engine into a ring
     consumer 0  four warps, rows 0..63:   S = Q K^T, online softmax, O += P V
@@ -33,18 +33,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from hysparse_kernels.hopper.common import (
     LN_2,
     add,
+    alloc_smem,
     as_operand,
     barriers,
     extent,
-    fetch,
     flat,
     maximum,
     narrow,
-    product,
-    room,
-    send_rows,
+    qk_dot,
+    store_rows,
+    tma_load,
+    tma_store,
     work,
-    write_rows,
 )
 
 LOWEST = gl.constexpr(-2147483648)
@@ -77,7 +77,7 @@ def _loader(
                 bar = q_ready.index(half)
                 mbarrier.expect(bar, q_bytes)
                 token = first + half * TOKENS
-                fetch(q_desc, q2_desc, (batch, token, kv * HEADS), bar, q_smem.index(half),
+                tma_load(q_desc, q2_desc, (batch, token, kv * HEADS), bar, q_smem.index(half),
                       q2_smem.index(half), SPLIT)  # fmt: skip
             for index in range(steps):
                 stage = step % STAGES
@@ -86,7 +86,7 @@ def _loader(
                 mbarrier.wait(k_empty.index(stage), phase ^ 1)
                 bar = k_ready.index(stage)
                 mbarrier.expect(bar, k_bytes)
-                fetch(k_desc, k2_desc, (batch, key, kv), bar, k_smem.index(stage),
+                tma_load(k_desc, k2_desc, (batch, key, kv), bar, k_smem.index(stage),
                       k2_smem.index(stage), SPLIT)  # fmt: skip
                 mbarrier.wait(v_empty.index(stage), phase ^ 1)
                 bar = v_ready.index(stage)
@@ -99,15 +99,15 @@ def _loader(
 
 
 @gluon.jit
-def _softmax(s, peak, total, key, token, row_scratch, block, num_blocks, scale_log2,
+def _softmax(s, m_i, l_i, key, token, row_scratch, block, num_blocks, scale_log2,
              MASKED: gl.constexpr, SCORES: gl.constexpr,
              KEYS: gl.constexpr, BLOCK: gl.constexpr):  # fmt: skip
-    """One step of the online softmax in base 2: weights (fp32), decay, and the new peak and total.
+    """One step of the online softmax in base 2: p (fp32), alpha, and the new m_i and l_i.
 
     s [64, KEYS] are raw dot products. With SCORES the maxima over blocks are stored.
     """
     layout: gl.constexpr = s.type.layout
-    row: gl.constexpr = gl.SliceLayout(1, layout)
+    row_layout: gl.constexpr = gl.SliceLayout(1, layout)
     if MASKED:
         s = gl.where(key[None, :] <= token[:, None], s, float("-inf"))
     if SCORES:
@@ -116,17 +116,17 @@ def _softmax(s, peak, total, key, token, row_scratch, block, num_blocks, scale_l
         maxima = gl.reduce(blocked, 2, maximum)
         wide: gl.constexpr = maxima.type.layout
         column = block + gl.arange(0, parts, layout=gl.SliceLayout(0, wide))
-        line = gl.arange(0, 64, layout=gl.SliceLayout(1, wide))
-        where = line[:, None] * num_blocks + column[None, :]
+        row = gl.arange(0, 64, layout=gl.SliceLayout(1, wide))
+        where = row[:, None] * num_blocks + column[None, :]
         gl.store(row_scratch + where, maxima, mask=(column < num_blocks)[None, :])
-        highest = gl.convert_layout(gl.reduce(maxima, 1, maximum), row, assert_trivial=True)
+        highest = gl.convert_layout(gl.reduce(maxima, 1, maximum), row_layout, assert_trivial=True)
     else:
         highest = gl.max(s, 1)
-    new_peak = gl.maximum(peak, highest * scale_log2)
-    weights = gl.exp2(s * scale_log2 - new_peak[:, None])
-    decay = gl.exp2(peak - new_peak)
-    total = total * decay + gl.sum(weights, 1)
-    return weights, decay, new_peak, total
+    m_new = gl.maximum(m_i, highest * scale_log2)
+    p = gl.exp2(s * scale_log2 - m_new[:, None])
+    alpha = gl.exp2(m_i - m_new)
+    l_i = l_i * alpha + gl.sum(p, 1)
+    return p, alpha, m_new, l_i
 
 
 @gluon.jit
@@ -139,22 +139,22 @@ def _select(scratch, lse_scratch, indices, first, start, stop, num_blocks, scale
     The K-th largest score is found bit by bit, so that the cost does not depend on K, and what is
     above it is written in ascending order of ids.
     """
-    LINES: gl.constexpr = min(TOKENS, 4)
-    layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [LINES, 4 // LINES], [1, 0])
+    ROWS: gl.constexpr = min(TOKENS, 4)
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [ROWS, 4 // ROWS], [1, 0])
     block = gl.arange(0, BLOCKS, layout=gl.SliceLayout(0, layout))
-    line = gl.arange(0, LINES, layout=gl.SliceLayout(1, layout))
-    for part in range(TOKENS // LINES):
-        offset = part * LINES + line
+    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    for part in range(TOKENS // ROWS):
+        offset = part * ROWS + row
         token = first + offset
         own = (token - start) // BLOCK
         visible = (block[None, :] <= own[:, None]) & (block < num_blocks)[None, :]
-        best = gl.full([LINES, BLOCKS], float("-inf"), gl.float32, layout)
+        best = gl.full([ROWS, BLOCKS], float("-inf"), gl.float32, layout)
         for head in range(HEADS):
-            line_row = offset * HEADS + head
-            log_total = gl.load(lse_scratch + line_row)
-            raw = gl.load(scratch + line_row[:, None] * num_blocks + block[None, :],
+            head_row = offset * HEADS + head
+            lse_i = gl.load(lse_scratch + head_row)
+            raw = gl.load(scratch + head_row[:, None] * num_blocks + block[None, :],
                           mask=visible, other=float("-inf"))  # fmt: skip
-            best = gl.maximum(best, raw * scale_log2 - log_total[:, None])
+            best = gl.maximum(best, raw * scale_log2 - lse_i[:, None])
         forced = (block[None, :] < forced_first) | (block[None, :] > own[:, None] - forced_recent)
         best = gl.where(forced, float("inf"), best) + 0.0
         # Like the reference, never a block in which no key has any weight.
@@ -163,7 +163,7 @@ def _select(scratch, lse_scratch, indices, first, start, stop, num_blocks, scale
         keys = gl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
         keys = gl.where(visible, keys, LOWEST)
         # The largest threshold that at least `selected` keys reach, from its highest bit down.
-        threshold = gl.full([LINES], LOWEST, gl.int32, gl.SliceLayout(1, layout))
+        threshold = gl.full([ROWS], LOWEST, gl.int32, gl.SliceLayout(1, layout))
         for bit in range(32):
             # Adding to the lowest number turns its bits on in the order of unsigned ones.
             candidate = threshold + (1 << (31 - bit))
@@ -178,10 +178,10 @@ def _select(scratch, lse_scratch, indices, first, start, stop, num_blocks, scale
         count = gl.sum(chosen.to(gl.int32), 1)
         out = indices + (group.to(gl.int64) * sequence + token) * selected
         alive = token < stop
-        gl.store(out[:, None] + place, block[None, :] + gl.zeros([LINES, BLOCKS], gl.int32, layout),
+        gl.store(out[:, None] + place, block[None, :] + gl.zeros([ROWS, BLOCKS], gl.int32, layout),
                  mask=chosen & alive[:, None])  # fmt: skip
         slot = gl.arange(0, SELECTED, layout=gl.SliceLayout(0, layout))
-        nothing = gl.full([LINES, SELECTED], -1, gl.int32, layout)
+        nothing = gl.full([ROWS, SELECTED], -1, gl.int32, layout)
         gl.store(out[:, None] + slot[None, :], nothing,
                  mask=(slot[None, :] >= count[:, None]) & (slot < selected)[None, :]
                  & alive[:, None])  # fmt: skip
@@ -228,91 +228,93 @@ def _consumer(
             # Steps whose keys every row of this consumer sees.
             clear = gl.minimum((first + 1 - start) // KEYS, steps)
 
-            peak = gl.full([64], float("-inf"), gl.float32, s_row)
-            total = gl.zeros([64], gl.float32, s_row)
-            o = gl.zeros([64, VALUE_WIDTH], gl.float32, o_layout)
+            m_i = gl.full([64], float("-inf"), gl.float32, s_row)
+            l_i = gl.zeros([64], gl.float32, s_row)
+            acc = gl.zeros([64, VALUE_WIDTH], gl.float32, o_layout)
             mbarrier.wait(q_ready.index(HALF), turn & 1)
 
             # Step 0: no P V to run beside.
             mbarrier.wait(k_ready.index(step % STAGES), (step // STAGES) & 1)
             donor = gl.zeros([64, KEYS], gl.float32, s_layout)
             stage = step % STAGES
-            s = product(q, q2, k_smem.index(stage), k2_smem.index(stage), donor,
+            s = qk_dot(q, q2, k_smem.index(stage), k2_smem.index(stage), donor,
                         KEYS, WIDTH, SPLIT)  # fmt: skip
             s = warpgroup_mma_wait(0, [s])
             mbarrier.arrive(k_empty.index(step % STAGES), count=1)
             key = start + column
-            weights, decay, peak, total = _softmax(
-                s, peak, total, key, token, row_scratch, 0, num_blocks, scale_log2,
+            p, alpha, m_i, l_i = _softmax(
+                s, m_i, l_i, key, token, row_scratch, 0, num_blocks, scale_log2,
                 True, SCORES, KEYS, BLOCK,
             )  # fmt: skip
-            p = as_operand(weights, dtype, p_layout)
+            p_operand = as_operand(p, dtype, p_layout)
 
             for index in range(1, clear):
                 now = step + index
                 stage = now % STAGES
                 before = (now - 1) % STAGES
                 mbarrier.wait(k_ready.index(stage), (now // STAGES) & 1)
-                s = product(q, q2, k_smem.index(stage), k2_smem.index(stage), weights,
+                s = qk_dot(q, q2, k_smem.index(stage), k2_smem.index(stage), p,
                             KEYS, WIDTH, SPLIT)  # fmt: skip
                 mbarrier.wait(v_ready.index(before), ((now - 1) // STAGES) & 1)
                 v = flat(v_smem.index(before), KEYS, VALUE_WIDTH)
-                o = warpgroup_mma(p, v, o, is_async=True)
+                acc = warpgroup_mma(p_operand, v, acc, is_async=True)
                 s = warpgroup_mma_wait(1, [s])
                 mbarrier.arrive(k_empty.index(stage), count=1)
-                weights, decay, peak, total = _softmax(
-                    s, peak, total, key, token, row_scratch, index * (KEYS // BLOCK), num_blocks,
+                p, alpha, m_i, l_i = _softmax(
+                    s, m_i, l_i, key, token, row_scratch, index * (KEYS // BLOCK), num_blocks,
                     scale_log2, False, SCORES, KEYS, BLOCK,
                 )  # fmt: skip
-                o = warpgroup_mma_wait(0, [o])
+                acc = warpgroup_mma_wait(0, [acc])
                 mbarrier.arrive(v_empty.index(before), count=1)
-                o = o * gl.convert_layout(decay, o_row, assert_trivial=True)[:, None]
-                p = as_operand(weights, dtype, p_layout)
+                acc = acc * gl.convert_layout(alpha, o_row, assert_trivial=True)[:, None]
+                p_operand = as_operand(p, dtype, p_layout)
 
             for index in range(gl.maximum(clear, 1), steps):
                 now = step + index
                 stage = now % STAGES
                 before = (now - 1) % STAGES
                 mbarrier.wait(k_ready.index(stage), (now // STAGES) & 1)
-                s = product(q, q2, k_smem.index(stage), k2_smem.index(stage), weights,
+                s = qk_dot(q, q2, k_smem.index(stage), k2_smem.index(stage), p,
                             KEYS, WIDTH, SPLIT)  # fmt: skip
                 mbarrier.wait(v_ready.index(before), ((now - 1) // STAGES) & 1)
                 v = flat(v_smem.index(before), KEYS, VALUE_WIDTH)
-                o = warpgroup_mma(p, v, o, is_async=True)
-                s, o = warpgroup_mma_wait(0, [s, o])
+                acc = warpgroup_mma(p_operand, v, acc, is_async=True)
+                s, acc = warpgroup_mma_wait(0, [s, acc])
                 mbarrier.arrive(k_empty.index(stage), count=1)
                 mbarrier.arrive(v_empty.index(before), count=1)
-                weights, decay, peak, total = _softmax(
-                    s, peak, total, key + index * KEYS, token, row_scratch,
+                p, alpha, m_i, l_i = _softmax(
+                    s, m_i, l_i, key + index * KEYS, token, row_scratch,
                     index * (KEYS // BLOCK), num_blocks, scale_log2, True, SCORES, KEYS, BLOCK,
                 )  # fmt: skip
-                o = o * gl.convert_layout(decay, o_row, assert_trivial=True)[:, None]
-                p = as_operand(weights, dtype, p_layout)
+                acc = acc * gl.convert_layout(alpha, o_row, assert_trivial=True)[:, None]
+                p_operand = as_operand(p, dtype, p_layout)
 
             step += steps
             before = (step - 1) % STAGES
             mbarrier.wait(v_ready.index(before), ((step - 1) // STAGES) & 1)
             v = flat(v_smem.index(before), KEYS, VALUE_WIDTH)
-            o = warpgroup_mma(p, v, o, is_async=True)
-            o = warpgroup_mma_wait(0, [o])
+            acc = warpgroup_mma(p_operand, v, acc, is_async=True)
+            acc = warpgroup_mma_wait(0, [acc])
             mbarrier.arrive(v_empty.index(before), count=1)
 
-            log_total = peak + gl.log2(total)
-            share = gl.convert_layout(1.0 / total, o_row, assert_trivial=True)
-            o = o * share[:, None]
+            lse_i = m_i + gl.log2(l_i)
+            share = gl.convert_layout(1.0 / l_i, o_row, assert_trivial=True)
+            acc = acc * share[:, None]
             head = kv * HEADS + row % HEADS
             alive = token < stop
             place = (batch.to(gl.int64) * groups * HEADS + head) * sequence + token
-            gl.store(lse + place, log_total * LN_2, mask=alive)
+            gl.store(lse + place, lse_i * LN_2, mask=alive)
             if PACKED:
                 mbarrier.arrive(q_empty.index(HALF), count=1)
-                write_rows(narrow(o, dtype), output, batch, first, stop, sequence, groups, kv,
+                store_rows(narrow(acc, dtype), output, batch, first, stop, sequence, groups, kv,
                            HEADS, VALUE_WIDTH, 0)  # fmt: skip
             else:
-                send_rows(narrow(o, dtype), o_desc, o_smem.index(HALF), batch, first, kv * HEADS, 0)
+                tma_store(
+                    narrow(acc, dtype), o_desc, o_smem.index(HALF), batch, first, kv * HEADS, 0
+                )
                 mbarrier.arrive(q_empty.index(HALF), count=1)
             if SCORES:
-                gl.store(rows + row, log_total)
+                gl.store(rows + row, lse_i)
                 gl.thread_barrier()
                 _select(row_scratch, rows, indices, first, start, stop, num_blocks,
                         scale_log2, sequence, group, selected, forced_first, forced_recent,
@@ -344,13 +346,13 @@ def oracle_kernel(
     SCORES: gl.constexpr, BLOCK: gl.constexpr, BLOCKS: gl.constexpr, SELECTED: gl.constexpr,
 ):  # fmt: skip
     """See the module; launched with `programs` programs of four warps (and eight more inside)."""
-    q_smem = room(q_desc, 2)
-    k_smem = room(k_desc, STAGES)
-    v_smem = room(v_desc, STAGES)
-    q2_smem = room(q2_desc, 2) if SPLIT else q_smem
-    k2_smem = room(k2_desc, STAGES) if SPLIT else k_smem
+    q_smem = alloc_smem(q_desc, 2)
+    k_smem = alloc_smem(k_desc, STAGES)
+    v_smem = alloc_smem(v_desc, STAGES)
+    q2_smem = alloc_smem(q2_desc, 2) if SPLIT else q_smem
+    k2_smem = alloc_smem(k2_desc, STAGES) if SPLIT else k_smem
     # The output leaves through the place of its query where that is as wide.
-    o_smem = room(o_desc, 2) if WIDTH != VALUE_WIDTH else q_smem
+    o_smem = alloc_smem(o_desc, 2) if WIDTH != VALUE_WIDTH else q_smem
     q_ready = barriers(2, 1)
     q_empty = barriers(2, 1)
     k_ready = barriers(STAGES, 1)

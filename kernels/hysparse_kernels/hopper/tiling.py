@@ -1,4 +1,4 @@
-"""How the forward and dQ kernels for Hopper walk over the keys of a tile of tokens.
+"""How the forward and dQ kernels for Hopper iterate over the keys of a tile of tokens.
 
 SPAN: the keys of a window, KEYS at a time; BLOCKS: the union of what the tile's tokens selected,
 one block at a time. The loader brings the rows of a tile once and K, V of every step into a ring.
@@ -12,7 +12,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from hysparse_kernels.hopper.common import BLOCKS, extent, fetch, work
+from hysparse_kernels.hopper.common import BLOCKS, extent, tma_load, work
 
 
 @gluon.jit
@@ -60,7 +60,7 @@ def loader(
                 bar = q_ready.index(slot)
                 mbarrier.wait(q_empty.index(slot), ((item // Q_STAGES) & 1) ^ 1)
                 mbarrier.expect(bar, q_bytes)
-                fetch(q_desc, q2_desc, (batch, first + half * TOKENS, kv * HEADS), bar,
+                tma_load(q_desc, q2_desc, (batch, first + half * TOKENS, kv * HEADS), bar,
                       q_smem.index(slot), q2_smem.index(slot), SPLIT)  # fmt: skip
                 if WITH_GRAD:
                     tma.async_copy_global_to_shared(
@@ -80,7 +80,7 @@ def loader(
                 mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
                 bar = ready.index(stage)
                 mbarrier.expect(bar, step_bytes)
-                fetch(k_desc, k2_desc, (batch, key, kv), bar, k_smem.index(stage),
+                tma_load(k_desc, k2_desc, (batch, key, kv), bar, k_smem.index(stage),
                       k2_smem.index(stage), SPLIT)  # fmt: skip
                 tma.async_copy_global_to_shared(
                     v_desc, [batch, key, kv, 0], bar, v_smem.index(stage)
@@ -121,7 +121,7 @@ def next_step(upcoming, members, index, starts, bits, list_base, capacity, first
 
 
 @gluon.jit
-def hide(s, key_first, column, token, first, start, window, MODE: gl.constexpr,
+def apply_mask(s, key_first, column, token, first, start, window, MODE: gl.constexpr,
          TOKENS: gl.constexpr, KEYS: gl.constexpr, PACKED: gl.constexpr):  # fmt: skip
     """s [64, KEYS] with -inf where a row may not see a key by its place."""
     edge = key_first + KEYS - 1 > first

@@ -8,11 +8,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hysparse_kernels.block_lists import Chunks, Readers, Unions, reader_capacity, union_capacity
+from hysparse_kernels.block_lists import (
+    ForwardIndex,
+    InverseIndex,
+    WorkItems,
+    forward_capacity,
+    inverse_capacity,
+)
 from hysparse_kernels.documents import BlockTable
 
 
-def unions(indices: Tensor, tile_tokens: int, block_size: int, table: BlockTable) -> Unions:
+def forward_index(
+    indices: Tensor, tile_tokens: int, block_size: int, table: BlockTable
+) -> ForwardIndex:
     """The blocks that each tile of `tile_tokens` tokens reads; indices int32 [R, tokens, K]."""
     rows, tokens, selected = indices.shape
     blocks, device = len(table), indices.device
@@ -25,7 +33,7 @@ def unions(indices: Tensor, tile_tokens: int, block_size: int, table: BlockTable
         number = table.number[begin] + indices.long()
     chosen = (indices >= 0) & (begin + indices.long() * block_size <= token)
 
-    # One sortable number per pick, block first, token second; what is not picked sorts last.
+    # A sortable number per selected block, block first, token second; others sort last.
     codes = torch.full((rows, tiles * tile_tokens, selected), blocks * tile_tokens, device=device)
     codes[:, :tokens] = torch.where(chosen, number * tile_tokens + token % tile_tokens, codes[0, 0])
     codes = codes.view(rows, tiles, -1).sort(dim=2).values
@@ -33,36 +41,38 @@ def unions(indices: Tensor, tile_tokens: int, block_size: int, table: BlockTable
     valid = number < blocks
     new_block = _differs_from_previous(number) & valid
     # A block that a token names twice sets its bit once.
-    new_pick = _differs_from_previous(codes) & valid
+    new_entry = _differs_from_previous(codes) & valid
 
-    capacity = union_capacity(tile_tokens, selected, blocks)
+    capacity = forward_capacity(tile_tokens, selected, blocks)
     place = torch.where(valid, new_block.cumsum(2) - 1, capacity)  # the last one is dropped
     starts = torch.zeros(rows, tiles, capacity + 1, dtype=torch.int64, device=device)
     starts.scatter_(2, place, table.first.long()[number.clamp(max=blocks - 1)])
     bits = torch.zeros_like(starts)
-    bits.scatter_add_(2, place, torch.where(new_pick, 1 << (codes % tile_tokens), 0))
+    bits.scatter_add_(2, place, torch.where(new_entry, 1 << (codes % tile_tokens), 0))
     counts = new_block.sum(2).to(torch.int32)
-    return Unions(starts[..., :-1].to(torch.int32), _as_int32(bits[..., :-1]), counts)
+    return ForwardIndex(starts[..., :-1].to(torch.int32), _as_int32(bits[..., :-1]), counts)
 
 
-def readers(
-    unions: Unions,
+def inverse_index(
+    forward: ForwardIndex,
     tile_tokens: int,
     block_size: int,
     table: BlockTable,
     selected: int,
     segment_tokens: int,
-) -> Readers:
+) -> InverseIndex:
     """The parts, half a tile each, that read each block; `selected` is K."""
-    rows, tiles, capacity = unions.starts.shape
-    device, blocks, part_tokens = unions.starts.device, len(table), tile_tokens // 2
+    rows, tiles, capacity = forward.starts.shape
+    device, blocks, part_tokens = forward.starts.device, len(table), tile_tokens // 2
     number = (
-        unions.starts // block_size if table.number is None else table.number[unions.starts.long()]
+        forward.starts // block_size
+        if table.number is None
+        else table.number[forward.starts.long()]
     )
-    bits = torch.stack([unions.bits, unions.bits >> part_tokens], dim=3)
+    bits = torch.stack([forward.bits, forward.bits >> part_tokens], dim=3)
     bits = bits & ((1 << part_tokens) - 1)
     slot = torch.arange(capacity, device=device)[:, None]
-    reads = (slot < unions.counts[..., None, None]) & (bits != 0)
+    reads = (slot < forward.counts[..., None, None]) & (bits != 0)
     row = torch.arange(rows, device=device)[:, None, None, None]
     segments = -(-tiles * tile_tokens // segment_tokens)
     segment = (torch.arange(tiles, device=device) * tile_tokens // segment_tokens)[:, None, None]
@@ -73,8 +83,8 @@ def readers(
     order = owner.sort(stable=True).indices
     counts = owner.new_zeros(rows * blocks * segments + 1)
     counts.scatter_add_(0, owner, torch.ones_like(owner))
-    order = order[: reader_capacity(rows, tiles, tile_tokens, selected, blocks)]
-    return Readers(
+    order = order[: inverse_capacity(rows, tiles, tile_tokens, selected, blocks)]
+    return InverseIndex(
         part.expand(rows, tiles, capacity, 2).flatten()[order].to(torch.int32),
         bits.flatten()[order],
         counts[:-1].to(torch.int32).view(-1, segments),
@@ -82,15 +92,17 @@ def readers(
     )
 
 
-def chunks(readers: Readers, table: BlockTable, segments: int, most: int, least: int) -> Chunks:
-    """The readers in pieces, `most` at most, of at least `least` except the last of a block."""
-    rows = len(readers.ends) // len(table)
-    place = readers.ends - readers.counts.sum(1)
+def work_items(
+    inverse: InverseIndex, table: BlockTable, segments: int, most: int, least: int
+) -> WorkItems:
+    """The inverse index in `most` items at most, of `least` parts but for the last of a block."""
+    rows = len(inverse.ends) // len(table)
+    place = inverse.ends - inverse.counts.sum(1)
     taken, latest = place.clone(), torch.full_like(place, -1)
     has_keys = (table.first < table.stop).repeat(rows)
     found = []
     for segment in range(segments):
-        place = place + readers.counts[:, segment]
+        place = place + inverse.counts[:, segment]
         enough = place - taken >= least
         if segment == segments - 1:
             enough = enough | (place > taken) | ((latest < 0) & has_keys)
@@ -105,7 +117,7 @@ def chunks(readers: Readers, table: BlockTable, segments: int, most: int, least:
     sorted_by_row = [(*found[old][1:4], new[found[old][4]]) for old in order]
     unused = [(0, 0, 0, -2)] * (most - len(found))
     columns = torch.tensor(sorted_by_row + unused, device=place.device).T.contiguous()
-    return Chunks(columns[0].int(), columns[1], columns[2], columns[3].int())
+    return WorkItems(columns[0].int(), columns[1], columns[2], columns[3].int())
 
 
 def _differs_from_previous(values: Tensor) -> Tensor:

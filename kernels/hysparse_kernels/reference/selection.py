@@ -69,7 +69,7 @@ def select_blocks(rule: SelectionRule, scores: Tensor, own: Tensor) -> Tensor:
 
 
 def offered_scores(rule: SelectionRule, scores: Tensor, own: Tensor) -> Tensor:
-    """What ``select_blocks`` picks from: reduced, inf where forced, -inf where not visible."""
+    """What ``select_blocks`` selects from: reduced, inf where forced, -inf where not visible."""
     if rule.reduce_scores is not None:
         scores = rule.reduce_scores(scores)
     blocks = torch.arange(scores.shape[-1], device=scores.device)

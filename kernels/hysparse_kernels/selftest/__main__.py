@@ -25,33 +25,33 @@ from hysparse_kernels.backends import resolve_backend
 from hysparse_kernels.selftest import speed as speeds
 from hysparse_kernels.selftest.checks import CPU_CASES, GPU_CASES, Case, Check, run_case
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the self-test and return the exit code."""
     options = _parse(argv)
-    say: Say = _say_nothing if options.json else partial(print, flush=True)
+    log: Log = _log_nothing if options.json else partial(print, flush=True)
     report: dict[str, Any] = {"environment": _environment(), "checks": [], "speeds": []}
-    say("  ".join(f"{name} {value}" for name, value in report["environment"].items()))
+    log("  ".join(f"{name} {value}" for name, value in report["environment"].items()))
     on_gpu = torch.cuda.is_available() and not options.cpu
     if not on_gpu:
         choice = resolve_backend("auto", "cpu")
         report["environment"]["backend_auto"] = f"{choice.name}: {choice.reason}"
         found = "left alone (--cpu)" if torch.cuda.is_available() else "not found"
-        say(f"GPU {found}; backend=auto means {choice.name} here ({choice.reason})")
+        log(f"GPU {found}; backend=auto means {choice.name} here ({choice.reason})")
         if not options.cpu:
-            say("nothing was checked; --cpu checks the reference on this CPU")
+            log("nothing was checked; --cpu checks the reference on this CPU")
             return _finish(report, 2, options.json)
-    checks = _checks(on_gpu, options.seed, options.processes, say)
+    checks = _checks(on_gpu, options.seed, options.processes, log)
     report["checks"] = [dataclasses.asdict(check) for check in checks]
     failed = sum(bool(check.failures) for check in checks)
     if on_gpu and not options.no_speed:
-        say(f"\nspeeds: {speeds.describe()}")
+        log(f"\nspeeds: {speeds.describe()}")
         for speed in speeds.measure():
             report["speeds"].append(dataclasses.asdict(speed))
-            say(speed.line())
-    say(f"\n{len(checks) - failed} checks passed, {failed} failed")
+            log(speed.line())
+    log(f"\n{len(checks) - failed} checks passed, {failed} failed")
     return _finish(report, 1 if failed else 0, options.json)
 
 
@@ -74,17 +74,17 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _checks(on_gpu: bool, seed: int, processes: int, say: Say) -> list[Check]:
+def _checks(on_gpu: bool, seed: int, processes: int, log: Log) -> list[Check]:
     if on_gpu:
-        say("\nrelative errors of the Triton kernels against the fp64 reference:")
+        log("\nrelative errors of the Triton kernels against the fp64 reference:")
         results = _in_processes(GPU_CASES, seed, processes)
     else:
-        say("\nrelative errors of the reference against attention with a dense mask in fp64:")
+        log("\nrelative errors of the reference against attention with a dense mask in fp64:")
         results = (run_case(case, "cpu", seed) for case in CPU_CASES)
     checks = []
     for result in results:
         for check in result:
-            say(check.line())
+            log(check.line())
             checks.append(check)
     return checks
 
@@ -125,7 +125,7 @@ def _finish(report: dict[str, Any], code: int, as_json: bool) -> int:
     return code
 
 
-def _say_nothing(text: str) -> None:
+def _log_nothing(text: str) -> None:
     """With --json nothing but the object is printed."""
 
 

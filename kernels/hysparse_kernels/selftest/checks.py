@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hysparse_kernels import dispatch
 from hysparse_kernels.call import OracleOutput
-from hysparse_kernels.selftest.comparison import TOLERANCE, relative_error, wrong_picks
+from hysparse_kernels.selftest.comparison import TOLERANCE, relative_error, wrong_selections
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def _selection_failures(
     failures = []
     if not (result.lse.double() - exact.lse).abs().max() < 1e-4:
         failures.append("lse is off")
-    wrong = wrong_picks(result.block_indices, exact, query, key, block_size=block_size)
+    wrong = wrong_selections(result.block_indices, exact, query, key, block_size=block_size)
     if wrong:
         failures.append(f"{wrong} rows select wrong blocks")
     if not torch.equal(result.block_indices, repeated.block_indices):

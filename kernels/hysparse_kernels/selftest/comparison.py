@@ -28,7 +28,7 @@ def relative_error(got: Tensor, exact: Tensor) -> float:
 
 
 @torch.no_grad()
-def wrong_picks(
+def wrong_selections(
     got: Tensor, exact: OracleOutput, query: Tensor, key: Tensor, *, block_size: int
 ) -> int:
     """Rows of a selection that differ from the exact one by more than a near-tie.

@@ -1,14 +1,14 @@
 """The attention kernels (forward, dQ, dK and dV) behind every Triton operation.
 
 One program of the forward and dQ kernels owns a tile of TOKENS neighbouring tokens times the HEADS
-query heads of one KV group, packed into ROWS rows of one matrix, and walks over tiles of KEYS keys.
-What it walks over is the mode:
+query heads of one KV group, packed into ROWS rows of one matrix, and iterates over tiles of KEYS
+keys. Which keys is the mode:
 
   CAUSAL  all keys up to the tile's last token
   WINDOW  the keys that some token of the tile can see
   BLOCKS  the blocks that some token of the tile has selected (`BlockLists`), with a bit per token
 
-The dK, dV kernel owns a tile of KEYS keys and walks over tiles of tokens: the inverse of the above.
+The dK, dV kernel owns a tile of KEYS keys and iterates over tiles of tokens, the inverse of that.
 Scores are kept in base 2 and in fp32. No atomics: results repeat bit for bit.
 
 PACKED (CAUSAL and WINDOW only): the batch is one row of packed documents, and tiles are `Pieces` of
@@ -72,7 +72,7 @@ def _load_keys(base, key, stop, stride_s, width, WIDTH: tl.constexpr):
 
 @triton.jit
 def _span(first, stop, begin, window, counts, list_tile, MODE: tl.constexpr, KEYS: tl.constexpr):
-    """First key and number of key tiles that tokens first .. stop walk over.
+    """First key and number of key tiles that tokens first .. stop iterate over.
 
     Key tiles are aligned to `begin`, where the document's blocks begin.
     """
@@ -136,50 +136,50 @@ def forward_kernel(
     list_base = list_tile * capacity
     bit = offset + tile % SPLIT * TOKENS
     start, steps = _span(first, stop, begin, window, counts, list_tile, MODE, KEYS)
-    peak = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    sums = tl.zeros([ROWS, VALUE_WIDTH], tl.float32)
+    m_i = tl.full([ROWS], float("-inf"), tl.float32)
+    l_i = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, VALUE_WIDTH], tl.float32)
     for index in range(steps):
         key, seen = _step(index, start, list_base, bit, token, stop, window, starts, bits,
                           MODE, KEYS)  # fmt: skip
         k = _load_keys(k_base, key, stop, k_s, width, WIDTH)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
         scores = tl.where(seen, scores, float("-inf"))
-        tile_peak = tl.max(scores, 1)
+        m_tile = tl.max(scores, 1)
         if SCORES:
             place = (group.to(tl.int64) * num_blocks + index) * tokens + token - first_token
-            tl.store(maxima + place * PACK + head, tile_peak, mask=valid)
-        new_peak = tl.maximum(peak, tile_peak)
+            tl.store(maxima + place * PACK + head, m_tile, mask=valid)
+        m_new = tl.maximum(m_i, m_tile)
         # A finite pivot: rows that have seen no key yet must not compute inf - inf.
-        pivot = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        weights = tl.exp2(scores - pivot[:, None])
-        decay = tl.exp2(peak - pivot)
-        total = total * decay + tl.sum(weights, 1)
+        pivot = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.exp2(scores - pivot[:, None])
+        alpha = tl.exp2(m_i - pivot)
+        l_i = l_i * alpha + tl.sum(p, 1)
         v = _load_keys(v_base, key, stop, v_s, value_width, VALUE_WIDTH)
-        sums = sums * decay[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
-        peak = new_peak
+        acc = acc * alpha[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+        m_i = m_new
 
     if HAS_SINK:
         extra = tl.load(sink + kv * HEADS + head).to(tl.float32) * 1.4426950408889634
-        new_peak = tl.maximum(peak, extra)
-        pivot = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        decay = tl.exp2(peak - pivot)
-        total = total * decay + tl.exp2(extra - pivot)
-        sums = sums * decay[:, None]
-        peak = new_peak
-    empty = total == 0.0
-    safe = tl.where(empty, 1.0, total)
-    sums = sums / safe[:, None]
-    log_total = tl.where(empty, float("-inf"), (peak + tl.log2(safe)) * 0.6931471805599453)
+        m_new = tl.maximum(m_i, extra)
+        pivot = tl.where(m_new == float("-inf"), 0.0, m_new)
+        alpha = tl.exp2(m_i - pivot)
+        l_i = l_i * alpha + tl.exp2(extra - pivot)
+        acc = acc * alpha[:, None]
+        m_i = m_new
+    empty = l_i == 0.0
+    safe = tl.where(empty, 1.0, l_i)
+    acc = acc / safe[:, None]
+    lse_i = tl.where(empty, float("-inf"), (m_i + tl.log2(safe)) * 0.6931471805599453)
 
     heads = groups * HEADS
     column = tl.arange(0, VALUE_WIDTH)
     out_row = (batch.to(tl.int64) * sequence + token) * heads + kv * HEADS + head
     tl.store(output + out_row[:, None] * value_width + column[None, :],
-             sums.to(output.dtype.element_ty),
+             acc.to(output.dtype.element_ty),
              mask=valid[:, None] & (column < value_width)[None, :])  # fmt: skip
     lse_row = (batch.to(tl.int64) * heads + kv * HEADS + head) * sequence + token
-    tl.store(lse + lse_row, log_total, mask=valid)
+    tl.store(lse + lse_row, lse_i, mask=valid)
 
 
 @triton.jit
@@ -193,7 +193,7 @@ def dq_kernel(
     SPLIT: tl.constexpr, KEYS: tl.constexpr,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq [B, S, HQ, D]; the forward's walk, with the weights recomputed from lse.
+    """dq [B, S, HQ, D]; the forward's key schedule, with p recomputed from lse.
 
     Also delta [B, HQ, S] = sum over DV of output * grad, what softmax's backward subtracts.
     """
@@ -210,8 +210,8 @@ def dq_kernel(
     v_base = value + batch.to(tl.int64) * v_b + kv.to(tl.int64) * v_h
     heads = groups * HEADS
     stat = (batch.to(tl.int64) * heads + kv * HEADS + head) * sequence + token
-    log_total = tl.load(lse + stat, mask=valid, other=0.0) * 1.4426950408889634
-    log_total = tl.where(log_total == float("-inf"), 0.0, log_total)
+    lse_i = tl.load(lse + stat, mask=valid, other=0.0) * 1.4426950408889634
+    lse_i = tl.where(lse_i == float("-inf"), 0.0, lse_i)
     g = _load_rows(g_base, token, head, valid, g_s, g_h, value_width, VALUE_WIDTH)
     o = _load_rows(o_base, token, head, valid, o_s, o_h, value_width, VALUE_WIDTH)
     d = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
@@ -222,21 +222,21 @@ def dq_kernel(
     list_base = list_tile * capacity
     bit = offset + tile % SPLIT * TOKENS
     start, steps = _span(first, stop, begin, window, counts, list_tile, MODE, KEYS)
-    sums = tl.zeros([ROWS, WIDTH], tl.float32)
+    acc = tl.zeros([ROWS, WIDTH], tl.float32)
     for index in range(steps):
         key, seen = _step(index, start, list_base, bit, token, stop, window, starts, bits,
                           MODE, KEYS)  # fmt: skip
         k = _load_keys(k_base, key, stop, k_s, width, WIDTH)
         v = _load_keys(v_base, key, stop, v_s, value_width, VALUE_WIDTH)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
-        weights = tl.where(seen, tl.exp2(scores - log_total[:, None]), 0.0)
-        pulled = tl.dot(g, tl.trans(v), input_precision=PRECISION)
-        ds = weights * (pulled - d[:, None])
-        sums += tl.dot(ds.to(k.dtype), k, input_precision=PRECISION)
+        p = tl.where(seen, tl.exp2(scores - lse_i[:, None]), 0.0)
+        dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
+        ds = p * (dp - d[:, None])
+        acc += tl.dot(ds.to(k.dtype), k, input_precision=PRECISION)
 
     column = tl.arange(0, WIDTH)
     row = (batch.to(tl.int64) * sequence + token) * heads + kv * HEADS + head
-    tl.store(dq + row[:, None] * width + column[None, :], (sums * scale).to(dq.dtype.element_ty),
+    tl.store(dq + row[:, None] * width + column[None, :], (acc * scale).to(dq.dtype.element_ty),
              mask=valid[:, None] & (column < width)[None, :])  # fmt: skip
 
 
@@ -245,8 +245,8 @@ def dkv_kernel(
     query, key_, value, grad, lse, delta, dk, dv,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, g_b, g_s, g_h,
     piece_first, piece_stop, piece_end,
-    blocks, chunk_entry, chunk_first, chunk_stop, chunk_after, flags, accumulate,
-    reader_part, reader_bits,
+    blocks, item_entry, item_first, item_stop, item_after, flags, accumulate,
+    inverse_part, inverse_bits,
     sequence, groups, window, scale, scale_log2, width, value_width,
     MODE: tl.constexpr, PACKED: tl.constexpr,
     TOKENS: tl.constexpr, HEADS: tl.constexpr, PACK: tl.constexpr, ROWS: tl.constexpr,
@@ -255,22 +255,22 @@ def dkv_kernel(
 ):  # fmt: skip
     """dk [B, S, HKV, D] and dv [B, S, HKV, DV] of KEYS keys.
 
-    CAUSAL, WINDOW: program (key tile, row). BLOCKS: a program adds up one piece of the readers of
-    one block (see block_lists.Chunks); the first one of a block stores, or with `accumulate` = 1
-    adds, the others wait for the one before them and add, so that the order is always the same.
-    None waits for one that was started after it.
+    CAUSAL, WINDOW: program (key tile, row). BLOCKS: a program adds up one work item, some of the
+    parts that read one block (see block_lists.WorkItems); the first one of a block stores, or with
+    `accumulate` = 1 adds, the others wait for the one before them and add, so that the order is
+    always the same. None waits for one that was started after it.
     """
     if MODE == 2:
-        chunk = tl.program_id(0)
-        after = tl.load(chunk_after + chunk)
+        item = tl.program_id(0)
+        after = tl.load(item_after + item)
         if after < -1:
             return
-        entry = tl.load(chunk_entry + chunk)
+        entry = tl.load(item_entry + item)
         group, block = entry // blocks, entry % blocks
         start = tl.load(piece_first + block)
         stop = tl.load(piece_stop + block)
-        first = tl.load(chunk_first + chunk).to(tl.int32)
-        last = tl.load(chunk_stop + chunk).to(tl.int32)
+        first = tl.load(item_first + item).to(tl.int32)
+        last = tl.load(item_stop + item).to(tl.int32)
         end = sequence
     else:
         group = tl.program_id(1)
@@ -289,19 +289,19 @@ def dkv_kernel(
     key = start + tl.arange(0, KEYS)
     k = _load_keys(k_base, key, stop, k_s, width, WIDTH)
     v = _load_keys(v_base, key, stop, v_s, value_width, VALUE_WIDTH)
-    k_sums = tl.zeros([KEYS, WIDTH], tl.float32)
-    v_sums = tl.zeros([KEYS, VALUE_WIDTH], tl.float32)
+    dk_acc = tl.zeros([KEYS, WIDTH], tl.float32)
+    dv_acc = tl.zeros([KEYS, VALUE_WIDTH], tl.float32)
     for index in range(first, last):
         if MODE == 2:
-            token_first = tl.load(reader_part + index) * TOKENS
-            members = tl.load(reader_bits + index)
+            token_first = tl.load(inverse_part + index) * TOKENS
+            members = tl.load(inverse_bits + index)
         else:
             token_first = start + index * TOKENS
             members = -1
         offset, token, head, valid = _rows(token_first, end, TOKENS, HEADS, PACK, ROWS)
         stat = (batch.to(tl.int64) * heads + kv * HEADS + head) * sequence + token
-        log_total = tl.load(lse + stat, mask=valid, other=0.0) * 1.4426950408889634
-        log_total = tl.where(log_total == float("-inf"), 0.0, log_total)
+        lse_i = tl.load(lse + stat, mask=valid, other=0.0) * 1.4426950408889634
+        lse_i = tl.where(lse_i == float("-inf"), 0.0, lse_i)
         d = tl.load(delta + stat, mask=valid, other=0.0)
         q = _load_rows(q_base, token, head, valid, q_s, q_h, width, WIDTH)
         g = _load_rows(g_base, token, head, valid, g_s, g_h, value_width, VALUE_WIDTH)
@@ -311,11 +311,11 @@ def dkv_kernel(
         if MODE == 2:
             seen = seen & (((members >> offset) & 1) == 1)[None, :]
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2
-        weights = tl.where(seen, tl.exp2(scores - log_total[None, :]), 0.0)
-        v_sums += tl.dot(weights.to(g.dtype), g, input_precision=PRECISION)
-        pulled = tl.dot(v, tl.trans(g), input_precision=PRECISION)
-        ds = weights * (pulled - d[None, :])
-        k_sums += tl.dot(ds.to(q.dtype), q, input_precision=PRECISION)
+        p = tl.where(seen, tl.exp2(scores - lse_i[None, :]), 0.0)
+        dv_acc += tl.dot(p.to(g.dtype), g, input_precision=PRECISION)
+        dp = tl.dot(v, tl.trans(g), input_precision=PRECISION)
+        ds = p * (dp - d[None, :])
+        dk_acc += tl.dot(ds.to(q.dtype), q, input_precision=PRECISION)
 
     row = (batch.to(tl.int64) * sequence + key) * groups + kv
     inside = (key < stop)[:, None]
@@ -324,16 +324,16 @@ def dkv_kernel(
     v_out = dv + row[:, None] * value_width + value_column[None, :]
     k_mask = inside & (column < width)[None, :]
     v_mask = inside & (value_column < value_width)[None, :]
-    k_sums = k_sums * scale
+    dk_acc = dk_acc * scale
     if MODE == 2:
         if after >= 0:
             while tl.atomic_add(flags + after, 0, sem="acquire", scope="gpu") == 0:
                 pass
         if after + accumulate >= 0:
-            k_sums += tl.load(k_out, mask=k_mask, other=0.0)
-            v_sums += tl.load(v_out, mask=v_mask, other=0.0)
-    tl.store(k_out, k_sums.to(dk.dtype.element_ty), mask=k_mask)
-    tl.store(v_out, v_sums.to(dv.dtype.element_ty), mask=v_mask)
+            dk_acc += tl.load(k_out, mask=k_mask, other=0.0)
+            dv_acc += tl.load(v_out, mask=v_mask, other=0.0)
+    tl.store(k_out, dk_acc.to(dk.dtype.element_ty), mask=k_mask)
+    tl.store(v_out, dv_acc.to(dv.dtype.element_ty), mask=v_mask)
     if MODE == 2:
         tl.debug_barrier()  # all threads' stores come before the flag
-        tl.atomic_xchg(flags + chunk, 1, sem="release", scope="gpu")
+        tl.atomic_xchg(flags + item, 1, sem="release", scope="gpu")

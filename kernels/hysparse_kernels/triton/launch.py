@@ -53,8 +53,8 @@ def why_not(
 
 
 @dataclass(frozen=True)
-class Walk:
-    """What a kernel walks over; see `kernels`."""
+class KeySchedule:
+    """The keys that a kernel iterates over; see `kernels`."""
 
     mode: int
     keys: int
@@ -86,8 +86,8 @@ class Walk:
         half = shape.row_bytes > 768 or self.keys > 64 or self.lists.tile.rows > 128
         return (self.lists.part, 2) if half else (self.lists.tile, 1)
 
-    def unions(self, unused: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-        """starts, bits, counts and capacity of the unions, or stand-ins."""
+    def forward_index(self, unused: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+        """starts, bits, counts and capacity of the forward index, or stand-ins."""
         if self.lists is None:
             return unused, unused, unused, 0
         starts = self.lists.starts
@@ -170,7 +170,7 @@ def forward(
     key: Tensor,
     value: Tensor,
     sink: Tensor | None,
-    walk: Walk,
+    schedule: KeySchedule,
     scale: float,
     selector: Selector | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -178,20 +178,22 @@ def forward(
     shape = Shape.of(query, key, value)
     output = query.new_empty(*query.shape[:3], shape.value_width)
     lse = query.new_empty(shape.batch, shape.query_heads, shape.sequence, dtype=torch.float32)
-    tile, split = walk.query_tile(shape)
-    stages = _stages(3, walk.keys * shape.row_bytes, tile.rows * (shape.row_bytes + walk.keys))
+    tile, split = schedule.query_tile(shape)
+    stages = _stages(
+        3, schedule.keys * shape.row_bytes, tile.rows * (shape.row_bytes + schedule.keys)
+    )
 
     def launch(first_token: int, tokens: int, maxima: Tensor, num_blocks: int = 0) -> None:
-        pieces = walk.pieces(tile.tokens, tokens, first_token, lse)
+        pieces = schedule.pieces(tile.tokens, tokens, first_token, lse)
         kernels.forward_kernel[(pieces.number, shape.rows)](
             query, key, value, lse if sink is None else sink, output, lse, maxima,
             *_strides(query, key, value),
-            pieces.first, pieces.stop, pieces.document_first, *walk.unions(lse),
-            shape.sequence, shape.groups, walk.window, scale * _LOG2_E,
+            pieces.first, pieces.stop, pieces.document_first, *schedule.forward_index(lse),
+            shape.sequence, shape.groups, schedule.window, scale * _LOG2_E,
             shape.width, shape.value_width, first_token, tokens, num_blocks,
-            MODE=walk.mode, PACKED=walk.cu_seqlens is not None,
+            MODE=schedule.mode, PACKED=schedule.cu_seqlens is not None,
             HAS_SINK=sink is not None, SCORES=selector is not None,
-            SPLIT=split, KEYS=walk.keys, **tile.constants(), **shape.constants(query.dtype),
+            SPLIT=split, KEYS=schedule.keys, **tile.constants(), **shape.constants(query.dtype),
             num_warps=8 if tile.rows >= 128 else 4, num_stages=stages,
         )  # fmt: skip
 
@@ -201,28 +203,34 @@ def forward(
     return output, lse, None
 
 
-def query_gradient(saved: Saved, walk: Walk, scale: float) -> tuple[Tensor, Tensor]:
+def query_gradient(saved: Saved, schedule: KeySchedule, scale: float) -> tuple[Tensor, Tensor]:
     """dQ [B, S, HQ, D] in the query's dtype and delta [B, HQ, S] fp32, the sum of output * grad."""
     query, key, value, output, lse, grad = saved
     shape = Shape.of(query, key, value)
     d_query = query.new_empty(query.shape)
     delta = torch.empty_like(lse)
-    tile, split = walk.query_tile(shape)
-    stages = _stages(2, walk.keys * shape.row_bytes, tile.rows * (shape.row_bytes + 4 * walk.keys))
-    pieces = walk.pieces(tile.tokens, shape.sequence, 0, lse)
+    tile, split = schedule.query_tile(shape)
+    stages = _stages(
+        2, schedule.keys * shape.row_bytes, tile.rows * (shape.row_bytes + 4 * schedule.keys)
+    )
+    pieces = schedule.pieces(tile.tokens, shape.sequence, 0, lse)
     kernels.dq_kernel[(pieces.number, shape.rows)](
         query, key, value, output, grad, lse, delta, d_query,
         *_strides(query, key, value, output, grad),
-        pieces.first, pieces.stop, pieces.document_first, *walk.unions(lse),
-        *_sizes(shape, walk, scale), MODE=walk.mode, PACKED=walk.cu_seqlens is not None,
-        SPLIT=split, KEYS=walk.keys, **tile.constants(), **shape.constants(query.dtype),
+        pieces.first, pieces.stop, pieces.document_first, *schedule.forward_index(lse),
+        *_sizes(shape, schedule, scale), MODE=schedule.mode, PACKED=schedule.cu_seqlens is not None,
+        SPLIT=split, KEYS=schedule.keys, **tile.constants(), **shape.constants(query.dtype),
         num_warps=8 if tile.rows >= 128 else 4, num_stages=stages,
     )  # fmt: skip
     return d_query, delta
 
 
 def key_value_gradients(
-    saved: Saved, delta: Tensor, walk: Walk, scale: float, accumulate: KeyValueGradients | None
+    saved: Saved,
+    delta: Tensor,
+    schedule: KeySchedule,
+    scale: float,
+    accumulate: KeyValueGradients | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """dK [B, S, HKV, D] and dV [B, S, HKV, DV] in the key's dtype.
 
@@ -230,28 +238,28 @@ def key_value_gradients(
     """
     query, key, value, _, lse, grad = saved
     shape = Shape.of(query, key, value)
-    lists = walk.lists
+    lists = schedule.lists
     d_key, d_value, add = gradient_buffers(key, value, accumulate, fp32=lists is not None)
     tile = TokenTile.of(shape.heads, 64) if lists is None else lists.part
-    keys = 64 if lists is None else walk.keys
+    keys = 64 if lists is None else schedule.keys
     stages = _stages(2, tile.rows * shape.row_bytes, keys * (shape.row_bytes + 4 * tile.rows))
     if lists is None:
-        pieces = walk.pieces(keys, shape.sequence, 0, lse)
+        pieces = schedule.pieces(keys, shape.sequence, 0, lse)
         grid: tuple[int, ...] = (pieces.number, shape.rows)
         ends = (pieces.first, pieces.stop, pieces.document_stop)
-        chunks: tuple[Any, ...] = (0, lse, lse, lse, lse, lse, 0, lse, lse)
+        work_items: tuple[Any, ...] = (0, lse, lse, lse, lse, lse, 0, lse, lse)
     else:
-        grid = (len(lists.chunks),)
+        grid = (len(lists.work_items),)
         ends = (lists.table.first, lists.table.stop, lse)
-        flags = torch.zeros_like(lists.chunks.after)
-        chunks = (
-            len(lists.table), *lists.chunks.tensors, flags, int(add),
-            lists.reader_part, lists.reader_bits,
+        flags = torch.zeros_like(lists.work_items.after)
+        work_items = (
+            len(lists.table), *lists.work_items.tensors, flags, int(add),
+            lists.inverse_part, lists.inverse_bits,
         )  # fmt: skip
     kernels.dkv_kernel[grid](
         query, key, value, grad, lse, delta, d_key, d_value, *_strides(query, key, value, grad),
-        *ends, *chunks, *_sizes(shape, walk, scale),
-        MODE=walk.mode, PACKED=walk.cu_seqlens is not None,
+        *ends, *work_items, *_sizes(shape, schedule, scale),
+        MODE=schedule.mode, PACKED=schedule.cu_seqlens is not None,
         KEYS=keys, **tile.constants(), **shape.constants(query.dtype),
         num_warps=8 if keys * shape.width >= 128 * 64 else 4, num_stages=stages,
     )  # fmt: skip
@@ -274,12 +282,12 @@ def gradient_buffers(
     )
 
 
-def _sizes(shape: Shape, walk: Walk, scale: float) -> tuple[Any, ...]:
+def _sizes(shape: Shape, schedule: KeySchedule, scale: float) -> tuple[Any, ...]:
     """The trailing arguments of the two backward kernels."""
     return (
         shape.sequence,
         shape.groups,
-        walk.window,
+        schedule.window,
         scale,
         scale * _LOG2_E,
         shape.width,

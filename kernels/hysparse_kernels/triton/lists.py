@@ -1,8 +1,8 @@
 """The lists of a selection built by Triton kernels; reference/lists.py specifies them.
 
-Unions: one program per token tile sorts the tile's picks. Readers: a map [blocks, tiles] of the
-bits that the tiles' tokens set, written by the tiles and read by the blocks, in passes over as many
-blocks as fit into a bounded map.
+Forward index: one program per token tile sorts the blocks that its tokens selected. Inverse index:
+a map [blocks, tiles] of the bits that the tiles' tokens set, written by the tiles and read by the
+blocks, in passes over as many blocks as fit into a bounded map.
 
 Shapes as in block_lists.py.
 """
@@ -14,52 +14,60 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hysparse_kernels.block_lists import Chunks, Readers, Unions, reader_capacity, union_capacity
+from hysparse_kernels.block_lists import (
+    ForwardIndex,
+    InverseIndex,
+    WorkItems,
+    forward_capacity,
+    inverse_capacity,
+)
 from hysparse_kernels.documents import BlockTable
 
 _MAP_BYTES = 256 * 2**20
-"""Most memory for the map of readers."""
+"""Most memory for the map of inverse."""
 _NONE = tl.constexpr(0x7FFFFFFF)
 
 
-def unions(indices: Tensor, tile_tokens: int, block_size: int, table: BlockTable) -> Unions:
+def forward_index(
+    indices: Tensor, tile_tokens: int, block_size: int, table: BlockTable
+) -> ForwardIndex:
     """The blocks that each tile of `tile_tokens` tokens reads; indices int32 [R, tokens, K]."""
     rows, tokens, selected = indices.shape
     tiles = triton.cdiv(tokens, tile_tokens)
-    capacity = union_capacity(tile_tokens, selected, len(table))
+    capacity = forward_capacity(tile_tokens, selected, len(table))
     slots = triton.next_power_of_2(selected)
     codes = max(4, slots * tile_tokens)
     starts, bits = (indices.new_empty(rows, tiles, capacity) for _ in range(2))
     counts = indices.new_empty(rows, tiles)
-    union_kernel[(tiles, rows)](
+    forward_index_kernel[(tiles, rows)](
         indices, *_table_arguments(table, indices), table.first, starts, bits, counts,
         tokens, selected, capacity,
         PACKED=table.packed, TOKENS=tile_tokens, SLOTS=slots, BLOCK=block_size, CODES=codes,
         num_warps=max(1, min(8, codes // 256)),
     )  # fmt: skip
-    return Unions(starts, bits, counts)
+    return ForwardIndex(starts, bits, counts)
 
 
-def readers(
-    unions: Unions,
+def inverse_index(
+    forward: ForwardIndex,
     tile_tokens: int,
     block_size: int,
     table: BlockTable,
     selected: int,
     segment_tokens: int,
-) -> Readers:
+) -> InverseIndex:
     """The parts, half a tile each, that read each block; `selected` is K."""
-    rows, tiles, capacity = unions.starts.shape
+    rows, tiles, capacity = forward.starts.shape
     blocks, part_tokens = len(table), tile_tokens // 2
     entries = rows * blocks
     dtype = torch.uint8 if tile_tokens <= 8 else torch.int16 if tile_tokens <= 16 else torch.int32
     entries_per_pass = max(1, min(entries, _MAP_BYTES // (tiles * dtype.itemsize)))
-    marks = unions.starts.new_empty(entries_per_pass, tiles, dtype=dtype)
+    marks = forward.starts.new_empty(entries_per_pass, tiles, dtype=dtype)
     segments = triton.cdiv(tiles * tile_tokens, segment_tokens)
-    counts = unions.counts.new_empty(entries, segments)
-    ends = unions.counts.new_empty(entries, dtype=torch.int64)
-    places = reader_capacity(rows, tiles, tile_tokens, selected, blocks)
-    part, bits = (unions.starts.new_empty(places) for _ in range(2))
+    counts = forward.counts.new_empty(entries, segments)
+    ends = forward.counts.new_empty(entries, dtype=torch.int64)
+    places = inverse_capacity(rows, tiles, tile_tokens, selected, blocks)
+    part, bits = (forward.starts.new_empty(places) for _ in range(2))
     step = min(1024, triton.next_power_of_2(tiles))
     counting = min(step, triton.next_power_of_2(segment_tokens // tile_tokens))
     for first in range(0, entries, entries_per_pass):
@@ -68,7 +76,7 @@ def readers(
         first_row, last_row = first // blocks, (stop - 1) // blocks
         marks.zero_()
         map_kernel[(tiles, last_row - first_row + 1)](
-            unions.starts, unions.bits, unions.counts, _table_arguments(table, counts)[1], marks,
+            forward.starts, forward.bits, forward.counts, _table_arguments(table, counts)[1], marks,
             first_row, first, stop, blocks, tiles, capacity,
             PACKED=table.packed, BLOCK=block_size, STEP=min(64, triton.next_power_of_2(capacity)),
             num_warps=1,
@@ -84,26 +92,28 @@ def readers(
             marks, table.first, ends, part, bits, first, blocks, tiles,
             PART=part_tokens, STEP=step, num_warps=4,
         )  # fmt: skip
-    return Readers(part, bits, counts, ends)
+    return InverseIndex(part, bits, counts, ends)
 
 
-def chunks(readers: Readers, table: BlockTable, segments: int, most: int, least: int) -> Chunks:
-    """The readers in pieces, `most` at most, of at least `least` except the last of a block."""
-    counts = readers.counts
+def work_items(
+    inverse: InverseIndex, table: BlockTable, segments: int, most: int, least: int
+) -> WorkItems:
+    """The inverse index in `most` items at most, of `least` parts but for the last of a block."""
+    counts = inverse.counts
     rows = counts.shape[0] // len(table)
     at_work = counts.new_empty(rows, segments, len(table))
     entry, after = counts.new_zeros(most), counts.new_full((most,), -2)
-    first, stop = (readers.ends.new_zeros(most) for _ in range(2))
+    first, stop = (inverse.ends.new_zeros(most) for _ in range(2))
     number = at_work
     for write in (False, True):
-        chunk_kernel[(triton.cdiv(counts.shape[0], 64),)](
-            counts, readers.ends, table.first, table.stop, at_work, number,
+        work_item_kernel[(triton.cdiv(counts.shape[0], 64),)](
+            counts, inverse.ends, table.first, table.stop, at_work, number,
             entry, first, stop, after, counts.shape[0], len(table), segments, least,
             WRITE=write, ENTRIES=64, num_warps=2,
         )  # fmt: skip
         if not write:
             number = at_work.flatten().cumsum(0, dtype=torch.int32)
-    return Chunks(entry, first, stop, after)
+    return WorkItems(entry, first, stop, after)
 
 
 def _table_arguments(table: BlockTable, unused: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,7 +130,7 @@ def _join(left_number, left_bits, right_number, right_bits):
 
 
 @triton.jit
-def union_kernel(
+def forward_index_kernel(
     indices, document_start, block_number, block_first, starts, bits, counts,
     tokens, selected, capacity,
     PACKED: tl.constexpr, TOKENS: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
@@ -134,15 +144,15 @@ def union_kernel(
     offset, slot = place // SLOTS, place % SLOTS
     token = tile * TOKENS + offset
     inside = (offset < TOKENS) & (slot < selected) & (token < tokens)
-    pick = tl.load(indices + (row * tokens + token) * selected + slot, mask=inside, other=-1)
+    block_id = tl.load(indices + (row * tokens + token) * selected + slot, mask=inside, other=-1)
     begin, before = 0, 0
     if PACKED:
         begin = tl.load(document_start + token, mask=inside, other=0)
         before = tl.load(block_number + begin, mask=inside, other=0)
-    chosen = inside & (pick >= 0) & (begin + pick * BLOCK <= token)
+    chosen = inside & (block_id >= 0) & (begin + block_id * BLOCK <= token)
 
-    # Block first, token second; what is not picked sorts last.
-    code = tl.sort(tl.where(chosen, (before + pick) * TOKENS + offset, _NONE))
+    # Block first, token second; what is not selected sorts last.
+    code = tl.sort(tl.where(chosen, (before + block_id) * TOKENS + offset, _NONE))
     valid = code != _NONE
     number = code // TOKENS
     members = tl.full([CODES], 1, tl.int32) << (code % TOKENS)
@@ -206,10 +216,10 @@ def count_kernel(
     stop = tl.minimum(begin + segment, tiles)
     # No token before the block reads it.
     begin = tl.maximum(begin, tl.load(block_first + entry % blocks) // (2 * PART))
-    total = tl.zeros([2 * STEP], tl.int32)
+    count = tl.zeros([2 * STEP], tl.int32)
     for tile in range(begin, stop, STEP):
-        total += (_parts(row, tile, stop, PART, STEP) != 0).to(tl.int32)
-    tl.store(counts + entry * tl.num_programs(1) + tl.program_id(1), tl.sum(total, 0))
+        count += (_parts(row, tile, stop, PART, STEP) != 0).to(tl.int32)
+    tl.store(counts + entry * tl.num_programs(1) + tl.program_id(1), tl.sum(count, 0))
 
 
 @triton.jit
@@ -231,15 +241,15 @@ def compact_kernel(
 
 
 @triton.jit
-def chunk_kernel(
-    counts, ends, block_first, block_stop, at_work, number, chunk_entry, chunk_first, chunk_stop,
-    chunk_after, entries, blocks, segments, least,
+def work_item_kernel(
+    counts, ends, block_first, block_stop, at_work, number, item_entry, item_first, item_stop,
+    item_after, entries, blocks, segments, least,
     WRITE: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    """Walk over the segments of ENTRIES blocks and cut their readers into pieces.
+    """Go through the segments of ENTRIES blocks and cut the parts that read them into items.
 
-    The first time at_work [R, C, NT] says in which segments a piece ends, the second time `number`
-    is its running sum and the pieces are written to their places.
+    The first time at_work [R, C, NT] says in which segments an item ends, the second time `number`
+    is its running sum and the items are written to their places.
     """
     entry = tl.program_id(0) * ENTRIES + tl.arange(0, ENTRIES)
     inside = entry < entries
@@ -258,10 +268,10 @@ def chunk_kernel(
         here = cell + segment * blocks
         if WRITE:
             own = tl.load(number + here, mask=enough, other=0) - 1
-            tl.store(chunk_entry + own, entry, mask=enough)
-            tl.store(chunk_first + own, taken, mask=enough)
-            tl.store(chunk_stop + own, place, mask=enough)
-            tl.store(chunk_after + own, latest, mask=enough)
+            tl.store(item_entry + own, entry, mask=enough)
+            tl.store(item_first + own, taken, mask=enough)
+            tl.store(item_stop + own, place, mask=enough)
+            tl.store(item_after + own, latest, mask=enough)
         else:
             own = tl.zeros([ENTRIES], tl.int32)
             tl.store(at_work + here, enough.to(tl.int32), mask=inside)

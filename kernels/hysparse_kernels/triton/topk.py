@@ -130,17 +130,17 @@ def group_scores_kernel(
     valid = (index // PACK < TOKENS) & (place < tokens) & (head < HEADS)
     token = first_token + place
     stat = (batch * groups * HEADS + kv * HEADS + head) * sequence + token
-    log_total = tl.load(lse + stat, mask=valid, other=0.0) * 1.4426950408889634
+    lse_i = tl.load(lse + stat, mask=valid, other=0.0) * 1.4426950408889634
     begin = 0
     if PACKED:
         begin = tl.load(document_start + token, mask=valid, other=0)[None, :]
     block = tl.program_id(2) * CHUNK + tl.arange(0, CHUNK)
-    # Blocks after the token were never walked over: nothing was written there.
-    walked = begin + (block * BLOCK)[:, None] <= token[None, :]
+    # Blocks after the token were never visited: nothing was written there.
+    visited = begin + (block * BLOCK)[:, None] <= token[None, :]
     where = ((row * num_blocks + block[:, None]) * tokens + place[None, :]) * PACK + head[None, :]
-    raw = tl.load(maxima + where, mask=walked & valid[None, :] & (block < num_blocks)[:, None],
+    raw = tl.load(maxima + where, mask=visited & valid[None, :] & (block < num_blocks)[:, None],
                   other=float("-inf"))  # fmt: skip
-    best = tl.max(tl.reshape(raw - log_total[None, :], [CHUNK, TOKENS, PACK]), 2)
+    best = tl.max(tl.reshape(raw - lse_i[None, :], [CHUNK, TOKENS, PACK]), 2)
     places = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     out = scores + (row * tokens + places[None, :]) * num_blocks + block[:, None]
     tl.store(out, best, mask=(places < tokens)[None, :] & (block < num_blocks)[:, None])
