@@ -95,6 +95,10 @@ def _kernel_layout(tensor: Tensor) -> Tensor:
     return tensor.transpose(0, 1)
 
 
+def _kernel_layouts(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _kernel_layout(query), _kernel_layout(key), _kernel_layout(value)
+
+
 def _selection_rule(model: ModelConfig, groups: RunGroups) -> dict[str, Any]:
     """The same in training and generation."""
     shared_heads = groups.kv_sharing is not None
@@ -152,9 +156,7 @@ class TrainingAttend:
     ) -> tuple[Tensor, Tensor | None]:
         with record_function(FULL_ATTENTION):
             result = oracle_attention(
-                _kernel_layout(query),
-                _kernel_layout(key),
-                _kernel_layout(value),
+                *_kernel_layouts(query, key, value),
                 **_selection_rule(self.config.architecture, self.groups),
                 select=select and not again,
                 cu_seqlens=self.documents,
@@ -197,9 +199,7 @@ class TrainingAttend:
     ) -> Tensor:
         with record_function(SPARSE_ATTENTION):
             sparse = block_sparse_attention(
-                _kernel_layout(query),
-                _kernel_layout(key),
-                _kernel_layout(value),
+                *_kernel_layouts(query, key, value),
                 block_indices,
                 block_size=self.config.architecture.block_size,
                 sink=sparse_sink,
@@ -229,9 +229,7 @@ class TrainingAttend:
     ) -> Tensor:
         with record_function(SPARSE_ATTENTION):
             return sliding_window_attention(
-                _kernel_layout(query),
-                _kernel_layout(key),
-                _kernel_layout(value),
+                *_kernel_layouts(query, key, value),
                 window=self.window_of(layer),
                 sink=sink,
                 cu_seqlens=self.documents,
@@ -288,9 +286,7 @@ class CachedAttend:
         """See `Attend`."""
         cache = cast(TokenCache, self.caches[layer])
         output, indices = cached_full_attention(
-            _kernel_layout(query),
-            _kernel_layout(key),
-            _kernel_layout(value),
+            *_kernel_layouts(query, key, value),
             cache,
             self.chunk,
             **_selection_rule(self.config.architecture, self.groups),
@@ -312,9 +308,7 @@ class CachedAttend:
         """See `Attend`."""
         model = self.config.architecture
         return cached_sparse_attention(
-            _kernel_layout(query),
-            _kernel_layout(key),
-            _kernel_layout(value),
+            *_kernel_layouts(query, key, value),
             _kernel_layout(gates[0]),
             _kernel_layout(gates[1]),
             *cast(CachedSelection, shared),
@@ -332,9 +326,7 @@ class CachedAttend:
     ) -> Tensor:
         """See `Attend`."""
         return cached_window_attention(
-            _kernel_layout(query),
-            _kernel_layout(key),
-            _kernel_layout(value),
+            *_kernel_layouts(query, key, value),
             cast(WindowCache, self.caches[layer]),
             self.chunk,
             window=self.config.architecture.window,
