@@ -134,23 +134,25 @@ def _sample(config: Config) -> tuple[Tensor, str, int]:
 
 def _read(model: torch.nn.Module, tokens: Tensor) -> tuple[dict[int, Tensor], float]:
     """Block indices int32 [HKV, S, K] by oracle layer, and the loss on this text, in nats."""
-    from hysparse_megatron.model.attention import FullAttention
-    from hysparse_megatron.model.sharing import Shared, SharedAttention
+    from hysparse_megatron.model.attend import TrainingAttend
+    from hysparse_megatron.model.sharing import SharedAttention
+    from hysparse_megatron.model.stack import attending_with
 
     found: dict[int, Tensor] = {}
 
-    def keep(layer: FullAttention, _arguments: Any, output: tuple[Any, Shared | None]) -> None:
-        _, shared = output
-        if isinstance(shared, SharedAttention) and shared.block_indices is not None:
-            found[layer.index] = shared.block_indices[0].cpu()
+    class Kept(TrainingAttend):
+        def full(
+            self, layer: int, query: Tensor, key: Tensor, value: Tensor
+        ) -> tuple[Tensor, SharedAttention | None]:
+            output, shared = super().full(layer, query, key, value)
+            if shared is not None and shared.block_indices is not None:
+                found[layer] = shared.block_indices[0].cpu()
+            return output, shared
 
-    for module in model.modules():
-        if isinstance(module, FullAttention):
-            module.register_forward_hook(keep)
     model.eval()
     inputs, labels = tokens[:, :-1], tokens[:, 1:]
     positions = torch.arange(inputs.shape[1], device=tokens.device)[None]
-    with torch.no_grad():
+    with torch.no_grad(), attending_with([model], Kept):
         loss = model(inputs, positions, None, labels=labels).float().mean()
     return found, float(loss)
 
