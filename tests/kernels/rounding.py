@@ -188,18 +188,18 @@ class _Group:
         """Query [T, G, D], key [S, 1, D], value [S, 1, DV] and sink [G], of grad [T, G, DV]."""
         unit, weights, key, value = self.unit, self.weights, self.key, self.value
         summed = unit.summed**2
-        pulled = torch.einsum("tgd,sd->tgs", grad, value)
+        dp = torch.einsum("tgd,sd->tgs", grad, value)
         terms = torch.einsum("tgd,sd->tgs", grad.abs(), value.abs())
-        delta = (weights * pulled).sum(-1, keepdim=True)
-        on_delta = (self.on_weights * pulled**2).sum(-1, keepdim=True) + delta**2 * self.on_lse
+        delta = (weights * dp).sum(-1, keepdim=True)
+        on_delta = (self.on_weights * dp**2).sum(-1, keepdim=True) + delta**2 * self.on_lse
         on_delta += unit.stored**2 * (grad * self.output).square().sum(-1, keepdim=True)
         sizes = (weights * terms).sum(-1, keepdim=True)
         on_delta += summed * (value.shape[-1] + self.count) * sizes**2
 
-        apart = pulled - delta
+        apart = dp - delta
         d_logits = weights * apart
-        on_pulled = summed * (value.shape[-1] * terms**2 + pulled**2 + delta**2)
-        on_d_logits = weights**2 * (apart**2 * (self.on_logits + unit.stored**2) + on_pulled)
+        on_dp = summed * (value.shape[-1] * terms**2 + dp**2 + delta**2)
+        on_d_logits = weights**2 * (apart**2 * (self.on_logits + unit.stored**2) + on_dp)
         on_d_logits += unit.underflow**2 * self.seen
 
         sizes = torch.einsum("tgs,sd->tgd", d_logits.abs(), key.abs())
