@@ -192,6 +192,7 @@ def _wait(
     """Wait until all shards are there; `state` says why they will not be."""
     told = set(work.done())
     while len(told) < len(work.units):
+        began = time.monotonic()
         ended = state()
         now = set(work.done())
         advance(sum(map(work.unit_bytes, now - told)))
@@ -199,8 +200,8 @@ def _wait(
         _raise_failure(work)
         if ended is not None and len(told) < len(work.units):
             raise HySparseError(ended)
-        if len(told) < len(work.units):
-            time.sleep(poll_seconds)
+        if len(told) < len(work.units):  # a folder of many shards is not looked at all the time
+            time.sleep(max(poll_seconds, 5 * (time.monotonic() - began)))
 
 
 def _raise_failure(work: Work) -> None:
