@@ -99,6 +99,9 @@ def test_the_wheel_holds_presets_tools_and_license(tmp_path: Path) -> None:
     for name in ("conf/config.yaml", "launch/train.sbatch.j2", "tools/study/claims.yaml"):
         assert f"hysparse_megatron/{name}" in names
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+    kernels = ROOT / "kernels"
+    modules = (kernels / "hysparse_kernels").rglob("*.py")
+    assert {path.relative_to(kernels).as_posix() for path in modules} <= set(names)
     tops = {name.partition("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {
         "hysparse_kernels",
