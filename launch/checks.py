@@ -162,7 +162,7 @@ def _raw(path: str | None) -> Finding:
 
 
 def _text_bytes(path: str | None) -> int:
-    sources = standard_library()[1] if path is None else list_sources([path])
+    sources = standard_library()[0] if path is None else list_sources([path])
     return sum(source.size_bytes for source in sources)
 
 

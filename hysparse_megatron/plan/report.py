@@ -42,25 +42,7 @@ def as_values(overview: Overview) -> dict[str, Any]:
             "forward": overview.flops.total,
             "training": overview.training_flops_per_token,
         },
-        "stages": [
-            {
-                "stage": index,
-                "pp_rank": index % overview.plan.pp,
-                "chunk": index // overview.plan.pp,
-                "first_layer": stage.layers.start,
-                "num_layers": len(stage.layers),
-                "kinds": stage.kinds,
-                "forward_flops_per_microbatch": stage.forward_flops,
-                "cut": None
-                if stage.cut is None
-                else {
-                    "oracle": stage.cut.oracle,
-                    "hidden_bytes": stage.cut.hidden_bytes,
-                    "shared_bytes": stage.cut.shared_bytes,
-                },
-            }
-            for index, stage in enumerate(overview.stages)
-        ],
+        "stages": [_stage_values(overview, index) for index in range(len(overview.stages))],
         "ranks": [_rank_values(index, rank) for index, rank in enumerate(overview.ranks)],
         "peak_bytes": overview.peak_bytes,
         "checkpoint_bytes": overview.checkpoint_bytes,
@@ -75,6 +57,25 @@ def as_values(overview: Overview) -> dict[str, Any]:
             }
             for row in overview.cache
         ],
+    }
+
+
+def _stage_values(overview: Overview, index: int) -> dict[str, Any]:
+    stage = overview.stages[index]
+    cut = stage.cut and {
+        "oracle": stage.cut.oracle,
+        "hidden_bytes": stage.cut.hidden_bytes,
+        "shared_bytes": stage.cut.shared_bytes,
+    }
+    return {
+        "stage": index,
+        "pp_rank": index % overview.plan.pp,
+        "chunk": index // overview.plan.pp,
+        "first_layer": stage.layers.start,
+        "num_layers": len(stage.layers),
+        "kinds": stage.kinds,
+        "forward_flops_per_microbatch": stage.forward_flops,
+        "cut": cut,
     }
 
 

@@ -82,18 +82,17 @@ def train(
         _evaluate(state, evaluations, progress.step, hooks, watch)
         watch.stop_before_first_step()
     for step in range(progress.step, train_config.steps):
-        started = time.monotonic()
+        started, done = time.monotonic(), step + 1
         microbatches = list(batches.microbatches(position))
         data_seconds = time.monotonic() - started
         result = train_step(state, step, microbatches, decide)
-        done = step + 1
         guard.record(result.loss, result.grad_norm, result.skipped)
         seconds = time.monotonic() - started
         watch.deadline.saw_step(seconds)
         told = result.skipped or state.config.debug.log_sample_ids
         ids = batches.sample_ids(position).tolist() if told else []
-        before, position = position, batches.after(position)
-        passed = (before.samples, position.samples)
+        before, position = position.samples, batches.after(position)
+        passed = (before, position.samples)
         _report(state, done, passed, result, seconds, data_seconds, guard, ids, hooks)
         if not result.skipped:
             hooks.on_good_step()
@@ -101,11 +100,7 @@ def train(
         if step == progress.step:
             hooks.on_first_step()
         if guard.is_lost:
-            raise NumericalStop(
-                f"{guard.in_a_row} bad steps in a row up to step {done}: {result.bad}; the samples "
-                f"of the last one: {ids}. The newest checkpoint is from before; lower "
-                "optim.learning_rate or look at the data"
-            )
+            raise _lost(guard, done, result, ids)
         last = done == train_config.steps
         evaluation_due = False
         if last:
@@ -123,6 +118,14 @@ def train(
             saved = done
         if watch.stopping and not last:
             raise watch.ending(f"after step {done}; saved at step {saved}")
+
+
+def _lost(guard: Guard, done: int, result: StepResult, ids: list[int]) -> NumericalStop:
+    return NumericalStop(
+        f"{guard.in_a_row} bad steps in a row up to step {done}: {result.bad}; the samples "
+        f"of the last one: {ids}. The newest checkpoint is from before; lower "
+        "optim.learning_rate or look at the data"
+    )
 
 
 def _report(

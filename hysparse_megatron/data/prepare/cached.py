@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
 from collections.abc import Callable, Sequence
 
@@ -15,7 +17,7 @@ from hysparse_megatron.data.prepare.request import (
 )
 from hysparse_megatron.data.prepare.run import prepare
 from hysparse_megatron.data.prepare.sources import Source, standard_library
-from hysparse_megatron.data.tokenizer import choose_tokenizer
+from hysparse_megatron.data.tokenizer import TokenizerChoice, choose_tokenizer
 from hysparse_megatron.errors import DataError
 from hysparse_megatron.files import sha256_of
 
@@ -40,8 +42,7 @@ def prepare_corpus(
 ) -> PreparedCorpus:
     """Tokenize a corpus into a training and a validation split, or find it done.
 
-    Any number of processes may ask for the same corpus at once: one prepares it, all get it. The
-    same files elsewhere, or with other times, are the same corpus.
+    Any number of processes may ask at once. The same files elsewhere are the same corpus.
 
     Args:
         path: a file, a folder, or None for Python's standard library; see `list_sources`. A folder
@@ -51,10 +52,10 @@ def prepare_corpus(
         vocab_size: of a tokenizer trained here, at most: a small corpus may give fewer ids. A
             given tokenizer has its own; the result's `vocab_size` says how many.
         validation_fraction, seed, text_key: see `PrepareRequest`.
-        max_bad_documents: to leave out before the corpus is refused. The standard library has no
-            limit: it is the same for everyone, and a distribution may ship a file that is no UTF-8.
-        progress: is told what is being done, one line at a time. What it raises ends the
-            preparation; the same call goes on with it.
+        max_bad_documents: to leave out before the corpus is refused; any number of the standard
+            library, where a distribution may ship a file that is no UTF-8.
+        progress: is told what is being done. What it raises ends the preparation; the same call
+            goes on with it.
         lock_timeout_seconds: longest wait for another process that prepares the same.
 
     Raises:
@@ -64,45 +65,44 @@ def prepare_corpus(
     """
     tokenizer = None if tokenizer_path is None else choose_tokenizer(tokenizer_path)
     if path is not None and os.path.isfile(os.path.join(path, CARD_NAME)):
-        # Every rank would read every token, for hours: ids are looked at as samples are read.
-        prepared = load_prepared(path, check_tokens=False)
-        if tokenizer is not None and tokenizer.sha256() != prepared.tokenizer_sha256:
-            raise DataError(
-                f"{tokenizer_path}: is not the tokenizer that {path} was prepared with; "
-                f"leave it out to use {prepared.tokenizer_path}"
-            )
-        return prepared
-    if path is None:
-        description, sources = standard_library()
-    else:
-        sources, description = sources_of([path], cache_dir)
+        return _given(path, tokenizer)
+    sources, description = _sources(path, cache_dir)
     request = PrepareRequest(
-        sources,
-        "",
-        tokenizer,
-        vocab_size,
-        text_key,
-        validation_fraction,
-        seed,
+        sources, "", tokenizer, vocab_size, text_key, validation_fraction, seed,
         description=description,
-    )
+    )  # fmt: skip
     max_bad = None if path is None else max_bad_documents
     key = hash_of([request.identity(), _contents(sources), max_bad])[:20]
     output = os.path.join(os.path.abspath(cache_dir), key)
     if os.path.isdir(output):
-        try:
+        # What is damaged is looked at again below, when nobody else can be replacing it.
+        with contextlib.suppress(DataError):
             return load_prepared(output, check_tokens=False)
-        except DataError:
-            pass  # looked at again below, when nobody else can be replacing it
     made = prepare(
-        PrepareRequest(**{**request.__dict__, "output": output}),
+        dataclasses.replace(request, output=output),
         max_bad=max_bad,
         repair=True,
         lock_timeout_seconds=lock_timeout_seconds,
         progress=Lines(progress or (lambda line: None)),
     )
-    assert made is not None
+    assert made is not None  # as the cache is local
     return made
+
+
+def _given(path: str, tokenizer: TokenizerChoice | None) -> PreparedCorpus:
+    """A prepared folder. Raises DataError if it is damaged or of another tokenizer."""
+    # Every rank would read every token, for hours: ids are looked at as samples are read.
+    prepared = load_prepared(path, check_tokens=False)
+    if tokenizer is not None and tokenizer.sha256() != prepared.tokenizer_sha256:
+        raise DataError(
+            f"{tokenizer.path}: is not the tokenizer that {path} was prepared with; "
+            f"leave it out to use {prepared.tokenizer_path}"
+        )
+    return prepared
+
+
+def _sources(path: str | None, cache_dir: str) -> tuple[tuple[Source, ...], str]:
+    return standard_library() if path is None else sources_of([path], cache_dir)
 
 
 def _contents(sources: Sequence[Source]) -> list[str]:

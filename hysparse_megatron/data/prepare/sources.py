@@ -110,7 +110,7 @@ def list_sources(inputs: Sequence[str], kind: str | None = None) -> tuple[Source
     return tuple(sources)
 
 
-def standard_library() -> tuple[str, tuple[Source, ...]]:
+def standard_library() -> tuple[tuple[Source, ...], str]:
     """The sample text that is on every machine: Python's modules without tests, and their name."""
     root = sysconfig.get_path("stdlib")
     found: list[_File] = []
@@ -120,7 +120,7 @@ def standard_library() -> tuple[str, tuple[Source, ...]]:
             found.append((path, name.partition("/")[2], size, version))
     found.sort(key=lambda file: file[1])
     version = f"{platform.python_implementation()} {platform.python_version()}"
-    return f"{version} standard library", tuple(_source(*file, None) for file in found)
+    return tuple(_source(*file, None) for file in found), f"{version} standard library"
 
 
 _File = tuple[str, str, int, str]

@@ -78,24 +78,8 @@ def check_indexed(prefix: str, *, may_be_empty: bool = False) -> IndexSummary:
         DataError: names the file and the offset in bytes where it stops being valid.
     """
     index_path, token_path = f"{prefix}.idx", f"{prefix}.bin"
-    index_bytes, token_bytes = _size(index_path), _size(token_path)
-    with open(index_path, "rb") as stream:
-        header = stream.read(HEADER.size)
-    if len(header) < HEADER.size:
-        raise DataError(f"{index_path}: header cut off at offset {len(header)}")
-    magic, version, code, num_sequences, num_borders = HEADER.unpack(header)
-    if magic != MAGIC:
-        raise DataError(f"{index_path}: not a Megatron index (bad header at offset 0)")
-    if version != 1:
-        raise DataError(f"{index_path}: index version {version} at offset 9, expected 1")
-    if code not in TOKEN_DTYPES:
-        raise DataError(f"{index_path}: token type code {code} at offset 17 is no token type")
-    expected_bytes = HEADER.size + num_sequences * (4 + 8) + num_borders * 8
-    if index_bytes < expected_bytes:
-        raise DataError(
-            f"{index_path}: ends at offset {index_bytes}, its header announces {expected_bytes}"
-        )
-    dtype = TOKEN_DTYPES[code]
+    token_bytes = _size(token_path)
+    dtype, num_sequences, num_borders = _read_header(index_path)
     if num_sequences == 0 and not may_be_empty:
         raise DataError(f"{index_path}: holds no document (offset 18)")
 
@@ -131,6 +115,28 @@ def check_indexed(prefix: str, *, may_be_empty: bool = False) -> IndexSummary:
             f"the bytes from offset {end} belong to no document"
         )
     return IndexSummary(dtype, num_borders - 1, end // dtype().itemsize)
+
+
+def _read_header(index_path: str) -> tuple[type[np.integer], int, int]:
+    """Token type, number of sequences and of document borders. Raises DataError."""
+    index_bytes = _size(index_path)
+    with open(index_path, "rb") as stream:
+        header = stream.read(HEADER.size)
+    if len(header) < HEADER.size:
+        raise DataError(f"{index_path}: header cut off at offset {len(header)}")
+    magic, version, code, num_sequences, num_borders = HEADER.unpack(header)
+    if magic != MAGIC:
+        raise DataError(f"{index_path}: not a Megatron index (bad header at offset 0)")
+    if version != 1:
+        raise DataError(f"{index_path}: index version {version} at offset 9, expected 1")
+    if code not in TOKEN_DTYPES:
+        raise DataError(f"{index_path}: token type code {code} at offset 17 is no token type")
+    expected_bytes = HEADER.size + num_sequences * (4 + 8) + num_borders * 8
+    if index_bytes < expected_bytes:
+        raise DataError(
+            f"{index_path}: ends at offset {index_bytes}, its header announces {expected_bytes}"
+        )
+    return TOKEN_DTYPES[code], num_sequences, num_borders
 
 
 def document_ends(

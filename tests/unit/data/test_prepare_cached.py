@@ -368,7 +368,7 @@ def test_what_progress_raises_is_gone_on_with(tmp_path: Path, shared_source: Pat
 
 
 def test_standard_library_is_the_default_corpus(tmp_path: Path) -> None:
-    description, sources = standard_library()
+    sources, description = standard_library()
     names = [source.name for source in sources]
     assert names == sorted(names)
     assert {"abc.py", "asyncio/__init__.py", "json/decoder.py"} <= set(names)
