@@ -85,7 +85,7 @@ def test_a_rank_without_memory(left: int, new_run: NewRun) -> None:
 
 def test_nothing_outlives_a_killed_launcher_and_its_lock_is_stale(new_run: NewRun) -> None:
     run = new_run()
-    command = run.start("train.steps=100000")
+    command = run.start("train.steps=100000", "tracking.log_interval=1")
     command.wait_for("step      3/100000")
     second = run.start(*short(5))
     assert second.finish() == 2, second.output
