@@ -31,6 +31,9 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(number, signal.SIG_DFL)
     # In the environment, so that the workers of pytest-xdist take the same.
     os.environ.setdefault(SEED, str(random.SystemRandom().randrange(2**31)))
+    # megatron-core lets torch compile its element-wise functions, anew in every process of a test;
+    # without the compiler they are the same functions. `make train` runs with it.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
 def pytest_report_header(config: pytest.Config) -> str:

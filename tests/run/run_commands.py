@@ -58,16 +58,13 @@ def write_text(folder: Path, seed: int) -> Path:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """This process's, without what a launcher or a tracker may have left in it.
-
-    Without torch's compiler too: its imports are a fifth of each start.
-    """
+    """This process's, without what a launcher or a tracker may have left in it."""
     kept = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith((*_LAUNCHER_VARIABLES, "SLURM_", "WANDB_"))
     }
-    return {**kept, "PYTHONUNBUFFERED": "1", "TORCHDYNAMO_DISABLE": "1", **more}
+    return {**kept, "PYTHONUNBUFFERED": "1", **more}
 
 
 class Command:
