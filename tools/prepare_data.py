@@ -142,6 +142,11 @@ def _prepare(args: argparse.Namespace, progress: Progress) -> PreparedCorpus | N
             raise ConfigError(f"--{option.replace('_', '-')}: got {value}; allowed at least 1")
     executor = _executor(args)
     tokenizer = args.tokenizer and choose_tokenizer(args.tokenizer, args.end_of_document)
+    if args.end_of_document and (tokenizer is None or tokenizer.path is None):
+        raise ConfigError(
+            "--end-of-document: is for a tokenizer with a file; bytes and one that is trained here "
+            "have their own"
+        )
     sources, description = sources_of(args.inputs, args.output, args.format)
     request = PrepareRequest(
         sources=sources,
@@ -165,6 +170,8 @@ def _prepare(args: argparse.Namespace, progress: Progress) -> PreparedCorpus | N
 
 
 def _executor(args: argparse.Namespace) -> Executor:
+    if args.executor != "slurm" and (args.slurm_partition or args.slurm_option):
+        raise ConfigError("--slurm-partition, --slurm-option: are for --executor slurm")
     if args.executor == "local":
         return LocalProcesses(args.workers or len(os.sched_getaffinity(0)))
     tasks = args.workers or 64

@@ -93,6 +93,9 @@ BAD = [
     (["--verify"], 5, "dataset.json: cannot be read"),
     (["INPUT", "--tokenizer", "bytes", "--vocab-size", "300"], 2, "--vocab-size: is for training"),
     (["INPUT", "--tokenizer", "bytes", "--executor", "slurm"], 2, "--slurm-partition: missing"),
+    (["INPUT", "--tokenizer", "bytes", "--slurm-partition", "x"], 2, "are for --executor slurm"),
+    (["INPUT", "--tokenizer", "bytes", "--end-of-document", "x"], 2, "--end-of-document: is for"),
+    (["INPUT", "--vocab-size", "300", "--end-of-document", "x"], 2, "--end-of-document: is for"),
 ]
 
 
