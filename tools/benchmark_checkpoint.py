@@ -101,6 +101,8 @@ def measure(state: TrainingState, directory: Path, repeats: int) -> dict[str, An
             if repeat:  # the first save of all takes the memory that later ones reuse
                 found[kind]["waited"].append(waited)
                 found[kind]["extra"].append(extra)
+    for saver in savers.values():
+        saver.finish()  # older checkpoints are deleted beside training
 
     def size() -> int:
         files = store.read_manifest(store.step_directory(directory, number))["files"]
