@@ -1,20 +1,22 @@
 """Checks of what callers pass in: each raises ValueError with what, got and expected.
 
-Shapes: B batch, S sequence, HQ query heads, HKV KV groups, D query/key head dim, DV value head
-dim, N blocks, K selected.
+Shapes: B batch, S queries of a row, Sk keys of a row, HQ query heads, HKV KV groups, D query/key
+head dim, DV value head dim, N blocks, K selected.
 """
 
 import torch
 from torch import Tensor
 
 from hysparse_kernels.block_lists import BlockLists
+from hysparse_kernels.query_range import QueryRange
 
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 """As limits.py writes them."""
 
 
-def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
-    """query [B,S,HQ,D], key [B,S,HKV,D], value [B,S,HKV,DV]: one float dtype, one device."""
+def check_qkv(query: Tensor, key: Tensor, value: Tensor, query_start: int = 0) -> None:
+    """query [B,S,HQ,D], key [B,Sk,HKV,D], value [B,Sk,HKV,DV]: one float dtype, one device, and
+    keys up to the last query, which stands at query_start + S - 1."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 4 or 0 in tensor.shape:
             raise ValueError(
@@ -29,15 +31,21 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
                 f" {query.dtype} on {query.device}"
             )
     batch, length, heads, head_dim = query.shape
-    groups = key.shape[2]
-    if key.shape != (batch, length, groups, head_dim):
+    keys, groups = key.shape[1:3]
+    if key.shape != (batch, keys, groups, head_dim):
         raise ValueError(
-            f"key: got shape {_shape(key)}, expected [{batch}, {length}, groups, {head_dim}]"
+            f"key: got shape {_shape(key)}, expected [{batch}, keys, groups, {head_dim}]"
             f" to match the query {_shape(query)}"
+        )
+    if keys < query_start + length:
+        raise ValueError(
+            f"key: got {keys} keys a row, expected at least {query_start + length}: the {length}"
+            f" queries stand at positions {query_start} to {query_start + length - 1} (query_start"
+            f" = {query_start})"
         )
     if value.shape[:3] != key.shape[:3]:
         raise ValueError(
-            f"value: got shape {_shape(value)}, expected [{batch}, {length}, {groups}, any]"
+            f"value: got shape {_shape(value)}, expected [{batch}, {keys}, {groups}, any]"
             f" to match the key {_shape(key)}"
         )
     if heads % groups:
@@ -66,15 +74,15 @@ def check_sink(sink: Tensor | None, query: Tensor) -> None:
         )
 
 
-def check_block_indices(block_indices: Tensor, key: Tensor, block_size: int) -> None:
+def check_block_indices(block_indices: Tensor, query: Tensor, key: Tensor, block_size: int) -> None:
     """int32 [B, HKV, S, K] with ids below N; the ids are read only where that is free (on CPU)."""
-    batch, length, groups, _ = key.shape
+    batch, length, groups, queries = *key.shape[:3], query.shape[1]
     if block_indices.dtype != torch.int32:
         raise ValueError(f"block_indices: got dtype {block_indices.dtype}, expected torch.int32")
-    if block_indices.dim() != 4 or block_indices.shape[:3] != (batch, groups, length):
+    if block_indices.dim() != 4 or block_indices.shape[:3] != (batch, groups, queries):
         raise ValueError(
             f"block_indices: got shape {_shape(block_indices)}, expected"
-            f" [{batch}, {groups}, {length}, selected] = [batch, KV groups, sequence, selected]"
+            f" [{batch}, {groups}, {queries}, selected] = [batch, KV groups, queries, selected]"
         )
     if block_indices.device != key.device:
         raise ValueError(f"block_indices: got {block_indices.device}, expected {key.device}")
@@ -90,7 +98,8 @@ def check_block_indices(block_indices: Tensor, key: Tensor, block_size: int) -> 
 
 
 def check_cu_seqlens(cu_seqlens: Tensor | None, like: Tensor, batch: int, sequence: int) -> None:
-    """int32 [documents + 1] on the device of ``like``; the offsets are read on CPU only."""
+    """int32 [documents + 1] of B rows of `sequence` keys, on the device of ``like``; the offsets
+    are read on CPU only."""
     if cu_seqlens is None:
         return
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.device != like.device:
@@ -125,18 +134,19 @@ def check_lists(
     query: Tensor,
     block_size: int,
     cu_seqlens: Tensor | None,
+    queries: QueryRange | None,
 ) -> None:
-    """The shapes that ``prepare_selection`` saw must be those of the call."""
+    """The shapes and the range that ``prepare_selection`` saw must be those of the call."""
     batch, groups, sequence, _ = block_indices.shape
     packed = cu_seqlens is not None
     rows, tokens = (groups, batch * sequence) if packed else (batch * groups, sequence)
-    got = (lists.packed, lists.block_size, lists.part.heads, *lists.counts.shape)
+    got = (lists.packed, lists.block_size, lists.part.heads, *lists.counts.shape, lists.queries)
     tiles = -(-tokens // lists.tile.tokens)
-    expected = (packed, block_size, query.shape[2] // groups, rows, tiles)
+    expected = (packed, block_size, query.shape[2] // groups, rows, tiles, queries)
     if got != expected:
         raise ValueError(
-            f"lists: got (packed, block size, heads per group, rows, tiles) = {got}, expected"
-            f" {expected}; were they prepared for this selection?"
+            f"lists: got (packed, block size, heads per group, rows, tiles, range) = {got},"
+            f" expected {expected}; were they prepared for this selection?"
         )
 
 

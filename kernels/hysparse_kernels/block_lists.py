@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hysparse_kernels.documents import BlockTable
+from hysparse_kernels.query_range import QueryRange
 
 SEGMENT_ROWS = 65536
 """Tokens times query heads per group of a segment: 32 MB of queries and gradients at head dim 128,
@@ -139,6 +140,8 @@ class BlockLists:
     segment_tokens: int
     work_items: WorkItems
     """What the programs of the dK, dV kernel do."""
+    queries: QueryRange | None = None
+    """Which positions the tokens are; None for all of the row."""
 
     @property
     def part_tokens(self) -> int:

@@ -1,7 +1,7 @@
 """One call of an attention operation, checked once: what dispatch hands to a backend.
 
-Shapes: B batch, S sequence, HQ query heads, HKV KV groups, D query/key head dim, DV value head
-dim, N blocks, K selected.
+Shapes: B batch, S queries of a row, Sk keys of a row, HQ query heads, HKV KV groups, D query/key
+head dim, DV value head dim, N blocks, K selected.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from hysparse_kernels.arguments import (
     check_sink,
 )
 from hysparse_kernels.block_lists import BlockLists
+from hysparse_kernels.query_range import QueryRange
 
 ReduceScores = Callable[[Tensor], Tensor]
 
@@ -93,9 +94,9 @@ class AttentionCall:
     query: Tensor
     """[B, S, HQ, D], any strides; key, value and it share one float dtype and device."""
     key: Tensor
-    """[B, S, HKV, D]."""
+    """[B, Sk, HKV, D]."""
     value: Tensor
-    """[B, S, HKV, DV]."""
+    """[B, Sk, HKV, DV]."""
     keys: CausalKeys | SelectedKeys | WindowKeys
     """Which keys a query sees; causality comes on top."""
     sink: Tensor | None = None
@@ -105,13 +106,16 @@ class AttentionCall:
     """int32 [documents + 1] of packed documents; see documents.py."""
     accumulate: KeyValueGradients | None = None
     """Gets the gradients of key and value in place of autograd."""
+    query_start: int = 0
+    """Position of a row's first query among its keys."""
     query_chunk: int = 256
     """Queries that the reference works on at a time."""
 
     def __post_init__(self) -> None:
-        check_qkv(self.query, self.key, self.value)
-        check_cu_seqlens(self.cu_seqlens, self.query, *self.query.shape[:2])
         check_at_least(1, query_chunk=self.query_chunk)
+        check_at_least(0, query_start=self.query_start)
+        check_qkv(self.query, self.key, self.value, self.query_start)
+        check_cu_seqlens(self.cu_seqlens, self.query, *self.key.shape[:2])
         check_sink(self.sink, self.query)
         if self.accumulate is not None:
             self.accumulate.check_attached()
@@ -120,11 +124,18 @@ class AttentionCall:
                 rule.check()
             case SelectedKeys(indices, block_size, lists):
                 check_at_least(1, block_size=block_size)
-                check_block_indices(indices, self.key, block_size)
+                check_block_indices(indices, self.query, self.key, block_size)
                 if lists is not None:
-                    check_lists(lists, indices, self.query, block_size, self.cu_seqlens)
+                    check_lists(
+                        lists, indices, self.query, block_size, self.cu_seqlens, self.queries
+                    )
             case WindowKeys(window):
                 check_at_least(1, window=window)
+
+    @property
+    def queries(self) -> QueryRange | None:
+        """Which positions the queries are; None for all of the row."""
+        return QueryRange.of(self.query_start, self.query.shape[1], self.key.shape[1])
 
     @property
     def scale(self) -> float:

@@ -1,24 +1,34 @@
 """The public operations: a call is checked, a backend chosen, and the call handed to it.
 
-Shapes: B batch, S sequence, HQ query heads, HKV KV groups, G = HQ // HKV heads per group (head h
-belongs to group h // G), D query/key head dim, DV value head dim (may differ from D),
-N = ceil(S / block_size) blocks, K selected. P1 = HySparse, arXiv 2602.03560.
+Shapes: B batch, S queries of a row, Sk keys of a row, HQ query heads, HKV KV groups, G = HQ // HKV
+heads per group (head h belongs to group h // G), D query/key head dim, DV value head dim (may
+differ from D), N = ceil((query_start + S) / block_size) blocks, K selected. P1 = HySparse,
+arXiv 2602.03560.
 
 What the three attentions share:
     query: [B, S, HQ, D], any strides; key, value and it share one float dtype and device.
-    key: [B, S, HKV, D].
-    value: [B, S, HKV, DV].
+    key: [B, Sk, HKV, D].
+    value: [B, Sk, HKV, DV].
+    query_start: position of a row's first query among its keys: query i stands at query_start + i
+        and sees no key after that, so Sk must be at least query_start + S. Keys past the last query
+        get gradients of exactly zero. Default 0, with Sk = S in most cases: all of the row. Ranges
+        of queries that together are all of the row give what all of it gives, piece by piece, and
+        their gradients of key and value add up to its.
     softmax_scale: factor on query . key, default D ** -0.5.
     sink: [HQ], one more logit per head that enters the denominator only. None: no sink.
-    cu_seqlens: int32 [documents + 1] on the query's device, ascending offsets into the B * S
-        tokens in row-major order; see documents.py. Every batch row must start a document, empty
-        documents are allowed. Nothing crosses a document; causality and block ids count from its
-        start, forced blocks too. None: every row is one document. The offsets are verified on CPU
-        only.
-    query_chunk: C of the reference, queries worked on at a time; memory grows with C x S, for a
+    cu_seqlens: int32 [documents + 1] on the query's device, ascending offsets into the B * Sk
+        key tokens in row-major order; see documents.py. Every batch row must start a document,
+        empty documents are allowed. A query belongs to the document that its position lies in.
+        Nothing crosses a document; causality and block ids count from its start, forced blocks too.
+        None: every row is one document. The offsets are verified on CPU only.
+    accumulate: gets the gradients of key and value, which must come from its ``attach``; autograd
+        then gets none for them. Calls with several ranges of queries may share one, each with all
+        keys. See ``KeyValueGradients``.
+    query_chunk: C of the reference, queries worked on at a time; memory grows with C x Sk, for a
         window with C x (C + window).
     backend: see ``resolve_backend``.
-They raise ValueError for shapes, dtypes or numbers that do not fit, and BackendUnavailable.
+They raise ValueError for shapes, dtypes or numbers that do not fit, for ``accumulate`` without
+``attach``, and BackendUnavailable.
 """
 
 import torch
@@ -38,6 +48,7 @@ from hysparse_kernels.call import (
     SelectionRule,
     WindowKeys,
 )
+from hysparse_kernels.query_range import QueryRange
 from hysparse_kernels.reference import attention as reference
 from hysparse_kernels.reference import selection as reference_selection
 
@@ -48,6 +59,8 @@ def prepare_selection(
     *,
     block_size: int,
     cu_seqlens: Tensor | None = None,
+    query_start: int = 0,
+    key_length: int | None = None,
     backend: str = "auto",
 ) -> BlockLists | None:
     """What the sparse layers that read one selection can share, built once; None if nothing.
@@ -57,12 +70,23 @@ def prepare_selection(
         query_heads: HQ of the sparse layers.
         block_size: tokens per block.
         cu_seqlens: the oracle's, int32 [documents + 1]; see documents.py.
+        query_start: the oracle's.
+        key_length: Sk of the sparse layers; None is query_start + S.
         backend: see ``resolve_backend``.
+
+    Raises:
+        ValueError: offsets that do not fit, or fewer keys than queries need.
+        BackendUnavailable: the backend cannot be used.
     """
-    batch, groups, sequence, _ = block_indices.shape
-    check_cu_seqlens(cu_seqlens, block_indices, batch, sequence)
+    batch, groups, queries, _ = block_indices.shape
+    check_at_least(0, query_start=query_start)
+    if key_length is None:
+        key_length = query_start + queries
+    check_at_least(query_start + queries, key_length=key_length)
+    check_cu_seqlens(cu_seqlens, block_indices, batch, key_length)
     choice = resolve_backend(backend, block_indices.device, block_size=block_size)
-    if choice.name == "reference":
+    place = QueryRange.of(query_start, queries, key_length)
+    if choice.name == "reference" or place is not None:
         return None
     return build_block_lists(block_indices, query_heads // groups, block_size, cu_seqlens)
 
@@ -80,6 +104,8 @@ def oracle_attention(
     forced_recent_blocks: int = 0,
     select: bool = True,
     cu_seqlens: Tensor | None = None,
+    query_start: int = 0,
+    accumulate: KeyValueGradients | None = None,
     query_chunk: int = 256,
     backend: str = "auto",
 ) -> OracleOutput:
@@ -122,6 +148,8 @@ def oracle_attention(
         CausalKeys(rule, select),
         softmax_scale=softmax_scale,
         cu_seqlens=cu_seqlens,
+        accumulate=accumulate,
+        query_start=query_start,
         query_chunk=query_chunk,
     )
     return _run(call, backend)
@@ -137,6 +165,7 @@ def block_sparse_attention(
     sink: Tensor | None = None,
     softmax_scale: float | None = None,
     cu_seqlens: Tensor | None = None,
+    query_start: int = 0,
     lists: BlockLists | None = None,
     accumulate: KeyValueGradients | None = None,
     query_chunk: int = 256,
@@ -149,16 +178,13 @@ def block_sparse_attention(
             counts once, and tokens after the query stay hidden in whatever block.
         block_size: tokens per block, the one the selection was made with.
         lists: ``prepare_selection`` of these very indices, to build them once for several layers.
-        accumulate: gets the gradients of key and value, which must come from its ``attach``;
-            autograd then gets none for them. See ``KeyValueGradients``.
 
     Returns:
         [B, S, HQ, DV] in the query's dtype; 0 where a row sees no key. Keys and values of blocks
         that no row selected get a gradient of exactly zero.
 
     Raises:
-        ValueError: see the module; or lists of another selection's shape, or ``accumulate`` without
-            ``attach``.
+        ValueError: see the module; or lists of another selection's shape or range.
     """
     call = AttentionCall(
         query,
@@ -169,6 +195,7 @@ def block_sparse_attention(
         softmax_scale=softmax_scale,
         cu_seqlens=cu_seqlens,
         accumulate=accumulate,
+        query_start=query_start,
         query_chunk=query_chunk,
     )
     return _run(call, backend).output
@@ -183,15 +210,16 @@ def sliding_window_attention(
     sink: Tensor | None = None,
     softmax_scale: float | None = None,
     cu_seqlens: Tensor | None = None,
+    query_start: int = 0,
     query_chunk: int = 256,
     backend: str = "auto",
 ) -> Tensor:
     """Causal attention to the last ``window`` tokens, the own one included (P1 Eq. 5).
 
-    Query t sees keys j with t - window < j <= t.
+    The query at position t sees keys j with t - window < j <= t.
 
     Args: beside those of the module
-        window: in tokens; may exceed S.
+        window: in tokens; may exceed Sk.
 
     Returns:
         [B, S, HQ, DV] in the query's dtype.
@@ -204,6 +232,7 @@ def sliding_window_attention(
         sink=sink,
         softmax_scale=softmax_scale,
         cu_seqlens=cu_seqlens,
+        query_start=query_start,
         query_chunk=query_chunk,
     )
     return _run(call, backend).output
@@ -248,7 +277,7 @@ def _run(call: AttentionCall, backend: str) -> OracleOutput:
         head_dim=call.head_dim,
         block_size=call.block_size,
     )
-    if choice.name == "reference":
+    if choice.name == "reference" or call.queries is not None:
         return reference.attend(call)
     from hysparse_kernels import autograd
 

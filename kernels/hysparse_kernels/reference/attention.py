@@ -8,12 +8,12 @@ backward. The backward is written out rather than left to a checkpoint of the fo
 accumulated in the compute dtype over all chunks and nothing that happens once (the selection of
 blocks) can be run again by it.
 
-Shapes: B batch, S sequence, HQ query heads, HKV KV groups, G = HQ // HKV heads per group,
-D query/key head dim, DV value head dim, N blocks, K selected, C queries of a chunk, L keys that
-this chunk may see.
+Shapes: B batch, S queries of a row, Sk keys of a row, HQ query heads, HKV KV groups,
+G = HQ // HKV heads per group, D query/key head dim, DV value head dim, N blocks, K selected,
+C queries of a chunk, L keys that this chunk may see.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -27,18 +27,20 @@ from hysparse_kernels.reference.selection import BlockSelector
 
 @dataclass(frozen=True)
 class Visibility:
-    """Which keys j a query t may see, beside the causal j <= t.
+    """Which keys j a query at position t may see, beside the causal j <= t.
 
     ``window``: only the last ``window`` tokens, t - window < j <= t.
     ``block_size``: only tokens of the blocks that the block indices name, in tokens per block.
     At most one of the two is set; neither means plain causal attention.
-    ``document_start``: int64 [B, S], the first token of every token's document within its batch
+    ``document_start``: int64 [B, Sk], the first token of every token's document within its batch
     row; only keys of the query's document are visible, and blocks count from its start.
+    ``query_start``: the position of the first query.
     """
 
     window: int | None = None
     block_size: int | None = None
     document_start: Tensor | None = None
+    query_start: int = 0
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -49,21 +51,24 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def attend(call: AttentionCall) -> OracleOutput:
     """The attention of a call (P1 Eq. 2, 5-7) and, of causal keys, the selection (P1 Eq. 3)."""
     query, key = call.query, call.key
-    batch, length = query.shape[:2]
+    batch, length = key.shape[:2]
     starts: Tensor | None = None
     block_indices: Tensor | None = None
     selector: BlockSelector | None = None
     if call.cu_seqlens is not None:
         starts = document_starts_in_rows(call.cu_seqlens, batch, length)
-    visibility = Visibility(document_start=starts)
+    start = call.query_start
+    visibility = Visibility(document_start=starts, query_start=start)
     match call.keys:
         case CausalKeys(rule, select=True):
-            selector = BlockSelector(rule, batch, key.shape[2], length, query.device, starts)
+            selector = BlockSelector(
+                rule, batch, key.shape[2], query.shape[1], query.device, starts, start
+            )
         case SelectedKeys(indices, block_size):
             block_indices = indices
-            visibility = Visibility(block_size=block_size, document_start=starts)
+            visibility = replace(visibility, block_size=block_size)
         case WindowKeys(window):
-            visibility = Visibility(window=window, document_start=starts)
+            visibility = replace(visibility, window=window)
     output, lse = _ChunkedAttention.apply(  # type: ignore[no-untyped-call]
         query, key, call.value, call.sink, block_indices, visibility, call.scale, call.query_chunk,
         selector, call.accumulate,
@@ -96,12 +101,12 @@ class _ChunkedAttention(torch.autograd.Function):
             keys, values = _heads_first(key, dtype), _heads_first(value, dtype)
             sink_logit = sink_per_group(sink, groups, dtype)
             for start, stop in chunks(length, query_chunk):
-                first, hidden = _visible_keys(visibility, start, stop, block_indices, query)
+                first, last, hidden = _visible_keys(visibility, start, stop, block_indices, query)
                 rows = group_rows(query[:, start:stop], groups, dtype)
-                logits = masked_logits(rows * scale, keys[:, :, first:stop], hidden, heads)
+                logits = masked_logits(rows * scale, keys[:, :, first:last], hidden, heads)
                 block_maxima = selector.block_maxima(logits) if selector else None
 
-                mixed, chunk_lse = softmax_mix(logits, values[:, :, first:stop], sink_logit)
+                mixed, chunk_lse = softmax_mix(logits, values[:, :, first:last], sink_logit)
                 output[:, start:stop] = ungroup_rows(mixed, heads)
                 lse[:, :, start:stop] = chunk_lse.flatten(1, 2)
                 if selector is not None and block_maxima is not None:
@@ -126,22 +131,24 @@ class _ChunkedAttention(torch.autograd.Function):
             sink_logit = sink_per_group(sink, groups, dtype)
             grad_sink = None if sink_logit is None else torch.zeros_like(sink_logit)
             for start, stop in chunks(length, ctx.query_chunk):
-                first, hidden = _visible_keys(ctx.visibility, start, stop, block_indices, query)
+                first, last, hidden = _visible_keys(
+                    ctx.visibility, start, stop, block_indices, query
+                )
                 rows = group_rows(query[:, start:stop], groups, dtype) * ctx.scale
                 grad_rows = group_rows(grad_output[:, start:stop], groups, dtype)
-                chunk_keys = keys[:, :, first:stop]
+                chunk_keys = keys[:, :, first:last]
 
                 logits = masked_logits(rows, chunk_keys, hidden, heads)
                 chunk_lse = _lse_per_group(lse[:, :, start:stop], groups)
                 chunk_lse = chunk_lse.masked_fill(chunk_lse == -torch.inf, 0.0)
                 probs = logits.sub_(chunk_lse).exp_().flatten(2, 3)
-                grad_values[:, :, first:stop] += probs.transpose(-1, -2) @ grad_rows
+                grad_values[:, :, first:last] += probs.transpose(-1, -2) @ grad_rows
 
                 # Softmax backward: dlogit = p * (dp - sum_j p_j dp_j), in place in dp.
-                grad_logits = (grad_rows @ values[:, :, first:stop].transpose(-1, -2)).mul_(probs)
+                grad_logits = (grad_rows @ values[:, :, first:last].transpose(-1, -2)).mul_(probs)
                 delta = grad_logits.sum(-1, keepdim=True)
                 grad_logits.addcmul_(probs, delta, value=-1.0)
-                grad_keys[:, :, first:stop] += grad_logits.transpose(-1, -2) @ rows
+                grad_keys[:, :, first:last] += grad_logits.transpose(-1, -2) @ rows
                 grad_rows_query = (grad_logits @ chunk_keys) * ctx.scale
                 grad_query[:, start:stop] = ungroup_rows(grad_rows_query, heads)
                 if sink_logit is not None and grad_sink is not None:
@@ -230,42 +237,43 @@ def _visible_keys(
     stop: int,
     block_indices: Tensor | None,
     like: Tensor,
-) -> tuple[int, Tensor]:
-    """First key that queries [start, stop) touch (the last is stop - 1), and what they must hide.
+) -> tuple[int, int, Tensor]:
+    """First key that queries [start, stop) touch and one past the last, and what they must hide.
 
-    The mask is True where hidden, broadcasts to [B, HKV, G, C, M] and covers the last M of the keys
-    [first, stop): a causal chunk of a single document has nothing to hide before its own tokens.
+    The mask is True where hidden, broadcasts to [B, HKV, G, C, M] and covers the last M of these
+    keys: a causal chunk of a single document has nothing to hide before its own tokens.
     """
+    chosen = None if block_indices is None else block_indices[:, :, start:stop]
+    start, stop = start + visibility.query_start, stop + visibility.query_start
     queries = torch.arange(start, stop, device=like.device).unsqueeze(1)
     first = 0
     if visibility.window is not None:
         first = max(0, start - visibility.window + 1)
         keys = torch.arange(first, stop, device=like.device)
         hidden = (keys > queries) | (keys <= queries - visibility.window)
-    elif block_indices is not None:
-        hidden = _hidden_by_selection(visibility, start, stop, block_indices)
+    elif chosen is not None:
+        hidden = _hidden_by_selection(visibility, stop, chosen)
         hidden[..., start:] |= queries.transpose(0, 1) > queries
         hidden = hidden.unsqueeze(2)
     else:
         hidden = queries.transpose(0, 1) > queries
     starts = visibility.document_start
     if starts is None:
-        return first, hidden
+        return first, stop, hidden
     foreign = (starts[:, start:stop, None] != starts[:, None, first:stop])[:, None, None]
     hidden = torch.nn.functional.pad(hidden, (foreign.shape[-1] - hidden.shape[-1], 0))
-    return first, foreign | hidden
+    return first, stop, foreign | hidden
 
 
-def _hidden_by_selection(
-    visibility: Visibility, start: int, stop: int, block_indices: Tensor
-) -> Tensor:
-    """[B, HKV, C, stop]: keys of the blocks that queries [start, stop) did not select."""
-    size, length = cast(int, visibility.block_size), block_indices.shape[2]
-    num_blocks = -(-length // size)
-    ids = block_indices[:, :, start:stop].long()
-    # One column more than there are blocks, which takes the -1 padding and is dropped. Writing
-    # True twice is writing it once, so an id that stands twice in a row counts once.
+def _hidden_by_selection(visibility: Visibility, stop: int, block_indices: Tensor) -> Tensor:
+    """[B, HKV, C, stop]: keys before `stop` of the blocks that C queries did not select."""
+    size = cast(int, visibility.block_size)
+    num_blocks = -(-stop // size)
+    ids = block_indices.long()
+    # One column more than there are blocks takes the -1 padding and blocks of the future, and is
+    # dropped. Writing True twice is writing it once, so an id that stands twice in a row counts
+    # once.
     chosen = ids.new_zeros((*ids.shape[:-1], num_blocks + 1), dtype=torch.bool)
-    chosen.scatter_(-1, ids.masked_fill(ids < 0, num_blocks), True)
+    chosen.scatter_(-1, ids.masked_fill(ids < 0, num_blocks).clamp(max=num_blocks), True)
     block = blocks_in_documents(visibility.document_start, stop, size, ids.device)
     return ~chosen.gather(-1, block[:, None, None].expand(*ids.shape[:-1], stop))

@@ -1,7 +1,7 @@
 """Block scores of Eq. 3 and the exact top-k over them, in plain PyTorch.
 
-Shapes: B batch, S sequence, HKV KV groups, G heads per group, N blocks, K selected, C queries of a
-chunk, L keys that this chunk may see.
+Shapes: B batch, S queries of a row, Sk keys of a row, HKV KV groups, G heads per group, N blocks,
+K selected, C queries of a chunk, L keys that this chunk may see.
 """
 
 import torch
@@ -87,17 +87,21 @@ class BlockSelector:
         rule: SelectionRule,
         batch: int,
         groups: int,
-        length: int,
+        queries: int,
         device: torch.device,
         document_start: Tensor | None = None,
+        query_start: int = 0,
     ) -> None:
-        """``document_start`` int64 [B, S]: where blocks count from; None is the row's start."""
+        """For ``queries`` at the positions from ``query_start`` on. ``document_start`` int64
+        [B, Sk]: where blocks count from; None is the row's start."""
         self.rule = rule
         self.one_document = document_start is None
+        self.query_start = query_start
+        length = query_start + queries
         self.block = blocks_in_documents(document_start, length, rule.block_size, device)
         self.num_blocks = -(-length // rule.block_size)
         self.block_indices = torch.empty(
-            batch, groups, length, rule.num_selected, dtype=torch.int32, device=device
+            batch, groups, queries, rule.num_selected, dtype=torch.int32, device=device
         )
 
     def block_maxima(self, logits: Tensor) -> Tensor:
@@ -118,5 +122,6 @@ class BlockSelector:
         is [B, HKV, G, C].
         """
         scores = group_scores(block_maxima, lse)
-        own = self.block[:, None, start:stop, None]
+        positions = slice(self.query_start + start, self.query_start + stop)
+        own = self.block[:, None, positions, None]
         self.block_indices[:, :, start:stop] = select_blocks(self.rule, scores, own)
