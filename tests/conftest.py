@@ -34,6 +34,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # megatron-core lets torch compile its element-wise functions, anew in every process of a test;
     # without the compiler they are the same functions. `make train` runs with it.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    # Threads of several tests at a time would spin for one another's cores: four times the CPU.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_report_header(config: pytest.Config) -> str:

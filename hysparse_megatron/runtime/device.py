@@ -25,8 +25,10 @@ def start(rank: Rank, parallel: ParallelConfig) -> torch.device:
         torch.cuda.set_device(rank.local_rank)
     else:
         megatron_on_cpu.install()
-        # Several ranks share the machine's cores; more threads than cores only fight.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // rank.local_world_size))
+        # Several ranks share the machine's cores; more threads than cores only fight. Whoever
+        # shares them among more than these ranks, such as a study, has set the variable.
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // rank.local_world_size))
     if not dist.is_initialized():
         backend = "nccl" if cuda else "gloo"
         if rank.world_size == 1 and "MASTER_ADDR" not in os.environ:
