@@ -31,22 +31,25 @@ from hysparse_kernels.triton.topk import Selector
 
 def attend(call: AttentionCall) -> OracleOutput:
     """The attention of a call and, of causal keys, the blocks that every query selects."""
-    query, key = call.query, call.key
+    query, key, queries = call.query, call.key, call.queries
     selector = None
     match call.keys:
         case CausalKeys(rule, select):
             if select:
-                selector = Selector(rule, query.shape[1], call.cu_seqlens)
+                last = call.query_start + query.shape[1]
+                selector = Selector(rule, last, call.cu_seqlens, queries)
             size = rule.block_size if select else 64
-            schedule = KeySchedule(kernels.CAUSAL, keys=size, cu_seqlens=call.cu_seqlens)
+            schedule = KeySchedule(
+                kernels.CAUSAL, keys=size, cu_seqlens=call.cu_seqlens, queries=queries
+            )
         case SelectedKeys(indices, size, lists):
             if lists is None:
                 heads = query.shape[2] // key.shape[2]
-                lists = build_block_lists(indices, heads, size, call.cu_seqlens)
-            schedule = KeySchedule(kernels.BLOCKS, keys=size, lists=lists)
+                lists = build_block_lists(indices, heads, size, call.cu_seqlens, queries)
+            schedule = KeySchedule(kernels.BLOCKS, keys=size, lists=lists, queries=queries)
         case WindowKeys(window):
             schedule = KeySchedule(
-                kernels.WINDOW, keys=32, window=window, cu_seqlens=call.cu_seqlens
+                kernels.WINDOW, keys=32, window=window, cu_seqlens=call.cu_seqlens, queries=queries
             )
     return _attend(call, schedule, selector)
 
@@ -108,8 +111,13 @@ class _Attention(torch.autograd.Function):
         query, key, value, sink, output, lse = ctx.saved_tensors
         schedule, scale = ctx.schedule, ctx.scale
         grad = _unit_stride(grad)
-        if schedule.mode == kernels.CAUSAL and not schedule.packed and _cudnn_takes(query, value):
-            return *_cudnn_backward(grad, query, key, value, output, lse, scale), *[None] * 5
+        if _cudnn_knows(schedule) and _cudnn_takes(query, value):
+            gradients = _cudnn_backward(grad, query, key, value, output, lse, scale)
+            if ctx.accumulate is None:
+                return *gradients, *[None] * 5
+            if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+                ctx.accumulate.add(*gradients[1:])
+            return gradients[0], *[None] * 7
         saved = Saved(query, key, value, output, lse, grad)
         d_key = d_value = None
         keys_too = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
@@ -128,6 +136,11 @@ class _Attention(torch.autograd.Function):
             weight = torch.where(torch.isinf(lse), 0.0, weight)
             d_sink = -(weight * delta).sum((0, 2)).to(sink.dtype)
         return d_query, d_key, d_value, d_sink, *[None] * 4
+
+
+def _cudnn_knows(schedule: KeySchedule) -> bool:
+    """Whether this is causal attention as cuDNN knows it: of all queries, without documents."""
+    return schedule.mode == kernels.CAUSAL and not schedule.packed and schedule.queries is None
 
 
 def _cudnn_takes(query: Tensor, value: Tensor) -> bool:
@@ -156,9 +169,7 @@ def _cudnn_is_faster(
     and 32,768 tokens: 64 heads in 4 groups 1.28 1.07 0.97 0.89 0.92, 32 in 8 groups 1.52 1.40 1.33
     1.05 0.96, 32 in 32 groups 2.0 0.93 0.91 1.07 0.93, 64 in 4 of 192/128 1.14 0.97 0.94 0.83 0.84.
     """
-    if schedule.mode != kernels.CAUSAL or schedule.packed or selector is not None:
-        return False
-    if not _cudnn_takes(query, value):
+    if selector is not None or not _cudnn_knows(schedule) or not _cudnn_takes(query, value):
         return False
     many_heads = query.shape[2] // key.shape[2] >= _MANY_HEADS
     return not (many_heads and query.shape[1] >= _LONG)

@@ -9,7 +9,8 @@ block that every token reads does not keep one program busy for longer than all 
 
 Packed documents (see documents.py) are one row of B * S tokens: tiles and parts may reach over a
 border, as a token sees only blocks that it selected. Blocks that start after the token are dropped.
- Everything is made on the device, without waiting for it.
+Where the tokens are a range of a row's positions, tiles, parts and segments are counted in them and
+blocks in the keys. Everything is made on the device, without waiting for it.
 
 Shapes: B batch, HKV KV groups, S sequence, K selected, R = B * HKV rows of S tokens (packed: HKV
 rows of B * S), T token tiles and P = 2 * T parts of a row, U places for a union, NT entries of the
@@ -176,11 +177,16 @@ def segment_of(heads: int, tile_tokens: int) -> int:
 
 
 def max_work_items(
-    rows: int, table: BlockTable, block_size: int, segments: int, segment_tokens: int
+    rows: int,
+    table: BlockTable,
+    block_size: int,
+    segments: int,
+    segment_tokens: int,
+    query_start: int = 0,
 ) -> int:
     """M: how many items there can be, known without asking the device."""
     if table.packed:
         return rows * len(table) * segments
-    # No token before a block reads it.
-    stops = (-(-(segment + 1) * segment_tokens // block_size) for segment in range(segments))
-    return rows * sum(min(stop, len(table)) for stop in stops)
+    # No token before a block reads it; the last segment writes the sums of blocks that none reads.
+    ends = (query_start + (segment + 1) * segment_tokens for segment in range(segments - 1))
+    return rows * (len(table) + sum(min(-(-end // block_size), len(table)) for end in ends))

@@ -86,9 +86,9 @@ def prepare_selection(
     check_cu_seqlens(cu_seqlens, block_indices, batch, key_length)
     choice = resolve_backend(backend, block_indices.device, block_size=block_size)
     place = QueryRange.of(query_start, queries, key_length)
-    if choice.name == "reference" or place is not None:
+    if choice.name == "reference":
         return None
-    return build_block_lists(block_indices, query_heads // groups, block_size, cu_seqlens)
+    return build_block_lists(block_indices, query_heads // groups, block_size, cu_seqlens, place)
 
 
 def oracle_attention(
@@ -277,7 +277,7 @@ def _run(call: AttentionCall, backend: str) -> OracleOutput:
         head_dim=call.head_dim,
         block_size=call.block_size,
     )
-    if choice.name == "reference" or call.queries is not None:
+    if choice.name == "reference":
         return reference.attend(call)
     from hysparse_kernels import autograd
 

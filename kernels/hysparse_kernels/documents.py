@@ -39,11 +39,18 @@ class Pieces:
         return self.first.numel()
 
 
-def cut(cu_seqlens: Tensor, size: int, tokens: int, first_token: int = 0) -> Pieces:
+def cut(
+    cu_seqlens: Tensor,
+    size: int,
+    tokens: int,
+    first_token: int = 0,
+    bounds: Tensor | None = None,
+) -> Pieces:
     """Pieces of up to `size` tokens of the tokens first_token .. first_token + tokens.
 
     Every document is cut from its own start, or from `first_token` if it began before. There are
-    ceil(tokens / size) + documents entries, which is always enough.
+    ceil(tokens / size) + documents entries, which is always enough. `bounds` are the offsets that
+    the pieces name as those of their documents, where these are not `cu_seqlens` themselves.
     """
     offsets = cu_seqlens.long()
     end = first_token + tokens
@@ -57,8 +64,11 @@ def cut(cu_seqlens: Tensor, size: int, tokens: int, first_token: int = 0) -> Pie
     document = document.clamp(max=documents - 1)
     first = inside[document] + (number - (stops - counts)[document]) * size
     stop = torch.minimum(first + size, inside[document + 1])
-    fields = (first, stop, offsets[document], offsets[document + 1])
-    return Pieces(*(torch.where(used, field, end).to(torch.int32) for field in fields))
+    last: int | Tensor = end
+    if bounds is not None:
+        offsets, last = bounds, bounds[-1]
+    fields = ((first, end), (stop, end), (offsets[document], last), (offsets[document + 1], last))
+    return Pieces(*(torch.where(used, field, unused).to(torch.int32) for field, unused in fields))
 
 
 def document_starts(cu_seqlens: Tensor, tokens: int) -> Tensor:

@@ -39,6 +39,11 @@ class QueryRange:
         """Keys of a row beyond its queries: how much further behind every next row's stand."""
         return self.keys - self.queries
 
+    @staticmethod
+    def arguments(queries: QueryRange | None) -> tuple[int, int, int]:
+        """query_start, queries and gap for Triton's kernels, which read none of them of None."""
+        return (0, 0, 0) if queries is None else (queries.start, queries.queries, queries.gap)
+
     def positions(self, queries: int, device: torch.device) -> Tensor:
         """int32 [queries]: where each of the rows' queries stands in the rows' keys."""
         query = torch.arange(queries, dtype=torch.int32, device=device)

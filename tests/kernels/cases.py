@@ -85,17 +85,20 @@ def offsets(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
 
 
-def causal_keys(starts: Tensor) -> Tensor:
-    """bool [B, 1, S, S]: which keys a query sees, of int64 `starts` [B, S] of their documents."""
+ALL = slice(None)
+
+
+def causal_keys(starts: Tensor, queries: slice = ALL) -> Tensor:
+    """bool [B, 1, T, S]: which keys `queries` see, of int64 `starts` [B, S] of their documents."""
     token = torch.arange(starts.shape[1], device=starts.device)
-    same = starts[:, :, None] == starts[:, None, :]
-    return (same & (token[None, :] <= token[:, None]))[:, None]
+    same = starts[:, queries, None] == starts[:, None, :]
+    return (same & (token[None, :] <= token[queries, None]))[:, None]
 
 
-def window_keys(starts: Tensor, window: int) -> Tensor:
+def window_keys(starts: Tensor, window: int, queries: slice = ALL) -> Tensor:
     """The same of a sliding window."""
     token = torch.arange(starts.shape[1], device=starts.device)
-    return causal_keys(starts) & (token[None, :] > token[:, None] - window)
+    return causal_keys(starts, queries) & (token[None, :] > token[queries, None] - window)
 
 
 def blocks_of(starts: Tensor, block_size: int) -> Tensor:
@@ -103,10 +106,12 @@ def blocks_of(starts: Tensor, block_size: int) -> Tensor:
     return (torch.arange(starts.shape[1], device=starts.device) - starts) // block_size
 
 
-def selected_keys(starts: Tensor, block_indices: Tensor, block_size: int) -> Tensor:
-    """The same [B, HKV, S, S] of the blocks in int32 [B, HKV, S, K]."""
+def selected_keys(
+    starts: Tensor, block_indices: Tensor, block_size: int, queries: slice = ALL
+) -> Tensor:
+    """The same [B, HKV, T, S] of the blocks in int32 [B, HKV, T, K]."""
     block = blocks_of(starts, block_size)[:, None, None, None]
-    return causal_keys(starts) & (block_indices[..., None] == block).any(3)
+    return causal_keys(starts, queries) & (block_indices[..., None] == block).any(3)
 
 
 def gradients(output: Tensor, inputs: tuple[Tensor, ...], weight: Tensor) -> tuple[Tensor, ...]:

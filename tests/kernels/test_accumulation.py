@@ -1,11 +1,19 @@
 """One sum of the key and value gradients of several layers, against plain autograd."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from hysparse_kernels import KeyValueGradients, block_sparse_attention, oracle_attention
+from hysparse_kernels import (
+    KeyValueGradients,
+    autograd,
+    block_sparse_attention,
+    oracle_attention,
+)
+from hysparse_kernels.triton import kernels
+from hysparse_kernels.triton.launch import KeySchedule
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -104,6 +112,32 @@ def test_frozen_key_and_value_take_nothing(seed: int) -> None:
     output.sum().backward()
     assert query.grad is not None
     assert gradients.buffers(key, value)[2] is False
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_gradients_from_cudnn_are_added(wanted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key, value = (torch.randn(1, 4, heads, 8) for heads in (2, 1, 1))
+    monkeypatch.setattr(autograd, "_cudnn_takes", lambda *_: True)
+    monkeypatch.setattr(autograd, "_cudnn_backward", lambda *_: (query, key, value))
+    total = KeyValueGradients()
+    context = SimpleNamespace(
+        saved_tensors=(query, key, value, None, query, torch.zeros(1, 2, 4)),
+        schedule=KeySchedule(kernels.CAUSAL, keys=64),
+        scale=1.0,
+        accumulate=total,
+        needs_input_grad=(True, wanted, wanted, *[False] * 5),
+    )
+    for _ in range(2):
+        found = autograd._Attention.backward(context, query)
+        assert found[0] is query
+        assert found[1:] == (None,) * 7
+    *sums, written = total.buffers(key, value)
+    assert written == wanted
+    if wanted:
+        assert torch.equal(sums[0], 2 * key)
+        assert torch.equal(sums[1], 2 * value)
+    context.accumulate = None
+    assert autograd._Attention.backward(context, query)[:3] == (query, key, value)
 
 
 def test_gradients_that_nothing_collects_are_refused() -> None:

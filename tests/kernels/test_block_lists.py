@@ -7,6 +7,7 @@ import torch
 from hysparse_kernels import block_lists, block_sparse_attention, prepare_selection
 from hysparse_kernels.block_lists import BlockLists, tile_of_two_parts
 from hysparse_kernels.build_lists import build_block_lists
+from hysparse_kernels.query_range import QueryRange
 from torch import Tensor
 
 from tests.kernels import brute_force
@@ -17,19 +18,21 @@ Reads = dict[tuple[int, int], set[int]]
 """(row, first key token of a block) to the tokens that read it."""
 
 
-def reads_of_selection(indices: Tensor, starts: brute_force.Starts, packed: bool) -> Reads:
+def reads_of_selection(
+    indices: Tensor, starts: brute_force.Starts, packed: bool, first: int
+) -> Reads:
     batch, groups, length, _ = indices.shape
     reads: Reads = {}
     for b in range(batch):
         for g in range(groups):
             for t, row in enumerate(indices[b, g].tolist()):
                 for block in row:
-                    key = starts[b][t] + block * BLOCK
-                    if block < 0 or key > t:
+                    key = starts[b][first + t] + block * BLOCK
+                    if block < 0 or key > first + t:
                         continue
-                    shift = b * length if packed else 0
-                    reader = (g if packed else b * groups + g, key + shift)
-                    reads.setdefault(reader, set()).add(t + shift)
+                    own_row = b if packed else 0
+                    reader = (g if packed else b * groups + g, key + own_row * len(starts[b]))
+                    reads.setdefault(reader, set()).add(t + own_row * length)
     return reads
 
 
@@ -101,15 +104,21 @@ def test_lists(trial: int, rng: random.Random, monkeypatch: pytest.MonkeyPatch) 
     heads, selected = rng.choice([1, 2, 4, 7, 16, 64, 128]), rng.randint(1, 5)
     lengths = random_documents(batch, length, rng) if trial % 2 else None
     print(batch, groups, length, heads, selected, lengths)
-    shape = (batch, groups, length, selected)
+    first, queries = 0, length
+    if trial % 4 > 1:
+        first = rng.randrange(length)
+        queries = rng.randint(1, length - first)
+    print(first, queries)
+    shape = (batch, groups, queries, selected)
     indices = torch.randint(-1, -(-length // BLOCK), shape, dtype=torch.int32)
     indices[..., 0] = 0
     starts = brute_force.one_document(batch, length)
     if lengths is not None:
         starts = brute_force.document_starts(lengths, batch, length)
     cu_seqlens = None if lengths is None else offsets(lengths)
-    lists = build_block_lists(indices, heads, BLOCK, cu_seqlens, with_triton=False)
-    wanted = reads_of_selection(indices, starts, lists.packed)
+    place = QueryRange.of(first, queries, length)
+    lists = build_block_lists(indices, heads, BLOCK, cu_seqlens, place, with_triton=False)
+    wanted = reads_of_selection(indices, starts, lists.packed, first)
     assert reads_of_unions(lists) == wanted
     assert reads_of_chunks(lists) == wanted
 
@@ -141,3 +150,8 @@ def test_lists_of_another_selection_are_refused() -> None:
         lists = build_block_lists(indices, heads, size, cu_seqlens, with_triton=False)
         with pytest.raises(ValueError, match="lists: got"):
             block_sparse_attention(query, key, key, indices, block_size=4, lists=lists)
+    place = QueryRange(2, 40, 43)
+    lists = build_block_lists(indices, 2, 4, None, place, with_triton=False)
+    key = torch.zeros(1, 43, 1, 4)
+    with pytest.raises(ValueError, match="lists: got"):
+        block_sparse_attention(query, key, key, indices, block_size=4, lists=lists, query_start=3)

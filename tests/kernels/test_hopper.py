@@ -1,9 +1,12 @@
 """What the Hopper kernels refuse, and that a refusal runs the portable ones."""
 
+import dataclasses
+
 import pytest
 import torch
 from hysparse_kernels import resolve_backend
 from hysparse_kernels.hopper import launch as hopper
+from hysparse_kernels.query_range import QueryRange
 from hysparse_kernels.triton import kernels as portable
 from hysparse_kernels.triton.launch import KeySchedule
 
@@ -36,6 +39,15 @@ def test_no_gpu_and_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "compute capability 9.0" in hopper.why_not(query, key, key, schedule)
     monkeypatch.setenv(hopper.SWITCH, "0")
     assert hopper.why_not(query, key, key, schedule) == "HYSPARSE_HOPPER is 0"
+
+
+def test_ranges_of_queries_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper, "is_hopper", lambda device: True)
+    query, key = torch.zeros(1, 8, 4, 64), torch.zeros(1, 8, 1, 64)
+    schedule = KeySchedule(portable.WINDOW, keys=64, window=4)
+    assert hopper.why_not(query, key, key, schedule) is None
+    schedule = dataclasses.replace(schedule, queries=QueryRange(0, 8, 9))
+    assert "not a range of them" in hopper.why_not(query, key, key, schedule)
 
 
 @pytest.mark.parametrize(

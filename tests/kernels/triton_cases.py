@@ -26,6 +26,7 @@ from hysparse_kernels import (
 )
 from hysparse_kernels.build_lists import build_block_lists
 from hysparse_kernels.documents import document_starts_in_rows
+from hysparse_kernels.query_range import QueryRange
 from hysparse_kernels.triton import lists as triton_lists
 from hysparse_kernels.triton import topk as triton_topk
 from torch import Tensor
@@ -57,6 +58,17 @@ class Case(NamedTuple):
     selected: int
     window: int
     documents: tuple[int, ...] | None = None
+    first: int = 0
+    count: int | None = None
+    """Queries from `first` on, None for all up to the last key."""
+
+    @property
+    def queries(self) -> slice:
+        return slice(self.first, self.first + (self.count or self.sequence - self.first))
+
+    @property
+    def range(self) -> QueryRange | None:
+        return QueryRange.of(self.first, self.queries.stop - self.first, self.sequence)
 
     def cu_seqlens(self, device: str) -> Tensor | None:
         return None if self.documents is None else offsets(list(self.documents)).to(device)
@@ -82,7 +94,8 @@ class Inputs(NamedTuple):
 
 
 def draw(generator: random.Random, interpreted: bool, packed: bool) -> Case:
-    """A random case: odd lengths, any heads per group, MQA, value dim unlike head dim."""
+    """A random case: odd lengths, any heads per group, MQA, value dim unlike head dim, half of them
+    of a range of queries."""
     groups = generator.choice([1, 2] if interpreted else [1, 2, 3])
     heads = groups * generator.choice([1, 2, 3, 4, 8, 16])
     dims = [16, 24, 32] if interpreted else [64, 96, 128, 192, 256]
@@ -106,7 +119,16 @@ def draw(generator: random.Random, interpreted: bool, packed: bool) -> Case:
         generator.choice([1, 2, 3, 5] if interpreted else [1, 2, 5, 16, 64]),
         generator.randint(1, sequence + 5),
         documents,
+        *random_range(sequence, generator),
     )
+
+
+def random_range(sequence: int, generator: random.Random) -> tuple[int, int]:
+    """The first query and how many there are: all or some."""
+    if generator.random() < 0.5:
+        return 0, sequence
+    first = generator.randrange(sequence)
+    return first, generator.randint(1, sequence - first)
 
 
 @contextlib.contextmanager
@@ -143,13 +165,15 @@ def compare(case: Case, dtype: torch.dtype, device: str, seed: int) -> None:
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
-    query = 2 * normal(case.batch, case.sequence, case.heads, case.head_dim)
+    queries = case.queries
+    length = queries.stop - queries.start
+    query = 2 * normal(case.batch, length, case.heads, case.head_dim)
     key = normal(case.batch, case.sequence, case.groups, case.head_dim)
     value = normal(case.batch, case.sequence, case.groups, case.value_dim)
     sink = torch.randn(case.heads, generator=generator, device=device)
-    grad = normal(case.batch, case.sequence, case.heads, case.value_dim)
+    grad = normal(case.batch, length, case.heads, case.value_dim)
     inputs = Inputs(query, key, value, sink, grad)
-    packing = {"cu_seqlens": case.cu_seqlens(device)}
+    packing = {"cu_seqlens": case.cu_seqlens(device), "query_start": case.first}
     block = {"block_size": case.block_size, **packing}
     rule = {**block, "num_selected": case.selected}
     seen = []
@@ -160,7 +184,7 @@ def compare(case: Case, dtype: torch.dtype, device: str, seed: int) -> None:
 
     exact = oracle_attention(query.double(), key.double(), value.double(), **rule, **REFERENCE)
     starts = case.starts(device)
-    keys = causal_keys(starts)
+    keys = causal_keys(starts, queries)
     allowed = rounding.attention(query, key, value, keys, dtype=dtype)
     block_of = blocks_of(starts, case.block_size)
     scores = rounding.block_scores(query, key, exact.lse, keys, block_of)
@@ -172,8 +196,8 @@ def compare(case: Case, dtype: torch.dtype, device: str, seed: int) -> None:
 
     check(oracle_attention(query, key, value, reduce_scores=record, **rule, **TRITON), "")
     scored = torch.cat(seen, 2)
-    blocks = -(-case.sequence // case.block_size)
-    assert scored.numel() == case.batch * case.groups * case.sequence * blocks
+    blocks = -(-queries.stop // case.block_size)
+    assert scored.numel() == case.batch * case.groups * length * blocks
     assert not scored.isnan().any(), f"{case}: scores"
     # Without a look at the scores; on a Hopper GPU other kernels do that.
     with poisoned_memory():
@@ -181,7 +205,9 @@ def compare(case: Case, dtype: torch.dtype, device: str, seed: int) -> None:
     check(got, "without scores")
 
     indices = disturbed(exact.block_indices, generator)
-    lists = prepare_selection(indices, case.heads, **block, backend="triton")
+    lists = prepare_selection(
+        indices, case.heads, **block, key_length=case.sequence, backend="triton"
+    )
     operations = {
         "oracle": (
             lambda q, k, v, s: oracle_attention(q, k, v, **rule, **TRITON).output,
@@ -230,11 +256,11 @@ def rounding_of_operations(
     def of(query: Tensor, seen: Tensor, sink: Tensor | None = None) -> Variances:
         return rounding.attention(query, key, value, seen, dtype=query.dtype, sink=sink, grad=grad)
 
-    selected = selected_keys(starts, indices, case.block_size)
+    selected = selected_keys(starts, indices, case.block_size, case.queries)
     found = {
-        "oracle": of(query, causal_keys(starts)),
+        "oracle": of(query, causal_keys(starts, case.queries)),
         "block-sparse": of(query, selected, sink),
-        "window": of(query, window_keys(starts, case.window), sink),
+        "window": of(query, window_keys(starts, case.window, case.queries), sink),
     }
     twice = of(2 * query, selected)
     twice.query = 4 * twice.query  # of 2 * query with respect to query
@@ -246,13 +272,16 @@ def accumulated(
     backend: dict[str, str], query: Tensor, key: Tensor, value: Tensor, sink: Tensor,
     indices: Tensor, block: dict[str, Any],
 ) -> Tensor:  # fmt: skip
-    """Two sparse layers and a dense one on the same key and value, with one fp32 sum."""
+    """Two sparse layers and a dense one on the same key and value, with one fp32 sum.
+
+    The second layer's backward comes first and writes the sum, those of the others add.
+    """
     gradients = KeyValueGradients()
     key, value = gradients.attach(key, value)
     arguments = {**block, **backend, "accumulate": gradients}
     one = block_sparse_attention(query, key, value, indices, **arguments, sink=sink)
+    dense = oracle_attention(query, key, value, **arguments, num_selected=1, select=False)
     two = block_sparse_attention(2 * query, key, value, indices, **arguments)
-    dense = oracle_attention(query, key, value, **block, **backend, num_selected=1, select=False)
     return one - two + dense.output
 
 
@@ -332,9 +361,12 @@ def compare_lists(case: Case, device: str, seed: int) -> None:
     """Assert that Triton builds the lists that plain torch builds."""
     generator = torch.Generator(device=device).manual_seed(seed)
     blocks = -(-case.sequence // case.block_size)
-    shape = (case.batch, case.groups, case.sequence, case.selected)
+    length = case.queries.stop - case.queries.start
+    shape = (case.batch, case.groups, length, case.selected)
     indices = torch.randint(-1, blocks, shape, generator=generator, device=device).int()
-    arguments = (indices, case.heads // case.groups, case.block_size, case.cu_seqlens(device))
+    arguments = (
+        indices, case.heads // case.groups, case.block_size, case.cu_seqlens(device), case.range,
+    )  # fmt: skip
     with poisoned_memory():
         lists = build_block_lists(*arguments)
     wanted = build_block_lists(*arguments, with_triton=False)
@@ -421,6 +453,8 @@ def interpreted(generator: random.Random) -> None:
     compare(Case(2, 1, 32, 2, 16, 32, 32, 3, 3), torch.float32, "cpu", seed())
     # Packed, in two rows whose selections differ.
     compare(Case(2, 1, 2, 2, 16, 16, 16, 1, 1, (1, 1)), torch.float32, "cpu", seed())
+    # The same of a range of queries, for which the rows' keys lie apart.
+    compare(Case(2, 21, 2, 1, 16, 16, 16, 2, 4, (3, 18, 21), 2, 17), torch.float32, "cpu", seed())
     compare_leak(torch.float32, "cpu", seed())
     compare_lists(Case(1, 40, 32, 1, 16, 16, 4, 64, 1), "cpu", seed())
     with several_passes(3, 300, 2**14):

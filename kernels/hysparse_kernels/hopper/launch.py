@@ -63,6 +63,8 @@ def why_not(
     if not is_hopper(query.device):
         return f"they need a GPU of compute capability 9.0, the tensors are on {query.device}"
     reason = why_not_shape(query.shape[2] // key.shape[2], query.shape[3], value.shape[3])
+    if reason is None and schedule.queries is not None:
+        reason = "they take all queries of a sequence, not a range of them"
     if reason is None and schedule.lists is not None and schedule.keys != _KEYS:
         reason = f"they take selected blocks of {_KEYS} keys, not {schedule.keys}"
     if reason is None and schedule.lists is not None and schedule.lists.part.rows != _ROWS:

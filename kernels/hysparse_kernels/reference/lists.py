@@ -16,22 +16,28 @@ from hysparse_kernels.block_lists import (
     inverse_capacity,
 )
 from hysparse_kernels.documents import BlockTable
+from hysparse_kernels.query_range import QueryRange
 
 
 def forward_index(
-    indices: Tensor, tile_tokens: int, block_size: int, table: BlockTable
+    indices: Tensor,
+    tile_tokens: int,
+    block_size: int,
+    table: BlockTable,
+    queries: QueryRange | None = None,
 ) -> ForwardIndex:
     """The blocks that each tile of `tile_tokens` tokens reads; indices int32 [R, tokens, K]."""
     rows, tokens, selected = indices.shape
     blocks, device = len(table), indices.device
     tiles = -(-tokens // tile_tokens)
     token = torch.arange(tokens, device=device)[:, None]
+    position = token if queries is None else queries.positions(tokens, device).long()[:, None]
     if table.document_start is None or table.number is None:
         begin, number = torch.zeros_like(token), indices.long()
     else:
-        begin = table.document_start.long()[:, None]
+        begin = table.document_start.long()[position]
         number = table.number[begin] + indices.long()
-    chosen = (indices >= 0) & (begin + indices.long() * block_size <= token)
+    chosen = (indices >= 0) & (begin + indices.long() * block_size <= position)
 
     # A sortable number per selected block, block first, token second; others sort last.
     codes = torch.full((rows, tiles * tile_tokens, selected), blocks * tile_tokens, device=device)
@@ -60,8 +66,10 @@ def inverse_index(
     table: BlockTable,
     selected: int,
     segment_tokens: int,
+    queries: QueryRange | None = None,
 ) -> InverseIndex:
     """The parts, half a tile each, that read each block; `selected` is K."""
+    del queries  # only tells Triton's kernels where to begin
     rows, tiles, capacity = forward.starts.shape
     device, blocks, part_tokens = forward.starts.device, len(table), tile_tokens // 2
     number = (

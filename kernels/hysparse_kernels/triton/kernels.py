@@ -15,8 +15,12 @@ PACKED (CAUSAL and WINDOW only): the batch is one row of packed documents, and t
 documents, so that every tile lies in one. BLOCKS needs no such thing: a token sees the keys of the
 blocks that it selected, and none of them lies in another document.
 
-Shapes: B batch, S sequence, HQ query heads, HKV KV groups, D query/key and DV value head dim,
-R = B * HKV rows of lists, T token tiles.
+RANGE: the queries are a range of a row's positions (`QueryRange`), `queries` of them from
+query_start on, and `gap` more keys than that. Tokens are counted in the queries, keys and positions
+in the keys; without RANGE both are the same.
+
+Shapes: B batch, S queries and Sk keys of a row, HQ query heads, HKV KV groups, D query/key and DV
+value head dim, R = B * HKV rows of lists, T token tiles.
 """
 
 from __future__ import annotations
@@ -40,6 +44,14 @@ def _piece(
         stop = tl.load(piece_stop + index)
         bound = tl.load(piece_bound + index)
     return first, stop, bound
+
+
+@triton.jit
+def position_of(token, query_start, queries, gap, RANGE: tl.constexpr):
+    """Where in the keys a token of the queries stands."""
+    if RANGE:
+        token += query_start + token // queries * gap
+    return token
 
 
 @triton.jit
@@ -72,7 +84,7 @@ def _load_keys(base, key, stop, stride_s, width, WIDTH: tl.constexpr):
 
 @triton.jit
 def _span(first, stop, begin, window, counts, list_tile, MODE: tl.constexpr, KEYS: tl.constexpr):
-    """First key and number of key tiles that tokens first .. stop iterate over.
+    """First key and number of key tiles that tokens at first .. stop iterate over.
 
     Key tiles are aligned to `begin`, where the document's blocks begin.
     """
@@ -87,7 +99,7 @@ def _span(first, stop, begin, window, counts, list_tile, MODE: tl.constexpr, KEY
 
 @triton.jit
 def _step(
-    index, start, list_base, offset, token, stop, window, starts, bits,
+    index, start, list_base, offset, position, stop, window, starts, bits,
     MODE: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Keys of step `index` and which of them each row sees: [KEYS], [ROWS, KEYS]."""
@@ -96,23 +108,24 @@ def _step(
         chosen = (tl.load(bits + list_base + index) >> offset) & 1
     else:
         key = start + index * KEYS + tl.arange(0, KEYS)
-    seen = (key[None, :] <= token[:, None]) & (key < stop)[None, :]
+    seen = (key[None, :] <= position[:, None]) & (key < stop)[None, :]
     if MODE == 1:
-        seen = seen & (key[None, :] > token[:, None] - window)
+        seen = seen & (key[None, :] > position[:, None] - window)
     if MODE == 2:
         seen = seen & (chosen == 1)[:, None]
     return key, seen
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["query_start", "queries", "gap"])
 def forward_kernel(
     query, key_, value, sink, output, lse, maxima,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h,
     piece_first, piece_stop, piece_begin, starts, bits, counts, capacity,
+    query_start, queries, gap,
     sequence, groups, window, scale_log2, width, value_width, first_token, tokens, num_blocks,
-    MODE: tl.constexpr, PACKED: tl.constexpr, HAS_SINK: tl.constexpr, SCORES: tl.constexpr,
-    TOKENS: tl.constexpr, HEADS: tl.constexpr, PACK: tl.constexpr, ROWS: tl.constexpr,
-    SPLIT: tl.constexpr, KEYS: tl.constexpr,
+    MODE: tl.constexpr, PACKED: tl.constexpr, RANGE: tl.constexpr, HAS_SINK: tl.constexpr,
+    SCORES: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, PACK: tl.constexpr,
+    ROWS: tl.constexpr, SPLIT: tl.constexpr, KEYS: tl.constexpr,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """output [B, S, HQ, DV] and lse [B, HQ, S] (natural log, sink included) of program (tile, row).
@@ -127,6 +140,9 @@ def forward_kernel(
     first, stop, begin = _piece(tile, piece_first, piece_stop, piece_begin, first_token, tokens, 0,
                                 TOKENS, PACKED)  # fmt: skip
     offset, token, head, valid = _rows(first, stop, TOKENS, HEADS, PACK, ROWS)
+    position = position_of(token, query_start, queries, gap, RANGE)
+    first = position_of(first, query_start, queries, gap, RANGE)
+    stop = position_of(stop - 1, query_start, queries, gap, RANGE) + 1
     q_base = query + batch.to(tl.int64) * q_b + (kv * HEADS).to(tl.int64) * q_h
     k_base = key_ + batch.to(tl.int64) * k_b + kv.to(tl.int64) * k_h
     v_base = value + batch.to(tl.int64) * v_b + kv.to(tl.int64) * v_h
@@ -140,7 +156,7 @@ def forward_kernel(
     l_i = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, VALUE_WIDTH], tl.float32)
     for index in range(steps):
-        key, seen = _step(index, start, list_base, bit, token, stop, window, starts, bits,
+        key, seen = _step(index, start, list_base, bit, position, stop, window, starts, bits,
                           MODE, KEYS)  # fmt: skip
         k = _load_keys(k_base, key, stop, k_s, width, WIDTH)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
@@ -182,13 +198,14 @@ def forward_kernel(
     tl.store(lse + lse_row, lse_i, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["query_start", "queries", "gap"])
 def dq_kernel(
     query, key_, value, output, grad, lse, delta, dq,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, o_b, o_s, o_h, g_b, g_s, g_h,
     piece_first, piece_stop, piece_begin, starts, bits, counts, capacity,
+    query_start, queries, gap,
     sequence, groups, window, scale, scale_log2, width, value_width,
-    MODE: tl.constexpr, PACKED: tl.constexpr,
+    MODE: tl.constexpr, PACKED: tl.constexpr, RANGE: tl.constexpr,
     TOKENS: tl.constexpr, HEADS: tl.constexpr, PACK: tl.constexpr, ROWS: tl.constexpr,
     SPLIT: tl.constexpr, KEYS: tl.constexpr,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, PRECISION: tl.constexpr,
@@ -203,6 +220,9 @@ def dq_kernel(
     first, stop, begin = _piece(tile, piece_first, piece_stop, piece_begin, 0, sequence, 0,
                                 TOKENS, PACKED)  # fmt: skip
     offset, token, head, valid = _rows(first, stop, TOKENS, HEADS, PACK, ROWS)
+    position = position_of(token, query_start, queries, gap, RANGE)
+    first = position_of(first, query_start, queries, gap, RANGE)
+    stop = position_of(stop - 1, query_start, queries, gap, RANGE) + 1
     q_base = query + batch.to(tl.int64) * q_b + (kv * HEADS).to(tl.int64) * q_h
     o_base = output + batch.to(tl.int64) * o_b + (kv * HEADS).to(tl.int64) * o_h
     g_base = grad + batch.to(tl.int64) * g_b + (kv * HEADS).to(tl.int64) * g_h
@@ -224,7 +244,7 @@ def dq_kernel(
     start, steps = _span(first, stop, begin, window, counts, list_tile, MODE, KEYS)
     acc = tl.zeros([ROWS, WIDTH], tl.float32)
     for index in range(steps):
-        key, seen = _step(index, start, list_base, bit, token, stop, window, starts, bits,
+        key, seen = _step(index, start, list_base, bit, position, stop, window, starts, bits,
                           MODE, KEYS)  # fmt: skip
         k = _load_keys(k_base, key, stop, k_s, width, WIDTH)
         v = _load_keys(v_base, key, stop, v_s, value_width, VALUE_WIDTH)
@@ -240,26 +260,30 @@ def dq_kernel(
              mask=valid[:, None] & (column < width)[None, :])  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["query_start", "queries", "gap"])
 def dkv_kernel(
     query, key_, value, grad, lse, delta, dk, dv,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, g_b, g_s, g_h,
     piece_first, piece_stop, piece_end,
-    blocks, item_entry, item_first, item_stop, item_after, flags, accumulate,
-    inverse_part, inverse_bits,
+    blocks, item_entry, item_first, item_stop, item_after, flags,
+    inverse_part, inverse_bits, keys,
+    query_start, queries, gap,
     sequence, groups, window, scale, scale_log2, width, value_width,
-    MODE: tl.constexpr, PACKED: tl.constexpr,
+    MODE: tl.constexpr, PACKED: tl.constexpr, RANGE: tl.constexpr, ADDS: tl.constexpr,
     TOKENS: tl.constexpr, HEADS: tl.constexpr, PACK: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk [B, S, HKV, D] and dv [B, S, HKV, DV] of KEYS keys.
+    """dk [B, Sk, HKV, D] and dv [B, Sk, HKV, DV] of KEYS keys, stored or, with ADDS = 1, added.
+
+    `sequence` counts the tokens of a row, `keys` its keys.
 
     CAUSAL, WINDOW: program (key tile, row). BLOCKS: a program adds up one work item, some of the
-    parts that read one block (see block_lists.WorkItems); the first one of a block stores, or with
-    `accumulate` = 1 adds, the others wait for the one before them and add, so that the order is
-    always the same. None waits for one that was started after it.
+    parts that read one block (see block_lists.WorkItems); all but the first of a block wait for the
+    one before them and add, so that the order is always the same. None waits for one that was
+    started after it.
     """
+    after = -1
     if MODE == 2:
         item = tl.program_id(0)
         after = tl.load(item_after + item)
@@ -274,12 +298,25 @@ def dkv_kernel(
         end = sequence
     else:
         group = tl.program_id(1)
-        start, stop, end = _piece(tl.program_id(0), piece_first, piece_stop, piece_end, 0, sequence,
-                                  sequence, KEYS, PACKED)  # fmt: skip
-        first = 0
+        start, stop, end = _piece(tl.program_id(0), piece_first, piece_stop, piece_end, 0, keys,
+                                  keys, KEYS, PACKED)  # fmt: skip
         if MODE == 1:
             end = tl.minimum(stop + window - 1, end)  # no later token sees a key of the tile
-        last = tl.cdiv(end - start, TOKENS)
+    begin = start
+    shift = 0
+    if RANGE:
+        # Tokens of the keys' row stand this much further on among the keys.
+        row_of_keys = start // (queries + gap)
+        shift = query_start + row_of_keys * gap
+        if MODE != 2:
+            begin = tl.maximum(start - shift, row_of_keys * queries)
+            end = tl.minimum(end - shift, (row_of_keys + 1) * queries)
+    if MODE != 2:
+        first = 0
+        last = tl.cdiv(end - begin, TOKENS)
+    if ADDS == 1:  # noqa: SIM102 - decided when compiling
+        if last <= first:
+            return  # nothing to add, and nobody waits for it
     batch, kv = group // groups, group % groups
     q_base = query + batch.to(tl.int64) * q_b + (kv * HEADS).to(tl.int64) * q_h
     g_base = grad + batch.to(tl.int64) * g_b + (kv * HEADS).to(tl.int64) * g_h
@@ -296,7 +333,7 @@ def dkv_kernel(
             token_first = tl.load(inverse_part + index) * TOKENS
             members = tl.load(inverse_bits + index)
         else:
-            token_first = start + index * TOKENS
+            token_first = begin + index * TOKENS
             members = -1
         offset, token, head, valid = _rows(token_first, end, TOKENS, HEADS, PACK, ROWS)
         stat = (batch.to(tl.int64) * heads + kv * HEADS + head) * sequence + token
@@ -305,9 +342,10 @@ def dkv_kernel(
         d = tl.load(delta + stat, mask=valid, other=0.0)
         q = _load_rows(q_base, token, head, valid, q_s, q_h, width, WIDTH)
         g = _load_rows(g_base, token, head, valid, g_s, g_h, value_width, VALUE_WIDTH)
-        seen = (key[:, None] <= token[None, :]) & (key < stop)[:, None] & valid[None, :]
+        position = token + shift
+        seen = (key[:, None] <= position[None, :]) & (key < stop)[:, None] & valid[None, :]
         if MODE == 1:
-            seen = seen & (key[:, None] > token[None, :] - window)
+            seen = seen & (key[:, None] > position[None, :] - window)
         if MODE == 2:
             seen = seen & (((members >> offset) & 1) == 1)[None, :]
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2
@@ -317,7 +355,7 @@ def dkv_kernel(
         ds = p * (dp - d[None, :])
         dk_acc += tl.dot(ds.to(q.dtype), q, input_precision=PRECISION)
 
-    row = (batch.to(tl.int64) * sequence + key) * groups + kv
+    row = (batch.to(tl.int64) * keys + key) * groups + kv
     inside = (key < stop)[:, None]
     column, value_column = tl.arange(0, WIDTH), tl.arange(0, VALUE_WIDTH)
     k_out = dk + row[:, None] * width + column[None, :]
@@ -325,13 +363,13 @@ def dkv_kernel(
     k_mask = inside & (column < width)[None, :]
     v_mask = inside & (value_column < value_width)[None, :]
     dk_acc = dk_acc * scale
-    if MODE == 2:
+    if MODE == 2:  # noqa: SIM102 - decided when compiling
         if after >= 0:
             while tl.atomic_add(flags + after, 0, sem="acquire", scope="gpu") == 0:
                 pass
-        if after + accumulate >= 0:
-            dk_acc += tl.load(k_out, mask=k_mask, other=0.0)
-            dv_acc += tl.load(v_out, mask=v_mask, other=0.0)
+    if after + ADDS >= 0:
+        dk_acc += tl.load(k_out, mask=k_mask, other=0.0)
+        dv_acc += tl.load(v_out, mask=v_mask, other=0.0)
     tl.store(k_out, dk_acc.to(dk.dtype.element_ty), mask=k_mask)
     tl.store(v_out, dv_acc.to(dv.dtype.element_ty), mask=v_mask)
     if MODE == 2:

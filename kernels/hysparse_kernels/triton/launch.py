@@ -3,8 +3,8 @@
 `forward`, `query_gradient` and `key_value_gradients` take the same arguments for every mode; packed
 documents come as one batch row, [1, B * S, ...].
 
-Shapes: B batch, S sequence, HQ query heads, HKV KV groups, D query/key head dim, DV value head dim,
-K selected.
+Shapes: B batch, S queries and Sk keys of a row, HQ query heads, HKV KV groups, D query/key head
+dim, DV value head dim, K selected.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from hysparse_kernels import limits
 from hysparse_kernels.accumulation import KeyValueGradients
 from hysparse_kernels.arguments import DTYPE_NAMES
 from hysparse_kernels.block_lists import BlockLists, TokenTile
-from hysparse_kernels.documents import cut
+from hysparse_kernels.documents import Pieces, cut
+from hysparse_kernels.query_range import QueryRange
 from hysparse_kernels.triton import kernels
 from hysparse_kernels.triton.topk import Selector
 
@@ -63,20 +64,26 @@ class KeySchedule:
     lists: BlockLists | None = None
     cu_seqlens: Tensor | None = None
     """Documents of the one batch row, for CAUSAL and WINDOW."""
+    queries: QueryRange | None = None
+    """Which positions the queries are; None for all of the row."""
 
     @property
     def packed(self) -> bool:
         """Whether the batch is one row of packed documents."""
         return self.cu_seqlens is not None or (self.lists is not None and self.lists.packed)
 
-    def pieces(self, size: int, tokens: int, first_token: int, unused: Tensor) -> _Pieces:
-        """Tiles of `size` of `tokens` tokens, or their number and stand-ins where none is cut."""
+    def query_pieces(self, size: int, tokens: int, first_token: int, unused: Tensor) -> _Pieces:
+        """Tiles of `size` of the queries, or their number and stand-ins where none is cut."""
+        if self.queries is None or self.cu_seqlens is None:
+            return self.key_pieces(size, tokens, unused, first_token)
+        offsets = self.queries.queries_from(self.cu_seqlens)
+        return _Pieces.of(cut(offsets, size, tokens, first_token, self.cu_seqlens))
+
+    def key_pieces(self, size: int, keys: int, unused: Tensor, first_key: int = 0) -> _Pieces:
+        """The same of the keys."""
         if self.cu_seqlens is None:
-            return _Pieces(triton.cdiv(tokens, size), unused, unused, unused, unused)
-        pieces = cut(self.cu_seqlens, size, tokens, first_token)
-        return _Pieces(
-            len(pieces), pieces.first, pieces.stop, pieces.document_first, pieces.document_stop
-        )
+            return _Pieces(triton.cdiv(keys, size), unused, unused, unused, unused)
+        return _Pieces.of(cut(self.cu_seqlens, size, keys, first_key))
 
     def query_tile(self, shape: Shape) -> tuple[TokenTile, int]:
         """The token tile of the forward and dQ kernels, and how many of them share a union."""
@@ -93,13 +100,28 @@ class KeySchedule:
         starts = self.lists.starts
         return starts, self.lists.bits, self.lists.counts, starts.shape[2]
 
+    def constants(self) -> dict[str, Any]:
+        """The kernels' compile-time names of the mode."""
+        return {
+            "MODE": self.mode,
+            "PACKED": self.cu_seqlens is not None,
+            "RANGE": self.queries is not None,
+        }
+
 
 class _Pieces(NamedTuple):
     number: int
     first: Tensor
     stop: Tensor
     document_first: Tensor
+    """Among the keys, as document_stop."""
     document_stop: Tensor
+
+    @classmethod
+    def of(cls, pieces: Pieces) -> _Pieces:
+        return cls(
+            len(pieces), pieces.first, pieces.stop, pieces.document_first, pieces.document_stop
+        )
 
 
 @dataclass(frozen=True)
@@ -108,6 +130,9 @@ class Shape:
 
     batch: int
     sequence: int
+    """Queries of a row."""
+    keys: int
+    """Of a row."""
     query_heads: int
     groups: int
     width: int
@@ -115,9 +140,10 @@ class Shape:
 
     @classmethod
     def of(cls, query: Tensor, key: Tensor, value: Tensor) -> Shape:
-        """The sizes of query [B,S,HQ,D], key [B,S,HKV,D] and value [B,S,HKV,DV]."""
+        """The sizes of query [B,S,HQ,D], key [B,Sk,HKV,D] and value [B,Sk,HKV,DV]."""
         batch, sequence, query_heads, width = query.shape
-        return cls(batch, sequence, query_heads, key.shape[2], width, value.shape[3])
+        keys, groups = key.shape[1:3]
+        return cls(batch, sequence, keys, query_heads, groups, width, value.shape[3])
 
     @property
     def heads(self) -> int:
@@ -184,15 +210,15 @@ def forward(
     )
 
     def launch(first_token: int, tokens: int, maxima: Tensor, num_blocks: int = 0) -> None:
-        pieces = schedule.pieces(tile.tokens, tokens, first_token, lse)
+        pieces = schedule.query_pieces(tile.tokens, tokens, first_token, lse)
         kernels.forward_kernel[(pieces.number, shape.rows)](
             query, key, value, lse if sink is None else sink, output, lse, maxima,
             *_strides(query, key, value),
             pieces.first, pieces.stop, pieces.document_first, *schedule.forward_index(lse),
+            *QueryRange.arguments(schedule.queries),
             shape.sequence, shape.groups, schedule.window, scale * _LOG2_E,
             shape.width, shape.value_width, first_token, tokens, num_blocks,
-            MODE=schedule.mode, PACKED=schedule.cu_seqlens is not None,
-            HAS_SINK=sink is not None, SCORES=selector is not None,
+            HAS_SINK=sink is not None, SCORES=selector is not None, **schedule.constants(),
             SPLIT=split, KEYS=schedule.keys, **tile.constants(), **shape.constants(query.dtype),
             num_warps=8 if tile.rows >= 128 else 4, num_stages=stages,
         )  # fmt: skip
@@ -213,12 +239,12 @@ def query_gradient(saved: Saved, schedule: KeySchedule, scale: float) -> tuple[T
     stages = _stages(
         2, schedule.keys * shape.row_bytes, tile.rows * (shape.row_bytes + 4 * schedule.keys)
     )
-    pieces = schedule.pieces(tile.tokens, shape.sequence, 0, lse)
+    pieces = schedule.query_pieces(tile.tokens, shape.sequence, 0, lse)
     kernels.dq_kernel[(pieces.number, shape.rows)](
         query, key, value, output, grad, lse, delta, d_query,
         *_strides(query, key, value, output, grad),
         pieces.first, pieces.stop, pieces.document_first, *schedule.forward_index(lse),
-        *_sizes(shape, schedule, scale), MODE=schedule.mode, PACKED=schedule.cu_seqlens is not None,
+        *_sizes(shape, schedule, scale), **schedule.constants(),
         SPLIT=split, KEYS=schedule.keys, **tile.constants(), **shape.constants(query.dtype),
         num_warps=8 if tile.rows >= 128 else 4, num_stages=stages,
     )  # fmt: skip
@@ -232,9 +258,9 @@ def key_value_gradients(
     scale: float,
     accumulate: KeyValueGradients | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dK [B, S, HKV, D] and dV [B, S, HKV, DV] in the key's dtype.
+    """dK [B, Sk, HKV, D] and dV [B, Sk, HKV, DV] in the key's dtype.
 
-    Without a result where they were added to `accumulate` (BLOCKS only).
+    Without a result where they were added to `accumulate`.
     """
     query, key, value, _, lse, grad = saved
     shape = Shape.of(query, key, value)
@@ -244,23 +270,23 @@ def key_value_gradients(
     keys = 64 if lists is None else schedule.keys
     stages = _stages(2, tile.rows * shape.row_bytes, keys * (shape.row_bytes + 4 * tile.rows))
     if lists is None:
-        pieces = schedule.pieces(keys, shape.sequence, 0, lse)
+        pieces = schedule.key_pieces(keys, shape.keys, lse)
         grid: tuple[int, ...] = (pieces.number, shape.rows)
         ends = (pieces.first, pieces.stop, pieces.document_stop)
-        work_items: tuple[Any, ...] = (0, lse, lse, lse, lse, lse, 0, lse, lse)
+        work_items: tuple[Any, ...] = (0, lse, lse, lse, lse, lse, lse, lse)
     else:
         grid = (len(lists.work_items),)
         ends = (lists.table.first, lists.table.stop, lse)
         flags = torch.zeros_like(lists.work_items.after)
         work_items = (
-            len(lists.table), *lists.work_items.tensors, flags, int(add),
+            len(lists.table), *lists.work_items.tensors, flags,
             lists.inverse_part, lists.inverse_bits,
         )  # fmt: skip
     kernels.dkv_kernel[grid](
         query, key, value, grad, lse, delta, d_key, d_value, *_strides(query, key, value, grad),
-        *ends, *work_items, *_sizes(shape, schedule, scale),
-        MODE=schedule.mode, PACKED=schedule.cu_seqlens is not None,
-        KEYS=keys, **tile.constants(), **shape.constants(query.dtype),
+        *ends, *work_items, shape.keys, *_sizes(shape, schedule, scale),
+        **schedule.constants(), ADDS=int(add), KEYS=keys,
+        **tile.constants(), **shape.constants(query.dtype),
         num_warps=8 if keys * shape.width >= 128 * 64 else 4, num_stages=stages,
     )  # fmt: skip
     if accumulate is not None:
@@ -271,7 +297,7 @@ def key_value_gradients(
 def gradient_buffers(
     key: Tensor, value: Tensor, accumulate: KeyValueGradients | None, *, fp32: bool
 ) -> tuple[Tensor, Tensor, bool]:
-    """Where dK [B, S, HKV, D] and dV [B, S, HKV, DV] go, and whether they are added to it."""
+    """Where dK [B, Sk, HKV, D] and dV [B, Sk, HKV, DV] go, and whether they are added to it."""
     if accumulate is not None:
         return accumulate.buffers(key, value)
     kinds = tuple(torch.float32 if fp32 else tensor.dtype for tensor in (key, value))
@@ -285,6 +311,7 @@ def gradient_buffers(
 def _sizes(shape: Shape, schedule: KeySchedule, scale: float) -> tuple[Any, ...]:
     """The trailing arguments of the two backward kernels."""
     return (
+        *QueryRange.arguments(schedule.queries),
         shape.sequence,
         shape.groups,
         schedule.window,

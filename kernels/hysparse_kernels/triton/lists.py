@@ -22,6 +22,8 @@ from hysparse_kernels.block_lists import (
     inverse_capacity,
 )
 from hysparse_kernels.documents import BlockTable
+from hysparse_kernels.query_range import QueryRange
+from hysparse_kernels.triton.kernels import position_of
 
 _MAP_BYTES = 256 * 2**20
 """Most memory for the map of inverse."""
@@ -29,7 +31,11 @@ _NONE = tl.constexpr(0x7FFFFFFF)
 
 
 def forward_index(
-    indices: Tensor, tile_tokens: int, block_size: int, table: BlockTable
+    indices: Tensor,
+    tile_tokens: int,
+    block_size: int,
+    table: BlockTable,
+    queries: QueryRange | None = None,
 ) -> ForwardIndex:
     """The blocks that each tile of `tile_tokens` tokens reads; indices int32 [R, tokens, K]."""
     rows, tokens, selected = indices.shape
@@ -42,7 +48,8 @@ def forward_index(
     forward_index_kernel[(tiles, rows)](
         indices, *_table_arguments(table, indices), table.first, starts, bits, counts,
         tokens, selected, capacity,
-        PACKED=table.packed, TOKENS=tile_tokens, SLOTS=slots, BLOCK=block_size, CODES=codes,
+        *QueryRange.arguments(queries), PACKED=table.packed, RANGE=queries is not None,
+        TOKENS=tile_tokens, SLOTS=slots, BLOCK=block_size, CODES=codes,
         num_warps=max(1, min(8, codes // 256)),
     )  # fmt: skip
     return ForwardIndex(starts, bits, counts)
@@ -55,8 +62,10 @@ def inverse_index(
     table: BlockTable,
     selected: int,
     segment_tokens: int,
+    queries: QueryRange | None = None,
 ) -> InverseIndex:
     """The parts, half a tile each, that read each block; `selected` is K."""
+    earliest = table.first if queries is None else queries.queries_from(table.first)
     rows, tiles, capacity = forward.starts.shape
     blocks, part_tokens = len(table), tile_tokens // 2
     entries = rows * blocks
@@ -82,14 +91,14 @@ def inverse_index(
             num_warps=1,
         )  # fmt: skip
         count_kernel[(stop - first, segments)](
-            marks, table.first, counts, first, blocks, tiles, segment_tokens // tile_tokens,
+            marks, earliest, counts, first, blocks, tiles, segment_tokens // tile_tokens,
             PART=part_tokens, STEP=counting, num_warps=4,
         )  # fmt: skip
         ends[passed] = counts[passed].sum(1).cumsum(0)
         if first:
             ends[passed] += ends[first - 1]
         compact_kernel[(stop - first,)](
-            marks, table.first, ends, part, bits, first, blocks, tiles,
+            marks, earliest, ends, part, bits, first, blocks, tiles,
             PART=part_tokens, STEP=step, num_warps=4,
         )  # fmt: skip
     return InverseIndex(part, bits, counts, ends)
@@ -129,12 +138,12 @@ def _join(left_number, left_bits, right_number, right_bits):
     return right_number, tl.where(left_number == right_number, left_bits | right_bits, right_bits)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["query_start", "queries", "gap"])
 def forward_index_kernel(
     indices, document_start, block_number, block_first, starts, bits, counts,
-    tokens, selected, capacity,
-    PACKED: tl.constexpr, TOKENS: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
-    CODES: tl.constexpr,
+    tokens, selected, capacity, query_start, queries, gap,
+    PACKED: tl.constexpr, RANGE: tl.constexpr, TOKENS: tl.constexpr, SLOTS: tl.constexpr,
+    BLOCK: tl.constexpr, CODES: tl.constexpr,
 ):  # fmt: skip
     """starts, bits [R, T, U] and counts [R, T] of program (tile, row)."""
     tile = tl.program_id(0)
@@ -145,11 +154,12 @@ def forward_index_kernel(
     token = tile * TOKENS + offset
     inside = (offset < TOKENS) & (slot < selected) & (token < tokens)
     block_id = tl.load(indices + (row * tokens + token) * selected + slot, mask=inside, other=-1)
+    position = position_of(token, query_start, queries, gap, RANGE)
     begin, before = 0, 0
     if PACKED:
-        begin = tl.load(document_start + token, mask=inside, other=0)
+        begin = tl.load(document_start + position, mask=inside, other=0)
         before = tl.load(block_number + begin, mask=inside, other=0)
-    chosen = inside & (block_id >= 0) & (begin + block_id * BLOCK <= token)
+    chosen = inside & (block_id >= 0) & (begin + block_id * BLOCK <= position)
 
     # Block first, token second; what is not selected sorts last.
     code = tl.sort(tl.where(chosen, (before + block_id) * TOKENS + offset, _NONE))
@@ -206,16 +216,18 @@ def _parts(marks, tile, tiles, PART: tl.constexpr, STEP: tl.constexpr):
 
 @triton.jit
 def count_kernel(
-    marks, block_first, counts, first, blocks, tiles, segment,
+    marks, earliest, counts, first, blocks, tiles, segment,
     PART: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """counts [R * NT, C]: the parts that read entry first + program, per `segment` tiles."""
+    """counts [R * NT, C]: the parts that read entry first + program, per `segment` tiles.
+
+    earliest int32 [NT]: the first token that may read each block.
+    """
     entry = first + tl.program_id(0)
     row = marks + tl.program_id(0).to(tl.int64) * tiles
     begin = tl.program_id(1) * segment
     stop = tl.minimum(begin + segment, tiles)
-    # No token before the block reads it.
-    begin = tl.maximum(begin, tl.load(block_first + entry % blocks) // (2 * PART))
+    begin = tl.maximum(begin, tl.load(earliest + entry % blocks) // (2 * PART))
     count = tl.zeros([2 * STEP], tl.int32)
     for tile in range(begin, stop, STEP):
         count += (_parts(row, tile, stop, PART, STEP) != 0).to(tl.int32)
@@ -224,14 +236,14 @@ def count_kernel(
 
 @triton.jit
 def compact_kernel(
-    marks, block_first, ends, part, bits, first, blocks, tiles,
+    marks, earliest, ends, part, bits, first, blocks, tiles,
     PART: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """The parts that read entry first + program, and their bits, up to place ends [R * NT]."""
     entry = first + tl.program_id(0)
     row = marks + tl.program_id(0).to(tl.int64) * tiles
     place = tl.load(ends + entry - 1, mask=entry > 0, other=0)
-    for tile in range(tl.load(block_first + entry % blocks) // (2 * PART), tiles, STEP):
+    for tile in range(tl.load(earliest + entry % blocks) // (2 * PART), tiles, STEP):
         members = _parts(row, tile, tiles, PART, STEP)
         ones = (members != 0).to(tl.int32)
         found = place + tl.cumsum(ones, 0) - 1

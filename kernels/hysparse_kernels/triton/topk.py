@@ -19,6 +19,7 @@ from torch import Tensor
 from hysparse_kernels.block_lists import TokenTile
 from hysparse_kernels.call import SelectionRule
 from hysparse_kernels.documents import document_starts
+from hysparse_kernels.query_range import QueryRange
 
 _SCRATCH_BYTES = 256 * 2**20
 """Most memory for the raw block maxima of the oracle; long sequences take several launches."""
@@ -41,8 +42,10 @@ class Selector:
 
     rule: SelectionRule
     longest: int
-    """S, before packed documents of several batch rows become one row: no document is longer."""
+    """Where the last query of a row stands, and one more: no query sees more keys."""
     cu_seqlens: Tensor | None
+    queries: QueryRange | None = None
+    """Which positions the queries are; None for all of the row."""
 
     def run(
         self,
@@ -66,9 +69,7 @@ class Selector:
         indices = torch.empty(
             batch, groups, sequence, self.rule.num_selected, dtype=torch.int32, device=lse.device
         )
-        starts = None
-        if self.cu_seqlens is not None:
-            starts = document_starts(self.cu_seqlens, sequence)
+        starts = self._starts(sequence, lse.device)
         for first in range(0, sequence, step):
             tokens = min(step, sequence - first)
             launch(first, tokens, maxima, blocks)
@@ -82,6 +83,20 @@ class Selector:
                 part = self.rule.reduce_scores(part).contiguous()
             _launch_topk(part, indices, (tokens, rows), sequence, first, self.rule, starts)
         return indices
+
+    def _starts(self, sequence: int, device: torch.device) -> Tensor | None:
+        """int32 [S]: where the document of every query begins, counted in queries and thus perhaps
+        before the first one; None where all begin with the first."""
+        if self.queries is None:
+            if self.cu_seqlens is None:
+                return None
+            return document_starts(self.cu_seqlens, sequence)
+        position = self.queries.positions(sequence, device)
+        begin = torch.zeros_like(position)
+        if self.cu_seqlens is not None:
+            keys = sequence // self.queries.queries * self.queries.keys
+            begin = document_starts(self.cu_seqlens, keys)[position]
+        return begin - position + torch.arange(sequence, dtype=torch.int32, device=device)
 
 
 def _launch_topk(
