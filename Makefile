@@ -34,26 +34,26 @@ $(STAMP): pyproject.toml constraints.txt
 train: $(STAMP) ## Train EXPERIMENT on NPROC local ranks, or resume it; add overrides with ARGS
 	@$(VENV)/bin/hysparse launch --nproc $(NPROC) $(if $(EXPERIMENT),experiment=$(EXPERIMENT)) $(ARGS)
 
-# Tests of one process at a time share the cores; those of several need them. 5: none chosen.
+# Ranks mostly wait for one another, so that their tests share the cores too, with one thread each;
+# what measures time comes after them. 5: none chosen.
 # By file in their order, in which the longest do not come last, as those of few tests would.
 SHARED := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
-ALONE := not slow and not distributed and not fault and not slurm
+BESIDE := not alone and not fault and not slurm
 # HYSPARSE_TEST_SEED=n in the environment is the first seed; without it, a fresh one.
 SEEDS ?= 20
 JOBS ?= auto
 TESTS ?= tests/kernels tests/unit
-FAST := -m "$(ALONE) and not thorough" $(SHARED)
-SLOW := -m "(slow or distributed) and not fault and not slurm"
+FAST := -m "$(BESIDE) and not distributed and not thorough" $(SHARED)
 
 test: $(STAMP) ## Run all tests but those of faults and Slurm (half an hour on two cores)
 	@failed=0; \
-	$(PY) -m pytest -q -m "$(ALONE)" $(SHARED) $(PYTEST_ARGS) || test $$? = 5 || failed=1; \
-	$(PY) -m pytest $(SLOW) $(PYTEST_ARGS) || test $$? = 5 || failed=1; \
+	$(PY) -m pytest -q -m "$(BESIDE)" $(SHARED) $(PYTEST_ARGS) || test $$? = 5 || failed=1; \
+	$(PY) -m pytest -m alone $(PYTEST_ARGS) || test $$? = 5 || failed=1; \
 	exit $$failed
 
 test-seeds: $(STAMP) ## Run TESTS, those that draw random numbers, with SEEDS seeds each on JOBS cores
-	@HYSPARSE_TEST_SEEDS=$(SEEDS) OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal \
-		-m "$(ALONE)" $(TESTS) $(PYTEST_ARGS)
+	@HYSPARSE_TEST_SEEDS=$(SEEDS) $(PY) -m pytest -q -n $(JOBS) --dist worksteal \
+		-m "$(BESIDE) and not distributed" $(TESTS) $(PYTEST_ARGS)
 
 test-fault: $(STAMP) ## Break runs in every way and look how they end (under 10 minutes)
 	@$(PY) -m pytest -m fault tests/fault $(PYTEST_ARGS)

@@ -17,6 +17,8 @@ from collections import defaultdict
 
 import pytest
 
+pytest_plugins = ["tests.distributed.table"]
+
 SEED, SEEDS = "HYSPARSE_TEST_SEED", "HYSPARSE_TEST_SEEDS"
 FIXTURES = ("session_seed", "seed")
 """Of these the first that a test needs takes the seeds."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 
@@ -16,6 +15,7 @@ from tests.distributed.reassemble import (
     whole_routing,
     whole_selection,
 )
+from tests.distributed.table import ParityRow
 
 LOSS_TOLERANCE = 1e-5
 """In nats."""
@@ -33,18 +33,6 @@ def gradient_steps(steps: int) -> tuple[int, int]:
 
 ReferenceFor = Callable[[Config], RankRun]
 """The one-process run that a configuration is compared with."""
-
-
-class ParityRow(NamedTuple):
-    """One line of the table at the end of the session."""
-
-    name: str
-    ranks: int
-    loss: float
-    grad_norm: float
-    gradient: float
-    selections: str
-    verdict: str
 
 
 @dataclass
@@ -78,7 +66,7 @@ class Differences:
         ]
         return found
 
-    def row(self, name: str, ranks: int) -> ParityRow:
+    def row(self, name: str, ranks: int, reference: RankRun) -> ParityRow:
         """The line of the table."""
         return ParityRow(
             name,
@@ -87,6 +75,8 @@ class Differences:
             self.grad_norm,
             max(self.gradients.values()),
             "equal" if self.other_selection is self.other_routing is None else "DIFFER",
+            reference.redrawn,
+            reference.smallest_gap,
             "FAILED" if self.too_large() else "ok",
         )
 

@@ -10,7 +10,7 @@ import pytest
 from hysparse_megatron.config.frozen import config_hash
 from hysparse_megatron.config.schema import Config
 from tests.distributed.cases import Case, reference_of
-from tests.distributed.comparison import ParityRow, ReferenceFor, gradient_steps
+from tests.distributed.comparison import ReferenceFor, gradient_steps
 from tests.distributed.pool import WorkerPool
 from tests.distributed.ranks import RankRun, train_reference
 
@@ -18,14 +18,6 @@ LEAST_GAP = 2e-4
 """In log score: far above what rounding moves a score by in 20 steps."""
 MOST_TRIES = 40
 """Batches drawn per step before giving up; about three of four are good at once."""
-
-_rows = pytest.StashKey[list[ParityRow]]()
-_notes = pytest.StashKey[list[str]]()
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_rows] = []
-    config.stash[_notes] = []
 
 
 @pytest.fixture(scope="session")
@@ -36,15 +28,26 @@ def pool() -> Iterator[WorkerPool]:
 
 
 @pytest.fixture(scope="session")
+def references() -> dict[str, RankRun]:
+    """Those made so far, by the hashes of their configurations."""
+    return {}
+
+
+@pytest.fixture(scope="module")
 def reference_for(
-    pool: WorkerPool, session_seed: int, request: pytest.FixtureRequest
+    pool: WorkerPool,
+    references: dict[str, RankRun],
+    session_seed: int,
+    request: pytest.FixtureRequest,
 ) -> ReferenceFor:
     """The one-process run that a configuration is compared with; made once per model.
 
-    Together with those that the next tests will ask for, one on each core.
+    Together with those that the file's next tests will ask for, one on each core. Other files may
+    run in another process.
     """
-    made: dict[str, RankRun] = {}
-    coming = {config_hash(alone): alone for alone in references_of(request.session.items)}
+    made = references
+    its_tests = [item for item in request.session.items if item.path == request.path]
+    coming = {config_hash(alone): alone for alone in references_of(its_tests)}
 
     def make(missing: list[Config]) -> None:
         runs = pool.run_apart(
@@ -60,10 +63,6 @@ def reference_for(
         )
         for alone, run in zip(missing, runs, strict=True):
             made[config_hash(alone)] = run
-            request.config.stash[_notes].append(
-                f"reference {len(made)}: {run.redrawn} batches with near-ties drawn anew, "
-                f"smallest gap left {run.smallest_gap:.1e}"
-            )
 
     def get(config: Config) -> RankRun:
         alone = reference_of(config)
@@ -84,31 +83,3 @@ def references_of(items: list[pytest.Item]) -> list[Config]:
         if isinstance(case, Case) and "reference_for" in getattr(item, "fixturenames", ()):
             found.append(reference_of(case.config()))
     return found
-
-
-@pytest.fixture(scope="session")
-def parity_rows(request: pytest.FixtureRequest) -> list[ParityRow]:
-    return request.config.stash[_rows]
-
-
-def pytest_terminal_summary(
-    terminalreporter: pytest.TerminalReporter, config: pytest.Config
-) -> None:
-    notes, rows = config.stash[_notes], config.stash[_rows]
-    if not notes and not rows:
-        return
-    terminalreporter.section("layouts compared with one process")
-    for note in notes:
-        terminalreporter.write_line(note)
-    if not rows:
-        return
-    width = max(len(row.name) for row in rows)
-    terminalreporter.write_line(
-        f"{'layout':{width}}  ranks  max loss diff  max grad-norm diff  "
-        "max rel. gradient diff  selections  verdict"
-    )
-    for row in rows:
-        terminalreporter.write_line(
-            f"{row.name:{width}}  {row.ranks:5}  {row.loss:13.1e}  {row.grad_norm:18.1e}  "
-            f"{row.gradient:22.1e}  {row.selections:10}  {row.verdict}"
-        )

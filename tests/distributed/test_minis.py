@@ -16,7 +16,7 @@ from tests.distributed.pool import WorkerPool
 from tests.distributed.ranks import RankRun, train, train_reference
 from tests.distributed.reassemble import whole_routing, whole_selection
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = pytest.mark.distributed
 
 TEXT = b"\n".join(
     path.read_bytes()

@@ -28,13 +28,13 @@ from tests.distributed.comparison import (
     GRAD_NORM_TOLERANCE,
     GRADIENT_TOLERANCE,
     LOSS_TOLERANCE,
-    ParityRow,
     ReferenceFor,
     compare,
     gradient_steps,
 )
 from tests.distributed.pool import WorkerPool
 from tests.distributed.ranks import RankRun, train
+from tests.distributed.table import ROW
 
 pytestmark = pytest.mark.distributed
 
@@ -133,7 +133,10 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_layout_trains_like_one_process(
-    case: Case, pool: WorkerPool, reference_for: ReferenceFor, parity_rows: list[ParityRow]
+    case: Case,
+    pool: WorkerPool,
+    reference_for: ReferenceFor,
+    record_property: Callable[[str, object], None],
 ) -> None:
     config = case.config()
     reference = reference_for(config)
@@ -145,7 +148,7 @@ def test_layout_trains_like_one_process(
         gradient_steps=gradient_steps(len(reference.tokens)),
     )
     differences = compare(reference, runs, config.model.num_query_groups, case.sp)
-    parity_rows.append(differences.row(case.name, case.world_size))
+    record_property(ROW, tuple(differences.row(case.name, case.world_size, reference)))
     assert differences.too_large() == []
 
 

@@ -11,7 +11,7 @@ from tests.distributed.cases import INSIDE, Case
 from tests.distributed.pool import WorkerPool
 from tests.distributed.straggler_jobs import measured_steps
 
-pytestmark = pytest.mark.distributed
+pytestmark = pytest.mark.alone
 
 STEPS, INTERVAL, SLEEP = 6, 3, 2.5
 MEMORY = "peak_memory_bytes"

@@ -185,7 +185,7 @@ def error(got: Tensor, wanted: Tensor) -> float:
     return float((got.double() - wanted).norm() / wanted.norm())
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("hopper", ["1", "0"])
 def test_offsets_beyond_2_to_the_31(
     deterministic: None, hopper: str, monkeypatch: pytest.MonkeyPatch

@@ -11,7 +11,7 @@ from run_commands import LOCAL, TINY, Command, facts, processes_naming, read_jso
 from hysparse_megatron.checkpoint.store import problems_of
 from hysparse_megatron.checkpoint.tensors import OPTIMIZER, read_index
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = pytest.mark.distributed
 
 
 def test_preempted_in_the_middle_and_continued(corpus: list[str], tmp_path: Path) -> None:

@@ -167,7 +167,7 @@ def test_numbers_that_cannot_be(arguments: list[str], capsys: pytest.CaptureFixt
     assert arguments[0] in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.distributed
 def test_two_tensor_ranks_say_the_same(generate, finished) -> None:
     arguments = ["--prompt", PROMPT, "--max-new-tokens", "10", "--ignore-end"]
     code, alone, _ = generate(*arguments)

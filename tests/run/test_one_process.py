@@ -101,7 +101,7 @@ def test_metrics_of_a_run(finished) -> None:
     assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"] - 0.2, "it must learn"
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_a_batch_costs_next_to_nothing_of_a_quickstart_step(
     corpus: list[str], tmp_path: Path
 ) -> None:

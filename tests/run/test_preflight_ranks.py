@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from run_commands import TINY, Command
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = pytest.mark.distributed
 
 PREFLIGHT = ("-m", "launch.preflight")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from run_commands import ROOT, TINY, environment, facts, read_json, run
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = pytest.mark.distributed
 
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from run_commands import ROOT, read_json, write_text
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.thorough
 
 MODEL = """\
 defaults:

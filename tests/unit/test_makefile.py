@@ -33,7 +33,7 @@ def test_both_halves_run_and_a_failure_ends_red(
     command = ["make", "-o", ".venv/.installed", "test", f"PY={program}", "PYTEST_ARGS=-k some"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     first, second = calls.read_text().splitlines()
-    assert "not slow and not distributed" in first
-    assert "(slow or distributed)" in second
+    assert "-m not alone and not fault and not slurm" in first
+    assert "-m alone" in second
     assert all(call.endswith("-k some") for call in (first, second))
     assert (result.returncode != 0) == red, result.stderr

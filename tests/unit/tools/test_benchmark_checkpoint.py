@@ -12,7 +12,7 @@ from tools.benchmark_checkpoint import as_text
 ROOT = Path(__file__).resolve().parents[3]
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_an_asynchronous_save_stalls_training_for_less_than_a_quarter(tmp_path: Path) -> None:
     arguments = ["--json", "--repeats", "3", "--directory", str(tmp_path)]
     done = subprocess.run(
