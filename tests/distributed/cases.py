@@ -48,8 +48,8 @@ HALF_BATCH = {"global_batch_size": 4}
 """Two micro-batches instead of four, where more would only take longer."""
 EIGHT = {"steps": 8}
 SHORT = {**HALF_BATCH, **EIGHT}
-"""For all that a model may have beside. What layouts do to a step shows in the first ones, and what
-they do to many of them is shown by the plain model's."""
+"""For all that a model may have beside, and for layouts made of others. What layouts do to a step
+shows in the first ones, and what they do to many of them is shown by the plain model's."""
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32,
