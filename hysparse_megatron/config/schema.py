@@ -99,7 +99,8 @@ class ParallelConfig:
     vpp: int | None = at_least(2, default=None)
     """Model chunks per pipeline rank (interleaving, at least 2); null means one chunk."""
     cp: int = at_least(1, default=1)
-    """Context-parallel size: ranks that share one sequence; only 1 in this version."""
+    """Context-parallel size: ranks that share one sequence, of which each holds two chunks. Keys
+    and values of a hybrid block are gathered once, those of other full layers in every layer."""
     ep: int = at_least(1, default=1)
     """Expert-parallel size: ranks that share the experts of a layer; they are taken from the
     tensor- and data-parallel ranks of a stage, so they add nothing to the world size. An expert is

@@ -118,7 +118,7 @@ def token_losses(loaded: LoadedModel, batches: EvaluationBatches) -> Iterator[Te
                     given["position_ids"],
                     None,
                     labels=given["labels"],
-                    packed_seq_params=documents_of(given),
+                    packed_seq_params=documents_of(given, given["tokens"].shape[1]),
                 )
             losses = losses.float().nan_to_num(nan=math.inf, posinf=math.inf)
             yield losses.masked_fill(given["loss_mask"] == 0, math.nan)

@@ -13,7 +13,7 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from torch import Tensor
 
 from hysparse_megatron.inference.kv_cache import KvCache
-from hysparse_megatron.model.attend import CachedAttend
+from hysparse_megatron.model.attend_cached import CachedAttend
 
 
 @torch.no_grad()

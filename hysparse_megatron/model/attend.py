@@ -1,8 +1,8 @@
-"""What attention layers compute with: one interface, for training and for generation.
+"""What attention layers compute with: one interface, and its implementation for training.
 
 A layer projects, normalises and rotates; an `Attend` does the rest from query, key and value to the
 weighted values, by the kernels of `hysparse_kernels`. One is made for every forward pass and handed
-from layer to layer.
+from layer to layer. That of generation stands in attend_cached.py.
 
 Shapes: S sequence, B batch, HQ query heads and HKV KV groups on this rank, D query/key head dim,
 DV value head dim, K selected blocks. Tensors come in megatron-core's layout [S, B, heads, width]
@@ -20,14 +20,8 @@ from typing import Any, Protocol, cast
 import torch
 from hysparse_kernels import (
     BlockLists,
-    Chunk,
     KeyValueGradients,
-    TokenCache,
-    WindowCache,
     block_sparse_attention,
-    cached_full_attention,
-    cached_sparse_attention,
-    cached_window_attention,
     gated_sum,
     oracle_attention,
     prepare_selection,
@@ -38,8 +32,14 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from hysparse_megatron.architecture.model import ModelConfig
+from hysparse_megatron.model.context_parallel import (
+    Shard,
+    documents_between,
+    exchange_tails,
+    gather_key_value,
+)
 from hysparse_megatron.model.megatron_config import HySparseConfig
-from hysparse_megatron.model.sharing import CachedSelection, Shared, SharedAttention
+from hysparse_megatron.model.sharing import Shared, SharedAttention
 from hysparse_megatron.runtime.annotations import FULL_ATTENTION, SPARSE_ATTENTION
 from hysparse_megatron.runtime.process_groups import RunGroups
 
@@ -90,17 +90,18 @@ def recomputed(function: Callable[..., Any], *tensors: Tensor | None) -> Any:
     )
 
 
-def _kernel_layout(tensor: Tensor) -> Tensor:
+def kernel_layout(tensor: Tensor) -> Tensor:
     """megatron-core's [S, B, heads, width] seen as the kernels' [B, S, heads, width]."""
     return tensor.transpose(0, 1)
 
 
-def _kernel_layouts(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _kernel_layout(query), _kernel_layout(key), _kernel_layout(value)
+def kernel_layouts(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All three in the kernels' layout."""
+    return kernel_layout(query), kernel_layout(key), kernel_layout(value)
 
 
-def _selection_rule(model: ModelConfig, groups: RunGroups) -> dict[str, Any]:
-    """The same in training and generation."""
+def selection_rule(model: ModelConfig, groups: RunGroups) -> dict[str, Any]:
+    """How oracles select, as arguments of the kernels: the same in training and generation."""
     shared_heads = groups.kv_sharing is not None
     return {
         "block_size": model.block_size,
@@ -120,7 +121,11 @@ def _reduce_scores(groups: RunGroups, scores: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingAttend:
-    """All tokens of the sequences at once, as in training and evaluation."""
+    """All tokens of the sequences at once, as in training and evaluation.
+
+    With context parallelism queries are those of this rank's chunks, and every operation runs once
+    a chunk; see context_parallel.py.
+    """
 
     config: HySparseConfig
     groups: RunGroups
@@ -135,6 +140,19 @@ class TrainingAttend:
     def _backend(self) -> str:
         return self.config.architecture.backend.value
 
+    @property
+    def _accumulates(self) -> bool:
+        """Whether readers add up the gradients of a shared key and value by themselves.
+
+        Recompute detaches both from their producer: autograd has to add them up.
+        """
+        recomputes = self.config.recompute_granularity is not None
+        return self.training and torch.is_grad_enabled() and not recomputes
+
+    def _shard(self, own: Tensor) -> Shard:
+        """What of the sequences a tensor [R, ...] of this rank's tokens is."""
+        return Shard.of(self.groups.cp, own.shape[0] * self.groups.cp.size())
+
     def full(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor
     ) -> tuple[Tensor, SharedAttention | None]:
@@ -146,23 +164,45 @@ class TrainingAttend:
         if is_read:
             # Copies, because views would keep the whole fused projection alive with them.
             key, value = key.contiguous(), value.contiguous()
-        output, indices = self._run(
-            functools.partial(self._full, is_read and not self.again), query, key, value
-        )
-        return output, SharedAttention(key, value, indices) if is_read else None
+        shared = self._whole(SharedAttention(key, value, None))
+        attend = functools.partial(self._full, is_read and not self.again, shared.gradients)
+        output, indices = self._run(attend, query, shared.key, shared.value)
+        return output, shared._replace(block_indices=indices) if is_read else None
+
+    def _whole(self, own: SharedAttention) -> SharedAttention:
+        """With key and value of all tokens, gathered where ranks hold a part of them each."""
+        shard = self._shard(own.key)
+        if shard.ranks == 1:
+            return own
+        gradients = KeyValueGradients() if self._accumulates else None
+        key, value = gather_key_value(own.key, own.value, shard, self.groups.cp, gradients)
+        return own._replace(key=key, value=value, gradients=gradients)
 
     def _full(
-        self, select: bool, again: bool, query: Tensor, key: Tensor, value: Tensor
+        self,
+        select: bool,
+        gradients: KeyValueGradients | None,
+        again: bool,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
+        parts = []
         with record_function(FULL_ATTENTION):
-            result = oracle_attention(
-                *_kernel_layouts(query, key, value),
-                **_selection_rule(self.config.architecture, self.groups),
-                select=select and not again,
-                cu_seqlens=self.documents,
-                backend=self._backend,
-            )
-        return result.output, result.block_indices
+            for rows, start in self._shard(query).chunks:
+                result = oracle_attention(
+                    *kernel_layouts(query[rows], key, value),
+                    **selection_rule(self.config.architecture, self.groups),
+                    select=select and not again,
+                    accumulate=gradients,
+                    query_start=start,
+                    cu_seqlens=self.documents,
+                    backend=self._backend,
+                )
+                parts.append(result)
+            indices = [part.block_indices for part in parts if part.block_indices is not None]
+            output = _joined([part.output for part in parts], 1)
+            return output, _joined(indices, 2) if indices else None
 
     def sparse(
         self,
@@ -178,17 +218,16 @@ class TrainingAttend:
         shared = cast(SharedAttention, shared)
         attend = functools.partial(self._sparse, layer, shared.lists, shared.gradients)
         # One by one, as what is recomputed sees gradients of tensors that are its own arguments.
-        return self._run(attend, query, key, value, *gates, *shared.tensors, *sinks)
+        windows = self._windows(layer, key, value)
+        return self._run(attend, query, *gates, *shared.tensors, *sinks, *windows)
 
     def _sparse(
         self,
         layer: int,
-        lists: BlockLists | None,
+        lists: Sequence[BlockLists | None],
         gradients: KeyValueGradients | None,
         again: bool,
         query: Tensor,
-        window_key: Tensor,
-        window_value: Tensor,
         sparse_gate: Tensor,
         window_gate: Tensor,
         key: Tensor,
@@ -196,45 +235,67 @@ class TrainingAttend:
         block_indices: Tensor,
         sparse_sink: Tensor | None,
         window_sink: Tensor | None,
+        *windows: Tensor,
     ) -> Tensor:
+        parts = []
         with record_function(SPARSE_ATTENTION):
-            sparse = block_sparse_attention(
-                *_kernel_layouts(query, key, value),
-                block_indices,
-                block_size=self.config.architecture.block_size,
-                sink=sparse_sink,
-                lists=lists,
-                accumulate=gradients,
-                cu_seqlens=self.documents,
-                backend=self._backend,
-            )
-            window = self._window(layer, again, query, window_key, window_value, window_sink)
-            gates = (_kernel_layout(sparse_gate), _kernel_layout(window_gate))
+            chunks = self._shard(query).chunks
+            for (rows, start), chunk_lists in zip(chunks, lists, strict=True):
+                part = block_sparse_attention(
+                    *kernel_layouts(query[rows], key, value),
+                    block_indices[:, :, rows],
+                    block_size=self.config.architecture.block_size,
+                    sink=sparse_sink,
+                    lists=chunk_lists,
+                    accumulate=gradients,
+                    query_start=start,
+                    cu_seqlens=self.documents,
+                    backend=self._backend,
+                )
+                parts.append(part)
+            sparse = _joined(parts, 1)
+            window = self._window(layer, again, query, window_sink, *windows)
+            gates = (kernel_layout(sparse_gate), kernel_layout(window_gate))
             return gated_sum(sparse, window, *gates, backend=self._backend).to(query.dtype)
 
     def window(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, sink: Tensor | None
     ) -> Tensor:
         """See `Attend`."""
-        return self._run(functools.partial(self._window, layer), query, key, value, sink)
+        windows = self._windows(layer, key, value)
+        return self._run(functools.partial(self._window, layer), query, sink, *windows)
+
+    def _windows(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        """Key and value, of each chunk, of all tokens that its windows see."""
+        shard = self._shard(key)
+        if shard.ranks == 1:
+            return key, value
+        return exchange_tails(key, value, self.window_of(layer) - 1, shard, self.groups.cp)
 
     def _window(
-        self,
-        layer: int,
-        again: bool,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        sink: Tensor | None,
+        self, layer: int, again: bool, query: Tensor, sink: Tensor | None, *windows: Tensor
     ) -> Tensor:
+        shard = self._shard(query)
+        pairs = zip(windows[::2], windows[1::2], strict=True)
+        parts = []
         with record_function(SPARSE_ATTENTION):
-            return sliding_window_attention(
-                *_kernel_layouts(query, key, value),
-                window=self.window_of(layer),
-                sink=sink,
-                cu_seqlens=self.documents,
-                backend=self._backend,
-            )
+            for (rows, start), (key, value) in zip(shard.chunks, pairs, strict=True):
+                tokens = rows.stop - rows.start
+                before = key.shape[0] - tokens
+                documents = self.documents
+                if documents is not None and shard.ranks > 1:
+                    among = (start - before, start + tokens)
+                    documents = documents_between(documents, query.shape[1], shard.sequence, *among)
+                part = sliding_window_attention(
+                    *kernel_layouts(query[rows], key, value),
+                    window=self.window_of(layer),
+                    sink=sink,
+                    query_start=before,
+                    cu_seqlens=documents,
+                    backend=self._backend,
+                )
+                parts.append(part)
+            return _joined(parts, 1)
 
     def window_of(self, layer: int) -> int:
         """Tokens that a query of this layer sees in its window."""
@@ -247,93 +308,37 @@ class TrainingAttend:
         return attend(self.again, *tensors)
 
     def prepared(self, shared: Shared) -> SharedAttention:
-        """With the selection as kernels walk it, and the sum of its readers' gradients."""
+        """With key and value of all tokens, the selection as kernels walk it, and the sum of its
+        readers' gradients."""
         shared = cast(SharedAttention, shared)
-        assert shared.block_indices is not None
+        indices = shared.block_indices
+        assert indices is not None
+        shard = Shard.of(self.groups.cp, indices.shape[2] * self.groups.cp.size())
+        if shared.key.shape[0] < shard.sequence:  # what came over a pipeline cut is this rank's
+            shared = self._whole(shared)
         with record_function(SPARSE_ATTENTION):
-            lists = prepare_selection(
-                shared.block_indices,
-                self.config.num_attention_heads // self.groups.tp.size(),
-                block_size=self.config.architecture.block_size,
-                cu_seqlens=self.documents,
-                backend=self._backend,
+            lists = tuple(
+                prepare_selection(
+                    indices[:, :, rows],
+                    self.config.num_attention_heads // self.groups.tp.size(),
+                    block_size=self.config.architecture.block_size,
+                    query_start=start,
+                    key_length=shard.sequence,
+                    cu_seqlens=self.documents,
+                    backend=self._backend,
+                )
+                for rows, start in shard.chunks
             )
         shared = shared._replace(lists=lists)
-        recomputes = self.config.recompute_granularity is not None
-        if not (self.training and torch.is_grad_enabled()) or recomputes:
+        if shared.gradients is not None or not self._accumulates:
             return shared
         gradients = KeyValueGradients()
         # In the kernels' layout, in which the layers will add.
-        key, value = gradients.attach(_kernel_layout(shared.key), _kernel_layout(shared.value))
+        key, value = gradients.attach(kernel_layout(shared.key), kernel_layout(shared.value))
         return shared._replace(
-            key=_kernel_layout(key), value=_kernel_layout(value), gradients=gradients
+            key=kernel_layout(key), value=kernel_layout(value), gradients=gradients
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class CachedAttend:
-    """The tokens of one step of generation, which follow on those in the layers' caches."""
-
-    config: HySparseConfig
-    groups: RunGroups
-    caches: Sequence[TokenCache | WindowCache]
-    """By layer: of all tokens for a full layer, of a window for the others."""
-    chunk: Chunk
-
-    def full(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor
-    ) -> tuple[Tensor, CachedSelection | None]:
-        """See `Attend`."""
-        cache = cast(TokenCache, self.caches[layer])
-        output, indices = cached_full_attention(
-            *_kernel_layouts(query, key, value),
-            cache,
-            self.chunk,
-            **_selection_rule(self.config.architecture, self.groups),
-            select=self.config.plan.is_read(layer),
-            backend=self.config.architecture.backend.value,
-        )
-        return output, None if indices is None else CachedSelection(cache, indices)
-
-    def sparse(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        gates: tuple[Tensor, Tensor],
-        shared: Shared,
-        sinks: Sinks,
-    ) -> Tensor:
-        """See `Attend`."""
-        model = self.config.architecture
-        return cached_sparse_attention(
-            *_kernel_layouts(query, key, value),
-            _kernel_layout(gates[0]),
-            _kernel_layout(gates[1]),
-            *cast(CachedSelection, shared),
-            cast(WindowCache, self.caches[layer]),
-            self.chunk,
-            block_size=model.block_size,
-            window=model.window,
-            sparse_sink=sinks[0],
-            window_sink=sinks[1],
-            backend=model.backend.value,
-        )
-
-    def window(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, sink: Tensor | None
-    ) -> Tensor:
-        """See `Attend`."""
-        return cached_window_attention(
-            *_kernel_layouts(query, key, value),
-            cast(WindowCache, self.caches[layer]),
-            self.chunk,
-            window=self.config.architecture.window,
-            sink=sink,
-            backend=self.config.architecture.backend.value,
-        )
-
-    def prepared(self, shared: Shared) -> Shared:
-        """`shared` as it is: the cache has all that its readers need."""
-        return shared
+def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)

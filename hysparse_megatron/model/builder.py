@@ -56,5 +56,7 @@ def build_chunks(
             vp_stage=chunk if plan.num_chunks > 1 else None,
         )
         model.rotary_pos_emb.inv_freq = rotary_frequencies(config.model)
+        # The stack takes this rank's positions itself: megatron-core pins memory for it.
+        model.rotary_pos_emb.cp_group = None
         chunks.append(model)
     return chunks

@@ -142,6 +142,7 @@ def make_megatron_config(config: Config, layers: LayerChoice = LOCAL) -> HySpars
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
         virtual_pipeline_model_parallel_size=parallel.vpp,
+        context_parallel_size=parallel.cp,
         sequence_parallel=parallel.sequence_parallel,
         expert_model_parallel_size=parallel.ep,
         # An expert is never split: tokens travel to it, also between tensor-parallel ranks.

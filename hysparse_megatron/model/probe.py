@@ -26,6 +26,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from hysparse_megatron.model.attend import Sinks, TrainingAttend
+from hysparse_megatron.model.context_parallel import Shard, rows_before
 from hysparse_megatron.model.megatron_config import HySparseConfig
 from hysparse_megatron.model.sharing import Shared, SharedAttention
 from hysparse_megatron.model.stack import attending_with
@@ -90,7 +91,13 @@ class Probe:
         self._speaks = groups.dp.rank() == groups.tp.rank() == 0
         self._sequence = sequence
         self.positions = sample_positions(config.init_seed, sequence)
-        self._positions = torch.tensor(self.positions, device=device)
+        self._shard, self._context_group = Shard.of(groups.cp, sequence), groups.cp
+        held = self._shard.positions(device)
+        sampled = torch.tensor(self.positions, device=device)
+        # With context parallelism a rank looks at those of the sample that it holds.
+        self._rows = torch.isin(held, sampled).nonzero().squeeze(1)
+        self._positions = held[self._rows]
+        self._places = torch.searchsorted(sampled, self._positions)
         layers = config.plan.layout.num_layers
         self._oracles = [layer for layer in range(layers) if config.plan.is_read(layer)]
         self._clock = ForwardClock(device)
@@ -130,7 +137,7 @@ class Probe:
         model = self._config.architecture
         described = model.attention(self._config.plan.layout.kinds[layer])
         for part, logits in zip(described.gates, gates, strict=True):
-            self._add(layer, part.name, torch.sigmoid(logits[self._positions].float()))
+            self._add(layer, part.name, torch.sigmoid(logits[self._rows].float()))
         # A sink that branches share is given for each of them; a branch may have none.
         given = [sink for sink in sinks if sink is not None]
         for name, sink in zip(described.sinks, given, strict=False):
@@ -140,11 +147,11 @@ class Probe:
         self, layer: int, query: Tensor, shared: SharedAttention, documents: Tensor | None
     ) -> None:
         """At the rotated query [S, B, HQ, D] of an oracle, and what it shares."""
-        at, block_size = self._positions, self._config.architecture.block_size
+        rows, block_size = self._rows, self._config.architecture.block_size
         indices = cast(Tensor, shared.block_indices)
         batch = indices.shape[0]
         chosen = has_a_choice(
-            at,
+            self._positions,
             self._config.architecture.num_selected_blocks,
             block_size=block_size,
             batch=batch,
@@ -152,23 +159,24 @@ class Probe:
             cu_seqlens=documents,
         ).unsqueeze(1)
         mass = selected_mass_of_sample(
-            query[at].transpose(0, 1),
+            query[rows].transpose(0, 1),
             shared.key.transpose(0, 1),
-            indices[:, :, at],
-            at,
+            indices[:, :, rows],
+            self._positions,
             block_size=block_size,
             cu_seqlens=documents,
         )
         self._add(layer, "oracle_mass", mass, chosen)
         # Whoever has a choice is not the first of its document.
-        agreement = shared_blocks(indices[:, :, (at - 1).clamp(min=0)], indices[:, :, at])
+        before = rows_before(indices, 2, self._shard, self._context_group)
+        agreement = shared_blocks(before[:, :, rows], indices[:, :, rows])
         self._add(layer, "neighbour_agreement", agreement, chosen)
         if self._speaks:
-            self._blocks[self._oracles.index(layer)] = indices[0, 0, at]
-            self._starts.zero_()
+            self._blocks[self._oracles.index(layer), self._places] = indices[0, 0, rows]
+            self._starts[self._places] = 0
             if documents is not None:
                 starts = document_starts_in_rows(documents, batch, self._sequence)
-                self._starts.copy_(starts[0, at])
+                self._starts[self._places] = starts[0, self._positions].int()
 
     def _add(
         self, layer: int, quantity: str, values: Tensor, counted: Tensor | None = None

@@ -9,6 +9,7 @@ K selected blocks, C channels of the residual stream, T tensor-parallel size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,13 +24,16 @@ class SharedAttention(NamedTuple):
     key: [S, B, HKV, D], already rotated. value: [S, B, HKV, DV].
     block_indices: [B, HKV, S, K] int32, -1 = no block; carries no gradient. None only inside the
     second pass of activation recompute, which nobody reads.
+    With context parallelism key and value are of all tokens, the indices of this rank's; across a
+    cut key and value are of this rank's too.
     """
 
     key: Tensor
     value: Tensor
     block_indices: Tensor | None
-    lists: BlockLists | None = None
-    """The same selection in the form that kernels walk, built once per stage; None: not needed."""
+    lists: Sequence[BlockLists | None] = (None,)
+    """The same selection in the form that kernels walk, built once per stage, of every chunk of
+    this rank's tokens; None: not needed."""
     gradients: KeyValueGradients | None = None
     """Where the sparse layers of this stage add up the gradients of key and value, in fp32. None
     with recompute, which detaches both from their producer: autograd has to add them up."""

@@ -26,6 +26,7 @@ from torch import Tensor
 from hysparse_megatron.architecture.layers import LayerKind
 from hysparse_megatron.architecture.stages import live_oracle
 from hysparse_megatron.model.attend import Attend, TrainingAttend, recomputed
+from hysparse_megatron.model.context_parallel import Shard
 from hysparse_megatron.model.megatron_config import HySparseConfig
 from hysparse_megatron.model.sharing import Shared, SharedAttention, pack, unpack
 from hysparse_megatron.runtime.process_groups import RunGroups
@@ -110,7 +111,8 @@ class HySparseStack(MegatronModule):
         with key, value and indices: see `sharing.pack`. `attention_mask` must be None: attention
         is causal by construction. `packed_seq_params` says where documents start: its
         `cu_seqlens_q`, int32 [documents + 1], counts in the B * S tokens row by row. `attend` of a
-        step of generation replaces that of training.
+        step of generation replaces that of training. With context parallelism S of the hidden
+        state is that of this rank's tokens, and of `rotary_pos_emb` and the documents all.
         """
         if attention_mask is not None or any(value is not None for value in unused.values()):
             given = [name for name, value in unused.items() if value is not None]
@@ -126,6 +128,8 @@ class HySparseStack(MegatronModule):
         if plan.oracle_into(self.stage) is not None:
             hidden, received = unpack(hidden, self.config.shared_widths())
             shared = attend.prepared(received)
+        if rotary_pos_emb is not None:
+            rotary_pos_emb = self._shard(rotary_pos_emb.shape[0]).take(rotary_pos_emb)
 
         # With sequence parallelism every tensor-parallel rank drops out other tokens.
         with (
@@ -142,13 +146,23 @@ class HySparseStack(MegatronModule):
 
         if self.post_process:
             return cast(torch.nn.Module, self.final_norm)(hidden)
-        if plan.oracle_out_of(self.stage) is not None:
+        return self._sent(hidden, shared)
+
+    def _sent(self, hidden: Tensor, shared: Shared | None) -> Tensor:
+        """What crosses the cut after this stage."""
+        if self.config.plan.oracle_out_of(self.stage) is not None:
             assert isinstance(shared, SharedAttention), (
                 "a cut inside a hybrid block has nothing to send"
             )
-            return pack(hidden, shared)
+            shard = self._shard(shared.key.shape[0])
+            key, value = shard.take(shared.key), shard.take(shared.value)
+            return pack(hidden, shared._replace(key=key, value=value))
         # The schedules free what they have sent, which a view of another tensor would survive.
         return make_viewless_tensor(inp=hidden, requires_grad=hidden.requires_grad, keep_graph=True)
+
+    def _shard(self, sequence: int) -> Shard:
+        """What this rank holds of sequences of `sequence` tokens."""
+        return Shard.of(self.groups.cp, sequence)
 
     def _training_attend(self, documents: Tensor | None, again: bool = False) -> Attend:
         return self.attend(
@@ -178,7 +192,7 @@ class HySparseStack(MegatronModule):
                 return layer(hidden_states, shared, rotary_pos_emb, attend)
 
         shared = cast(SharedAttention | None, shared)
-        lists = shared.lists if shared else None
+        lists = shared.lists if shared else (None,)
 
         def run(again: bool, hidden: Tensor, rotary: Tensor | None, *parts: Tensor | None):
             given = None
@@ -248,12 +262,14 @@ def attending_with(
             stack.attend = attend
 
 
-def documents_of(batch: Mapping[str, Tensor]) -> PackedSeqParams | None:
-    """Where the documents of a batch start, as `HySparseStack.forward` takes it."""
+def documents_of(batch: Mapping[str, Tensor], length: int) -> PackedSeqParams | None:
+    """Where the documents of a batch start, as `HySparseStack.forward` takes it.
+
+    `length`: tokens of a sequence, on all context-parallel ranks together.
+    """
     offsets = batch.get("cu_seqlens")
     if offsets is None:
         return None
-    length = batch["tokens"].shape[1]
     # Rotation only knows distances, so that every row is rotated as a whole.
     return PackedSeqParams(
         qkv_format="sbhd",

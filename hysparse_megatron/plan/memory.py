@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from hysparse_megatron.architecture.layers import LayerKind
+from hysparse_megatron.architecture.layers import Branch, LayerKind
 from hysparse_megatron.architecture.parameters import RankParameters, padded_vocab_size
 from hysparse_megatron.architecture.stages import PipelinePlan
 from hysparse_megatron.config.schema import Config, OptimizerName, Precision, Recompute
 from hysparse_megatron.plan.traffic import (
+    batch_tokens,
     element_bytes,
     groups_on_rank,
+    key_value_elements,
+    rank_tokens,
     shared_bytes,
     token_rows,
 )
@@ -94,7 +97,7 @@ def layer_activations(config: Config, plan: PipelinePlan, layer: int) -> Counter
     model, tp = config.model, config.parallel.tp
     attention = model.attention(plan.layout.kinds[layer])
     element, rows = element_bytes(config), token_rows(config)
-    tokens = config.train.seq_length * config.train.micro_batch_size
+    tokens = rank_tokens(config)
     heads, groups = model.num_attention_heads // tp, groups_on_rank(model, tp)
     output = heads * model.value_dim
     branches = len(attention.kind.branches)
@@ -102,7 +105,8 @@ def layer_activations(config: Config, plan: PipelinePlan, layer: int) -> Counter
     # The norm keeps the residual stream, the projection what the norm made of it.
     kept["residual stream and norms"] += 2 * rows * model.hidden_size * element
     # Cosines and sines, once for the query and once for the key.
-    kept["attention"] += 4 * config.train.seq_length * model.rotary_dim * element
+    positions = config.train.seq_length // config.parallel.cp
+    kept["attention"] += 4 * positions * model.rotary_dim * element
     # The value is a view of the fused projection; query and key exist once more, rotated.
     fused = heads * attention.head_rows + groups * attention.group_rows
     kept["attention"] += tokens * (fused + (heads + groups) * model.head_dim) * element
@@ -112,9 +116,10 @@ def layer_activations(config: Config, plan: PipelinePlan, layer: int) -> Counter
         gates = heads * sum(gate.width for gate in attention.gates)
         kept["attention"] += tokens * (output * element + gates * 4)
     if plan.is_read(layer):
-        key_and_value, _ = shared_bytes(config)
-        kept["shared key and value"] += key_and_value
         kept["selections"] += tokens * groups * model.num_selected_blocks * 4
+    if plan.is_read(layer) or (config.parallel.cp > 1 and Branch.FULL in attention.kind.branches):
+        # Of all tokens, wherever they are.
+        kept["shared key and value"] += batch_tokens(config) * key_value_elements(config) * element
     kept += _feed_forward_activations(config, layer)
     return kept
 
@@ -122,7 +127,7 @@ def layer_activations(config: Config, plan: PipelinePlan, layer: int) -> Counter
 def _feed_forward_activations(config: Config, layer: int) -> Counter[str]:
     model, parallel = config.model, config.parallel
     element, rows = element_bytes(config), token_rows(config)
-    tokens = config.train.seq_length * config.train.micro_batch_size
+    tokens = rank_tokens(config)
     kept: Counter[str] = Counter()
     kept["residual stream and norms"] += 2 * rows * model.hidden_size * element
     # Both halves of the first projection, each half once more (activated; plus an offset that is 0
@@ -147,7 +152,7 @@ def _kept_activations(config: Config, plan: PipelinePlan, layer: int) -> Counter
     if config.train.recompute is Recompute.none:
         return kept
     model, tp = config.model, config.parallel.tp
-    tokens = config.train.seq_length * config.train.micro_batch_size
+    tokens = rank_tokens(config)
     element = element_bytes(config)
     heads = model.num_attention_heads // tp
     if config.train.recompute is Recompute.selective:
@@ -180,7 +185,7 @@ def head_bytes(config: Config) -> int:
     """Bytes of the loss on the last stage: logits, softmax in fp32, and the logits' gradient."""
     model = config.model
     assert model.vocab_size is not None
-    tokens = config.train.seq_length * config.train.micro_batch_size
+    tokens = rank_tokens(config)
     columns = padded_vocab_size(model.vocab_size) // config.parallel.tp
     return tokens * columns * (2 * element_bytes(config) + 4)
 
@@ -221,6 +226,9 @@ def rank_memory(
             key_and_value, indices = shared_bytes(config)
             one["shared key and value"] += key_and_value
             one["selections"] += 2 * indices
+            if config.parallel.cp > 1:
+                whole = batch_tokens(config) * key_value_elements(config) * element_bytes(config)
+                one["shared key and value"] += whole
     working = _workspace(config, plan, layers)
     if config.train.recompute is Recompute.full:
         working += max(
@@ -245,12 +253,14 @@ def rank_memory(
 
 def _workspace(config: Config, plan: PipelinePlan, layers: list[int]) -> int:
     """Scratch memory of the attention kernels: gradients in fp32, and scores of oracles."""
-    model, train = config.model, config.train
-    tokens = train.seq_length * train.micro_batch_size
+    model, train, cp = config.model, config.train, config.parallel.cp
+    tokens = rank_tokens(config)
     heads = model.num_attention_heads // config.parallel.tp
-    groups = groups_on_rank(model, config.parallel.tp)
-    widths = heads * model.head_dim + groups * (model.head_dim + model.value_dim)
-    gradients = tokens * widths * 4
+    # With context parallelism the sums of all tokens, and twice as they are put in order and sent.
+    copies = 1 if cp == 1 else 3
+    gradients = 4 * (
+        tokens * heads * model.head_dim + copies * batch_tokens(config) * key_value_elements(config)
+    )
     scores = 0
     if any(plan.is_read(layer) for layer in layers):
         blocks = -(-train.seq_length // model.block_size)

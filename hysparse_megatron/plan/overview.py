@@ -167,7 +167,9 @@ def _stages(
 ) -> tuple[Stage, ...]:
     train = config.train
     sequence, layout = train.seq_length, plan.layout
-    tokens_on_rank = train.seq_length * train.micro_batch_size / config.parallel.tp
+    # Causal attention is even too: of two chunks one is as far from the front as one from the end.
+    parallel = config.parallel
+    tokens_on_rank = sequence * train.micro_batch_size / (parallel.tp * parallel.cp)
     entering = [None, *cuts(config, plan)]
     found = []
     for index, layers in enumerate(plan.stages):
@@ -217,6 +219,7 @@ def _step_time(
 
     tensor = bandwidth(parallel.tp)
     expert = bandwidth(parallel.ep)
+    context = bandwidth(parallel.tp * parallel.cp)
     # Pipeline ranks are the outermost: neighbours stand a whole stage apart.
     across = bandwidth(groups.world_size // plan.pp)
     between_stages = bandwidth(2 * groups.world_size // plan.pp)
@@ -225,6 +228,7 @@ def _step_time(
     for index, stage in enumerate(stages):
         traffic = ranks[index % plan.pp].traffic
         sent = traffic.tensor_bytes / tensor + traffic.expert_bytes / expert
+        sent += traffic.context_bytes / context
         crossing = 0 if stage.cut is None else 2 * stage.cut.total_bytes / between_stages
         seconds = stage.forward_flops * computing + sent / plan.num_chunks + crossing
         stage_seconds.append(seconds)

@@ -127,6 +127,7 @@ def _head(overview: Overview) -> str:
     layout = overview.plan.layout
     kinds = ", ".join(f"{layout.kinds.count(kind)} {kind.label}" for kind in LayerKind)
     experts = "" if config.model.moe.num_experts == 0 else f", ep {parallel.ep}"
+    context = "" if parallel.cp == 1 else f", cp {parallel.cp}"
     ramp = ""
     if train.ramp is not None:
         ramp = (
@@ -138,7 +139,7 @@ def _head(overview: Overview) -> str:
         f"vocabulary: {config.model.vocab_size:,} token ids ({overview.vocabulary})\n"
         f"parameters: {counted.total:,} in total, {counted.active:,} active\n"
         f"{groups.world_size} ranks: tp {parallel.tp}, pp {parallel.pp}, "
-        f"vpp {parallel.vpp or 1}{experts}, dp {groups.dp}, "
+        f"vpp {parallel.vpp or 1}{experts}{context}, dp {groups.dp}, "
         f"sequence parallel {'on' if parallel.sequence_parallel else 'off'}\n"
         f"{train.global_batch_size} sequences of {train.seq_length} tokens a step{ramp}, "
         f"{groups.num_microbatches} micro-batches of {train.micro_batch_size} on each rank, "
@@ -216,6 +217,7 @@ def _traffic_table(overview: Overview) -> str:
             f"pp {index}",
             _size(rank.traffic.tensor_bytes),
             _size(rank.traffic.expert_bytes),
+            _size(rank.traffic.context_bytes),
             _size(rank.traffic.data_bytes),
         ]
         for index, rank in enumerate(overview.ranks)
@@ -224,6 +226,7 @@ def _traffic_table(overview: Overview) -> str:
         "bytes sent by a rank",
         "tensor / micro-batch",
         "experts / micro-batch",
+        "context / micro-batch",
         "data / step",
     ]
     return _table(header, rows)

@@ -20,6 +20,10 @@ from hysparse_megatron.plan.vocabulary import with_run_vocabulary
 RECOMPUTE_COST = {Recompute.none: 0, Recompute.selective: 1, Recompute.full: 2}
 
 
+LONG_SEQUENCE = 32_768
+"""Tokens from which on plans with context parallelism are tried that nobody asked for."""
+
+
 @dataclass(frozen=True)
 class Suggestion:
     """A plan that works, as overrides of the configuration it was made for."""
@@ -37,6 +41,8 @@ class Suggestion:
             "parallel.vpp": "null" if parallel.vpp is None else parallel.vpp,
             "parallel.sequence_parallel": str(parallel.sequence_parallel).lower(),
         }
+        if parallel.cp > 1:
+            found["parallel.cp"] = parallel.cp
         if config.model.moe.num_experts:
             found["parallel.ep"] = parallel.ep
         found |= {
@@ -144,9 +150,14 @@ def _candidates(config: Config, world_size: int) -> Iterator[Config]:
     expert = [1]
     if moe.num_experts:
         expert = [size for size in sizes if moe.num_experts % size == 0]
+    context = {1, config.parallel.cp}
+    if config.train.seq_length >= LONG_SEQUENCE:
+        context |= {size for size in sizes if size & (size - 1) == 0}
     micro = sorted({1, 2, 4, config.train.micro_batch_size})
-    for tp, pp, ep, micro_batch in itertools.product(tensor, pipeline, expert, micro):
-        if tp * pp > world_size or ep * pp > world_size:
+    for tp, pp, cp, ep, micro_batch in itertools.product(
+        tensor, pipeline, sorted(context), expert, micro
+    ):
+        if tp * pp * cp > world_size or ep * pp > world_size:
             continue
         for vpp in {None, config.parallel.vpp if pp > 1 else None, 2 if pp > 1 else None}:
             for recompute in Recompute:
@@ -157,7 +168,7 @@ def _candidates(config: Config, world_size: int) -> Iterator[Config]:
                         tp=tp,
                         pp=pp,
                         vpp=vpp,
-                        cp=1,
+                        cp=cp,
                         ep=ep,
                         sequence_parallel=tp > 1,
                     ),
@@ -177,6 +188,7 @@ def _distance(first: Config, second: Config) -> float:
         lambda parallel: parallel.tp,
         lambda parallel: parallel.pp,
         lambda parallel: parallel.vpp or 1,
+        lambda parallel: parallel.cp,
         lambda parallel: parallel.ep,
     )
     doublings = sum(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hysparse_megatron.architecture.layers import Branch
 from hysparse_megatron.architecture.model import ModelConfig
 from hysparse_megatron.architecture.parameters import RankParameters
 from hysparse_megatron.architecture.stages import PipelinePlan
@@ -38,6 +39,8 @@ class Collectives:
     """Tensor (and sequence) parallelism, forward and backward of one micro-batch."""
     expert_bytes: float
     """Dispatch and combine of tokens between experts, forward and backward of one micro-batch."""
+    context_bytes: float
+    """Keys and values of other ranks' tokens, and their gradients, of one micro-batch."""
     data_bytes: float
     """Gradients and updated weights, once per step."""
 
@@ -52,21 +55,35 @@ def groups_on_rank(model: ModelConfig, tp: int) -> int:
     return max(1, model.num_query_groups // tp)
 
 
+def batch_tokens(config: Config) -> int:
+    """Tokens of one micro-batch."""
+    return config.train.seq_length * config.train.micro_batch_size
+
+
+def rank_tokens(config: Config) -> int:
+    """Those of them that a context-parallel rank attends for."""
+    return batch_tokens(config) // config.parallel.cp
+
+
 def token_rows(config: Config) -> int:
     """Tokens of one micro-batch in one rank's residual stream."""
-    parallel, train = config.parallel, config.train
-    split = parallel.tp if parallel.sequence_parallel else 1
-    return train.seq_length * train.micro_batch_size // split
+    parallel = config.parallel
+    return rank_tokens(config) // (parallel.tp if parallel.sequence_parallel else 1)
+
+
+def key_value_elements(config: Config) -> int:
+    """Elements of one token's key and value in one layer of a rank."""
+    model = config.model
+    return groups_on_rank(model, config.parallel.tp) * (model.head_dim + model.value_dim)
 
 
 def shared_bytes(config: Config) -> tuple[int, int]:
     """(key and value, block indices) of one oracle on one rank for one micro-batch, as sent."""
-    model, train = config.model, config.train
-    tokens = train.seq_length * train.micro_batch_size
+    model, tokens = config.model, rank_tokens(config)
     groups = groups_on_rank(model, config.parallel.tp)
     element = element_bytes(config)
     return (
-        tokens * groups * (model.head_dim + model.value_dim) * element,
+        tokens * key_value_elements(config) * element,
         # An index travels as the bits of one element.
         tokens * groups * model.num_selected_blocks * element,
     )
@@ -93,6 +110,7 @@ def collectives(
     return Collectives(
         tensor_bytes=sum(_tensor_bytes(config, plan, layer) for layer in layers),
         expert_bytes=sum(_expert_bytes(config, layer) for layer in layers),
+        context_bytes=_context_bytes(config, plan, pp_rank),
         data_bytes=gradient_and_weight * (held.dense * _ring(dp) + held.experts * _ring(edp)),
     )
 
@@ -114,7 +132,7 @@ def _tensor_bytes(config: Config, plan: PipelinePlan, layer: int) -> float:
     model, train, parallel = config.model, config.train, config.parallel
     if parallel.tp == 1:
         return 0.0
-    tokens = train.seq_length * train.micro_batch_size
+    tokens = rank_tokens(config)
     whole = tokens * model.hidden_size * element_bytes(config) * _ring(parallel.tp)
     has_dense = not model.is_moe_layer(layer) or model.moe.shared_expert_ffn_hidden_size > 0
     blocks = 2 if has_dense else 1
@@ -128,6 +146,35 @@ def _tensor_bytes(config: Config, plan: PipelinePlan, layer: int) -> float:
         blocks_per_sequence = -(-train.seq_length // model.block_size)
         total += 2 * _ring(ranks_per_group) * tokens * blocks_per_sequence * 4
     return total
+
+
+def gather_bytes(config: Config) -> tuple[float, float]:
+    """What a rank sends of the key and value of one layer: gathered, and summed back in fp32."""
+    elements = batch_tokens(config) * key_value_elements(config) * _ring(config.parallel.cp)
+    return elements * element_bytes(config), elements * 4
+
+
+def tail_bytes(config: Config) -> tuple[float, float]:
+    """The same of the tails that windows need of the chunks before."""
+    tokens = 2 * config.parallel.cp * (config.model.window - 1) * config.train.micro_batch_size
+    elements = tokens * key_value_elements(config) * _ring(config.parallel.cp)
+    return elements * element_bytes(config), elements * 4
+
+
+def _context_bytes(config: Config, plan: PipelinePlan, pp_rank: int) -> float:
+    if config.parallel.cp == 1:
+        return 0.0
+    stages = [plan.stage_index(pp_rank, chunk) for chunk in range(plan.num_chunks)]
+    kinds = [plan.layout.kinds[layer] for stage in stages for layer in plan.stages[stage]]
+    passes = _passes(config.train.recompute)
+    # What comes over a cut is gathered again.
+    again = sum(plan.oracle_into(stage) is not None for stage in stages)
+    gathers = sum(Branch.FULL in kind.branches for kind in kinds) * passes + again
+    sums = sum(Branch.FULL in kind.branches for kind in kinds) + again
+    windows = sum(Branch.WINDOW in kind.branches for kind in kinds)
+    gathered, summed = gather_bytes(config)
+    tail, returned = tail_bytes(config)
+    return gathers * gathered + sums * summed + windows * (passes * tail + returned)
 
 
 def _expert_bytes(config: Config, layer: int) -> float:

@@ -31,10 +31,10 @@ def seed_step(seed: int, step: int, groups: ProcessGroupCollection) -> None:
     """Set the random streams of one training step.
 
     The default stream (dropout outside tensor-parallel regions) is equal on all tensor-parallel
-    ranks; the `model-parallel-rng` stream differs between them. Both differ between data-parallel
-    ranks, pipeline stages and steps.
+    ranks; the `model-parallel-rng` stream differs between them. Both differ between data- and
+    context-parallel ranks, pipeline stages and steps.
     """
-    step_seed = derive_seed(seed, "step", step, groups.dp.rank(), groups.pp.rank())
+    step_seed = derive_seed(seed, "step", step, groups.dp_cp.rank(), groups.pp.rank())
     if not megatron_on_cpu.is_active():
         megatron_random.model_parallel_cuda_manual_seed(step_seed, tp_rank=groups.tp.rank())
         return

@@ -69,7 +69,8 @@ def describe_start(state: TrainingState, corpus: TrainingData, say: Say) -> None
     say(
         f"{config.name}: layout {config.model.layout}, {total:,} parameters on "
         f"{state.groups.mp.size()} model-parallel ranks (tp {parallel.tp}, pp {parallel.pp}, vpp "
-        f"{parallel.vpp or 1}, sequence parallel {'on' if parallel.sequence_parallel else 'off'}), "
+        f"{parallel.vpp or 1}, cp {parallel.cp}, sequence parallel "
+        f"{'on' if parallel.sequence_parallel else 'off'}), "
         f"data parallel {state.groups.dp.size()}, device {state.device.type}"
     )
     say(f"attention backend {backend.name}: {backend.reason}")

@@ -65,7 +65,9 @@ class TrainingState:
 def rows_per_rank(config: Config) -> int:
     """Tokens per sequence in one rank's residual stream."""
     parallel = config.parallel
-    return config.train.seq_length // (parallel.tp if parallel.sequence_parallel else 1)
+    return config.train.seq_length // (
+        parallel.cp * (parallel.tp if parallel.sequence_parallel else 1)
+    )
 
 
 def describe_optimizer(state: TrainingState) -> str:

@@ -16,6 +16,7 @@ from torch.profiler import record_function
 
 from hysparse_megatron.errors import DataError
 from hysparse_megatron.evaluation.loss import HeldOutLoss
+from hysparse_megatron.model.context_parallel import Shard
 from hysparse_megatron.model.stack import documents_of
 from hysparse_megatron.runtime import faults
 from hysparse_megatron.runtime.annotations import OPTIMIZER
@@ -183,7 +184,7 @@ def _run_schedule(
     for output in outputs:
         total += output["loss_and_tokens"]
     finite_here = bool(total.isfinite().all())
-    dist.all_reduce(total, group=state.groups.dp)
+    dist.all_reduce(total, group=state.groups.dp_cp)
     dist.broadcast(total, src=_last_rank(state.groups.pp), group=state.groups.pp)
     loss, tokens = total.tolist()
     return _Sums(loss, int(tokens), finite_here)
@@ -199,9 +200,13 @@ def _forward_step(
     data_iterator: Iterator[Batch],
     model: torch.nn.Module,
 ):
+    given = next(data_iterator)
+    shard = Shard.of(state.groups.cp, given["tokens"].shape[1])
     batch = {
-        name: tensor.to(state.device, non_blocking=True)
-        for name, tensor in next(data_iterator).items()
+        name: (tensor if name == "cu_seqlens" else shard.take(tensor, 1)).to(
+            state.device, non_blocking=True
+        )
+        for name, tensor in given.items()
     }
     with contextlib.nullcontext() if step is None else state.clock.running():
         output = model(
@@ -209,7 +214,7 @@ def _forward_step(
             batch["position_ids"],
             None,
             labels=batch["labels"],
-            packed_seq_params=documents_of(batch),
+            packed_seq_params=documents_of(batch, shard.sequence),
         )
         if step is not None:
             faults.reach("forward", step)

@@ -42,8 +42,12 @@ class KeyValueGradients:
 
     def attach(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """`key` [B,S,HKV,D] and `value` [B,S,HKV,DV], for the consumers; no copies."""
-        self._attached = True
+        self.claim()
         return _Attach.apply(key, value, self)
+
+    def claim(self) -> None:
+        """Promise to `collect` in the backward of what makes key and value, as `attach` does."""
+        self._attached = True
 
     def check_attached(self) -> None:
         """Raises ValueError before `attach`, as nothing would ever collect the gradients."""
@@ -75,10 +79,19 @@ class KeyValueGradients:
             else:
                 total.copy_(gradient)
 
-    def _collect(self) -> tuple[Tensor | None, Tensor | None]:
+    def collect(self, *others: Tensor | None) -> list[Tensor | None]:
+        """The sums of key and value with `others`, which came through autograd; frees the buffers.
+
+        In fp32 (fp64 for fp64); what nobody added to is the other as it came.
+        """
         sums = self._key, self._value
         self._key = self._value = None
-        return sums
+        results = []
+        for total, other in zip(sums, others, strict=True):
+            if total is not None and other is not None:
+                other = total.view(other.shape).add_(other)
+            results.append(total if other is None else other)
+        return results
 
 
 class _Attach(torch.autograd.Function):
@@ -95,12 +108,8 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-        results: list[Tensor | None] = []
-        sums = ctx.gradients._collect()
-        for total, other, (shape, dtype) in zip(sums, others, ctx.like, strict=True):
-            if total is None:
-                results.append(other)
-                continue
-            total = total.view(shape)
-            results.append((total if other is None else total.add_(other)).to(dtype))
-        return *results, None
+        sums = ctx.gradients.collect(*others)
+        return *(
+            None if total is None else total.view(shape).to(dtype)
+            for total, (shape, dtype) in zip(sums, ctx.like, strict=True)
+        ), None

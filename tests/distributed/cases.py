@@ -102,6 +102,7 @@ class Case:
     pp: int = 1
     vpp: int | None = None
     dp: int = 1
+    cp: int = 1
     ep: int = 1
     sp: bool = False
     model: dict[str, Any] = field(default_factory=dict)
@@ -113,7 +114,7 @@ class Case:
     @property
     def world_size(self) -> int:
         """Ranks that the case needs."""
-        return self.tp * self.pp * self.dp
+        return self.tp * self.pp * self.dp * self.cp
 
     def config(self) -> Config:
         """The case as a user would configure it, checked like a user's configuration."""
@@ -132,6 +133,7 @@ class Case:
                 tp=self.tp,
                 pp=self.pp,
                 vpp=self.vpp,
+                cp=self.cp,
                 ep=self.ep,
                 sequence_parallel=self.sp,
             ),
@@ -174,10 +176,12 @@ def _mixed(seed: int, parts: tuple[int, ...]) -> int:
     return seed
 
 
-def random_tokens(seed: int, *parts: int, sequences: int = GLOBAL_BATCH) -> Tensor:
-    """Token ids [sequences, S + 1] that depend on the seed and all parts."""
+def random_tokens(
+    seed: int, *parts: int, sequences: int = GLOBAL_BATCH, length: int = SEQ_LENGTH
+) -> Tensor:
+    """Token ids [sequences, length + 1] that depend on the seed and all parts."""
     generator = torch.Generator().manual_seed(_mixed(seed, parts))
-    return torch.randint(0, VOCAB, (sequences, SEQ_LENGTH + 1), generator=generator)
+    return torch.randint(0, VOCAB, (sequences, length + 1), generator=generator)
 
 
 def text_tokens(

@@ -47,6 +47,7 @@ class Place(NamedTuple):
     tp: int
     pp: int
     dp: int
+    cp: int = 0
 
 
 @dataclass
@@ -84,7 +85,7 @@ def prepare(config: Config) -> TrainingState:
 def place_of(state: TrainingState) -> Place:
     """This rank's place in `state`'s layout."""
     groups = state.groups
-    return Place(groups.tp.rank(), groups.pp.rank(), groups.dp.rank())
+    return Place(groups.tp.rank(), groups.pp.rank(), groups.dp.rank(), groups.cp.rank())
 
 
 def share_of(state: TrainingState, tokens: Tensor, labels: Tensor | None = None) -> list[dict]:
@@ -146,7 +147,9 @@ def whole_gradients(state: TrainingState, into: dict[str, Piece]) -> Iterator[No
 class SelectionRecorder:
     """Keeps every selection of blocks and of experts, by layer, in the order of micro-batches."""
 
-    def __init__(self, measure_gaps: bool = False) -> None:
+    def __init__(self, measure_gaps: bool = False, chunks: int = 1) -> None:
+        """`chunks`: calls of the oracle that make the selection of one micro-batch."""
+        self._chunks = chunks
         self.made: dict[int, list[np.ndarray]] = defaultdict(list)
         self.routed: dict[int, list[np.ndarray]] = defaultdict(list)
         self.smallest_gap = float("inf")
@@ -155,7 +158,15 @@ class SelectionRecorder:
 
     def take(self) -> dict[int, np.ndarray]:
         """What was recorded since the last call: [M, B, HKV, S, K] by layer."""
-        taken = {layer: np.stack(indices) for layer, indices in self.made.items()}
+        taken = {
+            layer: np.stack(
+                [
+                    np.concatenate(indices[first : first + self._chunks], axis=2)
+                    for first in range(0, len(indices), self._chunks)
+                ]
+            )
+            for layer, indices in self.made.items()
+        }
         self.made.clear()
         return taken
 
@@ -242,7 +253,7 @@ def train(
     if mutate is not None:
         mutate(state)
     run = RankRun(place_of(state), initial=pieces(state, lambda parameter: parameter))
-    recorder = SelectionRecorder()
+    recorder = SelectionRecorder(chunks=2 if config.parallel.cp > 1 else 1)
     with recorder.watch():
         for step, batch in enumerate(tokens):
             _step(state, run, step, torch.from_numpy(batch), step in gradient_steps)
@@ -288,7 +299,7 @@ def train_reference(
     for step in range(steps):
         for attempt in range(most_tries):
             if text is None:
-                tokens = random_tokens(seed, step, attempt, sequences=sequences)
+                tokens = random_tokens(seed, step, attempt, sequences=sequences, length=length)
             else:
                 tokens = text_tokens(text, length, seed, step, attempt, sequences=sequences)
             scout = SelectionRecorder(measure_gaps=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -53,31 +53,45 @@ def relative_difference(expected: np.ndarray, actual: np.ndarray) -> float:
     return difference / largest if largest > 0 else float("inf")
 
 
+def in_order(by_rank: Sequence[np.ndarray], axis: int) -> np.ndarray:
+    """What context-parallel ranks hold of `axis`, in the order of the sequence.
+
+    Of 2 P chunks rank r holds the r-th from the front and the r-th from the end.
+    """
+    if len(by_rank) == 1:
+        return by_rank[0]
+    halves = [np.split(part, 2, axis=axis) for part in by_rank]
+    front, back = zip(*halves, strict=True)
+    return np.concatenate([*front, *reversed(back)], axis=axis)
+
+
+def _over_dp(by_dp: Sequence[np.ndarray]) -> np.ndarray:
+    """Micro-batch m of rank r is number m * dp_size + r of the global batch."""
+    return np.stack(by_dp, axis=1).reshape(-1, *by_dp[0].shape[1:])
+
+
 def whole_selection(runs: Sequence[RankRun], step: int, num_groups: int) -> dict[int, np.ndarray]:
     """Block indices [M, B, HKV, S, K] of every oracle in one step, over all micro-batches.
 
     Raises AssertionError when ranks that share a KV group selected differently.
     """
-    tp_size = 1 + max(run.place.tp for run in runs)
-    dp_size = 1 + max(run.place.dp for run in runs)
+    tp_size, dp_size, cp_size = _sizes(runs)
     layers = sorted({layer for run in runs for layer in run.selections[step]})
     result = {}
     for layer in layers:
-        shares: dict[tuple[int, int], np.ndarray] = {}
+        shares: dict[tuple[int, int, int], np.ndarray] = {}
         for run in runs:
             if layer not in run.selections[step]:
                 continue
             # With fewer groups than ranks, several ranks hold the same group.
             group_slice = run.place.tp * min(tp_size, num_groups) // tp_size
-            share = shares.setdefault((run.place.dp, group_slice), run.selections[step][layer])
+            key = (run.place.dp, run.place.cp, group_slice)
+            share = shares.setdefault(key, run.selections[step][layer])
             same = np.array_equal(share, run.selections[step][layer])
             assert same, f"ranks of one KV group selected other blocks in layer {layer}"
-        by_dp = [
-            np.concatenate([shares[key] for key in sorted(shares) if key[0] == dp], axis=2)
-            for dp in range(dp_size)
-        ]
-        # Micro-batch m of rank r is number m * dp_size + r of the global batch.
-        result[layer] = np.stack(by_dp, axis=1).reshape(-1, *by_dp[0].shape[1:])
+        result[layer] = _over_dp(
+            [_over_cp(shares, dp, cp_size, tp_axis=2, cp_axis=3) for dp in range(dp_size)]
+        )
     return result
 
 
@@ -85,19 +99,43 @@ def whole_routing(
     runs: Sequence[RankRun], step: int, sequence_parallel: bool
 ) -> dict[int, np.ndarray]:
     """Which experts every token went to in one step: bool [M, S, B, E] by layer."""
-    dp_size = 1 + max(run.place.dp for run in runs)
+    _, dp_size, cp_size = _sizes(runs)
     layers = sorted({layer for run in runs for layer in run.routings[step]})
     result = {}
     for layer in layers:
         shares = {
-            (run.place.dp, run.place.tp): run.routings[step][layer]
-            for run in runs
-            if layer in run.routings[step]
-        }
-        by_dp = []
-        for dp in range(dp_size):
             # Each tensor-parallel rank routes its part of the sequence, or all route all of it.
-            parts = [shares[key] for key in sorted(shares) if key[0] == dp]
-            by_dp.append(np.concatenate(parts, axis=1) if sequence_parallel else parts[0])
-        result[layer] = np.stack(by_dp, axis=1).reshape(-1, *by_dp[0].shape[1:])
+            (run.place.dp, run.place.cp, run.place.tp): run.routings[step][layer]
+            for run in runs
+            if layer in run.routings[step] and (sequence_parallel or run.place.tp == 0)
+        }
+        result[layer] = _over_dp(
+            [_over_cp(shares, dp, cp_size, tp_axis=1, cp_axis=1) for dp in range(dp_size)]
+        )
     return result
+
+
+def _sizes(runs: Sequence[RankRun]) -> tuple[int, int, int]:
+    """Tensor-, data- and context-parallel ranks."""
+    places = [run.place for run in runs]
+    return (
+        1 + max(place.tp for place in places),
+        1 + max(place.dp for place in places),
+        1 + max(place.cp for place in places),
+    )
+
+
+def _over_cp(
+    shares: Mapping[tuple[int, int, int], np.ndarray],
+    dp: int,
+    cp_size: int,
+    *,
+    tp_axis: int,
+    cp_axis: int,
+) -> np.ndarray:
+    """The shares, by data-, context- and tensor-parallel rank, of one data-parallel rank."""
+    by_cp = [
+        np.concatenate([shares[key] for key in sorted(shares) if key[:2] == (dp, cp)], axis=tp_axis)
+        for cp in range(cp_size)
+    ]
+    return in_order(by_cp, cp_axis)

@@ -55,6 +55,7 @@ LOADED = [
     Case("pp2-vpp2", INTERLEAVED, pp=2, vpp=2, model=QKV_BIAS, train=EIGHT),
     Case("dp2", dp=2, model=QKV_BIAS, train=EIGHT),
     Case("tp4", tp=4, model=QKV_BIAS, train=EIGHT),
+    Case("cp2", cp=2, model=QKV_BIAS, train=EIGHT),
     SAVED,
 ]
 
@@ -218,7 +219,7 @@ def test_leftover_of_a_killed_write_is_replaced(pool: WorkerPool, checkpoints: P
     assert sorted(files) == ["__0_0.distcp", "__1_0.distcp", INDEX]
 
 
-SAVED_EXPERTS = Case("ep2-tp2-sp", tp=2, sp=True, ep=2, model=EXPERTS, train=SHORT)
+SAVED_EXPERTS = Case("ep2-tp2-sp-cp2", tp=2, sp=True, cp=2, ep=2, model=EXPERTS, train=SHORT)
 LOADED_EXPERTS = [
     Case("one-process", model=EXPERTS, train=SHORT),
     Case("ep2-pp2-dp2", INSIDE, pp=2, dp=2, ep=2, model=EXPERTS, train=SHORT),

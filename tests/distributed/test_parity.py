@@ -49,6 +49,8 @@ MQA = {"num_query_groups": 1}
 WIDE = {"gate": GateKind.channel, "value_head_dim": 12}
 FORCED = {"num_selected_blocks": 3, "forced_first_blocks": 1, "forced_recent_blocks": 1}
 
+UNEVEN = {"block_size": 5}
+"""Blocks that no chunk of a sequence is a multiple of."""
 GATED = {"full_gate": FullGate.head}
 TIED = {"tie_embeddings": True}
 QKV_BIAS = {"qkv_bias": True}
@@ -121,6 +123,15 @@ CASES = [
     Case("documents-tp2-mqa", tp=2, model=MQA, train=SHORT_SELECTIVE, documents=True),
     Case("documents-pp2-vpp2", HYBRID_INTERLEAVED, pp=2, vpp=2, train=SHORT, documents=True),
     Case("documents-moe-dp2-ep2", dp=2, ep=2, model=SOFTMAX, train=SHORT, documents=True),
+    Case("cp2", cp=2, train=HALF_BATCH),
+    Case("cp4", cp=4, train=SHORT),
+    Case("cp2-documents-uneven-blocks", cp=2, model=UNEVEN, train=SHORT, documents=True),
+    Case("cp2-pp2-inside-recompute-selective", INSIDE, cp=2, pp=2, train=SHORT_SELECTIVE),
+    Case("cp2-pp2-vpp2", INTERLEAVED, cp=2, pp=2, vpp=2, train=SHORT),
+    Case("cp2-tp2-sp-mqa", cp=2, tp=2, sp=True, model=MQA, train=SHORT),
+    Case("cp2-hybrid-recompute-full-documents", HYBRID, cp=2, train=SHORT_FULL, documents=True),
+    Case("cp3-all-full", "3*F", cp=3, train={**SHORT, "seq_length": 36}),
+    Case("cp2-moe-shared-tp2-sp-ep4", cp=2, tp=2, sp=True, ep=4, model=SHARED, train=SHORT),
     Case("muon-dp2", dp=2, train=SHORT, optim=MUON),
     Case("muon-bias-tp2-sp", tp=2, sp=True, model=QKV_BIAS, train=SHORT, optim=MUON),
     Case("muon-tp2-distributed", tp=2, train=SHORT, optim=muon(tp_mode=DISTRIBUTED)),

@@ -20,6 +20,7 @@ CASES = [
     Case("tp2-mqa", tp=2, model={"num_query_groups": 1}, **SIZE),
     Case("pp2-vpp2", INTERLEAVED, pp=2, vpp=2, **SIZE),
     Case("tp2-pp2-sp-documents", INSIDE, tp=2, pp=2, sp=True, documents=True, **SIZE),
+    Case("cp2-documents", cp=2, documents=True, **SIZE),
     Case("moe-tp2-sp-ep2", tp=2, sp=True, ep=2, model=EXPERTS, **SIZE),
 ]
 

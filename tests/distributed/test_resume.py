@@ -41,7 +41,7 @@ CASES = [
     Case("one-process", model=DROPOUT, train=HALF_BATCH, optim=WARM_UP),
     Case("dp2", dp=2, model=DROPOUT, train=HALF_BATCH, optim=WARM_UP),
     Case("tp2-pp2-sp", INSIDE, tp=2, pp=2, sp=True, model=DROPOUT, train=HALF_BATCH, optim=WARM_UP),
-    Case("tp2-dp2", tp=2, dp=2, model=DROPOUT, train=HALF_BATCH, optim=WARM_UP),
+    Case("tp2-cp2", tp=2, cp=2, model=DROPOUT, train=HALF_BATCH, optim=WARM_UP),
     Case("experts-ep2-dp2", dp=2, ep=2, model={**EXPERTS, **DROPOUT}, train=HALF_BATCH),
     Case("bf16", model=DROPOUT, train=BF16),
     Case("muon-one-process", model=DROPOUT, train=HALF_BATCH, optim=MUON),

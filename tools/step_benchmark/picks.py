@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.model.attend import TrainingAttend
+from hysparse_megatron.model.context_parallel import Shard
 from hysparse_megatron.model.sharing import SharedAttention
 from hysparse_megatron.model.stack import attending_with
 from hysparse_megatron.training.state import TrainingState
@@ -46,8 +47,9 @@ class _Selected(TrainingAttend):
         output, shared = super().full(layer, query, key, value)
         if shared is None or shared.block_indices is None:
             return output, shared
-        assert shared.block_indices.shape == self.indices.shape
-        return output, shared._replace(block_indices=self.indices)
+        indices = Shard.of(self.groups.cp, self.indices.shape[2]).take(self.indices, 2)
+        assert shared.block_indices.shape == indices.shape
+        return output, shared._replace(block_indices=indices)
 
 
 def clustered(config: Config, device: torch.device) -> Tensor:

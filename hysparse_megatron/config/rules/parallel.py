@@ -1,5 +1,6 @@
 """Rules of how a model is split over ranks."""
 
+import math
 from collections.abc import Iterator
 
 from hysparse_megatron.config.rules.multiples import is_multiple
@@ -13,7 +14,7 @@ def parallel(config: Config) -> Iterator[Problem]:
     """Sizes that go together."""
     parallel, seq_length = config.parallel, config.train.seq_length
     if parallel.cp > 1:
-        yield Problem("parallel.cp", str(parallel.cp), "1: context parallel is not supported yet")
+        yield from _context_parallel(config)
     if parallel.vpp is not None and parallel.pp == 1:
         yield Problem("parallel.vpp", str(parallel.vpp), "null while parallel.pp = 1")
     if parallel.sequence_parallel and parallel.tp == 1:
@@ -21,6 +22,25 @@ def parallel(config: Config) -> Iterator[Problem]:
     if parallel.sequence_parallel and not is_multiple(seq_length, parallel.tp):
         allowed = f"a multiple of parallel.tp = {parallel.tp} with parallel.sequence_parallel"
         yield Problem("train.seq_length", str(seq_length), allowed)
+
+
+def _context_parallel(config: Config) -> Iterator[Problem]:
+    """Every rank holds two chunks of a sequence, of whole rows and no shorter than a tail."""
+    parallel, train, tail = config.parallel, config.train, config.model.window - 1
+    rows = parallel.tp if parallel.sequence_parallel else 1
+    unit = math.lcm(2 * parallel.cp, parallel.cp * rows)
+    if not is_multiple(train.seq_length, unit):
+        below = train.seq_length // unit * unit
+        near = " or ".join(f"{size:,}" for size in (below, below + unit) if size)
+        allowed = f"a multiple of {unit}, such as {near}, with parallel.cp = {parallel.cp}"
+        yield Problem("train.seq_length", str(train.seq_length), allowed)
+    elif train.seq_length // (2 * parallel.cp) < tail:
+        most = train.seq_length // (2 * max(tail, 1))
+        allowed = (
+            f"at most {most}: of {2 * parallel.cp} chunks of {train.seq_length:,} tokens each must "
+            f"hold the {tail} tokens before a window of the next"
+        )
+        yield Problem("parallel.cp", str(parallel.cp), allowed)
 
 
 def ranks(config: Config, world_size: int) -> Iterator[Problem]:

@@ -1,0 +1,96 @@
+"""What attention layers compute with in a step of generation; see attend.py.
+
+Shapes: S tokens of the step, B sequences, HQ query heads and HKV KV groups on this rank, D
+query/key head dim, DV value head dim. Tensors come in megatron-core's layout [S, B, heads, width]
+and attention leaves in the kernels', [B, S, HQ, DV].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from hysparse_kernels import (
+    Chunk,
+    TokenCache,
+    WindowCache,
+    cached_full_attention,
+    cached_sparse_attention,
+    cached_window_attention,
+)
+from torch import Tensor
+
+from hysparse_megatron.model.attend import Sinks, kernel_layout, kernel_layouts, selection_rule
+from hysparse_megatron.model.megatron_config import HySparseConfig
+from hysparse_megatron.model.sharing import CachedSelection, Shared
+from hysparse_megatron.runtime.process_groups import RunGroups
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachedAttend:
+    """The tokens of one step of generation, which follow on those in the layers' caches."""
+
+    config: HySparseConfig
+    groups: RunGroups
+    caches: Sequence[TokenCache | WindowCache]
+    """By layer: of all tokens for a full layer, of a window for the others."""
+    chunk: Chunk
+
+    def full(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, CachedSelection | None]:
+        """See `Attend`."""
+        cache = cast(TokenCache, self.caches[layer])
+        output, indices = cached_full_attention(
+            *kernel_layouts(query, key, value),
+            cache,
+            self.chunk,
+            **selection_rule(self.config.architecture, self.groups),
+            select=self.config.plan.is_read(layer),
+            backend=self.config.architecture.backend.value,
+        )
+        return output, None if indices is None else CachedSelection(cache, indices)
+
+    def sparse(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        gates: tuple[Tensor, Tensor],
+        shared: Shared,
+        sinks: Sinks,
+    ) -> Tensor:
+        """See `Attend`."""
+        model = self.config.architecture
+        return cached_sparse_attention(
+            *kernel_layouts(query, key, value),
+            kernel_layout(gates[0]),
+            kernel_layout(gates[1]),
+            *cast(CachedSelection, shared),
+            cast(WindowCache, self.caches[layer]),
+            self.chunk,
+            block_size=model.block_size,
+            window=model.window,
+            sparse_sink=sinks[0],
+            window_sink=sinks[1],
+            backend=model.backend.value,
+        )
+
+    def window(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, sink: Tensor | None
+    ) -> Tensor:
+        """See `Attend`."""
+        return cached_window_attention(
+            *kernel_layouts(query, key, value),
+            cast(WindowCache, self.caches[layer]),
+            self.chunk,
+            window=self.config.architecture.window,
+            sink=sink,
+            backend=self.config.architecture.backend.value,
+        )
+
+    def prepared(self, shared: Shared) -> Shared:
+        """`shared` as it is: the cache has all that its readers need."""
+        return shared

@@ -1,0 +1,88 @@
+"""What one rank does in the tests of context parallelism; runs inside a worker of `pool.py`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from hysparse_kernels import KeyValueGradients
+from torch import Tensor
+
+from hysparse_megatron.config.schema import Config
+from hysparse_megatron.model import context_parallel
+from hysparse_megatron.model.context_parallel import Shard, exchange_tails, gather_key_value
+from hysparse_megatron.training.step import train_step
+from tests.distributed.ranks import prepare, share_of
+
+Grads = tuple[np.ndarray, ...]
+
+
+def count_collectives(rank: int, config: Config, tokens: np.ndarray) -> Counter[tuple[str, int]]:
+    """Collectives of one training step over context-parallel ranks: by name and tokens sent."""
+    state = prepare(config)
+    counted: Counter[tuple[str, int]] = Counter()
+    gather, scatter = context_parallel.all_gather, context_parallel.reduce_scatter
+
+    def counted_gather(own: Tensor, group: dist.ProcessGroup) -> Tensor:
+        assert group is state.groups.cp
+        counted["gather", own.shape[0]] += 1
+        return gather(own, group)
+
+    def counted_scatter(by_rank: Tensor, group: dist.ProcessGroup) -> Tensor:
+        assert by_rank.dtype is torch.float32, "sums travel as such"
+        counted["reduce", by_rank.shape[1]] += 1
+        return scatter(by_rank, group)
+
+    with (
+        mock.patch.object(context_parallel, "all_gather", counted_gather),
+        mock.patch.object(context_parallel, "reduce_scatter", counted_scatter),
+    ):
+        train_step(state, 0, share_of(state, torch.from_numpy(tokens)))
+    return counted
+
+
+def gather_and_sum(rank: int, key: np.ndarray, value: np.ndarray, weights: Grads) -> Grads:
+    """Gradients of this rank's part of key and value, by what every rank makes of all of them.
+
+    Each weighs the gathered tensors with `weights[rank]`, half by autograd, half by adding.
+    """
+    group = dist.group.WORLD
+    assert group is not None
+    whole_key, whole_value = torch.from_numpy(key), torch.from_numpy(value)
+    shard = Shard.of(group, key.shape[0])
+    own = [shard.take(whole).requires_grad_() for whole in (whole_key, whole_value)]
+    sums = KeyValueGradients()
+    gathered = gather_key_value(own[0], own[1], shard, group, sums)
+    assert torch.equal(gathered[0], whole_key)
+    assert torch.equal(gathered[1], whole_value)
+    weight = torch.from_numpy(weights[rank])
+    loss = (gathered[0] * weight).sum() + (gathered[1] * weight).sum()
+    added = (weight.expand_as(whole).transpose(0, 1) for whole in (whole_key, whole_value))
+    sums.add(*added)
+    loss.backward()
+    return tuple(np.asarray(part.grad) for part in own)
+
+
+def tails_and_sum(rank: int, key: np.ndarray, value: np.ndarray, tail: int) -> Grads:
+    """Gradients of this rank's part of key and value, each weighed by its place in a chunk.
+
+    A rank weighs what it has before its chunks by 10, and its own tokens by 1.
+    """
+    group = dist.group.WORLD
+    assert group is not None
+    whole_key, whole_value = torch.from_numpy(key), torch.from_numpy(value)
+    shard = Shard.of(group, key.shape[0])
+    own = [shard.take(whole).requires_grad_() for whole in (whole_key, whole_value)]
+    parts = exchange_tails(own[0], own[1], tail, shard, group)
+    loss = torch.zeros((), dtype=torch.float64)
+    for index, (rows, start) in enumerate(shard.chunks):
+        before = min(tail, start)
+        size = rows.stop - rows.start
+        for part, whole in zip(parts[2 * index :], (whole_key, whole_value), strict=False):
+            assert torch.equal(part, whole[start - before : start + size])
+            loss = loss + 10 * part[:before].sum() + part[before:].sum()
+    loss.backward()
+    return tuple(np.asarray(part.grad) for part in own)
