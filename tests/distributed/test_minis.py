@@ -35,10 +35,10 @@ CUT_INSIDE = {
     "hysparse_80b_a3b_mini": "2*(F 11*S) F 3*S | 8*S F 11*S F",
 }
 RUNS = [
-    # model, ranks, parallel sizes
-    ("hysparse_80b_a3b_mini", 2, ["parallel.tp=2", "parallel.ep=2"]),
-    ("hysparse_80b_a3b_mini", 4, ["parallel.pp=2", "parallel.ep=2"]),
-    ("hysparse_7b_mini", 4, ["parallel.tp=2", "parallel.pp=2"]),
+    # model, ranks, steps, parallel sizes; each model learns on one layout
+    ("hysparse_80b_a3b_mini", 2, COMPARED, ["parallel.tp=2", "parallel.ep=2"]),
+    ("hysparse_80b_a3b_mini", 4, STEPS, ["parallel.pp=2", "parallel.ep=2"]),
+    ("hysparse_7b_mini", 4, STEPS, ["parallel.tp=2", "parallel.pp=2"]),
 ]
 
 
@@ -93,10 +93,11 @@ def mini_reference(pool: WorkerPool, session_seed: int) -> ReferenceFor:
     return get
 
 
-@pytest.mark.parametrize(("model", "ranks", "sizes"), RUNS, ids=lambda part: str(part))
+@pytest.mark.parametrize(("model", "ranks", "steps", "sizes"), RUNS, ids=str)
 def test_mini_trains_like_one_process_and_learns(
     model: str,
     ranks: int,
+    steps: int,
     sizes: list[str],
     pool: WorkerPool,
     session_seed: int,
@@ -106,7 +107,7 @@ def test_mini_trains_like_one_process_and_learns(
     reference = mini_reference(config)
     more = [
         text_tokens(TEXT, SEQ_LENGTH, session_seed, step, 1000, sequences=4).numpy()
-        for step in range(COMPARED, STEPS)
+        for step in range(COMPARED, steps)
     ]
     runs = pool.run(ranks, train, timeout=300.0, config=config, tokens=[*reference.tokens, *more])
     losses = runs[0].losses
@@ -122,7 +123,8 @@ def test_mini_trains_like_one_process_and_learns(
     assert other_routing(reference, runs, config.parallel.sequence_parallel) is None
     # ln 256 = 5.5 at first; bytes of text are soon told from noise.
     assert losses[0] > 5.0
-    assert np.mean(losses[-3:]) < losses[0] - 1.0
+    if steps == STEPS:
+        assert np.mean(losses[-3:]) < losses[0] - 1.0
     if config.model.moe.num_experts:
         check_load_metrics(config, runs)
 
@@ -131,7 +133,7 @@ def check_load_metrics(config: Config, runs: list[RankRun]) -> None:
     """Those of the last step, counted again from who was sent where."""
     metrics = runs[0].model_metrics[-1]
     assert all(run.model_metrics[-1] == metrics for run in runs)
-    routing = whole_routing(runs, STEPS - 1, config.parallel.sequence_parallel)
+    routing = whole_routing(runs, len(runs[0].losses) - 1, config.parallel.sequence_parallel)
     assert list(routing) == list(range(49))
     counts = np.stack([chosen.sum(axis=(0, 1, 2)) for chosen in routing.values()])
     assert (counts.sum(axis=1) == 4 * SEQ_LENGTH * config.model.moe.num_active_experts).all()
