@@ -31,11 +31,19 @@ class Case:
     block_size: int = 64
     num_selected: int = 4
     window: int = 100
+    queries: range | None = None
+    """Positions of the queries; None: all."""
+
+    @property
+    def positions(self) -> range:
+        """Those of the queries, whether or not they are all."""
+        return range(self.sequence) if self.queries is None else self.queries
 
     def __str__(self) -> str:
+        some = "" if self.queries is None else f" from {self.queries.start}"
         return (
             f"{self.dtype:8s} B {self.batch} S {self.sequence:4d} heads {self.heads}/{self.groups}"
-            f" dims {self.head_dim}/{self.value_dim}"
+            f" dims {self.head_dim}/{self.value_dim}{some}"
         )
 
 
@@ -44,12 +52,15 @@ GPU_CASES = (
     Case(2, 389, 8, 2, 64, 64, "float16"),
     Case(1, 640, 16, 1, 192, 128, "bfloat16"),
     Case(2, 517, 4, 4, 128, 128, "bfloat16"),
+    Case(2, 517, 8, 2, 128, 128, "bfloat16", queries=range(130, 389)),
 )
-"""16, 4 and 1 heads per group; odd lengths, a whole number of blocks, more than one sequence."""
+"""16, 4 and 1 heads per group; odd lengths, a whole number of blocks, more than one sequence, and
+some of the queries of longer ones."""
 
 CPU_CASES = (
     Case(2, 77, 8, 2, 16, 16, "float32", block_size=8, window=10),
     Case(1, 64, 4, 4, 24, 16, "bfloat16", block_size=16, num_selected=2, window=30),
+    Case(2, 77, 8, 2, 16, 16, "float32", block_size=8, window=10, queries=range(13, 50)),
 )
 
 
@@ -93,32 +104,37 @@ def _run_case(case: Case, device: str, seed: int) -> list[Check]:
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
-    query = 2 * normal(case.batch, case.sequence, case.heads, case.head_dim)
+    length, start = len(case.positions), case.positions.start
+    query = 2 * normal(case.batch, length, case.heads, case.head_dim)
     key = normal(case.batch, case.sequence, case.groups, case.head_dim)
     value = normal(case.batch, case.sequence, case.groups, case.value_dim)
     sink = torch.randn(case.heads, generator=generator, device=device)
-    grad = normal(case.batch, case.sequence, case.heads, case.value_dim)
+    grad = normal(case.batch, length, case.heads, case.value_dim)
     backend = "triton" if device == "cuda" else "reference"
     block, selected = case.block_size, case.num_selected
     exact_oracle = dispatch.oracle_attention(
         query.double(), key.double(), value.double(), block_size=block, num_selected=selected,
-        backend="reference",
+        query_start=start, backend="reference",
     )  # fmt: skip
     indices = exact_oracle.block_indices
     assert indices is not None
-    lists = dispatch.prepare_selection(indices, case.heads, block_size=block, backend=backend)
+    lists = dispatch.prepare_selection(
+        indices, case.heads, block_size=block, query_start=start, key_length=case.sequence,
+        backend=backend,
+    )  # fmt: skip
 
     ours: dict[str, Operation] = {
         "oracle": lambda q, k, v, s: dispatch.oracle_attention(
-            q, k, v, block_size=block, num_selected=selected, backend=backend
+            q, k, v, block_size=block, num_selected=selected, query_start=start, backend=backend
         ),
         "block-sparse": lambda q, k, v, s: dispatch.block_sparse_attention(
-            q, k, v, indices, block_size=block, sink=s, lists=lists, backend=backend
+            q, k, v, indices, block_size=block, sink=s, lists=lists, query_start=start,
+            backend=backend,
         ),
         "window": lambda q, k, v, s: dispatch.sliding_window_attention(
-            q, k, v, window=case.window, sink=s, backend=backend
+            q, k, v, window=case.window, sink=s, query_start=start, backend=backend
         ),
-    }
+    }  # fmt: skip
     exact = _reference(case, indices) if device == "cuda" else _dense(case, indices)
     checks = []
     for name, operation in ours.items():
@@ -139,7 +155,7 @@ def _run_case(case: Case, device: str, seed: int) -> list[Check]:
         same = zip(bitwise, got, again, strict=False)
         failures += [f"{which} does not repeat" for which, a, b in same if not torch.equal(a, b)]
         if isinstance(result, OracleOutput):
-            failures += _selection_failures(result, repeated, exact_oracle, query, key, block)
+            failures += _selection_failures(result, repeated, exact_oracle, query, key, case)
         checks.append(Check(str(case), name, errors, tuple(failures)))
     return checks
 
@@ -150,7 +166,7 @@ def _selection_failures(
     exact: OracleOutput,
     query: Tensor,
     key: Tensor,
-    block_size: int,
+    case: Case,
 ) -> list[str]:
     assert result.block_indices is not None
     assert isinstance(repeated, OracleOutput)
@@ -158,7 +174,10 @@ def _selection_failures(
     failures = []
     if not (result.lse.double() - exact.lse).abs().max() < 1e-4:
         failures.append("lse is off")
-    wrong = wrong_selections(result.block_indices, exact, query, key, block_size=block_size)
+    wrong = wrong_selections(
+        result.block_indices, exact, query, key,
+        block_size=case.block_size, query_start=case.positions.start,
+    )  # fmt: skip
     if wrong:
         failures.append(f"{wrong} rows select wrong blocks")
     if not torch.equal(result.block_indices, repeated.block_indices):
@@ -179,7 +198,7 @@ def _gradients(
 
 
 def _reference(case: Case, indices: Tensor) -> dict[str, Operation]:
-    block = case.block_size
+    block, start = case.block_size, case.positions.start
     return {
         "oracle": lambda q, k, v, s: dispatch.oracle_attention(
             q,
@@ -188,22 +207,24 @@ def _reference(case: Case, indices: Tensor) -> dict[str, Operation]:
             block_size=block,
             num_selected=case.num_selected,
             select=False,
+            query_start=start,
             backend="reference",
         ),
         "block-sparse": lambda q, k, v, s: dispatch.block_sparse_attention(
-            q, k, v, indices, block_size=block, sink=s, backend="reference"
+            q, k, v, indices, block_size=block, sink=s, query_start=start, backend="reference"
         ),
         "window": lambda q, k, v, s: dispatch.sliding_window_attention(
-            q, k, v, window=case.window, sink=s, backend="reference"
+            q, k, v, window=case.window, sink=s, query_start=start, backend="reference"
         ),
     }
 
 
 def _dense(case: Case, indices: Tensor) -> dict[str, Operation]:
-    """The same operations with a mask [B or 1, HQ or 1, S, S], as a textbook has them."""
+    """The same operations with a mask [B or 1, HQ or 1, S, Sk], as a textbook has them."""
     token = torch.arange(case.sequence, device=indices.device)
-    causal = token[None, :] <= token[:, None]
-    in_window = causal & (token[None, :] > token[:, None] - case.window)
+    at = token[case.positions.start : case.positions.stop, None]
+    causal = token[None, :] <= at
+    in_window = causal & (token[None, :] > at - case.window)
     block_of_key = token // case.block_size
     selected = (indices[..., None] == block_of_key).any(3) & causal
     selected = selected.repeat_interleave(case.heads // case.groups, 1)

@@ -29,15 +29,22 @@ def relative_error(got: Tensor, exact: Tensor) -> float:
 
 @torch.no_grad()
 def wrong_selections(
-    got: Tensor, exact: OracleOutput, query: Tensor, key: Tensor, *, block_size: int
+    got: Tensor,
+    exact: OracleOutput,
+    query: Tensor,
+    key: Tensor,
+    *,
+    block_size: int,
+    query_start: int = 0,
 ) -> int:
     """Rows of a selection that differ from the exact one by more than a near-tie.
 
     Args:
         got: int32 [B, HKV, S, K].
         exact: the reference's result for the same query and key in fp64.
-        query: [B, S, HQ, D]; key: [B, S, HKV, D]. All S x S logits are made: for short sequences.
+        query: [B, S, HQ, D]; key: [B, Sk, HKV, D]. All S x Sk logits are made: for short sequences.
         block_size: tokens per block.
+        query_start: position of a row's first query.
 
     Returns:
         How many of the B * HKV * S rows are wrong: other scores than the exact row's, or a block
@@ -45,12 +52,12 @@ def wrong_selections(
     """
     assert exact.block_indices is not None
     _, length, heads, head_dim = query.shape
-    groups = key.shape[2]
+    num_keys, groups = key.shape[1:3]
     keys = key.double().repeat_interleave(heads // groups, 2)
     logits = torch.einsum("bshd,bthd->bhst", query.double(), keys) * head_dim**-0.5
-    later = torch.ones(length, length, device=query.device).triu(1).bool()
+    later = torch.ones(length, num_keys, device=query.device).triu(1 + query_start).bool()
     scores = (logits - exact.lse.double()[..., None]).masked_fill(later, -torch.inf)
-    scores = torch.nn.functional.pad(scores, (0, -length % block_size), value=-torch.inf)
+    scores = torch.nn.functional.pad(scores, (0, -num_keys % block_size), value=-torch.inf)
     scores = scores.unflatten(3, (-1, block_size)).amax(4)
     scores = scores.unflatten(1, (groups, heads // groups)).amax(2)
 
