@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from hysparse_megatron.config.schema import Precision
-from hysparse_megatron.data.read.indexed import IndexedWriter
 from tests.distributed.cases import (
     EXPERTS,
     HALF_BATCH,
@@ -28,6 +27,7 @@ from tests.distributed.checkpoint_jobs import (
 )
 from tests.distributed.pool import WorkerPool
 from tests.distributed.reassemble import whole
+from tests.token_files import write_indexed
 
 pytestmark = pytest.mark.distributed
 
@@ -53,13 +53,13 @@ CASES = [
 @pytest.fixture
 def tokens(session_seed: int, tmp_path: Path) -> TokenFiles:
     """So many that no sample is read twice."""
-    writer = IndexedWriter(str(tmp_path / "tokens"), VOCAB)
-    for length in np.random.default_rng(session_seed).integers(20, 60, size=100):
-        document = np.random.default_rng([session_seed, writer.num_documents])
-        writer.add_document(document.integers(0, VOCAB, size=length))
-    writer.finish()
-    assert writer.num_tokens > STEPS * HALF_BATCH["global_batch_size"] * SEQ_LENGTH
-    return TokenFiles(str(tmp_path / "tokens"), STEPS)
+    lengths = np.random.default_rng(session_seed).integers(20, 60, size=100)
+    documents = [
+        np.random.default_rng([session_seed, number]).integers(0, VOCAB, size=length)
+        for number, length in enumerate(lengths)
+    ]
+    assert lengths.sum() > STEPS * HALF_BATCH["global_batch_size"] * SEQ_LENGTH
+    return TokenFiles(write_indexed(str(tmp_path / "tokens"), documents, VOCAB), STEPS)
 
 
 def assert_equal(actual: Continuation, expected: Continuation) -> None:

@@ -1,8 +1,8 @@
-"""Write and read Megatron's indexed token files: `<prefix>.bin` (tokens) and `<prefix>.idx`.
+"""Read Megatron's indexed token files: `<prefix>.bin` (tokens) and `<prefix>.idx`.
 
-Megatron's own classes do the writing and reading. What they leave to an `assert` or do not check,
-such as a `.bin` that is shorter than its `.idx` says, is checked here first.
-Megatron is imported where it is used: it takes seconds, and checking files needs none of it.
+What Megatron's reader leaves to an `assert` or does not check, such as a `.bin` that is shorter
+than its `.idx` says, is checked here first. Megatron is imported where it is used: it takes
+seconds, and checking files needs none of it.
 """
 
 from __future__ import annotations
@@ -35,37 +35,6 @@ class IndexSummary:
     dtype: type[np.integer]
     num_documents: int
     num_tokens: int
-
-
-class IndexedWriter:
-    """Append documents to `<prefix>.bin`; `finish` writes `<prefix>.idx`.
-
-    The token type is uint16 for a vocabulary below 65500, else int32.
-    """
-
-    def __init__(self, prefix: str, vocab_size: int) -> None:
-        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-
-        self._prefix = prefix
-        self._builder = IndexedDatasetBuilder(
-            f"{prefix}.bin", dtype=DType.optimal_dtype(vocab_size)
-        )
-        self.num_documents = 0
-        self.num_tokens = 0
-
-    def add_document(self, tokens: np.ndarray) -> None:
-        """Append one document: token ids, any integer type, [num_tokens]."""
-        self._builder.add_document(tokens, [len(tokens)])
-        self.num_documents += 1
-        self.num_tokens += len(tokens)
-
-    def finish(self) -> None:
-        """Close the `.bin` and write the `.idx`; without it the files cannot be read."""
-        self._builder.finalize(f"{self._prefix}.idx")
-
-    def close(self) -> None:
-        """Close the `.bin` without an index: what was written is to be thrown away."""
-        self._builder.data_file.close()
 
 
 def check_indexed(prefix: str, *, may_be_empty: bool = False) -> IndexSummary:

@@ -12,9 +12,9 @@ from hysparse_megatron.config.batch_ramp import BatchRamp
 from hysparse_megatron.data.card import PreparedCorpus
 from hysparse_megatron.data.read.batches import BatchSource
 from hysparse_megatron.data.read.dataset import TokenSamples
-from hysparse_megatron.data.read.indexed import IndexedWriter
 from hysparse_megatron.data.read.order import Position
 from hysparse_megatron.errors import DataError
+from tests.token_files import write_indexed
 
 S = 8
 
@@ -22,11 +22,8 @@ S = 8
 def counting_samples(folder: Path, num_tokens: int = 1001, **options: int) -> TokenSamples:
     """Token t of the stream is t, in documents of 7, so a sample shows its own place."""
     prefix = str(folder / "counting")
-    writer = IndexedWriter(prefix, 60_000)
-    for start in range(0, num_tokens, 7):
-        writer.add_document(np.arange(start, min(start + 7, num_tokens)))
-    writer.finish()
-    return TokenSamples(prefix, S, **options)
+    documents = (np.arange(start, min(start + 7, num_tokens)) for start in range(0, num_tokens, 7))
+    return TokenSamples(write_indexed(prefix, documents, 60_000), S, **options)
 
 
 def source(samples: TokenSamples, seed: int = 1, **changes: Any) -> BatchSource:

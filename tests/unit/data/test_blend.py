@@ -21,10 +21,10 @@ from hysparse_megatron.data.read.batches import BatchSource
 from hysparse_megatron.data.read.blend import MOST_PLACES, Blend
 from hysparse_megatron.data.read.dataset import BlendedSamples, TokenSamples
 from hysparse_megatron.data.read.held_out import EvaluationBatches
-from hysparse_megatron.data.read.indexed import IndexedWriter
 from hysparse_megatron.data.read.order import Position
 from hysparse_megatron.data.sources import load_blend, open_samples
 from hysparse_megatron.errors import DataError
+from tests.token_files import write_indexed
 
 WEIGHTS = st.lists(st.integers(1, 400).map(lambda n: n / 100), min_size=1, max_size=8)
 
@@ -111,9 +111,7 @@ def blended(folder: Path) -> BlendedSamples:
     parts = []
     for dataset, tokens in enumerate((101, 42, 16)):
         prefix = str(folder / f"part{dataset}")
-        writer = IndexedWriter(prefix, 60_000)
-        writer.add_document(1000 * dataset + np.arange(tokens))
-        writer.finish()
+        write_indexed(prefix, [1000 * dataset + np.arange(tokens)], 60_000)
         parts.append(TokenSamples(prefix, 5))
     return BlendedSamples(parts, ["a", "b", "c"], [2, 1, 1])
 

@@ -9,7 +9,7 @@ import pytest
 
 from hysparse_megatron.data.read.dataset import TokenSamples
 from hysparse_megatron.data.read.held_out import EvaluationBatches
-from hysparse_megatron.data.read.indexed import IndexedWriter
+from tests.token_files import write_indexed
 
 S = 8
 ALONE = {"data_parallel_size": 1, "data_parallel_rank": 0}
@@ -19,11 +19,8 @@ ALONE = {"data_parallel_size": 1, "data_parallel_rank": 0}
 def samples(tmp_path_factory: pytest.TempPathFactory) -> TokenSamples:
     """125 samples; token t of the stream is t, in documents of 7, so a sample shows its place."""
     prefix = str(tmp_path_factory.mktemp("samples") / "counting")
-    writer = IndexedWriter(prefix, 60_000)
-    for start in range(0, 1001, 7):
-        writer.add_document(np.arange(start, min(start + 7, 1001)))
-    writer.finish()
-    return TokenSamples(prefix, S)
+    documents = (np.arange(start, min(start + 7, 1001)) for start in range(0, 1001, 7))
+    return TokenSamples(write_indexed(prefix, documents, 60_000), S)
 
 
 def counted(evaluation: EvaluationBatches) -> list[int]:

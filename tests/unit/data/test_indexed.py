@@ -12,24 +12,19 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from hysparse_megatron.data.read.dataset import TokenSamples
 from hysparse_megatron.data.read.indexed import (
-    IndexedWriter,
     TokenFile,
     check_indexed,
     check_token_ids,
     open_indexed,
 )
 from hysparse_megatron.errors import DataError
+from tests.token_files import write_indexed
 
 DOCUMENTS = [[5, 1, 2, 0], [0], [7, 8, 0]]
 
 
 def write(folder: Path, documents: list[list[int]], vocab_size: int = 10) -> str:
-    prefix = str(folder / "data")
-    writer = IndexedWriter(prefix, vocab_size)
-    for document in documents:
-        writer.add_document(np.array(document, dtype=np.int64))
-    writer.finish()
-    return prefix
+    return write_indexed(str(folder / "data"), documents, vocab_size)
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(10, np.uint16), (100_000, np.int32)])

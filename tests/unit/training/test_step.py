@@ -15,12 +15,12 @@ from torch import Tensor
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.data.read.dataset import TokenSamples
 from hysparse_megatron.data.read.held_out import EvaluationBatches
-from hysparse_megatron.data.read.indexed import IndexedWriter
 from hysparse_megatron.errors import DataError
 from hysparse_megatron.runtime.process_groups import destroy_process_groups
 from hysparse_megatron.training import step as step_module
 from hysparse_megatron.training.state import TrainingState, build_state
 from hysparse_megatron.training.step import Batch, evaluate, train_step
+from tests.token_files import write_indexed
 from tests.unit.single_process import DEVICE
 
 SEQUENCE, VOCABULARY = 16, 50
@@ -210,12 +210,9 @@ def test_held_out_loss_does_not_depend_on_the_batches(
 ) -> None:
     """Documents of very different lengths, and a last batch that is filled up."""
     prefix = str(tmp_path / "documents")
-    writer = IndexedWriter(prefix, VOCABULARY)
     rng = np.random.default_rng(seed)
-    for length in rng.choice([1, 2, 3, 90], size=40):
-        writer.add_document(rng.integers(0, VOCABULARY, length))
-    writer.finish()
-    samples = TokenSamples(prefix, SEQUENCE)
+    documents = [rng.integers(0, VOCABULARY, n) for n in rng.choice([1, 2, 3, 90], size=40)]
+    samples = TokenSamples(write_indexed(prefix, documents, VOCABULARY), SEQUENCE)
     found = []
     for global_batch_size, micro_batch_size in ((1, 1), (4, 2), (6, 3), (64, 8)):
         batches = EvaluationBatches(
