@@ -63,7 +63,8 @@ def export(request: Request, folder: Path, say: Say) -> None:
     tokenizer = request.tokenizer
     if tokenizer is None:
         tokenizer = tokenizer_files.find_tokenizer(request.config.data, identity)
-    ids = tokenizer_files.check_vocabulary(tokenizer, rows, identity.get("vocab_size"))
+    fitting = request.config.model.vocab_size or rows
+    ids = tokenizer_files.check_vocabulary(tokenizer, fitting, say, identity.get("vocab_size"))
     # Without the rows that fill the embedding up to a round number, which no loss has seen.
     rows = request.config.model.vocab_size or ids
     described = _description(request, rows, index[EMBEDDING]["dtype"])

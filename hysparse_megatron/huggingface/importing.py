@@ -148,7 +148,7 @@ def write_start(
     if tokenizer.is_file():
         facts["tokenizer"] = {
             "tokenizer_sha256": sha256_of(tokenizer),
-            "vocab_size": tokenizer_files.check_vocabulary(tokenizer, model.vocab_size or 0),
+            "vocab_size": tokenizer_files.check_vocabulary(tokenizer, model.vocab_size or 0, say),
         }
     else:
         say(f"WARNING: {source} has no {TOKENIZER_NAME}: name the run's with data.tokenizer")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,20 +40,40 @@ def find_tokenizer(data: DataConfig, identity: dict[str, Any]) -> Path:
     return path
 
 
-def check_vocabulary(path: Path, rows: int, trained: int | None = None) -> int:
+def check_vocabulary(
+    path: Path, rows: int, say: Callable[[str], None], trained: int | None = None
+) -> int:
     """Ids of the tokenizer, which must fit `rows` of an embedding and be as many as `trained`.
 
-    Raises ConfigError if they do not, or the file is no tokenizer.
+    Tokens that somebody added, such as a token to pad with, may lie beyond the rows, as in many
+    published folders: `say` is told, and what holds one is refused where it is read. Those of the
+    vocabulary itself, and the one that closes documents, occur in any text.
+
+    Raises ConfigError if they do not fit, or the file is no tokenizer.
     """
     try:
-        count = load_tokenizer(str(path)).vocab_size
+        loaded = load_tokenizer(str(path))
     except DataError as error:
         raise ConfigError(f"tokenizer: {error}") from error
-    if count > rows:
-        raise ConfigError(f"{path} has {count} token ids, but the model {rows}: it is another's")
+    count = loaded.vocab_size
     if trained is not None and count != trained:
         raise ConfigError(
             f"{path} has {count} token ids, but the run trained with {trained}: it is another's"
+        )
+    if count > rows:
+        library = Tokenizer.from_file(str(path))
+        added = library.get_added_tokens_decoder()
+        found = f"{path} has {count} token ids, but the model {rows}"
+        ids = set(library.get_vocab(with_added_tokens=True).values())
+        beyond = sorted(number for number in ids if number >= rows)
+        if not added.keys() >= set(beyond):
+            raise ConfigError(f"{found}: it is another's")
+        if loaded.end_of_document >= rows:
+            end = f"{loaded.end_name} (id {loaded.end_of_document})"
+            raise ConfigError(f"{found}: documents would end with {end}, which is none of them")
+        say(
+            f"WARNING: {found}: the {len(beyond)} added from {added[beyond[0]].content} on cannot "
+            "be used, and data or prompts that hold one are refused"
         )
     return count
 

@@ -14,7 +14,7 @@ from hysparse_kernels import FP8
 from torch import Tensor
 
 from hysparse_megatron.architecture.layers import LayerKind
-from hysparse_megatron.errors import ConfigError
+from hysparse_megatron.errors import ConfigError, DataError
 from hysparse_megatron.inference.forward import advance, logits_of
 from hysparse_megatron.inference.kv_cache import KvCache
 from hysparse_megatron.inference.load import LoadedModel
@@ -106,7 +106,12 @@ def generate(
 
     Raises:
         ConfigError: the cache does not fit into memory.
+        DataError: a prompt holds an id that the model does not have.
     """
+    if (largest := max(map(max, prompts))) >= loaded.vocab_size:
+        raise DataError(
+            f"a prompt holds token id {largest}, but the model has {loaded.vocab_size} ids"
+        )
     # The last new token is never read, so that it needs no place.
     capacities = [len(prompt) + settings.max_new_tokens - 1 for prompt in prompts]
     on_every_rank(

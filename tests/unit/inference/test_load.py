@@ -1,6 +1,8 @@
 """The configuration with which a run generates."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -8,7 +10,8 @@ from hysparse_megatron.architecture.model import Fp8
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.config.frozen import freeze
 from hysparse_megatron.config.schema import Recompute
-from hysparse_megatron.errors import ConfigError
+from hysparse_megatron.errors import ConfigError, DataError
+from hysparse_megatron.inference.generate import Settings, generate
 from hysparse_megatron.inference.load import inference_config
 
 EXPERTS = ["model.moe.num_experts=6", "model.moe.num_active_experts=2"]
@@ -50,3 +53,10 @@ def test_a_split_that_cannot_be_is_refused(tmp_path: Path) -> None:
         inference_config(frozen(tmp_path), 3)
     with pytest.raises(ConfigError, match=r"cannot read the configuration .*nowhere"):
         inference_config(tmp_path / "nowhere", 1)
+
+
+def test_a_prompt_of_ids_that_the_model_lacks_is_refused() -> None:
+    """Of a tokenizer with tokens added beyond the model's rows."""
+    model: Any = SimpleNamespace(vocab_size=257)
+    with pytest.raises(DataError, match="token id 257, but the model has 257 ids"):
+        generate(model, [[1, 2], [3, 257]], Settings(1))

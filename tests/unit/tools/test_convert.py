@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from hysparse_megatron.checkpoint.assemble import Source, save_weights
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.config.frozen import freeze
-from hysparse_megatron.data.tokenizer import bytes_tokenizer
+from hysparse_megatron.data.tokenizer import bytes_tokenizer, train_tokenizer
 from hysparse_megatron.files import sha256_of
 from hysparse_megatron.huggingface.weights import model_weights
 from tests.unit.huggingface.exports import IDS, load, random_run
@@ -96,11 +96,6 @@ class TestExportRefuses:
         run = random_run(tmp_path / "run", "model.layout=F", identity={"vocab_size": 300})
         assert export(run, tmp_path / "out") == 2
         assert "has 257 token ids, but the run trained with 300" in capsys.readouterr().err
-        tokenizer = bytes_tokenizer()
-        tokenizer.add_tokens([f"<{index}>" for index in range(200)])
-        tokenizer.save(str(tmp_path / "large.json"))
-        assert export(run, tmp_path / "out", "--tokenizer", str(tmp_path / "large.json")) == 2
-        assert "has 457 token ids, but the model 384" in capsys.readouterr().err
         assert export(run, tmp_path / "out", "--tokenizer", str(tmp_path / "none.json")) == 2
         assert "cannot read the tokenizer" in capsys.readouterr().err
 
@@ -251,10 +246,29 @@ class TestImportRefuses:
         self.refused(tmp_path / "out", 2, "lm_head.weight is I8; allowed F32", capsys)
 
     def test_another_tokenizer(self, exported: Path, capsys: Capture) -> None:
+        train_tokenizer(["abc abd bcd"] * 9, 260).save(str(exported / "tokenizer.json"))
+        self.refused(exported, 2, "260 token ids, but the model 257: it is another's", capsys)
+
+    def test_a_tokenizer_with_tokens_added_beyond_the_rows(
+        self, exported: Path, tmp_path: Path, capsys: Capture
+    ) -> None:
+        """As many published folders have: they can be used but for these, there and back."""
         tokenizer = bytes_tokenizer()
-        tokenizer.add_tokens([f"<{index}>" for index in range(200)])
+        tokenizer.add_tokens(["<pad>", "<end>"])
         tokenizer.save(str(exported / "tokenizer.json"))
-        self.refused(exported, 2, "has 457 token ids, but the model 257", capsys)
+        described = json.loads((exported / "tokenizer_config.json").read_text())
+        (exported / "tokenizer_config.json").write_text(
+            json.dumps(described | {"eos_token": "<end>"})
+        )
+        self.refused(exported, 2, "documents would end with <end> (id 258)", capsys)
+        (exported / "tokenizer_config.json").write_text(json.dumps(described))
+        start, again = tmp_path / "start", tmp_path / "again"
+        said = "has 259 token ids, but the model 257: the 2 added from <pad> on cannot be used"
+        assert main(["import", str(exported), str(start)]) == 0
+        assert said in capsys.readouterr().out
+        assert main(["export", "--run-dir", str(start), str(again)]) == 0
+        assert said in capsys.readouterr().out
+        assert load(again).config.vocab_size == 257
 
 
 def edit(folder: Path, **settings: object) -> None:
