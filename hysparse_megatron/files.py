@@ -6,10 +6,11 @@ import contextlib
 import hashlib
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from hysparse_megatron.errors import ConfigError
+from hysparse_megatron.errors import ConfigError, DataError
 
 _TEMPORARY = ".tmp"
 
@@ -45,6 +46,16 @@ def write_whole(path: Path, text: str, *, durable: bool = False) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def reading(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn an OSError into a DataError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        place, reason = error.filename or path, error.strerror or error
+        raise DataError(f"{place}: cannot be read: {reason}") from error
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:

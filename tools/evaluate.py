@@ -38,7 +38,7 @@ from hysparse_megatron.runtime.launcher import rank_from_environment
 from hysparse_megatron.runtime.quiet import quiet_libraries
 
 if TYPE_CHECKING:
-    from hysparse_megatron.data.run_tokenizer import Tokenizer
+    from hysparse_megatron.data.tokenizer import Encoder
     from hysparse_megatron.evaluation.positions import Bin
     from hysparse_megatron.inference.load import LoadedModel
 
@@ -198,7 +198,7 @@ def _scores(
             )
 
 
-def _tokenizer(given: argparse.Namespace, loaded: LoadedModel) -> Tokenizer:
+def _tokenizer(given: argparse.Namespace, loaded: LoadedModel) -> Encoder:
     from hysparse_megatron.data.run_tokenizer import load_run_tokenizer
 
     return load_run_tokenizer(loaded.config.data, loaded.tokenizer_sha256, given.tokenizer)

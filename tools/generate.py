@@ -26,7 +26,7 @@ from hysparse_megatron.runtime.launcher import Rank, rank_from_environment
 from hysparse_megatron.runtime.quiet import quiet_libraries
 
 if TYPE_CHECKING:
-    from hysparse_megatron.data.run_tokenizer import Tokenizer
+    from hysparse_megatron.data.tokenizer import Encoder
     from hysparse_megatron.inference.generate import Settings
     from hysparse_megatron.inference.load import LoadedModel
 
@@ -182,7 +182,7 @@ def _generate(
         print(text, file=sys.stderr)
 
 
-def _tokenizer(given: argparse.Namespace, loaded: LoadedModel) -> Tokenizer:
+def _tokenizer(given: argparse.Namespace, loaded: LoadedModel) -> Encoder:
     from hysparse_megatron.data.run_tokenizer import load_run_tokenizer
 
     return load_run_tokenizer(loaded.config.data, loaded.tokenizer_sha256, given.tokenizer)
@@ -194,7 +194,7 @@ class _Printer:
     def __init__(
         self,
         prompts: Sequence[str],
-        tokenizer: Tokenizer,
+        tokenizer: Encoder,
         settings: Settings,
         stops: Sequence[str],
         is_silent: bool,

@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from types import FrameType
 
 from hysparse_megatron.command import command, make_parser
@@ -42,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(list(argv))
     before = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        with Progress(is_quiet=args.quiet) as progress:
+        with closing(Progress(is_quiet=args.quiet)) as progress:
             _run(args, progress)
     finally:
         for number, handler in before.items():
@@ -99,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="processes, or tasks of the cluster (default: one a core; cluster: 64)",
     )
+    add("--cpus-per-task", type=int, metavar="N", help="cores of a task of the cluster (default 1)")
     add("--slurm-partition", metavar="NAME", help="needed with --executor slurm")
     add("--slurm-time", default="24:00:00", metavar="T", help="limit of a task (%(default)s)")
     add(
@@ -136,7 +138,7 @@ def _prepare(args: argparse.Namespace, progress: Progress) -> PreparedCorpus | N
             if args.tokenizer is None
             else "--vocab-size: is for training one; a given --tokenizer has its own"
         )
-    for option in ("workers", "max_document_mb"):
+    for option in ("workers", "cpus_per_task", "max_document_mb"):
         value = getattr(args, option)
         if value is not None and value < 1:
             raise ConfigError(f"--{option.replace('_', '-')}: got {value}; allowed at least 1")
@@ -172,16 +174,18 @@ def _prepare(args: argparse.Namespace, progress: Progress) -> PreparedCorpus | N
 def _executor(args: argparse.Namespace) -> Executor:
     if args.executor != "slurm" and (args.slurm_partition or args.slurm_option):
         raise ConfigError("--slurm-partition, --slurm-option: are for --executor slurm")
+    if args.executor == "local" and args.cpus_per_task:
+        raise ConfigError("--cpus-per-task: is for a cluster's tasks; --workers are processes here")
     if args.executor == "local":
         return LocalProcesses(args.workers or len(os.sched_getaffinity(0)))
-    tasks = args.workers or 64
+    tasks, cpus = args.workers or 64, args.cpus_per_task or 1
     if args.executor == "ray":
-        return RayTasks(tasks)
+        return RayTasks(tasks, cpus)
     if args.slurm_partition is None:
         raise ConfigError("--slurm-partition: missing; name a partition (sinfo lists them)")
     pairs = [option.partition("=") for option in args.slurm_option]
     options = {name.lstrip("-"): value for name, _, value in pairs}
-    return SlurmJobs(tasks, args.slurm_partition, args.slurm_time, options=options)
+    return SlurmJobs(tasks, args.slurm_partition, args.slurm_time, cpus, options)
 
 
 if __name__ == "__main__":

@@ -31,36 +31,36 @@ def locked(path: str, timeout_seconds: float, note: Callable[[str], None]) -> It
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        yield _acquire(descriptor, path, timeout_seconds, note)
+        start = next_note = time.monotonic()
+        while (is_locked := _try(descriptor)) is None:
+            now = time.monotonic()
+            holder = os.pread(descriptor, 256, 0).decode(errors="replace") or "another process"
+            if now - start > timeout_seconds:
+                raise DataError(
+                    f"{path}: still held by {holder} after {timeout_seconds:.0f} s; is it stopped?"
+                )
+            if now >= next_note:
+                note(f"waiting for {holder} to prepare the same data")
+                next_note = now + _NOTE_EVERY_SECONDS
+            time.sleep(_POLL_SECONDS)
+        if is_locked:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.uname().nodename} process {os.getpid()}".encode(), 0)
+        else:
+            note(f"{path}: this file system has no locks; going on without")
+        yield is_locked
     finally:
         os.close(descriptor)
 
 
-def _acquire(
-    descriptor: int, path: str, timeout_seconds: float, note: Callable[[str], None]
-) -> bool:
-    start = time.monotonic()
-    next_note = start
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in _NO_LOCKS:
-                note(f"{path}: this file system has no locks; going on without")
-                return False
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise
-        else:
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"{os.uname().nodename} process {os.getpid()}".encode(), 0)
-            return True
-        now = time.monotonic()
-        holder = os.pread(descriptor, 256, 0).decode(errors="replace") or "another process"
-        if now - start > timeout_seconds:
-            raise DataError(
-                f"{path}: still held by {holder} after {timeout_seconds:.0f} s; is it stopped?"
-            )
-        if now >= next_note:
-            note(f"waiting for {holder} to prepare the same data")
-            next_note = now + _NOTE_EVERY_SECONDS
-        time.sleep(_POLL_SECONDS)
+def _try(descriptor: int) -> bool | None:
+    """Whether it is ours now; None if another process holds it, False without locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return None
+        if error.errno not in _NO_LOCKS:
+            raise
+        return False
+    return True

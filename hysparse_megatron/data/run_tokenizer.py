@@ -6,29 +6,15 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol, cast
 
 from hysparse_megatron.config.blend import parse_blend
 from hysparse_megatron.config.schema import DataConfig
 from hysparse_megatron.data.card import CARD_NAME, SENTENCEPIECE_NAME, TOKENIZER_NAME
-from hysparse_megatron.data.tokenizer import choose_tokenizer, tokenizer_file
+from hysparse_megatron.data.tokenizer import Encoder, choose_tokenizer, tokenizer_file
 from hysparse_megatron.errors import DataError
 from hysparse_megatron.files import sha256_of
-
-
-class Tokenizer(Protocol):
-    """Text to ids and back; see `TextTokenizer`."""
-
-    vocab_size: int
-    end_of_document: int
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without end-of-document."""
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids."""
 
 
 def with_own_tokenizer(data: DataConfig, run_dir: Path) -> DataConfig:
@@ -51,7 +37,7 @@ def find_run_tokenizer(data: DataConfig, sha256: str | None) -> Path | None:
     return None
 
 
-def load_run_tokenizer(data: DataConfig, sha256: str | None, given: str | None = None) -> Tokenizer:
+def load_run_tokenizer(data: DataConfig, sha256: str | None, given: str | None = None) -> Encoder:
     """The tokenizer whose file has this hash.
 
     Args:
@@ -106,8 +92,8 @@ def _file_of(given: str) -> Path:
     return Path(path)
 
 
-def _load(path: Path) -> Tokenizer:
-    tokenizer = cast(Tokenizer, choose_tokenizer(str(path)).load())
+def _load(path: Path) -> Encoder:
+    tokenizer = choose_tokenizer(str(path)).load()
     # Beside prepared data a card knows what closed the documents, whatever it is called.
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         card = json.loads((path.parent / CARD_NAME).read_bytes())

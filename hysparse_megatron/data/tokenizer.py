@@ -12,7 +12,6 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import fsspec
 import numpy as np
@@ -44,8 +43,8 @@ _OVERLAP = 1 << 14
 _AGREEING_TOKENS = 64
 
 
-class Encoder(Protocol):
-    """Text to token ids.
+class Encoder:
+    """Text to token ids and back.
 
     Attributes:
         vocab_size: highest token id + 1.
@@ -58,14 +57,21 @@ class Encoder(Protocol):
     end_name: str
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of each text, integers [num_tokens], without end-of-document."""
+        """Token ids of each text, integers [num_tokens], on all cores, without end-of-document."""
+        raise NotImplementedError
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids."""
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Text of the ids. Bytes that are no valid UTF-8 (a cut character) become U+FFFD."""
+        raise NotImplementedError
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, without end-of-document."""
+        ids: list[int] = self.encode_batch([text])[0].tolist()
+        return ids
 
 
-class TextTokenizer:
-    """A tokenizer of the tokenizers library. Attributes as `Encoder`."""
+class TextTokenizer(Encoder):
+    """A tokenizer of the tokenizers library."""
 
     def __init__(self, tokenizer: Tokenizer, end_of_document: str = END_OF_DOCUMENT) -> None:
         token_id = tokenizer.token_to_id(end_of_document)
@@ -79,13 +85,8 @@ class TextTokenizer:
         self.end_name = end_of_document
         self.vocab_size: int = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without an end-of-document token."""
-        ids: list[int] = self.encode_batch([text])[0].tolist()
-        return ids
-
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of each text, int64 [num_tokens], on all cores, without end-of-document."""
+        """See `Encoder`."""
         short = [text for text in texts if len(text) <= _WINDOW]
         encoded = iter(self._tokenizer.encode_batch_fast(short, add_special_tokens=False))
         return [
@@ -120,7 +121,7 @@ class TextTokenizer:
         return np.concatenate(parts)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Text of the ids. Bytes that are no valid UTF-8 (a cut character) become U+FFFD."""
+        """See `Encoder`."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
 
@@ -148,8 +149,8 @@ def _joint(
     return None
 
 
-class ByteTokenizer:
-    """One id per byte of UTF-8, and 256 to close a document. Attributes as `Encoder`."""
+class ByteTokenizer(Encoder):
+    """One id per byte of UTF-8, and 256 to close a document."""
 
     vocab_size = MIN_VOCAB_SIZE
     end_of_document = MIN_VOCAB_SIZE - 1
@@ -159,9 +160,9 @@ class ByteTokenizer:
         """Token ids of each text, uint8 [num_bytes]."""
         return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids; of bytes that are no UTF-8, U+FFFD."""
-        return bytes(ids).decode(errors="replace")
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """See `Encoder`."""
+        return bytes(list(ids)).decode(errors="replace")
 
 
 def bytes_tokenizer() -> Tokenizer:
@@ -178,8 +179,8 @@ def bytes_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-class SentencePieceTokenizer:
-    """A SentencePiece model. Attributes as `Encoder`.
+class SentencePieceTokenizer(Encoder):
+    """A SentencePiece model.
 
     Raises:
         DataError: the file is missing or no model, or it has no end-of-document piece.
@@ -203,13 +204,9 @@ class SentencePieceTokenizer:
         self.end_name: str = self._model.id_to_piece(token_id)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of each text, int32 [num_tokens], without end-of-document."""
+        """See `Encoder`."""
         encoded = self._model.encode(list(texts), out_type=int, num_threads=1)
         return [np.asarray(ids, dtype=np.int32) for ids in encoded]
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without end-of-document."""
-        return list(self._model.encode(text))
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of the ids; control symbols give none."""

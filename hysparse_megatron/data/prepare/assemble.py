@@ -9,11 +9,10 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from hysparse_megatron.data.card import SPLITS
+from hysparse_megatron.data.card import DATA_NAMES, SPLITS
 from hysparse_megatron.data.prepare.shards import Folder, Record, WholeFile, Work, token_dtype
 from hysparse_megatron.data.read.indexed import HEADER, MAGIC, TOKEN_DTYPES
 from hysparse_megatron.data.tokenizer import Encoder
@@ -37,14 +36,13 @@ class Cut:
 
 @dataclass(frozen=True)
 class Assembled:
-    """What was written: numbers by split, SHA-256 and size by file."""
+    """What was written: numbers by split, and by file its size and SHA-256, as cards have them."""
 
     documents: dict[str, int]
     tokens: dict[str, int]
     duplicates: int
     cut: Cut | None
-    hashes: dict[str, str]
-    sizes: dict[str, int]
+    files: dict[str, dict[str, int | str]]
 
 
 @dataclass(frozen=True)
@@ -95,110 +93,118 @@ def assemble(
     Raises:
         DataError: a shard is damaged.
     """
-    dtype = token_dtype(encoder.vocab_size)
-    corpus = _Corpus(work, records, dtype)
+    corpus = _Corpus(work, records, encoder)
     targets = corpus.targets(splitting)
     duplicates = int(np.count_nonzero(targets == _DROPPED))
-    cut = corpus.find_cut(splitting.validation_fraction, targets, encoder)
-    if cut is not None:
+    corpus.cut_if_needed(splitting.validation_fraction, targets)
+    if corpus.cut is not None:
         targets[targets == _VALIDATION] = _TRAIN
-    with _Split(output, "train", dtype) as train, _Split(output, "validation", dtype) as held:
+        targets = np.insert(targets, corpus.cut.document + 1, _VALIDATION)
+    of_split: list[list[np.ndarray]] = [[], []]
+    with ExitStack() as stack:
+        files = {name: stack.enter_context(WholeFile(output, name)) for name in DATA_NAMES}
         first = 0
-        for unit, table in enumerate(corpus.tables()):
-            ends = np.cumsum(table["num_tokens"], dtype=np.int64)
-            layout = _Layout(ends, targets[first : first + len(table)])
-            if cut is not None and first <= cut.document < first + len(table):
-                layout.cut(cut.document - first, cut.place)
-            first += len(table)
-            for split, writer in enumerate((train, held)):
-                writer.add_documents(layout.lengths(split))
-            for start, tokens in work.tokens(unit, records[unit], dtype):
-                for part, parts_start in layout.at_border(start, tokens):
-                    of_token = layout.targets_of(parts_start, len(part))
-                    for split, writer in enumerate((train, held)):
-                        writer.add_tokens(part[of_token == split])
-                    if parts_start + len(part) == layout.border:
-                        train.add_tokens(np.array([encoder.end_of_document], dtype))
+        for unit, lengths in enumerate(corpus.lengths()):
+            mine = targets[first : first + len(lengths)]
+            first += len(lengths)
+            ends, start = np.cumsum(lengths), 0
+            for tokens in corpus.tokens(unit):
+                of_token = _targets_of(ends, mine, start, len(tokens))
+                for number, split in enumerate(SPLITS):
+                    files[f"{split}.bin"].write(tokens[of_token == number])
+                start += len(tokens)
                 advance(len(tokens))
-    written = dict(zip(SPLITS, (train, held), strict=True))
+            for number, kept in enumerate(of_split):
+                kept.append(lengths[mine == number].astype(np.int32))
+        for split, kept in zip(SPLITS, of_split, strict=True):
+            _write_index(files[f"{split}.idx"], kept, corpus.dtype)
     return Assembled(
-        {name: split.num_documents for name, split in written.items()},
-        {name: split.num_tokens for name, split in written.items()},
+        {split: sum(map(len, kept)) for split, kept in zip(SPLITS, of_split, strict=True)},
+        {split: files[f"{split}.bin"].num_bytes // corpus.dtype().itemsize for split in SPLITS},
         duplicates,
-        cut,
-        {name: file.sha256() for split in written.values() for name, file in split.files.items()},
-        {name: file.num_bytes for split in written.values() for name, file in split.files.items()},
+        corpus.cut,
+        {n: {"bytes": file.num_bytes, "sha256": file.sha256()} for n, file in files.items()},
     )
 
 
-@dataclass
-class _Layout:
-    """Where the documents of a shard end, in tokens [n], and which split each goes to [n].
+def _targets_of(ends: np.ndarray, targets: np.ndarray, start: int, count: int) -> np.ndarray:
+    """The split of every token in [start, start + count), of documents that end at `ends` [n]."""
+    first = int(np.searchsorted(ends, start, side="right"))
+    last = int(np.searchsorted(ends, start + count, side="left")) + 1
+    inside = np.minimum(ends[first:last], start + count)
+    return np.repeat(targets[first:last], np.diff(inside, prepend=start))
 
-    `border` is where the one that is cut in two is cut: the part before gets an end of its own.
-    """
 
-    ends: np.ndarray
-    targets: np.ndarray
-    border: int = -1
-
-    def cut(self, number: int, place: int) -> None:
-        """Cut document `number` after `place` tokens."""
-        self.border = int(self.ends[number - 1] if number else 0) + place
-        self.ends = np.insert(self.ends, number, self.border)
-        self.targets = np.insert(self.targets, number, _TRAIN)
-        self.targets[number + 1] = _VALIDATION
-
-    def lengths(self, split: int) -> np.ndarray:
-        """Tokens of the documents of a split, int64 [n]."""
-        lengths = np.diff(self.ends, prepend=0) + (self.ends == self.border)
-        return lengths[self.targets == split]
-
-    def at_border(self, start: int, tokens: np.ndarray) -> list[tuple[np.ndarray, int]]:
-        """Tokens that begin at `start`, in two parts where the border is within."""
-        inside = self.border - start
-        if not 0 < inside < len(tokens):
-            return [(tokens, start)]
-        return [(tokens[:inside], start), (tokens[inside:], self.border)]
-
-    def targets_of(self, start: int, count: int) -> np.ndarray:
-        """The split of every token in [start, start + count)."""
-        first = int(np.searchsorted(self.ends, start, side="right"))
-        last = int(np.searchsorted(self.ends, start + count, side="left")) + 1
-        inside = np.minimum(self.ends[first:last], start + count)
-        return np.repeat(self.targets[first:last], np.diff(inside, prepend=start))
+def _write_index(index: WholeFile, lengths: list[np.ndarray], dtype: type[np.integer]) -> None:
+    """Write Megatron's index of documents of these lengths: int32 [n], several times."""
+    code = next(code for code, known in TOKEN_DTYPES.items() if known is dtype)
+    count, start = sum(map(len, lengths)), 0
+    index.write(HEADER.pack(MAGIC, 1, code, count, count + 1))
+    for some in lengths:
+        index.write(some)
+    for some in lengths:
+        sizes = some.astype(np.int64) * dtype().itemsize
+        index.write(start + np.cumsum(sizes) - sizes)
+        start += int(sizes.sum())
+    for first in range(0, count + 1, _CHUNK_DOCUMENTS):
+        index.write(np.arange(first, min(first + _CHUNK_DOCUMENTS, count + 1), dtype=np.int64))
 
 
 class _Corpus:
-    """The documents of all shards, in order."""
+    """The documents of all shards, in order; where it has a `cut`, one of them counts as two."""
 
-    def __init__(self, work: Work, records: Sequence[Record], dtype: type[np.integer]) -> None:
-        self._work, self._records, self._dtype = work, list(records), dtype
-        self._num_documents = sum(record.num_documents for record in records)
+    def __init__(self, work: Work, records: Sequence[Record], encoder: Encoder) -> None:
+        self._work, self._records, self._encoder = work, list(records), encoder
+        self.dtype = token_dtype(encoder.vocab_size)
+        self.cut: Cut | None = None
+        self._cut_unit = self._cut_at = -1
 
-    def tables(self) -> Iterator[np.ndarray]:
+    def _tables(self) -> Iterator[np.ndarray]:
         """DOCUMENT [n] of every shard."""
-        return self._work.tables(self._records, self._dtype)
+        return self._work.tables(self._records, self.dtype)
+
+    def lengths(self) -> Iterator[np.ndarray]:
+        """Tokens of the documents of every shard: int64 [n]."""
+        first = 0
+        for unit, table in enumerate(self._tables()):
+            lengths = table["num_tokens"].astype(np.int64)
+            if self.cut is not None and unit == self._cut_unit:
+                number = self.cut.document - first
+                lengths[number] -= self.cut.place
+                lengths = np.insert(lengths, number, self.cut.place + 1)
+            first += len(table)
+            yield lengths
+
+    def tokens(self, unit: int) -> Iterator[np.ndarray]:
+        """Tokens of a shard in chunks [n]; the first part of what is cut gets an end of its own."""
+        for start, tokens in self._work.tokens(unit, self._records[unit], self.dtype):
+            inside = self._cut_at - start
+            if unit == self._cut_unit and 0 <= inside < len(tokens):
+                tokens = np.insert(tokens, inside, self._encoder.end_of_document)
+            yield tokens
 
     def targets(self, splitting: Splitting) -> np.ndarray:
         """Where every document goes: int8 [num_documents]."""
-        found = np.zeros(self._num_documents, np.int8)
-        first = 0
-        for table in self.tables():
-            held = held_out(table["key"], splitting.seed, splitting.validation_fraction)
-            found[first : first + len(table)] = np.where(held, _VALIDATION, _TRAIN)
-            first += len(table)
+        found = [
+            np.where(
+                held_out(table["key"], splitting.seed, splitting.validation_fraction),
+                np.int8(_VALIDATION),
+                np.int8(_TRAIN),
+            )
+            for table in self._tables()
+        ]
+        targets = np.concatenate([np.zeros(0, np.int8), *found])
         if splitting.deduplicate:
-            found[self._duplicates()] = _DROPPED
-        return found
+            targets[self._duplicates(len(targets))] = _DROPPED
+        return targets
 
-    def _duplicates(self) -> np.ndarray:
+    def _duplicates(self, num_documents: int) -> np.ndarray:
         """Numbers of all documents but the first of each text; keys are looked at in portions."""
-        portions = self._num_documents // _PORTION_DOCUMENTS + 1
+        portions = num_documents // _PORTION_DOCUMENTS + 1
         found = [np.zeros(0, np.int64)]
         for portion in range(portions):
             keys, numbers, first = [], [], 0
-            for table in self.tables():
+            for table in self._tables():
                 mine = np.flatnonzero(table["key"][:, 0] % np.uint64(portions) == portion)
                 keys.append(table["key"][mine])
                 numbers.append(first + mine)
@@ -209,43 +215,35 @@ class _Corpus:
             found.append(number[order[1:][again]])
         return np.concatenate(found)
 
-    def find_cut(
-        self, validation_fraction: float, targets: np.ndarray, encoder: Encoder
-    ) -> Cut | None:
-        """Where to cut the longest document of a corpus of which one split would get nothing.
+    def cut_if_needed(self, validation_fraction: float, targets: np.ndarray) -> None:
+        """Cut the longest document of a corpus of which one split would get nothing.
 
         Its end is held out, as much as makes `validation_fraction` of the corpus but no more than
-        half of the document. None if both splits get documents, or none are to be held out.
+        half of the document.
         """
         used = targets[targets != _DROPPED]
         if not validation_fraction or len(np.unique(used)) != 1:
-            return None
-        lengths = np.concatenate([table["num_tokens"] for table in self.tables()]).astype(np.int64)
-        lengths[targets == _DROPPED] = 0
-        document = int(lengths.argmax())
-        length = int(lengths[document]) - 1  # without the token that closes it
+            return
+        lengths = np.concatenate(list(self.lengths()))
+        kept = np.where(targets == _DROPPED, 0, lengths)
+        document = int(kept.argmax())
+        length = int(kept[document]) - 1  # without the token that closes it
         if length < 2:
-            return None
-        share = min(validation_fraction * int(lengths.sum()) / length, 0.5)
+            return
+        share = min(validation_fraction * int(kept.sum()) / length, 0.5)
         place = min(max(round(length * (1 - share)), 1), length - 1)
         reach = min(_REACH, (length - place) // 2)
-        low = max(1, place - reach)
-        nearby = self._tokens_of(document, low, place + reach + _LONGEST_CHARACTER)
-        return Cut(document, low + _border_near(nearby, place - low, 2 * reach, encoder))
-
-    def _tokens_of(self, document: int, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) of a document, and fewer at its end."""
-        first = 0
-        for unit, table in enumerate(self.tables()):
-            if document < first + len(table):
-                ends = np.cumsum(table["num_tokens"], dtype=np.int64)
-                begin = int(ends[document - first - 1]) if document > first else 0
-                place, stop = begin + start, min(begin + stop, int(ends[document - first]) - 1)
-                chunks = self._work.tokens(unit, self._records[unit], self._dtype)
-                parts = [tokens[max(0, place - at) : max(0, stop - at)] for at, tokens in chunks]
-                return np.concatenate(parts)
-            first += len(table)
-        raise AssertionError("no such document")
+        low, high = max(1, place - reach), min(length, place + reach + _LONGEST_CHARACTER)
+        after = np.cumsum([record.num_documents for record in self._records])
+        unit = int(np.searchsorted(after, document, side="right"))
+        first = int(after[unit]) - self._records[unit].num_documents
+        begin = int(lengths[first:document].sum())
+        chunks = self._work.tokens(unit, self._records[unit], self.dtype)
+        nearby = np.concatenate(
+            [t[max(0, begin + low - at) : max(0, begin + high - at)] for at, t in chunks]
+        )
+        place = low + _border_near(nearby, place - low, 2 * reach, self._encoder)
+        self.cut, self._cut_unit, self._cut_at = Cut(document, place), unit, begin + place
 
 
 def _border_near(tokens: np.ndarray, wanted: int, last: int, encoder: Encoder) -> int:
@@ -268,49 +266,3 @@ def _border_near(tokens: np.ndarray, wanted: int, last: int, encoder: Encoder) -
         if places:
             return min(places, key=lambda place: abs(place - wanted))
     return wanted
-
-
-class _Split:
-    """The pair of files of one split, in Megatron's format."""
-
-    def __init__(self, output: Folder, name: str, dtype: type[np.integer]) -> None:
-        self._name, self._dtype = name, dtype
-        self._lengths: list[np.ndarray] = []
-        self._output, self._stack = output, ExitStack()
-        self.num_documents = self.num_tokens = 0
-        self.files: dict[str, WholeFile] = {}
-
-    def __enter__(self) -> _Split:
-        for name in (f"{self._name}.bin", f"{self._name}.idx"):
-            self.files[name] = self._stack.enter_context(WholeFile(self._output, name))
-        return self
-
-    def add_tokens(self, tokens: np.ndarray) -> None:
-        """Append tokens of the writer's type: [num_tokens]."""
-        self.files[f"{self._name}.bin"].write(tokens)
-        self.num_tokens += len(tokens)
-
-    def add_documents(self, lengths: np.ndarray) -> None:
-        """Note the lengths of the next documents: integers [num_documents], in tokens."""
-        self._lengths.append(lengths.astype(np.int32))
-        self.num_documents += len(lengths)
-
-    def __exit__(self, *error: Any) -> None:
-        with self._stack:
-            if error[0] is None:
-                self._write_index(self.files[f"{self._name}.idx"])
-            self._stack.pop_all().__exit__(*error)
-
-    def _write_index(self, index: WholeFile) -> None:
-        code = next(c for c, dtype in TOKEN_DTYPES.items() if dtype is self._dtype)
-        count, start = self.num_documents, 0
-        index.write(HEADER.pack(MAGIC, 1, code, count, count + 1))
-        for lengths in self._lengths:
-            index.write(lengths)
-        for lengths in self._lengths:
-            ends = start + np.cumsum(lengths, dtype=np.int64) * self._dtype().itemsize
-            index.write(ends - lengths.astype(np.int64) * self._dtype().itemsize)
-            start = int(ends[-1]) if len(ends) else start
-        for first in range(0, count + 1, _CHUNK_DOCUMENTS):
-            last = min(first + _CHUNK_DOCUMENTS, count + 1)
-            index.write(np.arange(first, last, dtype=np.int64))

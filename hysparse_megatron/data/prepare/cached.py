@@ -19,9 +19,9 @@ from hysparse_megatron.data.prepare.run import prepare
 from hysparse_megatron.data.prepare.sources import Source, standard_library
 from hysparse_megatron.data.tokenizer import TokenizerChoice, choose_tokenizer
 from hysparse_megatron.errors import DataError
-from hysparse_megatron.files import sha256_of
+from hysparse_megatron.files import reading, sha256_of
 
-LOCK_TIMEOUT_SECONDS = 3600.0
+_LOCK_TIMEOUT_SECONDS = 3600.0
 """Longest wait for another process that prepares the same."""
 _HASHED_BYTES = 1_000_000_000
 """Of a larger corpus the times of modification are compared, not the contents."""
@@ -36,9 +36,7 @@ def prepare_corpus(
     seed: int,
     validation_fraction: float = VALIDATION_FRACTION,
     text_key: str = "text",
-    max_bad_documents: int = 0,
     progress: Callable[[str], None] | None = None,
-    lock_timeout_seconds: float = LOCK_TIMEOUT_SECONDS,
 ) -> PreparedCorpus:
     """Tokenize a corpus into a training and a validation split, or find it done.
 
@@ -52,11 +50,8 @@ def prepare_corpus(
         vocab_size: of a tokenizer trained here, at most: a small corpus may give fewer ids. A
             given tokenizer has its own; the result's `vocab_size` says how many.
         validation_fraction, seed, text_key: see `PrepareRequest`.
-        max_bad_documents: to leave out before the corpus is refused; any number of the standard
-            library, where a distribution may ship a file that is no UTF-8.
         progress: is told what is being done. What it raises ends the preparation; the same call
             goes on with it.
-        lock_timeout_seconds: longest wait for another process that prepares the same.
 
     Raises:
         DataError: bad, missing or too little input (names file and line or offset), or the cache
@@ -66,12 +61,13 @@ def prepare_corpus(
     tokenizer = None if tokenizer_path is None else choose_tokenizer(tokenizer_path)
     if path is not None and os.path.isfile(os.path.join(path, CARD_NAME)):
         return _given(path, tokenizer)
-    sources, description = _sources(path, cache_dir)
+    sources, description = standard_library() if path is None else sources_of([path], cache_dir)
     request = PrepareRequest(
         sources, "", tokenizer, vocab_size, text_key, validation_fraction, seed,
         description=description,
     )  # fmt: skip
-    max_bad = None if path is None else max_bad_documents
+    # A distribution may ship a file of the standard library that is no UTF-8.
+    max_bad = None if path is None else 0
     key = hash_of([request.identity(), _contents(sources), max_bad])[:20]
     output = os.path.join(os.path.abspath(cache_dir), key)
     if os.path.isdir(output):
@@ -82,7 +78,7 @@ def prepare_corpus(
         dataclasses.replace(request, output=output),
         max_bad=max_bad,
         repair=True,
-        lock_timeout_seconds=lock_timeout_seconds,
+        lock_timeout_seconds=_LOCK_TIMEOUT_SECONDS,
         progress=Lines(progress or (lambda line: None)),
     )
     assert made is not None  # as the cache is local
@@ -101,15 +97,9 @@ def _given(path: str, tokenizer: TokenizerChoice | None) -> PreparedCorpus:
     return prepared
 
 
-def _sources(path: str | None, cache_dir: str) -> tuple[tuple[Source, ...], str]:
-    return standard_library() if path is None else sources_of([path], cache_dir)
-
-
 def _contents(sources: Sequence[Source]) -> list[str]:
     """What tells files apart that have the same names and sizes."""
     if sum(source.size_bytes for source in sources) > _HASHED_BYTES:
         return [source.version for source in sources]
-    try:
+    with reading("the corpus"):
         return [sha256_of(source.path) for source in sources]
-    except OSError as error:
-        raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from error

@@ -13,8 +13,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import IO, Any, Protocol
 
 from hysparse_megatron.data.prepare.shards import Folder, Work
 from hysparse_megatron.data.prepare.tokenize import tokenize_share
@@ -52,8 +52,7 @@ class LocalProcesses:
 
     def run(self, work: Work, advance: Callable[[int], None]) -> None:
         """See `Executor`."""
-        missing = len(work.units) - len(work.done())
-        count = min(self.workers, missing)
+        count = min(self.workers, len(work.units) - len(work.done()))
         if not count:
             return
         # Fewer units than cores: the library's threads take the others.
@@ -69,30 +68,44 @@ class LocalProcesses:
                 [*command, str(rank), str(count), str(os.getpid())],
                 env=environment,
                 stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                bufsize=0,
                 start_new_session=True,  # Ctrl-C is ours
             )
             for rank in range(count)
         ]
         try:
-            _wait(work, advance, lambda: _state_of(processes), _LOCAL_POLL_SECONDS)
+            for process in processes:
+                os.set_blocking(_output(process).fileno(), False)
+            _wait(work, lambda: _state_of(processes, advance), _LOCAL_POLL_SECONDS)
+            _state_of(processes, advance)
         finally:
             for process in processes:
                 process.kill()
-                process.wait()
+                process.communicate()
 
 
-def _state_of(processes: list[subprocess.Popen[bytes]]) -> str | None:
+def _output(process: subprocess.Popen[bytes]) -> IO[bytes]:
+    assert process.stdout is not None
+    return process.stdout
+
+
+def _state_of(
+    processes: list[subprocess.Popen[bytes]], advance: Callable[[int], None]
+) -> str | None:
     codes = [process.poll() for process in processes]
+    for process in processes:
+        words = (_output(process).read() or b"").split()
+        advance(sum(int(word) for word in words if word.isdigit()))
     lost = next((code for code in codes if code), None)
-    if lost is not None and lost < 0:
-        name = signal.Signals(-lost).name
-        return (
-            f"a worker process was killed ({name}), perhaps for want of memory; run the same "
-            "command again to go on, with fewer --workers if memory is short"
-        )
-    if lost is not None:
+    if lost is None:
+        return None if None in codes else "all worker processes ended"
+    if lost > 0:
         return f"a worker process ended with code {lost}; run the same command again to go on"
-    return None if None in codes else "all worker processes ended"
+    return (
+        f"a worker process was killed ({signal.Signals(-lost).name}), perhaps for want of memory; "
+        "run the same command again to go on, with fewer --workers if memory is short"
+    )
 
 
 @dataclass(frozen=True)
@@ -102,8 +115,8 @@ class SlurmJobs:
     tasks: int
     partition: str
     time: str
-    cpus_per_task: int = 1
-    options: Mapping[str, str] = field(default_factory=dict)
+    cpus_per_task: int
+    options: Mapping[str, str]
 
     def run(self, work: Work, advance: Callable[[int], None]) -> None:
         """See `Executor`. When it is stopped, the jobs go on."""
@@ -129,7 +142,7 @@ class SlurmJobs:
         except (OSError, subprocess.CalledProcessError) as error:
             raise HySparseError(f"sbatch refuses the tasks: {error}") from error
         job = str(executor.job_id)
-        _wait(work, advance, lambda: _state_of_job(job, work), _CLUSTER_POLL_SECONDS)
+        _wait(work, lambda: _state_of_job(job, work), _CLUSTER_POLL_SECONDS, advance)
 
 
 def _state_of_job(job: str, work: Work) -> str | None:
@@ -146,7 +159,7 @@ class RayTasks:
     """Tasks of a Ray cluster, by datatrove. The work folder has to be there on all nodes."""
 
     tasks: int
-    cpus_per_task: int = 1
+    cpus_per_task: int
 
     def run(self, work: Work, advance: Callable[[int], None]) -> None:
         """See `Executor`."""
@@ -185,9 +198,9 @@ def _share(folder: str) -> Any:
 
 def _wait(
     work: Work,
-    advance: Callable[[int], None],
     state: Callable[[], str | None],
     poll_seconds: float,
+    advance: Callable[[int], None] = lambda size: None,
 ) -> None:
     """Wait until all shards are there; `state` says why they will not be."""
     told = set(work.done())
@@ -198,9 +211,10 @@ def _wait(
         advance(sum(map(work.unit_bytes, now - told)))
         told = now
         _raise_failure(work)
-        if ended is not None and len(told) < len(work.units):
-            raise HySparseError(ended)
-        if len(told) < len(work.units):  # a folder of many shards is not looked at all the time
+        if len(told) < len(work.units):
+            if ended is not None:
+                raise HySparseError(ended)
+            # A folder of many shards is not looked at all the time.
             time.sleep(max(poll_seconds, 5 * (time.monotonic() - began)))
 
 

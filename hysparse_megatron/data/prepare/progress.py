@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from hysparse_megatron.packages import require_package
 
@@ -13,9 +12,7 @@ _TOLD_EVERY = 100_000_000
 
 
 class Progress:
-    """One bar at a time on standard error.
-
-    Without a terminal there is a line every 30 seconds instead of a moving bar.
+    """One bar at a time on standard error, without a terminal a line every 30 seconds.
 
     Args:
         is_quiet: show no bar, and no lines but warnings.
@@ -28,17 +25,12 @@ class Progress:
 
     def start(self, label: str, unit: str, total: int, done: int = 0) -> None:
         """Begin a bar of `total` units (B or tokens) of which `done` were done before."""
-        self.end()
+        self.close()
         if self._tqdm is not None:
             self._bar = self._tqdm(
-                desc=label,
-                total=total,
-                initial=done,
-                unit=unit,
-                unit_scale=True,
-                dynamic_ncols=True,
-                mininterval=0.5 if sys.stderr.isatty() else 30.0,
-            )
+                desc=label, total=total, initial=done, unit=unit, unit_scale=True,
+                dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 30.0,
+            )  # fmt: skip
 
     def advance(self, amount: int) -> None:
         """More units are done."""
@@ -57,30 +49,15 @@ class Progress:
         else:
             print(line, file=sys.stderr, flush=True)
 
-    def end(self) -> None:
+    def close(self) -> None:
         """Leave the bar as it stands."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.end()
-
 
 class Lines(Progress):
-    """Tells everything in lines: for what is logged.
-
-    Args:
-        say: is told one line at a time.
-    """
+    """Tells everything to `say`, one line at a time: for what is logged."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         super().__init__(is_quiet=True)
@@ -90,14 +67,14 @@ class Lines(Progress):
     def start(self, label: str, unit: str, total: int, done: int = 0) -> None:
         """Tell what begins."""
         self._done = self._told = done
-        self._say(f"{label} {total / 1e6:,.1f} M{unit}")
+        self.note(f"{label} {total / 1e6:,.1f} M{unit}")
 
     def advance(self, amount: int) -> None:
         """Tell from time to time how far it is."""
         self._done += amount
         if self._done - self._told >= _TOLD_EVERY:
             self._told = self._done
-            self._say(f"{self._done / 1e6:,.0f} M done")
+            self.note(f"{self._done / 1e6:,.0f} M done")
 
     def note(self, line: str) -> None:
         """Tell a line."""

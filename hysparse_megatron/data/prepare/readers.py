@@ -11,13 +11,15 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any, BinaryIO
 
 import fsspec
 
 from hysparse_megatron.data.prepare.sources import Piece, Source
 from hysparse_megatron.errors import DataError
+from hysparse_megatron.files import reading
 from hysparse_megatron.packages import require_package
 
 _BUFFER_BYTES = 1 << 20
@@ -25,20 +27,24 @@ _ROWS = 1024
 
 
 def read_piece(
-    source: Source, piece: Piece, text_key: str, max_document_bytes: int
+    source: Source,
+    piece: Piece,
+    text_key: str,
+    max_document_bytes: int,
+    at: Callable[[int], None] = lambda offset: None,
 ) -> Iterator[str | DataError]:
     """Texts of a piece's documents, "" for an empty one, and what is wrong with bad ones.
 
     Args:
         text_key: field of a JSON line, or column, that holds the text.
         max_document_bytes: longer JSON lines and rows are bad.
+        at: is told after each document up to which offset the file, as it is stored, was read.
 
     Raises:
         DataError: the file cannot be read, or not to its end (names file and offset).
     """
-    stream = _open(source)
     errors: tuple[type[Exception], ...] = (EOFError, zlib.error, gzip.BadGzipFile)
-    with stream:
+    with reading(source.path), _open(source) as stream:
         decompressed: Any = stream
         if source.compression == "gz":
             decompressed = gzip.GzipFile(fileobj=stream)
@@ -49,38 +55,28 @@ def read_piece(
             errors += (zstd.ZstdError,)
         try:
             if source.kind == "text":
-                yield decode_utf8(decompressed.read(), source.path, 0)
+                texts = iter([decode_utf8(decompressed.read(), source.path, 0)])
             elif source.kind == "jsonl":
                 lines = io.BufferedReader(decompressed, _BUFFER_BYTES)
                 stop = None if source.compression else piece.stop
                 place = (source.path, piece.start, stop)
-                yield from _json_lines(lines, *place, text_key, max_document_bytes)
+                texts = _json_lines(lines, *place, text_key, max_document_bytes)
             else:
-                read = _parquet if source.kind == "parquet" else _arrow
-                rows = read(stream, source.path, text_key)
-                yield from _limited(rows, source.path, max_document_bytes)
+                texts = _rows(stream, source, text_key, max_document_bytes)
+            for text in texts:
+                yield text
+                at(stream.tell())
         except errors as error:
             raise DataError(
                 f"{source.path}: cannot be decompressed, near offset {stream.tell()}: {error}"
             ) from error
-        except OSError as error:
-            raise _unreadable(source, error) from error
 
 
 def _open(source: Source) -> BinaryIO:
-    try:
-        stream: BinaryIO = (
-            open(source.path, "rb")  # noqa: SIM115
-            if source.is_local
-            else fsspec.open(source.path, "rb").open()
-        )
-    except OSError as error:
-        raise _unreadable(source, error) from error
+    if source.is_local:
+        return open(source.path, "rb")
+    stream: BinaryIO = fsspec.open(source.path, "rb").open()
     return stream
-
-
-def _unreadable(source: Source, error: OSError) -> DataError:
-    return DataError(f"{source.path}: cannot be read: {error.strerror or error}")
 
 
 def decode_utf8(data: bytes, where: str, offset: int) -> str | DataError:
@@ -100,12 +96,8 @@ def decode_utf8(data: bytes, where: str, offset: int) -> str | DataError:
 def is_json_lines(text: str) -> bool:
     """Whether a text of several lines is a JSON object in each: as if its name were wrong."""
     lines = [line for line in text.splitlines()[:100] if line.strip()]
-    return len(lines) > 1 and all(map(_is_object, lines))
-
-
-def _is_object(line: str) -> bool:
     try:
-        return isinstance(json.loads(line), dict)
+        return len(lines) > 1 and all(isinstance(json.loads(line), dict) for line in lines)
     except (ValueError, RecursionError):
         return False
 
@@ -127,7 +119,7 @@ def _json_lines(
         if line is None:
             yield DataError(f"{where}: longer than {limit:,} bytes, line at offset {offset}")
         else:
-            yield json_line_text(line, where, offset, text_key)
+            yield _json_line_text(line, where, offset, text_key)
         offset += size
 
 
@@ -143,67 +135,65 @@ def _read_line(stream: io.BufferedReader, limit: int) -> tuple[bytes | None, int
     return None, size
 
 
-def json_line_text(line: bytes, where: str, offset: int, text_key: str) -> str | DataError:
-    """The text of one JSON line, empty for a blank line; an error is returned, not raised.
-
-    `where` and `offset` (of the line in its file, in bytes) are for the error's message.
-    """
+def _json_line_text(line: bytes, where: str, offset: int, text_key: str) -> str | DataError:
+    """The text of one JSON line, empty for a blank line, or what is wrong with it."""
     decoded = decode_utf8(line, where, offset)
-    if isinstance(decoded, DataError):
-        return decoded
-    if not decoded.strip():
-        return ""
+    if isinstance(decoded, DataError) or not decoded.strip():
+        return decoded.strip() if isinstance(decoded, str) else decoded
+    place = f"line at offset {offset}"
     try:
         record = json.loads(decoded)
     except (ValueError, RecursionError) as error:
-        return DataError(f"{where}: not a JSON object, line at offset {offset}: {error}")
-    found = None
+        return DataError(f"{where}: not a JSON object, {place}: {error}")
     if not isinstance(record, dict):
-        found = f"expected a JSON object, got {type(record).__name__}, line at offset {offset}"
-    elif text_key not in record:
+        kind = type(record).__name__
+        return DataError(f"{where}: expected a JSON object, got {kind}, {place}")
+    if text_key not in record:
         fields = ", ".join(sorted(record)[:8]) or "none"
-        found = f"missing field '{text_key}', line at offset {offset}; fields found: {fields}"
-    elif not isinstance(record[text_key], str):
-        kind = type(record[text_key]).__name__
-        found = f"field '{text_key}' is {kind}, expected a string, line at offset {offset}"
-    if found is not None:
-        return DataError(f"{where}: {found}")
-    text: str = record[text_key]
+        return DataError(f"{where}: missing field '{text_key}', {place}; fields found: {fields}")
+    text = record[text_key]
+    if not isinstance(text, str):
+        kind = type(text).__name__
+        return DataError(f"{where}: field '{text_key}' is {kind}, expected a string, {place}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        return DataError(
-            f"{where}: field '{text_key}' holds a lone surrogate at character {error.start}, "
-            f"line at offset {offset}"
-        )
+        found = f"holds a lone surrogate at character {error.start}"
+        return DataError(f"{where}: field '{text_key}' {found}, {place}")
     return text
 
 
-def _parquet(stream: BinaryIO, path: str, text_key: str) -> Iterator[str | DataError]:
-    pyarrow = require_package("pyarrow", f"reading {path}")
-    parquet = require_package("pyarrow.parquet", f"reading {path}")
+def _rows(stream: BinaryIO, source: Source, text_key: str, limit: int) -> Iterator[str | DataError]:
+    """The column of a Parquet file or an Arrow stream."""
+    path, purpose = source.path, f"reading {source.path}"
+    pyarrow = require_package("pyarrow", purpose)
     try:
-        file = parquet.ParquetFile(stream)
-        _check_column(pyarrow, file.schema_arrow, path, text_key)
-        first = 0
-        for batch in file.iter_batches(_ROWS, columns=[text_key]):
-            yield from _texts(pyarrow, batch.column(0), path, first)
-            first += len(batch)
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: damaged Parquet file: {error}") from error
-
-
-def _arrow(stream: BinaryIO, path: str, text_key: str) -> Iterator[str | DataError]:
-    pyarrow = require_package("pyarrow", f"reading {path}")
-    try:
-        with pyarrow.ipc.open_stream(stream) as batches:
+        if source.kind == "parquet":
+            file = require_package("pyarrow.parquet", purpose).ParquetFile(stream)
+            _check_column(pyarrow, file.schema_arrow, path, text_key)
+            # One group at a time: all together are read ahead to the end of the file.
+            batches = chain.from_iterable(
+                file.iter_batches(_ROWS, row_groups=[group], columns=[text_key])
+                for group in range(file.num_row_groups)
+            )
+        else:
+            batches = pyarrow.ipc.open_stream(stream)
             _check_column(pyarrow, batches.schema, path, text_key)
-            first = 0
-            for batch in batches:
-                yield from _texts(pyarrow, batch.column(text_key), path, first)
-                first += len(batch)
+        row = 0
+        for batch in batches:
+            column = batch.column(text_key)
+            if pyarrow.types.is_dictionary(column.type):
+                column = column.dictionary_decode()
+            for value in column.cast(pyarrow.large_binary()).to_pylist():
+                where, row = f"{path}: row {row}", row + 1
+                if value is None:
+                    yield DataError(f"{where}: has no text")
+                elif len(value) > limit:
+                    yield DataError(f"{where}: longer than {limit:,} bytes")
+                else:
+                    yield decode_utf8(value, where, 1)
     except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: damaged Arrow stream: {error}") from error
+        raise DataError(f"{path}: damaged {source.kind} file: {error}") from error
 
 
 def _check_column(pyarrow: Any, schema: Any, path: str, text_key: str) -> None:
@@ -214,18 +204,3 @@ def _check_column(pyarrow: Any, schema: Any, path: str, text_key: str) -> None:
     plain = kind.value_type if types.is_dictionary(kind) else kind
     if not (types.is_string(plain) or types.is_large_string(plain) or types.is_string_view(plain)):
         raise DataError(f"{path}: column '{text_key}' is {kind}, expected strings")
-
-
-def _texts(pyarrow: Any, column: Any, path: str, first_row: int) -> Iterable[str | DataError]:
-    if pyarrow.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    values = column.cast(pyarrow.large_binary()).to_pylist()
-    for number, value in enumerate(values, start=first_row):
-        where = f"{path}: row {number}"
-        yield DataError(f"{where}: has no text") if value is None else decode_utf8(value, where, 1)
-
-
-def _limited(rows: Iterable[str | DataError], path: str, limit: int) -> Iterator[str | DataError]:
-    for number, text in enumerate(rows):
-        is_long = isinstance(text, str) and len(text) > limit // 4 and len(text.encode()) > limit
-        yield DataError(f"{path}: row {number}: longer than {limit:,} bytes") if is_long else text

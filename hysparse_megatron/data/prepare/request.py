@@ -7,12 +7,13 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
 from hysparse_megatron.data.prepare.assemble import Splitting
 from hysparse_megatron.data.prepare.readers import read_piece
 from hysparse_megatron.data.prepare.shards import Folder
-from hysparse_megatron.data.prepare.sources import Piece, Source, cut_units, is_local, list_sources
+from hysparse_megatron.data.prepare.sources import Source, cut_units, is_local, list_sources
 from hysparse_megatron.data.tokenizer import TokenizerChoice, train_tokenizer
 from hysparse_megatron.errors import ConfigError
 
@@ -111,7 +112,11 @@ def _sample(request: PrepareRequest) -> Iterator[str]:
         earned += share * size
         if earned < min(size, _SAMPLE_BYTES) and share < 1:
             continue
-        for text in _texts(request, unit):
+        options = request.text_key, request.max_document_bytes
+        found = (read_piece(request.sources[piece.source], piece, *options) for piece in unit)
+        for text in chain.from_iterable(found):
+            if not isinstance(text, str):
+                continue
             if share == 1 or len(text) <= earned:
                 yield text
             else:  # parts of it, spread evenly
@@ -122,14 +127,6 @@ def _sample(request: PrepareRequest) -> Iterator[str]:
             if earned <= 0 and share < 1:
                 break
         earned = max(earned, 0.0)
-
-
-def _texts(request: PrepareRequest, unit: Sequence[Piece]) -> Iterator[str]:
-    options = request.text_key, request.max_document_bytes
-    for piece in unit:
-        for text in read_piece(request.sources[piece.source], piece, *options):
-            if isinstance(text, str):
-                yield text
 
 
 def sources_of(

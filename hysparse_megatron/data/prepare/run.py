@@ -8,8 +8,8 @@ import json
 import os
 import platform
 import secrets
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,8 +20,8 @@ from hysparse_megatron.data.prepare.assemble import Assembled, assemble
 from hysparse_megatron.data.prepare.executors import Executor, InProcess
 from hysparse_megatron.data.prepare.progress import Progress
 from hysparse_megatron.data.prepare.request import PrepareRequest, hash_of, place_tokenizer
-from hysparse_megatron.data.prepare.shards import MAX_SAMPLES, Folder, Record, Work
-from hysparse_megatron.data.prepare.sources import cut_units, default_unit_bytes
+from hysparse_megatron.data.prepare.shards import MAX_SAMPLES, Folder, Record, Work, writing
+from hysparse_megatron.data.prepare.sources import cut_units
 from hysparse_megatron.data.prepare.tokenize import too_many_bad
 from hysparse_megatron.errors import ConfigError, DataError
 from hysparse_megatron.files import sync_folder
@@ -70,7 +70,7 @@ def prepare(
         )
     output = Folder(request.output)
     progress = progress or Progress(is_quiet=True)
-    with _write_errors(output.path):
+    with writing(output.path):
         lock: AbstractContextManager[bool] = nullcontext(True)
         if output.is_local:
             os.makedirs(os.path.dirname(output.path), exist_ok=True)
@@ -83,15 +83,6 @@ def prepare(
             if not run.is_done():
                 run.prepare(executor or InProcess())
     return load_prepared(output.path, check_tokens=False) if output.is_local else None
-
-
-@contextmanager
-def _write_errors(output: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        place, reason = error.filename or output, error.strerror or error
-        raise DataError(f"{place}: cannot write prepared data: {reason}") from error
 
 
 @dataclass
@@ -112,32 +103,32 @@ class _Run:
         Raises:
             ConfigError: it is the result of another request, or no prepared data at all.
         """
-        if os.path.isfile(self.output.path):
-            raise ConfigError(f"{self.output.path}: is a file; name a folder to make")
+        path, is_local = self.output.path, self.output.is_local
+        if os.path.isfile(path):
+            raise ConfigError(f"{path}: is a file; name a folder to make")
         names, unfinished = self.output.names(), self._unfinished()
         if CARD_NAME not in names:
-            is_ours = unfinished is not None and not self.output.is_local
-            if names and not is_ours and not self.repair:
-                raise ConfigError(f"{self.output.path}: holds other files; name a new folder")
+            if names and not self.repair and (unfinished is None or is_local):
+                raise ConfigError(f"{path}: holds other files; name a new folder")
             return False
         if self.overwrite:
             return False
-        if self.output.is_local:
-            try:
-                load_prepared(self.output.path, check_tokens=False)
-            except DataError as error:
-                if not self.repair:
-                    raise
-                self.progress.note(f"rebuilding damaged {self.output.path}: {error}")
-                return False
+        try:
+            if is_local:
+                load_prepared(path, check_tokens=False)
+        except DataError as error:
+            if not self.repair:
+                raise
+            self.progress.note(f"rebuilding damaged {path}: {error}")
+            return False
         if self.output.read_json(CARD_NAME).get("request") != self.request.identity():
             raise ConfigError(
-                f"{self.output.path}: was prepared from other inputs or with other options; name "
-                "a new folder, or replace it with --overwrite"
+                f"{path}: was prepared from other inputs or with other options; name a new "
+                "folder, or replace it with --overwrite"
             )
         if unfinished is not None:
             self.work_folder.remove()
-        self.progress.note(f"{self.output.path}: is prepared already")
+        self.progress.note(f"{path}: is prepared already")
         return True
 
     def _unfinished(self) -> dict[str, Any] | None:
@@ -155,28 +146,32 @@ class _Run:
         """Make the shards that are missing, and the output of all."""
         work = self._work()
         done = work.done()
-        total, already = (
-            sum(map(work.unit_bytes, units)) for units in (range(len(work.units)), done)
-        )
+        total = sum(map(work.unit_bytes, range(len(work.units))))
+        already = sum(map(work.unit_bytes, done))
         if done:
             self.progress.note(f"going on after {already / 1e6:,.0f} of {total / 1e6:,.0f} MB")
         self.progress.start("tokenizing", "B", total, already)
         executor.run(work, self.progress.advance)
-        self.progress.end()
+        self.progress.close()
         records = work.records()
-        self._look_at(records)
+        bad, samples = sum(record.bad_documents for record in records), _samples(records)
+        if self.max_bad is not None and bad > self.max_bad:
+            raise too_many_bad(samples, bad, self.max_bad)
+        warnings = [f"WARNING: {line}" for record in records for line in record.warnings]
+        for line in [f"left out: {sample}" for sample in samples] + warnings[:MAX_SAMPLES]:
+            self.progress.warn(line)
         self._refuse_changed_sources()
         self._publish(work, records)
         self.work_folder.remove()
 
     def _work(self) -> Work:
         """What is to be done, or what is left of it."""
-        options = self.request.shard_options()
-        files = [[s.path, s.kind, s.size_bytes, s.version] for s in self.request.sources]
-        wanted = {**options, "input files": hash_of(files)}
+        request, folder = self.request, self.work_folder
+        files = [[s.path, s.kind, s.size_bytes, s.version] for s in request.sources]
+        wanted = {**request.shard_options(), "input files": hash_of(files)}
         before = self._unfinished()
         if before is not None and before != wanted:
-            is_begun = any(name.endswith(".shard") for name in self.work_folder.names())
+            is_begun = any(name.endswith(".shard") for name in folder.names())
             if is_begun and not self.overwrite:
                 changed = [
                     f"{name} changed"
@@ -186,42 +181,26 @@ class _Run:
                     if before.get(name) != wanted.get(name)
                 ]
                 raise ConfigError(
-                    f"{self.work_folder.path}: an unfinished preparation with other settings "
+                    f"{folder.path}: an unfinished preparation with other settings "
                     f"({'; '.join(changed)}); start again with --overwrite"
                 )
-            self.work_folder.remove()
-        self.work_folder.make()
-        self.work_folder.write("request.json", json.dumps(wanted).encode())
-        for name in self.work_folder.names():
+            folder.remove()
+        folder.make()
+        folder.write("request.json", json.dumps(wanted).encode())
+        for name in folder.names():
             if name.startswith("failed-"):
-                self.work_folder.remove(name)
-        total = sum(source.size_bytes for source in self.request.sources)
-        units = cut_units(
-            self.request.sources, self.request.unit_bytes or default_unit_bytes(total)
-        )
+                folder.remove(name)
         work = Work(
-            self.work_folder.path,
-            list(self.request.sources),
-            units,
-            place_tokenizer(self.request, self.work_folder, self.progress.note),
-            self.request.text_key,
-            self.request.max_document_bytes,
+            folder.path,
+            list(request.sources),
+            cut_units(request.sources, request.unit_bytes),
+            place_tokenizer(request, folder, self.progress.note),
+            request.text_key,
+            request.max_document_bytes,
             self.max_bad,
         )
         work.save()
         return work
-
-    def _look_at(self, records: Sequence[Record]) -> None:
-        """Tell what was left out. Raises DataError if it is too much."""
-        bad = sum(record.bad_documents for record in records)
-        samples = _samples(records)
-        if self.max_bad is not None and bad > self.max_bad:
-            raise too_many_bad(samples, bad, self.max_bad)
-        for sample in samples:
-            self.progress.warn(f"left out: {sample}")
-        warnings = [line for record in records for line in record.warnings]
-        for line in warnings[:MAX_SAMPLES]:
-            self.progress.warn(f"WARNING: {line}")
 
     def _refuse_changed_sources(self) -> None:
         for source in self.request.sources:
@@ -251,7 +230,7 @@ class _Run:
         self.progress.start("assembling", "tokens", sum(record.num_tokens for record in records))
         splitting = self.request.splitting()
         made = assemble(work, records, target, splitting, encoder, self.progress.advance)
-        self.progress.end()
+        self.progress.close()
         if made.cut is not None:
             self.progress.note(
                 "too few documents for two splits: the longest is cut after "
@@ -260,9 +239,7 @@ class _Run:
         self._refuse_empty_split(records, made)
         name, contents = work.tokenizer.kept_name, work.tokenizer.contents()
         target.write(name, contents)
-        files: dict[str, dict[str, int | str]] = {
-            n: {"bytes": made.sizes[n], "sha256": made.hashes[n]} for n in made.hashes
-        }
+        files = dict(made.files)
         files[name] = {"bytes": len(contents), "sha256": hashlib.sha256(contents).hexdigest()}
         for file, entry in files.items() if target.is_local else ():
             if blocks := content.hash_blocks(os.path.join(target.path, file)):

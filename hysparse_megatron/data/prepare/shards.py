@@ -8,8 +8,8 @@ import hashlib
 import json
 import os
 import secrets
-from array import array
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -34,6 +34,16 @@ _MAX_UINT16_VOCAB = 65500  # Megatron's limit
 def token_dtype(vocab_size: int) -> type[np.integer]:
     """The type of one token that Megatron takes for a vocabulary."""
     return np.uint16 if vocab_size < _MAX_UINT16_VOCAB else np.int32
+
+
+@contextmanager
+def writing(path: str) -> Iterator[None]:
+    """Turn an OSError into a DataError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        place, reason = error.filename or path, error.strerror or error
+        raise DataError(f"{place}: cannot write prepared data: {reason}") from error
 
 
 class Folder:
@@ -145,39 +155,6 @@ class Record:
     warnings: list[str] = field(default_factory=list)
     sha256: str = ""
     source_hashes: dict[str, str] = field(default_factory=dict)
-
-
-class ShardWriter:
-    """Writes the shard of a unit: tokens, then the table."""
-
-    def __init__(self, file: WholeFile, dtype: type[np.integer]) -> None:
-        self._file, self._dtype = file, dtype
-        self._lengths, self._keys = array("Q"), bytearray()
-        self.record = Record()
-
-    def add(self, tokens: np.ndarray, num_bytes: int, key: bytes) -> None:
-        """Append a document: integers [num_tokens], its text's size and hash of 16 bytes."""
-        if len(tokens) > MAX_DOCUMENT_TOKENS:
-            raise DataError(
-                f"a document has {len(tokens):,} tokens, Megatron's index can hold "
-                f"{MAX_DOCUMENT_TOKENS:,}; cut it"
-            )
-        self._file.write(tokens.astype(self._dtype, casting="unsafe"))
-        self._lengths.append(len(tokens))
-        self._keys += key
-        self.record.num_tokens += len(tokens)
-        self.record.num_documents += 1
-        self.record.largest_id = max(self.record.largest_id, int(tokens.max()))
-        self.record.text_bytes += num_bytes
-
-    def finish(self) -> Record:
-        """Write the table."""
-        table = np.empty(len(self._lengths), DOCUMENT)
-        table["num_tokens"] = np.frombuffer(self._lengths, dtype=np.uint64)
-        table["key"] = np.frombuffer(self._keys, dtype="<u8").reshape(-1, 2)
-        self._file.write(table)
-        self.record.sha256 = self._file.sha256()
-        return self.record
 
 
 def shard_name(unit: int) -> str:

@@ -228,18 +228,17 @@ def _read_json(path: str) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def default_unit_bytes(total_bytes: int) -> int:
-    """Size of units that gives every process several of them, whatever the corpus' size."""
-    low, high = _UNIT_BYTES
-    return max(low, min(high, total_bytes // _MOST_UNITS))
-
-
-def cut_units(sources: Sequence[Source], unit_bytes: int) -> list[list[Piece]]:
+def cut_units(sources: Sequence[Source], unit_bytes: int | None = None) -> list[list[Piece]]:
     """Neighbouring pieces of about `unit_bytes` together, in the order of the corpus.
 
     They depend on names and sizes alone, never on who works on them. JSON lines that are not
-    compressed are cut; all other files stay whole.
+    compressed are cut; all other files stay whole. None gives every process several units,
+    whatever the corpus' size.
     """
+    if unit_bytes is None:
+        low, high = _UNIT_BYTES
+        total = sum(source.size_bytes for source in sources)
+        unit_bytes = max(low, min(high, total // _MOST_UNITS))
     units: list[list[Piece]] = []
     room = 0
     for number, source in enumerate(sources):

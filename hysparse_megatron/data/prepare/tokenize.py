@@ -1,6 +1,7 @@
 """Turn units of a corpus into shards: what every process does, on any machine, until all are done.
 
-`python -m hysparse_megatron.data.prepare.tokenize WORK RANK WORLD_SIZE` is one process's share.
+`python -m hysparse_megatron.data.prepare.tokenize WORK RANK WORLD_SIZE PARENT` is one process's
+share; it prints how many bytes it has done since it last did.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import json
 import os
 import signal
 import sys
+from array import array
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from itertools import chain
 
@@ -20,32 +22,34 @@ import numpy as np
 
 from hysparse_megatron.data.prepare.readers import is_json_lines, read_piece
 from hysparse_megatron.data.prepare.shards import (
+    DOCUMENT,
+    MAX_DOCUMENT_TOKENS,
     MAX_SAMPLES,
     Folder,
     Record,
-    ShardWriter,
     WholeFile,
     Work,
     record_name,
     shard_name,
     token_dtype,
+    writing,
 )
 from hysparse_megatron.data.tokenizer import Encoder
 from hysparse_megatron.errors import DataError, HySparseError
-from hysparse_megatron.files import sha256_of
+from hysparse_megatron.files import reading, sha256_of
 
 _BATCH_CHARACTERS = 1 << 20
 """Text that is encoded at once: the library keeps about 100 bytes for each token meanwhile."""
 _PR_SET_PDEATHSIG = 1
 
+Advance = Callable[[int], None]
+"""Is told how many more bytes of the corpus are done."""
+
 
 def tokenize_share(
-    work: Work, rank: int, world_size: int, advance: Callable[[int], None] = lambda size: None
+    work: Work, rank: int, world_size: int, advance: Advance = lambda size: None
 ) -> None:
     """Make the shards of every `world_size`-th unit that are not there yet, from unit `rank` on.
-
-    Args:
-        advance: is told how many bytes of the corpus are done.
 
     Raises:
         DataError: the input cannot be read, more documents are bad than allowed, or a shard cannot
@@ -56,49 +60,69 @@ def tokenize_share(
         done = set(work.done())
         for unit in range(rank, len(work.units), world_size):
             if unit not in done:
-                _tokenize_unit(work, unit, encoder)
-                advance(work.unit_bytes(unit))
+                _tokenize_unit(work, unit, encoder, advance)
     except HySparseError as error:
         failure = {"message": str(error), "exit_code": error.exit_code}
         Folder(work.folder).write(f"failed-{rank:06d}", json.dumps(failure).encode())
         raise
 
 
-def _tokenize_unit(work: Work, unit: int, encoder: Encoder) -> None:
+def _tokenize_unit(work: Work, unit: int, encoder: Encoder, advance: Advance) -> None:
     folder = Folder(work.folder)
-    try:
+    with writing(f"{work.folder}/{shard_name(unit)}"):
         with WholeFile(folder, shard_name(unit)) as file:
-            record = _Unit(work, unit, encoder, file).run()
+            record = _Unit(work, unit, encoder, file, advance).run()
         folder.write(record_name(unit), json.dumps(asdict(record)).encode())
-    except OSError as error:
-        place = error.filename or f"{work.folder}/{shard_name(unit)}"
-        reason = error.strerror or error
-        raise DataError(f"{place}: cannot write prepared data: {reason}") from error
 
 
 class _Unit:
     """One unit on its way into its shard."""
 
-    def __init__(self, work: Work, unit: int, encoder: Encoder, file: WholeFile) -> None:
-        self._work, self._pieces, self._encoder = work, work.units[unit], encoder
-        self._shard = ShardWriter(file, token_dtype(encoder.vocab_size))
-        self._record = self._shard.record
+    def __init__(
+        self, work: Work, unit: int, encoder: Encoder, file: WholeFile, advance: Advance
+    ) -> None:
+        self._work, self._unit, self._encoder = work, unit, encoder
+        self._file, self._dtype = file, token_dtype(encoder.vocab_size)
+        self._lengths, self._keys = array("Q"), bytearray()
+        self._record = Record()
+        self._advance, self._bytes_read, self._bytes_told = advance, 0, 0
 
     def run(self) -> Record:
-        end = np.array([self._encoder.end_of_document])
         with ThreadPoolExecutor(1) as pool:  # the library encodes while the next text is read
-            waiting: tuple[list[str], Future[list[np.ndarray]]] | None = None
-            for batch in chain(self._batches(), [None]):
-                texts, encoded = waiting or ([], None)
-                found = encoded.result() if encoded else []
-                waiting = None
-                if batch is not None:
-                    waiting = batch, pool.submit(self._encoder.encode_batch, batch)
-                for text, ids in zip(texts, found, strict=True):
-                    data = text.encode()
-                    key = hashlib.blake2b(data, digest_size=16).digest()
-                    self._shard.add(np.concatenate([ids, end]), len(data), key)
-        return self._shard.finish()
+            texts: list[str] = []
+            encoded = pool.submit(self._encoder.encode_batch, texts)
+            for batch in chain(self._batches(), [[]]):
+                before, found = texts, encoded.result()
+                texts, encoded = batch, pool.submit(self._encoder.encode_batch, batch)
+                for text, ids in zip(before, found, strict=True):
+                    self._write(text.encode(), ids)
+        table = np.empty(len(self._lengths), DOCUMENT)
+        table["num_tokens"] = np.frombuffer(self._lengths, dtype=np.uint64)
+        table["key"] = np.frombuffer(self._keys, dtype="<u8").reshape(-1, 2)
+        self._file.write(table)
+        self._record.sha256 = self._file.sha256()
+        self._tell(self._work.unit_bytes(self._unit))
+        return self._record
+
+    def _write(self, text: bytes, ids: np.ndarray) -> None:
+        tokens = np.append(ids, self._encoder.end_of_document)
+        if len(tokens) > MAX_DOCUMENT_TOKENS:
+            raise DataError(
+                f"a document has {len(tokens):,} tokens, Megatron's index can hold "
+                f"{MAX_DOCUMENT_TOKENS:,}; cut it"
+            )
+        self._file.write(tokens.astype(self._dtype, casting="unsafe"))
+        self._lengths.append(len(tokens))
+        self._keys += hashlib.blake2b(text, digest_size=16).digest()
+        self._record.num_tokens += len(tokens)
+        self._record.num_documents += 1
+        self._record.largest_id = max(self._record.largest_id, int(tokens.max()))
+        self._record.text_bytes += len(text)
+
+    def _tell(self, num_bytes: int) -> None:
+        if num_bytes > self._bytes_told:
+            self._advance(num_bytes - self._bytes_told)
+            self._bytes_told = num_bytes
 
     def _batches(self) -> Iterator[list[str]]:
         batch: list[str] = []
@@ -108,17 +132,24 @@ class _Unit:
             size += len(text)
             if size >= _BATCH_CHARACTERS:
                 yield batch
+                self._tell(self._bytes_read)
                 batch, size = [], 0
-        if batch:
-            yield batch
+        yield batch
 
     def _texts(self) -> Iterator[str]:
-        for piece in self._pieces:
+        before = 0
+        for piece in self._work.units[self._unit]:
             source = self._work.sources[piece.source]
+            start, before = before - piece.start, before + piece.stop - piece.start
             if piece.start == 0 and source.is_local:
-                self._record.source_hashes[str(piece.source)] = _hash_file(source.path)
+                with reading(source.path):
+                    self._record.source_hashes[str(piece.source)] = sha256_of(source.path)
+
+            def at(offset: int, start: int = start, end: int = before) -> None:
+                self._bytes_read = min(start + offset, end)
+
             options = self._work.text_key, self._work.max_document_bytes
-            for text in read_piece(source, piece, *options):
+            for text in read_piece(source, piece, *options, at):
                 if isinstance(text, DataError):
                     self._count_bad(text)
                 elif not text:
@@ -149,13 +180,6 @@ def too_many_bad(samples: list[str], found: int, limit: int) -> DataError:
     )
 
 
-def _hash_file(path: str) -> str:
-    try:
-        return sha256_of(path)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-
-
 def main() -> int:
     """One process's share; it ends with the process that started it, which tells what failed."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -163,7 +187,7 @@ def main() -> int:
     if os.getppid() != parent:
         return 1
     try:
-        tokenize_share(Work.load(folder), rank, world_size)
+        tokenize_share(Work.load(folder), rank, world_size, lambda size: print(size, flush=True))
     except HySparseError as error:
         return error.exit_code
     return 0

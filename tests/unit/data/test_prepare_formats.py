@@ -33,11 +33,12 @@ from prepared_corpora import (
 from hysparse_megatron import packages
 from hysparse_megatron.data.prepare import run, tokenize
 from hysparse_megatron.data.prepare.assemble import held_out
+from hysparse_megatron.data.prepare.shards import Work
 from hysparse_megatron.data.prepare.sources import list_sources
 from hysparse_megatron.data.prepare.verify import verify_prepared
-from hysparse_megatron.data.read.indexed import IndexedWriter
 from hysparse_megatron.data.tokenizer import load_tokenizer
 from hysparse_megatron.errors import ConfigError, DataError
+from tests.token_files import write_indexed
 
 TEXTS = make_texts(300)
 
@@ -123,10 +124,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
         ("validation", [d for d in expected if d in held]),
     ):
         assert documents(str(folder / "out" / split)) == wanted
-        writer = IndexedWriter(str(folder / split), prepared.vocab_size)
-        for document in wanted:
-            writer.add_document(np.array(document))
-        writer.finish()
+        write_indexed(str(folder / split), wanted, prepared.vocab_size)
         for suffix in ("bin", "idx"):
             written = (folder / "out" / f"{split}.{suffix}").read_bytes()
             assert written == (folder / f"{split}.{suffix}").read_bytes()
@@ -316,13 +314,6 @@ def test_a_missing_package_is_named_with_the_command(
             list_sources([str(tmp_path / name)])
 
 
-def test_nothing_held_out(tmp_path: Path) -> None:
-    source = write_lines(tmp_path / "a.jsonl", TEXTS[:30])
-    prepared = prepare(tmp_path / "out", source, validation_fraction=0.0)
-    assert (prepared.train_documents, prepared.validation_documents) == (30, 0)
-    verify_prepared(prepared.directory, lambda line: None)
-
-
 def test_files_without_a_document_add_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
@@ -379,6 +370,30 @@ def test_json_lines_under_another_name_are_told(
     assert "a.txt: read as one text, but every line is a JSON object" in line
     made = prepare(tmp_path / "lines", tmp_path / "a.txt", kind="jsonl")
     assert all_texts(made) == sorted(TEXTS[:9])
+
+
+class Telling:
+    """Works here and keeps what is told."""
+
+    def __init__(self) -> None:
+        self.told: list[int] = []
+
+    def run(self, work: Work, advance: object) -> None:
+        tokenize.tokenize_share(work, 0, 1, self.told.append)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+def test_progress_within_a_file_that_is_one_unit(tmp_path: Path, name: str, seed: int) -> None:
+    generator = random.Random(seed)
+    texts = [generator.randbytes(700).hex() for _ in range(3000)]
+    write = {"gz": write_gzip, "zst": write_zstd, "parquet": write_parquet}[name.split(".")[-1]]
+    source = write(tmp_path / name, texts)
+    here = Telling()
+    run.prepare(request(tmp_path / "out", source), executor=here)
+    size = source.stat().st_size
+    assert sum(here.told) == size
+    assert len(here.told) > 2
+    assert max(here.told) < 0.7 * size
 
 
 def test_ten_thousand_small_files(tmp_path: Path) -> None:

@@ -10,39 +10,17 @@ from typing import Any
 from hysparse_megatron.data.card import PreparedCorpus
 from hysparse_megatron.data.prepare.cached import prepare_corpus
 
-WORDS = [
-    "the",
-    "of",
-    "and",
-    "return",
-    "import",
-    "class",
-    "naïve",
-    "東京",
-    "ж",
-    "🙂",
-    "def",
-    "x",
-    "=",
-    "1",
-    "+",
-    "self",
-]
+WORDS = "the of and return import class naïve 東京 ж 🙂 def x = 1 + self".split()  # noqa: SIM905
 
 
-def write_json_lines(path: Path, num_documents: int, seed: int = 0, text_key: str = "text") -> Path:
+def write_json_lines(path: Path, num_documents: int, seed: int = 0) -> Path:
     """Write documents of 20 to 200 words; document n starts with `n:` so tests can find it."""
     generator = random.Random(seed)
-    lines = [
-        json.dumps(
-            {
-                text_key: f"{number}: "
-                + " ".join(generator.choices(WORDS, k=generator.randint(20, 200)))
-            }
-        )
+    texts = (
+        f"{number}: " + " ".join(generator.choices(WORDS, k=generator.randint(20, 200)))
         for number in range(num_documents)
-    ]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    )
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path
 
 

@@ -14,8 +14,9 @@ import psutil
 import pytest
 
 from hysparse_megatron.data.card import load_prepared
+from hysparse_megatron.data.prepare.executors import RayTasks, SlurmJobs
 from tools.measure_prepare import peak_tree_bytes, write_corpus
-from tools.prepare_data import main
+from tools.prepare_data import _executor, _parser, main
 
 pytestmark = pytest.mark.thorough
 
@@ -94,6 +95,7 @@ BAD = [
     (["INPUT", "--tokenizer", "bytes", "--vocab-size", "300"], 2, "--vocab-size: is for training"),
     (["INPUT", "--tokenizer", "bytes", "--executor", "slurm"], 2, "--slurm-partition: missing"),
     (["INPUT", "--tokenizer", "bytes", "--slurm-partition", "x"], 2, "are for --executor slurm"),
+    (["INPUT", "--tokenizer", "bytes", "--cpus-per-task", "2"], 2, "--cpus-per-task: is for a"),
     (["INPUT", "--tokenizer", "bytes", "--end-of-document", "x"], 2, "--end-of-document: is for"),
     (["INPUT", "--vocab-size", "300", "--end-of-document", "x"], 2, "--end-of-document: is for"),
 ]
@@ -112,6 +114,14 @@ def test_mistakes(
     assert main(["--output", str(tmp_path / "out"), *given]) == code
     assert text in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_options_of_a_cluster() -> None:
+    common = ["--output", "out", "--workers", "9", "--cpus-per-task", "4", "--executor"]
+    slurm = ["slurm", "--slurm-partition", "cpu", "--slurm-option", "account=lab"]
+    made = _executor(_parser().parse_args([*common, *slurm]))
+    assert made == SlurmJobs(9, "cpu", "24:00:00", 4, {"account": "lab"})
+    assert _executor(_parser().parse_args([*common, "ray"])) == RayTasks(9, 4)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
