@@ -49,13 +49,13 @@ def write_whole(path: Path, text: str, *, durable: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def reading(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn an OSError into a DataError that names the file."""
+def naming(path: str | os.PathLike[str], problem: str = "cannot be read") -> Iterator[None]:
+    """Turn an OSError into a DataError that names the file and the problem."""
     try:
         yield
     except OSError as error:
         place, reason = error.filename or path, error.strerror or error
-        raise DataError(f"{place}: cannot be read: {reason}") from error
+        raise DataError(f"{place}: {problem}: {reason}") from error
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 from hysparse_megatron.data import content
 from hysparse_megatron.data.read.indexed import check_indexed, check_token_ids
 from hysparse_megatron.errors import DataError
-from hysparse_megatron.files import reading, sha256_of
+from hysparse_megatron.files import naming, sha256_of
 
 FORMAT = 1
 CARD_NAME = "dataset.json"
@@ -182,7 +182,7 @@ def _read_card(directory: str) -> dict[str, Any]:
 
 
 def _check_size(path: str, entry: Mapping[str, Any]) -> None:
-    with reading(path):
+    with naming(path):
         found = os.path.getsize(path)
     if found != entry["bytes"]:
         raise DataError(f"{path}: ends at offset {found}, {CARD_NAME} announces {entry['bytes']}")
@@ -190,7 +190,7 @@ def _check_size(path: str, entry: Mapping[str, Any]) -> None:
 
 def _check_content(path: str, entry: Mapping[str, Any], is_whole: bool) -> None:
     """Compare all of a file, or what can be compared at once."""
-    with reading(path):
+    with naming(path):
         if is_whole or content.is_small(path):
             is_equal = sha256_of(path) == entry["sha256"]
         else:  # cards of earlier versions have no hash of blocks

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from hysparse_megatron.data.card import SENTENCEPIECE_NAME, TOKENIZER_NAME
 from hysparse_megatron.errors import DataError
+from hysparse_megatron.files import naming
 from hysparse_megatron.packages import require_package
 
 BYTES = "bytes"
@@ -218,14 +219,19 @@ class TokenizerChoice:
     """A tokenizer by name, which processes load themselves.
 
     Attributes:
-        kind: tokenizers, sentencepiece or bytes.
         path: the file, or None for bytes.
         end_of_document: the token that closes a document, None to look for it.
     """
 
-    kind: str
     path: str | None
     end_of_document: str | None = None
+
+    @property
+    def kind(self) -> str:
+        """tokenizers, sentencepiece or bytes."""
+        if self.path is None:
+            return BYTES
+        return "sentencepiece" if self.path.endswith(".model") else "tokenizers"
 
     @property
     def kept_name(self) -> str:
@@ -266,7 +272,7 @@ def choose_tokenizer(given: str, end_of_document: str | None = None) -> Tokenize
         DataError: a folder that holds neither tokenizer.json nor tokenizer.model.
     """
     if given == BYTES and not os.path.exists(given):
-        return TokenizerChoice(BYTES, None)
+        return TokenizerChoice(None)
     path = os.path.abspath(given)
     if os.path.isdir(path):
         held = [n for n in (TOKENIZER_NAME, SENTENCEPIECE_NAME) if os.path.isfile(f"{path}/{n}")]
@@ -276,8 +282,7 @@ def choose_tokenizer(given: str, end_of_document: str | None = None) -> Tokenize
                 "writes the first: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
             )
         path = os.path.join(path, held[0])
-    kind = "sentencepiece" if path.endswith(".model") else "tokenizers"
-    return TokenizerChoice(kind, path, end_of_document)
+    return TokenizerChoice(path, end_of_document)
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -361,10 +366,6 @@ def _end_of_document_names(path: str) -> tuple[str, ...]:
 
 
 def _read(path: str) -> bytes:
-    try:
-        with fsspec.open(path, "rb") as stream:
-            contents: bytes = stream.read()
-    except OSError as error:
-        reason = error.strerror or error
-        raise DataError(f"{path}: cannot read the tokenizer: {reason}") from error
-    return contents
+    with naming(path, "cannot read the tokenizer"), fsspec.open(path, "rb") as stream:
+        contents: bytes = stream.read()
+        return contents

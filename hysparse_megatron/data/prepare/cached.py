@@ -19,7 +19,7 @@ from hysparse_megatron.data.prepare.run import prepare
 from hysparse_megatron.data.prepare.sources import Source, standard_library
 from hysparse_megatron.data.tokenizer import TokenizerChoice, choose_tokenizer
 from hysparse_megatron.errors import DataError
-from hysparse_megatron.files import reading, sha256_of
+from hysparse_megatron.files import naming, sha256_of
 
 _LOCK_TIMEOUT_SECONDS = 3600.0
 """Longest wait for another process that prepares the same."""
@@ -101,5 +101,5 @@ def _contents(sources: Sequence[Source]) -> list[str]:
     """What tells files apart that have the same names and sizes."""
     if sum(source.size_bytes for source in sources) > _HASHED_BYTES:
         return [source.version for source in sources]
-    with reading("the corpus"):
+    with naming("the corpus"):
         return [sha256_of(source.path) for source in sources]

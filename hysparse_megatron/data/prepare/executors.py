@@ -1,4 +1,4 @@
-"""Who makes the shards of a corpus: this process, some on this machine, or a cluster's.
+"""Who makes the shards of a corpus: processes of this machine, or of a cluster.
 
 All do the same work on the same units, and leave the same shards in the work folder. Slurm and Ray
 are datatrove's. Its local executor is not used: it waits forever for a process that the system
@@ -34,14 +34,6 @@ class Executor(Protocol):
             DataError: what a process met; see `tokenize_share`.
             HySparseError: a process was lost.
         """
-
-
-class InProcess:
-    """This process, on all cores: the tokenizer's library has threads of its own."""
-
-    def run(self, work: Work, advance: Callable[[int], None]) -> None:
-        """See `Executor`."""
-        tokenize_share(work, 0, 1, advance)
 
 
 @dataclass(frozen=True)

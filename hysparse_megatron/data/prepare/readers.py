@@ -19,7 +19,7 @@ import fsspec
 
 from hysparse_megatron.data.prepare.sources import Piece, Source
 from hysparse_megatron.errors import DataError
-from hysparse_megatron.files import reading
+from hysparse_megatron.files import naming
 from hysparse_megatron.packages import require_package
 
 _BUFFER_BYTES = 1 << 20
@@ -44,7 +44,7 @@ def read_piece(
         DataError: the file cannot be read, or not to its end (names file and offset).
     """
     errors: tuple[type[Exception], ...] = (EOFError, zlib.error, gzip.BadGzipFile)
-    with reading(source.path), _open(source) as stream:
+    with naming(source.path), _open(source) as stream:
         decompressed: Any = stream
         if source.compression == "gz":
             decompressed = gzip.GzipFile(fileobj=stream)

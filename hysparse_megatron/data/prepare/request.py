@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any
 
+from hysparse_megatron.data.card import TOKENIZER_NAME
 from hysparse_megatron.data.prepare.assemble import Splitting
 from hysparse_megatron.data.prepare.readers import read_piece
 from hysparse_megatron.data.prepare.shards import Folder
@@ -89,7 +90,7 @@ def place_tokenizer(
     request: PrepareRequest, folder: Folder, note: Callable[[str], None]
 ) -> TokenizerChoice:
     """Put the tokenizer to use where all processes find it: the given one, or one trained here."""
-    given = request.tokenizer or TokenizerChoice("tokenizers", f"{folder.path}/tokenizer.json")
+    given = request.tokenizer or TokenizerChoice(f"{folder.path}/{TOKENIZER_NAME}")
     name = given.kept_name
     if request.tokenizer is not None:
         folder.write(name, given.contents())
@@ -100,7 +101,7 @@ def place_tokenizer(
     loaded = given.load()
     note(f"documents end with {loaded.end_name} (id {loaded.end_of_document})")
     path = given.path and f"{folder.path}/{name}"
-    return TokenizerChoice(given.kind, path, loaded.end_name)
+    return TokenizerChoice(path, loaded.end_name)
 
 
 def _sample(request: PrepareRequest) -> Iterator[str]:

@@ -17,14 +17,14 @@ from hysparse_megatron.data import content
 from hysparse_megatron.data.card import CARD_NAME, SPLITS, PreparedCorpus, card_of, load_prepared
 from hysparse_megatron.data.lock import locked
 from hysparse_megatron.data.prepare.assemble import Assembled, assemble
-from hysparse_megatron.data.prepare.executors import Executor, InProcess
+from hysparse_megatron.data.prepare.executors import Executor
 from hysparse_megatron.data.prepare.progress import Progress
 from hysparse_megatron.data.prepare.request import PrepareRequest, hash_of, place_tokenizer
-from hysparse_megatron.data.prepare.shards import MAX_SAMPLES, Folder, Record, Work, writing
+from hysparse_megatron.data.prepare.shards import MAX_SAMPLES, UNWRITABLE, Folder, Record, Work
 from hysparse_megatron.data.prepare.sources import cut_units
-from hysparse_megatron.data.prepare.tokenize import too_many_bad
+from hysparse_megatron.data.prepare.tokenize import tokenize_share, too_many_bad
 from hysparse_megatron.errors import ConfigError, DataError
-from hysparse_megatron.files import sync_folder
+from hysparse_megatron.files import naming, sync_folder
 
 _CARD_SOURCES = 1000
 
@@ -70,7 +70,7 @@ def prepare(
         )
     output = Folder(request.output)
     progress = progress or Progress(is_quiet=True)
-    with writing(output.path):
+    with naming(output.path, UNWRITABLE):
         lock: AbstractContextManager[bool] = nullcontext(True)
         if output.is_local:
             os.makedirs(os.path.dirname(output.path), exist_ok=True)
@@ -81,7 +81,7 @@ def prepare(
             work_folder = Folder(f"{output.path}{suffix}")
             run = _Run(request, output, work_folder, max_bad, overwrite, repair, progress)
             if not run.is_done():
-                run.prepare(executor or InProcess())
+                run.prepare(executor)
     return load_prepared(output.path, check_tokens=False) if output.is_local else None
 
 
@@ -142,7 +142,7 @@ class _Run:
             return None
         return found
 
-    def prepare(self, executor: Executor) -> None:
+    def prepare(self, executor: Executor | None) -> None:
         """Make the shards that are missing, and the output of all."""
         work = self._work()
         done = work.done()
@@ -151,7 +151,10 @@ class _Run:
         if done:
             self.progress.note(f"going on after {already / 1e6:,.0f} of {total / 1e6:,.0f} MB")
         self.progress.start("tokenizing", "B", total, already)
-        executor.run(work, self.progress.advance)
+        if executor is None:
+            tokenize_share(work, 0, 1, self.progress.advance)
+        else:
+            executor.run(work, self.progress.advance)
         self.progress.close()
         records = work.records()
         bad, samples = sum(record.bad_documents for record in records), _samples(records)
@@ -236,7 +239,15 @@ class _Run:
                 "too few documents for two splits: the longest is cut after "
                 f"{made.cut.place:,} tokens, and what follows is held out"
             )
-        self._refuse_empty_split(records, made)
+        for split in SPLITS:
+            if not made.documents[split] and (split == "train" or self.request.validation_fraction):
+                count = sum(record.num_documents for record in records) - made.duplicates
+                raise DataError(
+                    f"{self.request.description}: none of {count} document(s) with text fell into "
+                    f"the {split} split; use more text (a .jsonl file holds a document in each "
+                    "line), or hold out none, by a validation fraction of 0, to train with "
+                    "train.eval_batches=0"
+                )
         name, contents = work.tokenizer.kept_name, work.tokenizer.contents()
         target.write(name, contents)
         files = dict(made.files)
@@ -300,17 +311,6 @@ class _Run:
             **{f"{split}_tokens": made.tokens[split] for split in SPLITS},
             "versions": {"python": platform.python_version(), library: version},
         }
-
-    def _refuse_empty_split(self, records: Sequence[Record], made: Assembled) -> None:
-        for split in SPLITS:
-            if not made.documents[split] and (split == "train" or self.request.validation_fraction):
-                count = sum(record.num_documents for record in records) - made.duplicates
-                raise DataError(
-                    f"{self.request.description}: none of {count} document(s) with text fell into "
-                    f"the {split} split; use more text (a .jsonl file holds a document in each "
-                    "line), or hold out none, by a validation fraction of 0, to train with "
-                    "train.eval_batches=0"
-                )
 
 
 def _samples(records: Sequence[Record]) -> list[str]:

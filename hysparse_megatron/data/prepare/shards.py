@@ -9,7 +9,6 @@ import json
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -36,14 +35,7 @@ def token_dtype(vocab_size: int) -> type[np.integer]:
     return np.uint16 if vocab_size < _MAX_UINT16_VOCAB else np.int32
 
 
-@contextmanager
-def writing(path: str) -> Iterator[None]:
-    """Turn an OSError into a DataError that names the file."""
-    try:
-        yield
-    except OSError as error:
-        place, reason = error.filename or path, error.strerror or error
-        raise DataError(f"{place}: cannot write prepared data: {reason}") from error
+UNWRITABLE = "cannot write prepared data"
 
 
 class Folder:

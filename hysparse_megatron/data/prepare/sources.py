@@ -18,6 +18,7 @@ from typing import Any
 import fsspec
 
 from hysparse_megatron.errors import ConfigError, DataError
+from hysparse_megatron.files import naming
 from hysparse_megatron.packages import require_package
 
 KINDS = ("text", "jsonl", "parquet", "arrow")
@@ -146,10 +147,8 @@ def _local(root: str, excluded: Collection[str] = ()) -> Iterator[_File]:
         else:
             raise DataError(f"{path}: is a pipe, a socket or a device; give files")
 
-    try:
+    with naming(root):
         yield from visit(root, os.path.basename(root))
-    except OSError as error:
-        raise DataError(f"{error.filename or root}: cannot be read: {error.strerror}") from error
 
 
 def _remote(url: str) -> Iterator[_File]:
@@ -219,10 +218,8 @@ def _order_saved(root: str, folder: str, by_name: dict[str, _File]) -> None:
 
 def _read_json(path: str) -> dict[str, Any]:
     try:
-        with fsspec.open(path, "rb") as stream:
+        with naming(path), fsspec.open(path, "rb") as stream:
             values = json.load(stream)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
     except ValueError as error:
         raise DataError(f"{path}: not valid JSON: {error}") from error
     return values if isinstance(values, dict) else {}

@@ -25,6 +25,7 @@ from hysparse_megatron.data.prepare.shards import (
     DOCUMENT,
     MAX_DOCUMENT_TOKENS,
     MAX_SAMPLES,
+    UNWRITABLE,
     Folder,
     Record,
     WholeFile,
@@ -32,11 +33,10 @@ from hysparse_megatron.data.prepare.shards import (
     record_name,
     shard_name,
     token_dtype,
-    writing,
 )
 from hysparse_megatron.data.tokenizer import Encoder
 from hysparse_megatron.errors import DataError, HySparseError
-from hysparse_megatron.files import reading, sha256_of
+from hysparse_megatron.files import naming, sha256_of
 
 _BATCH_CHARACTERS = 1 << 20
 """Text that is encoded at once: the library keeps about 100 bytes for each token meanwhile."""
@@ -69,7 +69,7 @@ def tokenize_share(
 
 def _tokenize_unit(work: Work, unit: int, encoder: Encoder, advance: Advance) -> None:
     folder = Folder(work.folder)
-    with writing(f"{work.folder}/{shard_name(unit)}"):
+    with naming(f"{work.folder}/{shard_name(unit)}", UNWRITABLE):
         with WholeFile(folder, shard_name(unit)) as file:
             record = _Unit(work, unit, encoder, file, advance).run()
         folder.write(record_name(unit), json.dumps(asdict(record)).encode())
@@ -142,7 +142,7 @@ class _Unit:
             source = self._work.sources[piece.source]
             start, before = before - piece.start, before + piece.stop - piece.start
             if piece.start == 0 and source.is_local:
-                with reading(source.path):
+                with naming(source.path):
                     self._record.source_hashes[str(piece.source)] = sha256_of(source.path)
 
             def at(offset: int, start: int = start, end: int = before) -> None:

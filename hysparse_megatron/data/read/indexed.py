@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hysparse_megatron.errors import DataError
+from hysparse_megatron.files import naming
 
 if TYPE_CHECKING:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -215,7 +216,5 @@ def open_indexed(prefix: str) -> IndexedDataset:
 
 
 def _size(path: str) -> int:
-    try:
+    with naming(path):
         return os.stat(path).st_size
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error

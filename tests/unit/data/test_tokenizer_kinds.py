@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,6 @@ from tokenizers import Tokenizer
 
 from hysparse_megatron.data.prepare.cached import prepare_corpus
 from hysparse_megatron.data.tokenizer import (
-    END_OF_DOCUMENT,
     ByteTokenizer,
     bytes_tokenizer,
     choose_tokenizer,
@@ -97,19 +95,7 @@ def test_sentencepiece_refusals(tmp_path: Path) -> None:
         choose_tokenizer(good, "<none>").load()
 
 
-def test_a_folder_of_hugging_face_names_its_end_of_document(tmp_path: Path) -> None:
-    plain = Tokenizer.from_file(str(save_tokenizer(tmp_path / "tokenizer.json")))
-    plain.add_special_tokens(["<|end|>"])
-    renamed = plain.to_str().replace(END_OF_DOCUMENT, "<pad>")
-    (tmp_path / "tokenizer.json").write_text(renamed)
-    with pytest.raises(DataError, match="no end-of-document token"):
-        choose_tokenizer(str(tmp_path)).load()
-    for token in ("<|end|>", {"content": "<|end|>"}):
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": token}))
-        loaded = choose_tokenizer(str(tmp_path)).load()
-        assert loaded.end_of_document == plain.token_to_id("<|end|>")
-    assert choose_tokenizer(str(tmp_path), "<pad>").load().end_of_document == 0
-    (tmp_path / "tokenizer.json").unlink()
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"holds neither .*save_pretrained"):
         choose_tokenizer(str(tmp_path))
 
