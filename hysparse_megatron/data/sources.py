@@ -141,16 +141,7 @@ def load_data(data: DataConfig, seed: int, progress: Progress | None = None) -> 
     """
     if data.blend is not None:
         return load_blend(data.blend)
-    return prepare_corpus(
-        path=data.path,
-        cache_dir=data.cache_dir,
-        tokenizer_path=data.tokenizer,
-        vocab_size=data.tokenizer_vocab_size,
-        validation_fraction=data.validation_fraction,
-        seed=seed,
-        text_key=data.text_key,
-        progress=progress,
-    )
+    return prepare_corpus(data, seed, progress)
 
 
 def load_evaluations(

@@ -7,14 +7,10 @@ import dataclasses
 import os
 from collections.abc import Callable, Sequence
 
+from hysparse_megatron.config.schema import DataConfig
 from hysparse_megatron.data.card import CARD_NAME, PreparedCorpus, load_prepared
 from hysparse_megatron.data.prepare.progress import Lines
-from hysparse_megatron.data.prepare.request import (
-    VALIDATION_FRACTION,
-    PrepareRequest,
-    hash_of,
-    sources_of,
-)
+from hysparse_megatron.data.prepare.request import PrepareRequest, hash_of, sources_of
 from hysparse_megatron.data.prepare.run import prepare
 from hysparse_megatron.data.prepare.sources import Source, standard_library
 from hysparse_megatron.data.tokenizer import TokenizerChoice, choose_tokenizer
@@ -28,28 +24,16 @@ _HASHED_BYTES = 1_000_000_000
 
 
 def prepare_corpus(
-    *,
-    path: str | None,
-    cache_dir: str,
-    tokenizer_path: str | None,
-    vocab_size: int,
-    seed: int,
-    validation_fraction: float = VALIDATION_FRACTION,
-    text_key: str = "text",
-    progress: Callable[[str], None] | None = None,
+    data: DataConfig, seed: int, progress: Callable[[str], None] | None = None
 ) -> PreparedCorpus:
-    """Tokenize a corpus into a training and a validation split, or find it done.
+    """Tokenize what `data.path` names into a training and a validation split, or find it done.
 
-    Any number of processes may ask at once. The same files elsewhere are the same corpus.
+    Any number of processes may ask at once. The same files elsewhere are the same corpus. A folder
+    prepared before (one with a card) is checked and returned as it is.
 
     Args:
-        path: a file, a folder, or None for Python's standard library; see `list_sources`. A folder
-            prepared before (one with a card) is checked and returned as it is.
-        cache_dir: the result goes to a folder of its own below it.
-        tokenizer_path: see `choose_tokenizer`, or None to train one on the corpus.
-        vocab_size: of a tokenizer trained here, at most: a small corpus may give fewer ids. A
-            given tokenizer has its own; the result's `vocab_size` says how many.
-        validation_fraction, seed, text_key: see `PrepareRequest`.
+        data: says what and how; the result goes to a folder of its own below its `cache_dir`.
+        seed: of the split.
         progress: is told what is being done. What it raises ends the preparation; the same call
             goes on with it.
 
@@ -58,13 +42,14 @@ def prepare_corpus(
             cannot be written.
         ConfigError: a package is missing, or the cache lies inside the corpus.
     """
-    tokenizer = None if tokenizer_path is None else choose_tokenizer(tokenizer_path)
+    path, cache_dir = data.path, data.cache_dir
+    tokenizer = None if data.tokenizer is None else choose_tokenizer(data.tokenizer)
     if path is not None and os.path.isfile(os.path.join(path, CARD_NAME)):
         return _given(path, tokenizer)
     sources, description = standard_library() if path is None else sources_of([path], cache_dir)
     request = PrepareRequest(
-        sources, "", tokenizer, vocab_size, text_key, validation_fraction, seed,
-        description=description,
+        sources, "", tokenizer, data.tokenizer_vocab_size, data.text_key,
+        data.validation_fraction, seed, description=description,
     )  # fmt: skip
     # A distribution may ship a file of the standard library that is no UTF-8.
     max_bad = None if path is None else 0

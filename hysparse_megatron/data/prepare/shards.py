@@ -26,6 +26,7 @@ MAX_DOCUMENT_TOKENS = 2**31 - 1
 """What Megatron's index can hold."""
 
 MAX_SAMPLES = 10
+UNWRITABLE = "cannot write prepared data"
 _CHUNK_TOKENS = 1 << 20
 _MAX_UINT16_VOCAB = 65500  # Megatron's limit
 
@@ -33,9 +34,6 @@ _MAX_UINT16_VOCAB = 65500  # Megatron's limit
 def token_dtype(vocab_size: int) -> type[np.integer]:
     """The type of one token that Megatron takes for a vocabulary."""
     return np.uint16 if vocab_size < _MAX_UINT16_VOCAB else np.int32
-
-
-UNWRITABLE = "cannot write prepared data"
 
 
 class Folder:

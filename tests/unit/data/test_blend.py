@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_corpora import prepare
 
 from hysparse_megatron.config.batch_ramp import BatchRamp
 from hysparse_megatron.config.blend import parse_blend
 from hysparse_megatron.config.skips import Skips
 from hysparse_megatron.data.card import PreparedCorpus
-from hysparse_megatron.data.prepare.cached import prepare_corpus
 from hysparse_megatron.data.read.batches import BatchSource
 from hysparse_megatron.data.read.blend import MOST_PLACES, Blend
 from hysparse_megatron.data.read.dataset import BlendedSamples, TokenSamples
@@ -226,10 +226,8 @@ def prepared(folder: Path, name: str, texts: int, tokenizer: Path | None = None)
     source = folder / f"{name}.jsonl"
     lines = (json.dumps({"text": f"{name} {number} " * 40}) for number in range(texts))
     source.write_text("\n".join(lines))
-    return prepare_corpus(
-        path=str(source), cache_dir=str(folder / "cache"), vocab_size=300, seed=0,
-        tokenizer_path=None if tokenizer is None else str(tokenizer), validation_fraction=0.3,
-    )  # fmt: skip
+    own = None if tokenizer is None else str(tokenizer)
+    return prepare(source, folder / "cache", tokenizer_path=own, validation_fraction=0.3, seed=0)
 
 
 def test_blends_of_prepared_corpora(tmp_path: Path) -> None:

@@ -7,14 +7,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from tiny_corpora import prepare, write_json_lines
 
 from hysparse_megatron.data.card import PreparedCorpus, load_prepared
-from hysparse_megatron.data.prepare.cached import prepare_corpus
 from hysparse_megatron.data.prepare.sources import standard_library
 from hysparse_megatron.data.prepare.verify import verify_prepared
 from hysparse_megatron.data.read.indexed import open_indexed
@@ -64,9 +62,7 @@ def test_the_tool_and_a_run_prepare_the_same(tmp_path: Path) -> None:
     for name in ("a.JSONL", "b.ndjson", "c.json"):
         write_json_lines(folder / name, 100, seed=len(name))
     shutil.copy(write_json_lines(tmp_path / "d.txt", 5), folder / "d.txt")
-    arguments: dict[str, Any] = {"path": str(folder), "cache_dir": str(tmp_path / "cache")}
-    arguments |= {"vocab_size": 300, "validation_fraction": 0.2}
-    by_run = prepare_corpus(**arguments, tokenizer_path=None, seed=1234)
+    by_run = prepare(folder, tmp_path / "cache", validation_fraction=0.2, seed=1234)
     command = ["--tokenizer", by_run.tokenizer_path, "--validation-fraction", "0.2", "--quiet"]
     assert main([*command, "--output", str(tmp_path / "out"), str(folder)]) == 0
     by_tool = load_prepared(str(tmp_path / "out"))
@@ -154,11 +150,12 @@ def test_concurrent_callers_build_once_and_agree(tmp_path: Path) -> None:
     source = write_json_lines(tmp_path / "corpus.jsonl", 400)
     code = (
         "import sys, time\n"
+        "from hysparse_megatron.config.schema import DataConfig\n"
         "from hysparse_megatron.data.prepare.cached import prepare_corpus\n"
         "print('ready', flush=True); sys.stdin.readline()\n"
         "note = lambda line: print('note', line, flush=True)\n"
-        "p = prepare_corpus(path=sys.argv[1], cache_dir=sys.argv[2], tokenizer_path=None,\n"
-        "    vocab_size=300, validation_fraction=0.25, seed=7, progress=note)\n"
+        "data = DataConfig(path=sys.argv[1], cache_dir=sys.argv[2], tokenizer_vocab_size=300)\n"
+        "p = prepare_corpus(data, 7, note)\n"
         "print('result', p, flush=True)\n"
     )
     children = [

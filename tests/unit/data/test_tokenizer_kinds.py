@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from prepared_corpora import documents, make_texts, prepare, save_tokenizer, write_lines
 from tokenizers import Tokenizer
 
+from hysparse_megatron.config.schema import DataConfig
 from hysparse_megatron.data.prepare.cached import prepare_corpus
 from hysparse_megatron.data.tokenizer import (
     ByteTokenizer,
@@ -56,15 +57,7 @@ def test_training_reads_what_bytes_prepared(tmp_path: Path) -> None:
     assert (made.vocab_size, made.end_of_document) == (257, 256)
     tokenizer = load_tokenizer(made.tokenizer_path)
     assert (tokenizer.vocab_size, tokenizer.end_of_document) == (257, 256)
-    found = prepare_corpus(
-        path=str(tmp_path / "out"),
-        cache_dir=str(tmp_path / "unused"),
-        tokenizer_path=None,
-        vocab_size=300,
-        validation_fraction=0.1,
-        seed=1,
-    )
-    assert found == made
+    assert prepare_corpus(DataConfig(path=str(tmp_path / "out")), 1) == made
 
 
 def test_sentencepiece(tmp_path: Path) -> None:

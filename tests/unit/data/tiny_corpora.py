@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from hysparse_megatron.config.schema import DataConfig
 from hysparse_megatron.data.card import PreparedCorpus
 from hysparse_megatron.data.prepare.cached import prepare_corpus
 
@@ -24,14 +25,22 @@ def write_json_lines(path: Path, num_documents: int, seed: int = 0) -> Path:
     return path
 
 
-def prepare(path: Path | None, cache_dir: Path, **changes: Any) -> PreparedCorpus:
+def prepare(
+    path: Path | None,
+    cache_dir: Path,
+    *,
+    tokenizer_path: str | None = None,
+    vocab_size: int = 300,
+    validation_fraction: float = 0.25,
+    seed: int = 7,
+    progress: Callable[[str], None] | None = None,
+) -> PreparedCorpus:
     """`prepare_corpus` with defaults that suit small corpora."""
-    arguments: dict[str, Any] = {
-        "path": None if path is None else str(path),
-        "cache_dir": str(cache_dir),
-        "tokenizer_path": None,
-        "vocab_size": 300,
-        "validation_fraction": 0.25,
-        "seed": 7,
-    }
-    return prepare_corpus(**{**arguments, **changes})
+    data = DataConfig(
+        path=None if path is None else str(path),
+        cache_dir=str(cache_dir),
+        tokenizer=tokenizer_path,
+        tokenizer_vocab_size=vocab_size,
+        validation_fraction=validation_fraction,
+    )
+    return prepare_corpus(data, seed, progress)

@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import pytest
 
 from hysparse_megatron.config.compose import compose
+from hysparse_megatron.config.schema import DataConfig
 from hysparse_megatron.data.prepare.cached import prepare_corpus
 from hysparse_megatron.data.tokenizer import train_tokenizer
 from hysparse_megatron.plan.overview import make_overview
@@ -125,14 +126,9 @@ def test_the_vocabulary_is_that_of_the_run(
     told = head(capsys, quickstart, f"data.tokenizer={tmp_path}")
     assert f"vocabulary: 257 token ids (that of {tmp_path})" in told
     (tmp_path / "text.jsonl").write_text("".join(f'{{"text": "text {n}"}}\n' for n in range(40)))
-    corpus = prepare_corpus(
-        path=str(tmp_path / "text.jsonl"),
-        cache_dir=str(tmp_path),
-        tokenizer_path=None,
-        vocab_size=270,
-        validation_fraction=0.25,
-        seed=7,
-    )
+    text = str(tmp_path / "text.jsonl")
+    small = {"tokenizer_vocab_size": 270, "validation_fraction": 0.25}
+    corpus = prepare_corpus(DataConfig(path=text, cache_dir=str(tmp_path), **small), 7)
     told = head(capsys, quickstart, f"data.path={corpus.directory}")
     assert f"vocabulary: {corpus.vocab_size:,} token ids (that of {corpus.directory})" in told
     blend = f"data.blend=1.0 {corpus.directory}"
