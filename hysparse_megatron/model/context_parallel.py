@@ -18,6 +18,9 @@ import torch.distributed as dist
 from hysparse_kernels import KeyValueGradients
 from torch import Tensor
 
+from hysparse_megatron.architecture.layers import Branch
+from hysparse_megatron.model.megatron_config import HySparseConfig
+
 
 class Chunk(NamedTuple):
     """Neighbouring tokens that a rank holds."""
@@ -224,3 +227,20 @@ def documents_between(offsets: Tensor, batch: int, sequence: int, first: int, st
     row = torch.arange(batch, dtype=offsets.dtype, device=offsets.device).unsqueeze(1)
     inside = (offsets - row * sequence).clamp(first, stop) - first
     return (inside + row * (stop - first)).flatten()
+
+
+def describe_context(config: HySparseConfig, sequence: int, batch: int) -> str:
+    """One line: what a rank holds of `batch` sequences, and what it is sent in a forward pass."""
+    ranks, model = config.context_parallel_size, config.architecture
+    elements = config.groups_per_rank() * (model.head_dim + model.value_dim) * batch
+    element_bytes = elements * config.params_dtype.itemsize
+    others = sequence - sequence // ranks
+    kinds = config.plan.layout.kinds
+    tails = 2 * (ranks - 1) * (model.window - 1)
+    return (
+        f"context parallel {ranks}: two chunks of {sequence // (2 * ranks):,} tokens on a rank; of "
+        f"others it is sent {others * element_bytes:,} bytes of keys and values by each of "
+        f"{sum(kind.is_oracle for kind in kinds)} full layers, for all its readers, and "
+        f"{tails * element_bytes:,} bytes before each of "
+        f"{sum(Branch.WINDOW in kind.branches for kind in kinds)} windows, per micro-batch"
+    )

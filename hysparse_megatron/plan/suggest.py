@@ -23,6 +23,9 @@ RECOMPUTE_COST = {Recompute.none: 0, Recompute.selective: 1, Recompute.full: 2}
 LONG_SEQUENCE = 32_768
 """Tokens from which on plans with context parallelism are tried that nobody asked for."""
 
+SHORTEST_CHUNK = 4096
+"""Tokens: chunks of a context-parallel rank that such plans do not go below."""
+
 
 @dataclass(frozen=True)
 class Suggestion:
@@ -152,7 +155,8 @@ def _candidates(config: Config, world_size: int) -> Iterator[Config]:
         expert = [size for size in sizes if moe.num_experts % size == 0]
     context = {1, config.parallel.cp}
     if config.train.seq_length >= LONG_SEQUENCE:
-        context |= {size for size in sizes if size & (size - 1) == 0}
+        longest = config.train.seq_length // (2 * SHORTEST_CHUNK)
+        context |= {size for size in sizes if size & (size - 1) == 0 and size <= longest}
     micro = sorted({1, 2, 4, config.train.micro_batch_size})
     for tp, pp, cp, ep, micro_batch in itertools.product(
         tensor, pipeline, sorted(context), expert, micro

@@ -12,6 +12,7 @@ from hysparse_megatron.config.schema import Config, Precision
 from hysparse_megatron.data.read.held_out import EvaluationBatches
 from hysparse_megatron.data.sources import MANY_EPOCHS, TrainingData, count_of, epochs_of
 from hysparse_megatron.errors import ConfigError
+from hysparse_megatron.model.context_parallel import describe_context
 from hysparse_megatron.model.layers import describe_layers
 from hysparse_megatron.model.pipeline import describe_traffic
 from hysparse_megatron.training.state import TrainingState, describe_optimizer, rows_per_rank
@@ -78,5 +79,8 @@ def describe_start(state: TrainingState, corpus: TrainingData, say: Say) -> None
     say(f"optimizer: {describe_optimizer(state)}")
     _describe_data(corpus, config.train.tokens, say)
     say(state.megatron.plan.describe())
+    if parallel.cp > 1:
+        train = config.train
+        say(describe_context(state.megatron, train.seq_length, train.micro_batch_size))
     if parallel.pp > 1:
         say(describe_traffic(state.megatron, rows_per_rank(config), config.train.micro_batch_size))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 
 import numpy as np
@@ -11,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hysparse_megatron.architecture.layout import parse_layout
+from hysparse_megatron.config.schema import Config
 from hysparse_megatron.model.context_parallel import Shard, documents_between
-from tests.distributed.cases import INSIDE, LAYOUT, SHORT, Case, random_tokens
+from hysparse_megatron.plan.overview import make_overview
+from tests.distributed.cases import INSIDE, LAYOUT, SHORT, VOCAB, Case, random_tokens
 from tests.distributed.context_jobs import count_collectives, gather_and_sum, tails_and_sum
 from tests.distributed.pool import WorkerPool
 
@@ -93,6 +96,10 @@ def test_gradients_of_tails_return_to_their_ranks(
             assert np.array_equal(gradient, np.broadcast_to(own, gradient.shape))
 
 
+def with_vocabulary(config: Config) -> Config:
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=VOCAB))
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("layout", [LAYOUT, INSIDE])
 def test_a_block_is_gathered_once(layout: str, pool: WorkerPool, session_seed: int) -> None:
@@ -117,3 +124,11 @@ def test_a_block_is_gathered_once(layout: str, pool: WorkerPool, session_seed: i
         ("gather", tails): micro_batches * windows,
         ("reduce", tails): micro_batches * windows,
     }
+    # What a rank sends is what the plan says: in a ring all but its own share of what comes out.
+    model, train = config.model, config.train
+    row_bytes = 4 * train.micro_batch_size * model.num_query_groups
+    row_bytes *= model.head_dim + model.value_dim
+    planned = make_overview(with_vocabulary(config), case.world_size).ranks
+    for rank, plan in zip(found[::2], planned, strict=True):
+        sent = sum(count * of_rows * row_bytes for (_, of_rows), count in rank.items())
+        assert sent == micro_batches * plan.traffic.context_bytes

@@ -37,7 +37,7 @@ def test_every_group_has_a_preset() -> None:
 def test_every_preset_composes_and_is_valid(group: str, option: str) -> None:
     config = compose([f"{group}={option}"])
     parallel = config.parallel
-    ranks = parallel.pp * lcm(parallel.tp, parallel.ep)
+    ranks = parallel.pp * lcm(parallel.tp * parallel.cp, parallel.ep)
     assert validate(config, world_size=ranks) == []
 
 
@@ -283,6 +283,25 @@ def test_paper_presets_are_the_papers(
     model = "80b_a3b" if "80b" in name else "7b"
     for family in ("hysparse", "full", "hybrid_swa"):
         check(compose([f"experiment={name}", f"model={family}_{model}"]), gpus)
+
+
+LONG_RUNS = [
+    # preset, GPUs, sequence length, context-parallel size
+    ("long_7b_128k", 64, 131_072, 8),
+    ("long_80b_a3b_128k", 128, 131_072, 16),
+    ("long_80b_a3b_256k", 256, 262_144, 32),
+    ("long_80b_a3b_1m", 512, 1_048_576, 64),
+]
+
+
+@pytest.mark.parametrize(("name", "gpus", "length", "cp"), LONG_RUNS)
+def test_presets_of_long_contexts_fit_the_named_gpus(
+    name: str, gpus: int, length: int, cp: int
+) -> None:
+    config = compose([f"experiment={name}"])
+    assert (config.train.seq_length, config.parallel.cp) == (length, cp)
+    assert config.train.global_batch_size * length == 2**22
+    check(config, gpus)
 
 
 def test_the_second_stage_continues_the_first() -> None:

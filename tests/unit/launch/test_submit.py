@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -52,6 +53,36 @@ def test_dry_run_prints_all_and_changes_nothing(
     assert f"would run: sbatch --parsable {tmp_path}/run/job.sbatch" in told
     assert not asked.exists()
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "nodes", "crossing"),
+    [
+        ("long_7b_128k", 8, "3.67 GB"),
+        ("long_80b_a3b_128k", 16, "506 MB"),
+        ("long_80b_a3b_256k", 32, "1.05 GB"),
+        ("long_80b_a3b_1m", 64, "9.01 GB"),
+    ],
+)
+def test_a_dry_run_says_what_long_contexts_send(
+    name: str,
+    nodes: int,
+    crossing: str,
+    slurm: Slurm,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Per micro-batch and rank, between the ranks that share a sequence."""
+    slurm()
+    free = shutil.disk_usage("/")._replace(free=10**14)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    cluster = ("cluster=slurm", f"cluster.nodes={nodes}")
+    assert main(["--dry-run", f"experiment={name}", *cluster, f"run_dir={tmp_path}"]) == 0
+    told = capsys.readouterr().out
+    assert f"{8 * nodes} ranks: tp 4" in told
+    assert "context / micro-batch" in told
+    assert crossing in told
 
 
 @pytest.mark.thorough

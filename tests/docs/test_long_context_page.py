@@ -1,0 +1,41 @@
+"""The table of docs/long_context.md says what the planner says, and names every preset."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from hysparse_megatron.config.compose import compose
+from hysparse_megatron.plan.memory import GIB
+from hysparse_megatron.plan.overview import Overview
+from hysparse_megatron.plan.suggest import overview_of
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "long_context.md").read_text(encoding="utf-8")
+ROWS = re.findall(
+    r"^\| `(\w+)` \| (\d+) \| ([\d,]+) \| (\d+) \| ([\d.]+) GB \| ([\d.]+) GB \| ([\d.]+) GiB \|$",
+    PAGE,
+    flags=re.M,
+)
+
+
+def test_all_presets_are_there() -> None:
+    presets = {path.stem for path in (ROOT / "conf" / "experiment").glob("long_*.yaml")}
+    assert {row[0] for row in ROWS} == presets
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
+def test_rows_are_what_the_planner_says(row: tuple[str, ...]) -> None:
+    name, gpus, tokens, cp, ours, full, memory = row
+    config = compose([f"experiment={name}"])
+    assert f"{config.train.seq_length:,}" == tokens
+    assert str(config.parallel.cp) == cp
+    planned = overview_of(config, int(gpus))
+    size = "80b_a3b" if "80b" in name else "7b"
+    baseline = overview_of(compose([f"experiment={name}", f"model=full_{size}"]), int(gpus))
+
+    def sent(overview: Overview) -> str:
+        return f"{max(rank.traffic.context_bytes for rank in overview.ranks) / 1e9:.3g}"
+
+    assert (sent(planned), sent(baseline)) == (ours, full)
+    assert f"{planned.peak_bytes / GIB:.1f}" == memory
