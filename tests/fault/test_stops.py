@@ -102,7 +102,7 @@ def test_the_deadline(new_run: NewRun) -> None:
 
 def test_the_stop_file(new_run: NewRun) -> None:
     run = new_run()
-    command = run.start("train.steps=100000")
+    command = run.start("train.steps=100000", "tracking.log_interval=1")
     command.wait_for("step      3/100000")
     (run.run_dir / "stop").touch()
     assert command.finish() == 3, command.output
@@ -126,7 +126,8 @@ def test_a_closed_terminal_costs_no_run(new_run: NewRun) -> None:
     """Who reads the output is gone, as after `| head`; then the terminal's signal. Meanwhile no
     process of the run listens at an address that another machine could reach."""
     run = new_run()
-    command = run.start("train.steps=100000", whose_output_ends_at="step      2/100000")
+    endless = ["train.steps=100000", "tracking.log_interval=1"]
+    command = run.start(*endless, whose_output_ends_at="step      2/100000")
     wait_until(lambda: (read_status(run.run_dir).get("step") or 0) >= 5, command)
     listening = [
         connection.laddr.ip
