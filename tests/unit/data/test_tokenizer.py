@@ -102,9 +102,9 @@ def test_ids_of_a_long_text_are_those_of_the_whole(
 
 def test_a_megabyte_without_a_space_is_trained_on_in_seconds() -> None:
     text = random.Random(0).randbytes(500_000).hex()
-    start = time.monotonic()
+    start = time.process_time()
     train_tokenizer([text], 400)
-    assert time.monotonic() - start < 20
+    assert time.process_time() - start < 20
 
 
 @pytest.mark.parametrize("shape", ["lines", "files", "one file"])

@@ -47,7 +47,7 @@ def watch(group: None, signals: Signals, tmp_path: Path) -> Watch:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)
