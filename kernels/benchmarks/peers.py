@@ -37,7 +37,6 @@ class Peer:
     make: Callable[[Inputs], Call]
     """May raise Refused, or any RuntimeError that the implementation itself raises."""
     has_sink: bool = False
-    has_backward: bool = True
 
 
 def _sdpa(backend: SDPBackend) -> Callable[[Inputs], Call]:
