@@ -107,6 +107,7 @@ def _suggestions(
     {local} {others} name={config.name}-windows {windows}
     # start from these weights in one process, on your own text
     {hysparse()} train {elsewhere} name={config.name}-tuned {single} \\
-        parallel.tp=1 parallel.pp=1 parallel.vpp=null parallel.sequence_parallel=false \\
+        parallel.tp=1 parallel.pp=1 parallel.vpp=null parallel.cp=1 parallel.ep=1 \\
+        parallel.sequence_parallel=false \\
         checkpoint.load={directory.path} data.path=FILE_OR_FOLDER data.tokenizer={tokenizer_path}
 """
