@@ -16,7 +16,7 @@ from hysparse_megatron.architecture.layout import parse_layout
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.inference.forward import advance, logits_of
 from hysparse_megatron.inference.kv_cache import KvCache
-from hysparse_megatron.model import attend
+from hysparse_megatron.model import attend_cached
 from tests.distributed.ranks import SelectionRecorder
 
 LEAST_GAP = 1e-4
@@ -106,7 +106,7 @@ def step_by_step(
     logits: list[list[Tensor]] = [[] for _ in sequences]
     selections: list[list[list[Tensor]]] = [[] for _ in sequences]
     recorder = _Recorder()
-    patched = recorder.watching(attend.cached_full_attention)
+    patched = recorder.watching(attend_cached.cached_full_attention)
 
     def take(rows: list[int], counts: list[int]) -> None:
         past = [cache.lengths[row] for row in rows]
@@ -121,7 +121,7 @@ def step_by_step(
             logits[row].append(every[:count, i])
             selections[row].append([made[i, :, :count] for made in recorder.made])
 
-    with mock.patch.object(attend, "cached_full_attention", patched):
+    with mock.patch.object(attend_cached, "cached_full_attention", patched):
         while True:
             left = [min(chunk, prompt - cache.lengths[row]) for row, prompt in enumerate(prompts)]
             rows = [row for row, count in enumerate(left) if count > 0]

@@ -13,7 +13,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.inference.forward import advance
-from hysparse_megatron.model import attend
+from hysparse_megatron.model import attend_cached
 from tests.unit.model.tiny_models import VOCABULARY, randomize, tiny_config, tiny_model
 
 BLOCK, WINDOW = 4, 5
@@ -202,7 +202,9 @@ def test_layers_hand_their_backend_on(groups: ProcessGroupCollection, seed: int)
     names = [f"cached_{kind}_attention" for kind in ("full", "sparse", "window")]
     with contextlib.ExitStack() as stack:
         watched = [
-            stack.enter_context(mock.patch.object(attend, name, wraps=getattr(attend, name)))
+            stack.enter_context(
+                mock.patch.object(attend_cached, name, wraps=getattr(attend_cached, name))
+            )
             for name in names
         ]
         advance(model, make_cache(config, [8]), [0], [[1, 2, 3]])
