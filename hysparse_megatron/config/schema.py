@@ -222,6 +222,9 @@ class TrainConfig:
     """fp32 runs anywhere and is exact to compare; bf16 is for accelerators."""
     recompute: Recompute = Recompute.none
     """none keeps all activations, selective recomputes attention only, full whole layers."""
+    loss_chunk: int | None = at_least(1, default=None)
+    """Tokens of a sequence, on one context-parallel rank, whose logits are made at a time, and made
+    again in the backward pass, so that never all are there; null makes all at once."""
     eval_interval: int = at_least(0, default=0)
     """Steps between two evaluations; 0 evaluates only at the start and the end."""
     eval_batches: int = at_least(0, default=8)

@@ -43,6 +43,7 @@ def build_chunks(
         seed_initialization(config.train.seed, "embedding")
         model = LanguageModel(
             num_ids=vocab_size,
+            loss_chunk=config.train.loss_chunk,
             config=megatron,
             hybrid_stack_spec=spec,
             vocab_size=padded_vocab_size(vocab_size),

@@ -2,6 +2,10 @@
 
 The embedding and the output projection are padded to a multiple of rows. The logits of padding
 would take their share of every softmax, so that a model of few ids began with a loss above its own.
+And whose logits need not all be there at once: those of a long sequence are larger than all else.
+
+Shapes: S sequence on this context-parallel rank, B batch, C channels, V vocabulary, T
+tensor-parallel size.
 """
 
 from __future__ import annotations
@@ -10,6 +14,12 @@ from typing import Any
 
 import torch
 from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.tensor_parallel import (
+    checkpoint,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    linear_with_grad_accumulation_and_async_allreduce,
+)
 from torch import Tensor
 from torch.profiler import record_function
 
@@ -19,10 +29,18 @@ from hysparse_megatron.runtime.annotations import LOSS
 class LanguageModel(HybridModel):
     """Embedding, decoder and output projection of one pipeline stage; a loss over real ids."""
 
-    def __init__(self, *args: Any, num_ids: int, **kwargs: Any) -> None:
-        """As `HybridModel`, with the number of token ids that exist out of its `vocab_size`."""
+    post_process: bool
+
+    def __init__(
+        self, *args: Any, num_ids: int, loss_chunk: int | None = None, **kwargs: Any
+    ) -> None:
+        """As `HybridModel`, with the number of token ids that exist out of its `vocab_size`.
+
+        `loss_chunk`: tokens of a sequence whose logits are made at a time; None makes all at once.
+        """
         super().__init__(*args, **kwargs)
         self.num_ids = num_ids
+        self.loss_chunk = loss_chunk
         tables = [getattr(self, "output_layer", None)]
         tables.append(self.embedding.word_embeddings if self.pre_process else None)
         for table in tables:
@@ -30,6 +48,53 @@ class LanguageModel(HybridModel):
                 # Nothing will ever change them.
                 with torch.no_grad():
                     self._padding(table.weight.transpose(0, 1)).zero_()
+
+    def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """As `HybridModel.forward`: losses [B, S] of `labels` [B, S], logits without them, or what
+        an earlier stage sends."""
+        if self.loss_chunk is None or labels is None or not self.post_process:
+            return super().forward(*args, labels=labels, **kwargs)
+        self.post_process = False  # ends with the decoder, whose last norm is its own
+        try:
+            hidden = super().forward(*args, **kwargs)
+        finally:
+            self.post_process = True
+        return self._loss_in_chunks(hidden, labels, self.loss_chunk)
+
+    def _loss_in_chunks(self, hidden: Tensor, labels: Tensor, chunk: int) -> Tensor:
+        """Losses [B, S] of hidden states [S / T or S, B, C].
+
+        The logits of a chunk are made in the forward pass and, again, in the backward pass.
+        """
+        group = self.pg_collection.tp
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, group=group)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
+        weight = self.output_layer.weight
+        if self.share_embeddings_and_output_weights:
+            weight = self.shared_embedding_or_output_weight()
+
+        def loss(rows: Tensor, of_rows: Tensor) -> Tensor:
+            logits = linear_with_grad_accumulation_and_async_allreduce(
+                input=rows,
+                weight=weight,
+                bias=None,
+                gradient_accumulation_fusion=self.config.gradient_accumulation_fusion,
+                allreduce_dgrad=False,  # once for all chunks, in the backward pass of the above
+                sequence_parallel=False,
+                tp_group=group,
+            )
+            return self.compute_language_model_loss(of_rows, logits)
+
+        pairs = zip(hidden.split(chunk), labels.split(chunk, dim=1), strict=True)
+        losses = [
+            checkpoint(loss, False, rows, of_rows)
+            if torch.is_grad_enabled()
+            else loss(rows, of_rows)
+            for rows, of_rows in pairs
+        ]
+        return torch.cat(losses, dim=1)
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Cross-entropy [B, S] of labels [B, S] by this rank's columns of the logits [S, B, V / T].

@@ -182,12 +182,20 @@ def _alike(config: Config, plan: PipelinePlan, layers: list[int]) -> dict[int, i
 
 
 def head_bytes(config: Config) -> int:
-    """Bytes of the loss on the last stage: logits, softmax in fp32, and the logits' gradient."""
-    model = config.model
+    """Bytes of the loss on the last stage: logits, softmax in fp32, and the logits' gradient.
+
+    With `train.loss_chunk` of a chunk of tokens at a time, and the hidden states of all of them.
+    """
+    model, train, parallel = config.model, config.train, config.parallel
     assert model.vocab_size is not None
-    tokens = rank_tokens(config)
-    columns = padded_vocab_size(model.vocab_size) // config.parallel.tp
-    return tokens * columns * (2 * element_bytes(config) + 4)
+    tokens, element = rank_tokens(config), element_bytes(config)
+    columns = padded_vocab_size(model.vocab_size) // parallel.tp
+    per_token = columns * (2 * element + 4)
+    if train.loss_chunk is None:
+        return tokens * per_token
+    # Gathered over tensor-parallel ranks, and their gradient.
+    hidden = 2 * tokens * model.hidden_size * element
+    return min(tokens, train.loss_chunk * train.micro_batch_size) * per_token + hidden
 
 
 def in_flight(plan: PipelinePlan, pp_rank: int, num_microbatches: int) -> float:

@@ -160,7 +160,7 @@ def reference_of(config: Config) -> Config:
         config,
         optim=dataclasses.replace(config.optim, muon=muon),
         model=dataclasses.replace(config.model, layout=without_cuts(config.model.layout)),
-        train=dataclasses.replace(config.train, recompute=Recompute.none),
+        train=dataclasses.replace(config.train, recompute=Recompute.none, loss_chunk=None),
         parallel=ParallelConfig(),
     )
 

@@ -49,6 +49,8 @@ MQA = {"num_query_groups": 1}
 WIDE = {"gate": GateKind.channel, "value_head_dim": 12}
 FORCED = {"num_selected_blocks": 3, "forced_first_blocks": 1, "forced_recent_blocks": 1}
 
+IN_CHUNKS = {**SHORT, "loss_chunk": 7}
+"""The logits of 7 tokens at a time, of which no sequence is a multiple."""
 UNEVEN = {"block_size": 5}
 """Blocks that no chunk of a sequence is a multiple of."""
 GATED = {"full_gate": FullGate.head}
@@ -88,8 +90,8 @@ CASES = [
     Case("tp2", tp=2, train=HALF_BATCH),
     Case("tp2-sp", tp=2, sp=True, train=HALF_BATCH),
     Case("tp4-4groups", tp=4, model={"num_query_groups": 4}, train=SHORT),
-    Case("bias-tp4-sp-2groups", tp=4, sp=True, model={**QKV_BIAS, **PADDED}, train=SHORT),
-    Case("tp2-mqa", tp=2, model=MQA, train=SHORT),
+    Case("bias-tp4-sp-2groups", tp=4, sp=True, model={**QKV_BIAS, **PADDED}, train=IN_CHUNKS),
+    Case("tp2-mqa", tp=2, model=MQA, train=IN_CHUNKS),
     Case("tp2-pp2-sp-mqa-inside", INSIDE, tp=2, pp=2, sp=True, model=MQA, train=SHORT),
     Case("pp2-border", ON_BORDER, pp=2),
     Case("pp2-inside", INSIDE, pp=2),
@@ -105,7 +107,7 @@ CASES = [
     Case("recompute-selective", train=SELECTIVE),
     Case("recompute-full-tp2-pp2-sp-inside", INSIDE, tp=2, pp=2, sp=True, train=SHORT_FULL),
     Case("recompute-selective-tp2-pp2-sp", INSIDE, tp=2, pp=2, sp=True, train=SHORT_SELECTIVE),
-    Case("tied-pp2", INSIDE, pp=2, model={**TIED, **PADDED}, train=SHORT),
+    Case("tied-pp2", INSIDE, pp=2, model={**TIED, **PADDED}, train=IN_CHUNKS),
     Case("qk-norm-tp2-sp", tp=2, sp=True, model={"qk_norm": True}, train=SHORT),
     Case("channel-gate-wide-value-tp2-pp2", INSIDE, tp=2, pp=2, model=WIDE, train=SHORT),
     Case("shared-sink-tp2", tp=2, model={"sink": SinkKind.shared}, train=SHORT),
@@ -124,7 +126,7 @@ CASES = [
     Case("documents-pp2-vpp2", HYBRID_INTERLEAVED, pp=2, vpp=2, train=SHORT, documents=True),
     Case("documents-moe-dp2-ep2", dp=2, ep=2, model=SOFTMAX, train=SHORT, documents=True),
     Case("cp2", cp=2, train=HALF_BATCH),
-    Case("cp4", cp=4, train=SHORT),
+    Case("cp4", cp=4, train=IN_CHUNKS),
     Case("cp2-documents-uneven-blocks", cp=2, model=UNEVEN, train=SHORT, documents=True),
     Case("cp2-pp2-inside-recompute-selective", INSIDE, cp=2, pp=2, train=SHORT_SELECTIVE),
     Case("cp2-pp2-vpp2", INTERLEAVED, cp=2, pp=2, vpp=2, train=SHORT),

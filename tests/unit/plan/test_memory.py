@@ -11,6 +11,7 @@ from hysparse_megatron.architecture.stages import plan_pipeline
 from hysparse_megatron.checkpoint.moments import distributed_parts
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.config.schema import OptimizerName, Precision
+from hysparse_megatron.model.language_model import LanguageModel
 from hysparse_megatron.plan.memory import in_flight, state_bytes
 from hysparse_megatron.plan.overview import make_overview
 from hysparse_megatron.runtime.process_groups import destroy_process_groups
@@ -80,6 +81,32 @@ def test_activations_are_those_that_autograd_keeps(
     # One table of rotary angles and a few index tensors, whatever the depth, are left out.
     table = SEQUENCE * config.model.rotary_dim * 4 + 8192
     assert abs(planned - measured) <= max(0.05 * measured, table)
+
+
+def test_logits_are_those_of_one_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """60 tokens of 256: five chunks, made once more in the backward pass, and nothing kept."""
+    compute, rows = LanguageModel.compute_language_model_loss, []
+
+    def counted(model: LanguageModel, labels: Tensor, logits: Tensor) -> Tensor:
+        rows.append(logits.shape[0])
+        return compute(model, labels, logits)
+
+    monkeypatch.setattr(LanguageModel, "compute_language_model_loss", counted)
+    kept = []
+    for chunk in ("null", "60"):
+        config = compose(["model.layout=W F", *SMALL, f"train.loss_chunk={chunk}"])
+        with default_group():
+            try:
+                state = build_state(config, VOCAB, torch.device("cpu"))
+                kept.append(kept_bytes(state))
+                tokens = torch.randint(0, VOCAB, (1, SEQUENCE))
+                rows.clear()
+                state.chunks[0](tokens, None, None, labels=tokens).sum().backward()
+            finally:
+                destroy_process_groups()
+    assert rows == [*[60] * 4, 16, 16, *[60] * 4]
+    # The softmax of all tokens is gone; labels take its place.
+    assert kept[1] <= kept[0] - SEQUENCE * VOCAB * 4 + SEQUENCE * 16
 
 
 @pytest.mark.parametrize("experts", [[], EXPERTS], ids=["dense", "experts"])
