@@ -78,7 +78,7 @@ def test_gathered_gradients_are_summed_over_ranks(
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("ranks", "tail"), [(2, 3), (3, 4)])
+@pytest.mark.parametrize(("ranks", "tail"), [(2, 0), (2, 3), (3, 4)])
 def test_gradients_of_tails_return_to_their_ranks(
     ranks: int, tail: int, pool: WorkerPool, session_seed: int
 ) -> None:
