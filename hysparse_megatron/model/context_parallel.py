@@ -138,7 +138,7 @@ def exchange_tails(
 
     From [R, B, HKV, D] and [R, B, HKV, DV] to key and value of the first chunk, then of the second:
     [N + R / 2, B, HKV, D or DV], where N is `tail`, and 0 for the sequence's first chunk. The tails
-    of all ranks travel in one all-gather, their gradients in one reduce-scatter; none if `tail` is 0.
+    of all ranks travel in one all-gather, their gradients in one reduce-scatter. Nothing for 0.
     """
     if tail == 0:
         return tuple(part[rows] for rows, _ in shard.chunks for part in (key, value))
