@@ -43,9 +43,11 @@ SPLITS = {
     "dp2": [],
     "tp2": TENSOR,
     "pp2": ["parallel.pp=2", "model.layout=F S | S F S W"],
+    "cp2": ["parallel.cp=2"],
     "experts-one": EXPERTS,
     "experts-ep2": [*EXPERTS, "parallel.ep=2"],
     "experts-tp2": [*EXPERTS, *TENSOR],
+    "experts-cp2-ep2": [*EXPERTS, "parallel.cp=2", "parallel.ep=2"],
 }
 PRECISIONS = {
     "fp32": ["model.backend=reference", "model.layers=local"],  # the others multiply in TF32
