@@ -3,6 +3,7 @@
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.installed-docs
 # Override with `make setup PYTHON=/path/to/python3.12`.
 PYTHON ?= $(shell tools/find_python.sh 2>/dev/null)
 # `make train ARGS="train.steps=20 run_dir=/tmp/run"` adds Hydra overrides.
@@ -12,7 +13,7 @@ ARGS ?=
 NPROC ?= 4
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-seeds test-fault test-slurm check lint format clean
+.PHONY: help setup train test test-seeds test-fault test-slurm check lint format docs clean
 
 help: ## Show this text
 	@echo "hysparse_megatron: train HySparse models with Megatron-core"
@@ -74,6 +75,14 @@ lint: $(STAMP) ## Ruff (lint and format) and mypy
 format: $(STAMP) ## Let ruff rewrite the code
 	@$(VENV)/bin/ruff check --fix .
 	@$(VENV)/bin/ruff format .
+
+docs: $(DOCS_STAMP) ## Build the site in build/site, without a network; warnings are errors
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --site-dir build/site
+	@echo "open build/site/index.html"
+
+$(DOCS_STAMP): $(STAMP)
+	@$(PY) -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	@touch $(DOCS_STAMP)
 
 clean: ## Remove the environment, caches and build products (not runs/)
 	@rm -rf $(VENV) .cache build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -4,9 +4,8 @@
 
 Groups, model, schedule, data parallelism and optimizer are megatron-core's. From here come the
 transformer configuration with the layout, the spec of the decoder, and the communicator that knows
-how wide what crosses a pipeline cut inside a hybrid block is. What else a loop has to offer:
-losses summed per token (`calculate_per_token_loss`), the process groups passed to the schedule, and
-`PackedSeqParams` with `cu_seqlens_q` where documents do not see each other.
+how wide what crosses a pipeline cut inside a hybrid block is. What else a loop has to offer is in
+docs/extending.md.
 """
 
 import torch
@@ -19,10 +18,10 @@ from torch import Tensor
 
 from hysparse_megatron.architecture.model import ModelConfig
 from hysparse_megatron.config.schema import Config, ParallelConfig, TrainConfig
-from hysparse_megatron.model.layers import LayerModules, resolve_layers
+from hysparse_megatron.model.layers import resolve_layers
 from hysparse_megatron.model.megatron_config import make_megatron_config
 from hysparse_megatron.model.pipeline import PayloadCommunicator
-from hysparse_megatron.model.spec import stack_spec
+from hysparse_megatron.model.spec import hysparse_stack_spec
 from hysparse_megatron.runtime import megatron_on_cpu
 from hysparse_megatron.runtime.process_groups import RunGroups
 from hysparse_megatron.runtime.random import seed_initialization
@@ -67,7 +66,7 @@ def main() -> None:
     config.finalize_model_grads_func = distributed.finalize_model_grads
     seed_initialization(TRAIN.seed, "embedding")  # the decoder's layers seed themselves
     model = HybridModel(
-        config, stack_spec(LayerModules.of(layers)), VOCAB, SEQUENCE, config.plan.megatron_pattern,
+        config, hysparse_stack_spec(layers), VOCAB, SEQUENCE, config.plan.megatron_pattern,
         pre_process=groups.pp.rank() == 0, post_process=groups.pp.rank() == groups.pp.size() - 1,
         position_embedding_type="rope", pg_collection=groups,
         share_embeddings_and_output_weights=MODEL.tie_embeddings,

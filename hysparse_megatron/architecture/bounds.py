@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from typing import Any
 
 from hysparse_megatron.errors import Problem
@@ -40,6 +40,11 @@ _ABOVE_ZERO = Bound(lambda value: 0 < value < math.inf, "a number above 0")
 _FRACTION = Bound(lambda value: 0 <= value < 1, "at least 0 and below 1")
 
 
+def bound_of(item: Field) -> Bound | None:
+    """The bound of a field, or None if any value of its type passes."""
+    return item.metadata.get(_KEY)
+
+
 def bound_problems(section: Any, prefix: str = "") -> Iterator[Problem]:
     """What is out of bounds in a dataclass of settings and in those within it."""
     for item in fields(section):
@@ -47,6 +52,6 @@ def bound_problems(section: Any, prefix: str = "") -> Iterator[Problem]:
         if is_dataclass(value):
             yield from bound_problems(value, f"{key}.")
             continue
-        bound = item.metadata.get(_KEY)
+        bound = bound_of(item)
         if bound is not None and value is not None and not bound.holds(value):
             yield Problem(key, str(value), bound.allowed)

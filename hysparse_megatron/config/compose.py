@@ -45,6 +45,7 @@ SECTIONS: dict[str, type] = {
 GROUPS = (*SECTIONS, "experiment")
 
 # Hydra answers a number where a group's option should stand with a plain ValueError.
+_TO_QUOTE = ("model.layout", "data.blend")
 _COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
 
 
@@ -71,7 +72,7 @@ def compose(overrides: Sequence[str]) -> Config:
     folders, overrides = own_folders(overrides)
     refuse_shadows(folders, config_directory(), GROUPS)
     path = search_path(folders, config_directory())
-    overrides = [_named(_quote_layout(_without_plus(override))) for override in overrides]
+    overrides = [_named(_quoted(_without_plus(override))) for override in overrides]
     with initialize_config_dir(config_dir=str(config_directory()), version_base="1.3"):
         problems = [problem for override in overrides if (problem := _hydra_setting(override))]
         try:
@@ -122,10 +123,10 @@ def _without_plus(override: str) -> str:
     return override.lstrip("+") if _key(override) in GROUPS else override
 
 
-def _quote_layout(override: str) -> str:
-    """Quote a layout's value: Hydra's grammar would read its parentheses as a function call."""
+def _quoted(override: str) -> str:
+    """Quote a layout or a blend: Hydra's grammar does not take their parentheses and semicolons."""
     key, equals, value = override.partition("=")
-    if not equals or key.lstrip("+") != "model.layout" or value[:1] in ("'", '"'):
+    if not equals or key.lstrip("+") not in _TO_QUOTE or value[:1] in ("'", '"'):
         return override
     escaped = value.replace("'", "\\'")
     return f"{key}='{escaped}'"

@@ -8,11 +8,11 @@ from hysparse_megatron.architecture.parameters import padded_vocab_size
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.model.language_model import LanguageModel
-from hysparse_megatron.model.layers import LOCAL, LayerChoice, LayerModules
+from hysparse_megatron.model.layers import LOCAL, LayerChoice
 from hysparse_megatron.model.megatron_config import HySparseConfig
 from hysparse_megatron.model.rotary import rotary_frequencies
 from hysparse_megatron.model.sharing import MAX_PAYLOAD_BLOCKS
-from hysparse_megatron.model.spec import stack_spec
+from hysparse_megatron.model.spec import hysparse_stack_spec
 from hysparse_megatron.runtime.random import seed_initialization
 
 
@@ -34,7 +34,7 @@ def build_chunks(
             f"train.seq_length: {num_blocks} blocks do not fit into the {largest} that a block "
             "index can name across a pipeline cut; raise model.block_size"
         )
-    spec = stack_spec(LayerModules.of(layers))
+    spec = hysparse_stack_spec(layers)
     plan = megatron.plan
     last = len(plan.stages) - 1
     chunks: list[LanguageModel] = []

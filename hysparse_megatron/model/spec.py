@@ -20,7 +20,7 @@ from hysparse_megatron.model.attention import ATTENTION
 from hysparse_megatron.model.attention_base import AttentionSubmodules
 from hysparse_megatron.model.experts import moe_layer
 from hysparse_megatron.model.layer import HySparseLayer
-from hysparse_megatron.model.layers import LayerModules
+from hysparse_megatron.model.layers import LOCAL, LayerChoice, LayerModules
 from hysparse_megatron.model.stack import HySparseStack, HySparseStackSubmodules
 
 _FUSED_NORMS = {
@@ -66,8 +66,13 @@ def _checkpoint_names(has_experts: bool) -> dict[str, str]:
     return found
 
 
-def stack_spec(modules: LayerModules) -> ModuleSpec:
-    """The spec of the decoder: `HybridModel(hybrid_stack_spec=stack_spec(modules), ...)`."""
+def hysparse_stack_spec(layers: LayerChoice = LOCAL) -> ModuleSpec:
+    """The spec of the decoder: `HybridModel(config, hysparse_stack_spec(layers), ...)`.
+
+    `layers` is of `resolve_layers`, by default what runs anywhere. The model's `config` must be one
+    of `make_megatron_config`, and its `hybrid_layer_pattern` the `plan.megatron_pattern` of that.
+    """
+    modules = LayerModules.of(layers)
     return ModuleSpec(
         module=HySparseStack,
         submodules=HySparseStackSubmodules(

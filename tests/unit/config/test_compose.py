@@ -147,6 +147,11 @@ def test_a_layout_needs_no_quotes_of_its_own(override: str) -> None:
     assert compose([override]).model.layout == "2*(F 3*S) F"
 
 
+@pytest.mark.parametrize("override", ["data.blend=3 a; 1 b/c", "data.blend='3 a; 1 b/c'"])
+def test_nor_does_a_blend(override: str) -> None:
+    assert compose([override]).data.blend == "3 a; 1 b/c"
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
