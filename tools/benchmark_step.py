@@ -87,6 +87,7 @@ def _run(options: Namespace, case: Case) -> dict:
             budget_seconds=options.case_seconds,
             picks=options.picks,
             profile=options.profile and not case.again,
+            ranks=case.split.ranks,
         )
     )
 

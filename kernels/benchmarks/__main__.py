@@ -130,7 +130,8 @@ class _Run:
             self.bench.decode(problem)
         else:
             # Clustered last: longer sequences keep what a peer's autotuner chose for it.
-            for selection in ("clustered",) if table == "block" else ("random", "clustered"):
+            alone = table in ("block", "ranges")
+            for selection in ("clustered",) if alone else ("random", "clustered"):
                 ids = synthetic(problem, self.device, clustered=selection == "clustered")
                 self._with_selection(table, problem, selection, ids)
         self._write()
@@ -141,6 +142,8 @@ class _Run:
             self.report.log(f"  the selection: {describe(statistics(ids))}")
         elif table == "lists":
             self.bench.lists(problem, selection, ids)
+        elif table == "ranges":
+            self.bench.ranges(problem, selection, ids)
         else:
             self.bench.block(problem, selection, ids)
 

@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import hysparse_kernels as hk
 import torch
@@ -15,15 +16,16 @@ from hysparse_kernels.benchmarking.timer import Timer
 from hysparse_kernels.benchmarking.timing import Timing
 from torch import Tensor
 
-from benchmarks import fla_peer, hybrid_block
+from benchmarks import fla_peer, hybrid_block, ranges
 from benchmarks.checks import first_line
 from benchmarks.decode import DecodeStep, Measured, as_graph
 from benchmarks.hybrid_block import HybridBlock
 from benchmarks.peers import BY_TABLE, ORACLE, Call, Peer, Refused, output_of
+from benchmarks.ranges import RangeRun
 from benchmarks.rates import Rates
 from benchmarks.rows import BACKWARD, BOTH, FORWARD, REPLAYED, Row
 
-TABLES = ("oracle", "sparse", "window", "block", "topk", "lists", "decode")
+TABLES = ("oracle", "sparse", "window", "block", "topk", "lists", "ranges", "decode")
 
 RETUNE_UP_TO = 65536
 """Longest sequence for which a peer's autotuner is asked again for every selection."""
@@ -207,6 +209,25 @@ class Bench:
             how = "all backwards last" if at_once else "each backward right after its forward"
             row = replace(row, label=f"{row.label}, {how}")
             self.emit(replace(row, timing=self.timer.measure(lambda: block.run(at_once))))
+
+    def ranges(self, problem: Problem, selection: str, ids: Tensor) -> None:
+        """Every operation on all queries, and on ranges of them that together are all."""
+        inputs = self.inputs(problem)
+        inputs.indices = ids
+        for operation in ranges.OPERATIONS:
+            template = Row("ranges", problem, selection, operation, operation, FORWARD)
+            for step in (FORWARD, BOTH):
+                calls = {}
+                with _free_memory(), self._reporting(template):
+                    for chunks in (1, ranges.CHUNKS):
+                        run = RangeRun(operation, inputs, chunks)
+                        call = partial(run.run, run.prepare(), backward=step == BOTH)
+                        call()  # compiles
+                        name, label = f"{operation}:{chunks}", f"{operation}, {chunks} ranges"
+                        calls[replace(template, name=name, label=label, step=step)] = call
+                    timings = self.timer.measure_together(list(calls.values()))
+                    for row, timing in zip(calls, timings, strict=True):
+                        self.emit(replace(row, timing=timing))
 
     def decode(self, problem: Problem) -> None:
         """One new token a sequence: layers alone, and hybrid blocks beside full layers."""

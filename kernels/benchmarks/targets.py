@@ -8,6 +8,7 @@ from dataclasses import replace
 from hysparse_kernels.benchmarking.problem import Problem
 from hysparse_kernels.benchmarking.targets import Target
 
+from benchmarks.ranges import CHUNKS, OPERATIONS
 from benchmarks.rows import BACKWARD, BOTH, FORWARD, REPLAYED, Rows
 
 MAIN, WIDE, MANY_GROUPS = "64/4/128/128", "64/4/192/128", "32/8/128/128"
@@ -19,7 +20,7 @@ def targets(rows: Rows) -> list[Target]:
     problems: dict[Problem, None] = dict.fromkeys(row.problem for row in rows.all)
     result: list[Target] = []
     for problem in problems:
-        for rule in (_oracle, _memory, _sparse, _lists, _window, _block, _topk, _decode):
+        for rule in (_oracle, _memory, _sparse, _lists, _window, _block, _topk, _ranges, _decode):
             result += rule(rows, problem)
     return [*result, *_growth(rows)]
 
@@ -108,6 +109,20 @@ def _topk(rows: Rows, problem: Problem) -> Iterator[Target]:
     ratio = _ratio(ours, rows.median_ms("topk", "torch", FORWARD, problem))
     if ratio is not None:
         yield Target(f"block_topk / torch.topk {_where(problem)}", ratio)
+
+
+def _ranges(rows: Rows, problem: Problem) -> Iterator[Target]:
+    for selection in _selections(rows, "ranges", problem):
+        for operation in OPERATIONS:
+            for step in (FORWARD, BOTH):
+                times = (
+                    rows.median_ms("ranges", f"{operation}:{chunks}", step, problem, selection)
+                    for chunks in (CHUNKS, 1)
+                )
+                if ratio := _ratio(*times):
+                    text = f"{operation} {step} in {CHUNKS} ranges, {selection} / all at once"
+                    goal = 1.05 if problem.sequence == SHORT else None
+                    yield Target(f"{text} {_where(problem)}", ratio, goal)
 
 
 def _decode(rows: Rows, problem: Problem) -> Iterator[Target]:

@@ -111,14 +111,10 @@ class _Attention(torch.autograd.Function):
         query, key, value, sink, output, lse = ctx.saved_tensors
         schedule, scale = ctx.schedule, ctx.scale
         grad = _unit_stride(grad)
-        if _cudnn_knows(schedule) and _cudnn_takes(query, value):
-            gradients = _cudnn_backward(grad, query, key, value, output, lse, scale)
-            if ctx.accumulate is None:
-                return *gradients, *[None] * 5
-            if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-                ctx.accumulate.add(*gradients[1:])
-            return gradients[0], *[None] * 7
         saved = Saved(query, key, value, output, lse, grad)
+        if _cudnn_knows(schedule) and _cudnn_takes(query, value):
+            start = 0 if schedule.queries is None else schedule.queries.start
+            return *_cudnn_gradients(saved, scale, start, ctx.accumulate), *[None] * 5
         d_key = d_value = None
         keys_too = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         if ctx.hopper:
@@ -139,8 +135,8 @@ class _Attention(torch.autograd.Function):
 
 
 def _cudnn_knows(schedule: KeySchedule) -> bool:
-    """Whether this is causal attention as cuDNN knows it: of all queries, without documents."""
-    return schedule.mode == kernels.CAUSAL and not schedule.packed and schedule.queries is None
+    """Whether this is causal attention without documents, which is all that cuDNN knows."""
+    return schedule.mode == kernels.CAUSAL and not schedule.packed
 
 
 def _cudnn_takes(query: Tensor, value: Tensor) -> bool:
@@ -169,7 +165,9 @@ def _cudnn_is_faster(
     and 32,768 tokens: 64 heads in 4 groups 1.28 1.07 0.97 0.89 0.92, 32 in 8 groups 1.52 1.40 1.33
     1.05 0.96, 32 in 32 groups 2.0 0.93 0.91 1.07 0.93, 64 in 4 of 192/128 1.14 0.97 0.94 0.83 0.84.
     """
-    if selector is not None or not _cudnn_knows(schedule) or not _cudnn_takes(query, value):
+    if selector is not None or schedule.queries is not None:
+        return False
+    if not _cudnn_knows(schedule) or not _cudnn_takes(query, value):
         return False
     many_heads = query.shape[2] // key.shape[2] >= _MANY_HEADS
     return not (many_heads and query.shape[1] >= _LONG)
@@ -186,25 +184,54 @@ def _cudnn_forward(
     return output.transpose(1, 2), lse.squeeze(-1), None
 
 
+def _cudnn_gradients(
+    saved: Saved, scale: float, start: int, accumulate: KeyValueGradients | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of query, key and value; none of key and value where `accumulate` gets them.
+
+    Causal attention to cuDNN is a square. Of queries from position `start` on it is one behind a
+    rectangle of keys that all of them see; the gradients of the two parts, which share output and
+    lse, add up.
+    """
+    query, key, value = saved.query, saved.key, saved.value
+    queries = query.shape[1]
+    square = slice(start, start + queries)
+    d_query, d_key, d_value = _cudnn_backward(saved, square, scale, causal=True)
+    if key.shape[1] == queries:
+        if accumulate is None:
+            return d_query, d_key, d_value
+        accumulate.add(d_key, d_value)
+        return d_query, None, None
+    if accumulate is None:
+        sums = (key.new_zeros(key.shape), value.new_zeros(value.shape))
+    else:
+        key_sum, value_sum, add = accumulate.buffers(key, value)
+        sums = (key_sum, value_sum) if add else (key_sum.zero_(), value_sum.zero_())
+    for total, gradient in zip(sums, (d_key, d_value), strict=True):
+        total[:, square] += gradient
+    if start > 0:
+        before = slice(0, start)
+        d_before, d_key, d_value = _cudnn_backward(saved, before, scale, causal=False)
+        d_query = d_query + d_before
+        for total, gradient in zip(sums, (d_key, d_value), strict=True):
+            total[:, before] += gradient
+    return d_query, *(sums if accumulate is None else (None, None))
+
+
 def _cudnn_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    lse: Tensor,
-    scale: float,
+    saved: Saved, keys: slice, scale: float, *, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value; any flash backward will do, given output and lse."""
-    grad, query, key, value, output = (
-        tensor.transpose(1, 2) for tensor in (grad, query, key, value, output)
+    """Gradients of query and of some keys and values, given output and lse of all that was seen."""
+    lse = saved.lse.unsqueeze(-1)
+    key, value = saved.key[:, keys].transpose(1, 2), saved.value[:, keys].transpose(1, 2)
+    grad, query, output = (
+        tensor.transpose(1, 2) for tensor in (saved.grad, saved.query, saved.output)
     )
     # Dropout is off, so that its random state is not used.
     random_state = torch.zeros((), dtype=torch.int64, device=query.device)
-    length = query.shape[2]
     gradients = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-        grad, query, key, value, output, lse.unsqueeze(-1), random_state, random_state,
-        None, None, None, length, length, 0.0, True, scale=scale,
+        grad, query, key, value, output, lse, random_state, random_state,
+        None, None, None, query.shape[2], key.shape[2], 0.0, causal, scale=scale,
     )  # fmt: skip
     d_query, d_key, d_value = (gradient.transpose(1, 2) for gradient in gradients)
     return d_query, d_key, d_value

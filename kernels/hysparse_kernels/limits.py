@@ -23,5 +23,6 @@ HOPPER_MAX_HEADS = 64
 HOPPER_BLOCK_SIZE = 64
 """Of block-sparse attention."""
 HOPPER_ORACLE_BLOCK_SIZES = (32, 64, 128)
-HOPPER_ORACLE_MAX_BLOCKS = 4096
-"""More scores of one token do not fit into the registers of a warp."""
+HOPPER_ORACLE_MAX_BLOCKS = 16384
+"""More scores of one token do not fit into the registers of four warps: 1,048,576 tokens in blocks
+of 64."""

@@ -5,10 +5,12 @@ import dataclasses
 import pytest
 import torch
 from hysparse_kernels import resolve_backend
+from hysparse_kernels.call import SelectionRule
 from hysparse_kernels.hopper import launch as hopper
 from hysparse_kernels.query_range import QueryRange
 from hysparse_kernels.triton import kernels as portable
 from hysparse_kernels.triton.launch import KeySchedule
+from hysparse_kernels.triton.topk import Selector
 
 
 @pytest.mark.parametrize(
@@ -41,13 +43,18 @@ def test_no_gpu_and_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert hopper.why_not(query, key, key, schedule) == "HYSPARSE_HOPPER is 0"
 
 
-def test_ranges_of_queries_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranges_and_a_million_tokens_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hopper, "is_hopper", lambda device: True)
     query, key = torch.zeros(1, 8, 4, 64), torch.zeros(1, 8, 1, 64)
     schedule = KeySchedule(portable.WINDOW, keys=64, window=4)
     assert hopper.why_not(query, key, key, schedule) is None
     schedule = dataclasses.replace(schedule, queries=QueryRange(0, 8, 9))
-    assert "not a range of them" in hopper.why_not(query, key, key, schedule)
+    assert hopper.why_not(query, key, key, schedule) is None
+    selectors = [Selector(SelectionRule(64, 16), length, None) for length in (1_048_576, 1_048_640)]
+    schedule = KeySchedule(portable.CAUSAL, keys=64)
+    assert hopper.why_not(query, key, key, schedule, selectors[0]) is None
+    reason = hopper.why_not(query, key, key, schedule, selectors[1])
+    assert reason == "they rank up to 16384 blocks, not 16385"
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from .slices import (
     is_all_full,
     slice_layout,
 )
+from .splits import ONE, Split
 
 _SCHEDULE_STEPS = 1_000_000
 """Length of the run that a slice pretends to begin: longer than any warm-up and decay."""
@@ -28,10 +29,11 @@ _SCHEDULE_STEPS = 1_000_000
 
 @dataclass(frozen=True)
 class Case:
-    """One layout at one length, on one device."""
+    """One layout at one length, on one device or split over several."""
 
     name: str
     config: Config
+    split: Split = ONE
     again: bool = False
     """Whether it was measured before: how much the clocks drifted since then."""
 
@@ -43,7 +45,8 @@ class Case:
     @property
     def label(self) -> str:
         """The name in tables."""
-        return f"{self.name} again" if self.again else self.name
+        split = "" if self.split == ONE else f" {self.split}"
+        return f"{self.name}{split} again" if self.again else f"{self.name}{split}"
 
     @property
     def tokens(self) -> int:
@@ -52,8 +55,8 @@ class Case:
 
     @cached_property
     def overview(self) -> Overview:
-        """The plan of this very configuration, on one rank."""
-        return make_overview(self.config, world_size=1)
+        """The plan of this very configuration."""
+        return make_overview(self.config, world_size=self.split.ranks)
 
     @property
     def flops_per_token(self) -> float:
@@ -74,14 +77,20 @@ def make_cases(options: Namespace) -> list[Case]:
     cases: list[Case] = []
     names = [*options.layouts, *([MEGATRON] if options.reference else [])]
     for length in options.lengths:
-        of_length = [Case(name, slice_config(options, name, length)) for name in names]
+        of_length = [
+            Case(name, slice_config(options, name, length, split=split), split)
+            for split in options.splits
+            for name in names
+        ]
         cases += of_length
         if options.repeat and len(of_length) > 1:
             cases.append(dataclasses.replace(of_length[0], again=True))
     return cases
 
 
-def slice_config(options: Namespace, name: str, length: int, more: tuple[str, ...] = ()) -> Config:
+def slice_config(
+    options: Namespace, name: str, length: int, more: tuple[str, ...] = (), split: Split = ONE
+) -> Config:
     """The validated configuration of one slice; `more` overrides come after the user's."""
     model_layout = compose([f"model={options.model}"]).model.layout
     try:
@@ -103,13 +112,13 @@ def slice_config(options: Namespace, name: str, length: int, more: tuple[str, ..
         overrides.append(f"model.moe.num_experts={options.experts}")
     if options.vocab is not None:
         overrides.append(f"model.vocab_size={options.vocab}")
-    config = compose([*overrides, *options.set, *more])
+    config = compose([*overrides, *split.overrides, *options.set, *more])
     if config.model.vocab_size is None:
         raise ConfigError(f"model.vocab_size: got null; give --vocab, {options.model} has none")
-    batch = options.micro_batches * config.train.micro_batch_size
+    batch = options.micro_batches * config.train.micro_batch_size * split.dp
     train = dataclasses.replace(config.train, global_batch_size=batch)
     config = dataclasses.replace(config, train=train)
-    check(config, world_size=1)
+    check(config, world_size=split.ranks)
     if name == MEGATRON:
         _check_reference(config)
     return config

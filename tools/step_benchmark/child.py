@@ -26,6 +26,7 @@ from hysparse_kernels.benchmarking.timer import seconds_of_steps
 from hysparse_megatron.config.frozen import from_yaml
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.errors import HySparseError
+from hysparse_megatron.runtime.launcher import rank_from_environment
 from hysparse_megatron.runtime.quiet import quiet_libraries
 
 from .request import Request
@@ -43,8 +44,12 @@ def main(argv: Sequence[str]) -> int:
     """Measure the request in the first file and write the second."""
     asked, answered = map(Path, argv)
     result = answer(Request(**json.loads(asked.read_text())))
-    answered.write_text(json.dumps(result))
-    return 0
+    failed = "note" in result
+    # Rank 0 tells what was measured, and whoever fails why nothing was: the first has the cause.
+    if rank_from_environment().rank == 0 or failed:
+        with contextlib.suppress(FileExistsError), answered.open("x") as file:
+            json.dump(result, file)
+    return int(failed)
 
 
 def answer(request: Request) -> dict[str, Any]:
@@ -64,7 +69,6 @@ def answer(request: Request) -> dict[str, Any]:
 def measure(request: Request) -> dict[str, Any]:
     """Build, warm up, time, and look at one more step with the profiler."""
     from hysparse_megatron.runtime import device as runtime_device
-    from hysparse_megatron.runtime.launcher import Rank
     from hysparse_megatron.training.startup_log import attention_backend
     from hysparse_megatron.training.state import build_state
     from hysparse_megatron.training.step import train_step
@@ -72,7 +76,8 @@ def measure(request: Request) -> dict[str, Any]:
     from . import annotations, picks, reference
 
     config = from_yaml(request.config)
-    device = runtime_device.start(Rank(0, 1, 0, 1), config.parallel)
+    rank = rank_from_environment()
+    device = runtime_device.start(rank, config.parallel)
     backend = attention_backend(config, device)
     facts = {"attention": reference.describe() if request.reference else f"{backend.name} backend"}
     began = time.perf_counter()
@@ -80,7 +85,9 @@ def measure(request: Request) -> dict[str, Any]:
     state = build_state(config, config.model.vocab_size, device, _builder(request, device))
     build_seconds = time.perf_counter() - began
     number = 1 if request.same_batch else min(request.warmup + request.steps, _MOST_BATCHES)
-    batches = itertools.cycle([random_batch(config, seed) for seed in range(number)])
+    replica, replicas = state.groups.dp.rank(), state.groups.dp.size()
+    seeds = range(replica * number, (replica + 1) * number)
+    batches = itertools.cycle([random_batch(config, seed, replicas) for seed in seeds])
     steps = itertools.count()
     losses: list[float] = []
 
@@ -93,7 +100,9 @@ def measure(request: Request) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
     for _ in range(request.warmup):
         step()
-    seconds = seconds_of_steps(step, request.steps, request.budget_seconds, device)
+    # Ranks must take equally many steps, whatever their clocks say.
+    budget = request.budget_seconds if rank.world_size == 1 else float("inf")
+    seconds = seconds_of_steps(step, request.steps, budget, device)
     result: dict[str, Any] = {
         **facts,
         "build_seconds": build_seconds,
@@ -113,14 +122,14 @@ def measure(request: Request) -> dict[str, Any]:
     return result
 
 
-def random_batch(config: Config, seed: int) -> list[dict[str, torch.Tensor]]:
-    """The micro-batches of one step, as `BatchSource` yields them, of random tokens."""
+def random_batch(config: Config, seed: int, replicas: int = 1) -> list[dict[str, torch.Tensor]]:
+    """One replica's micro-batches of a step, as `BatchSource` yields them, of random tokens."""
     train, vocab_size = config.train, config.model.vocab_size
     assert vocab_size is not None
     generator = torch.Generator().manual_seed(seed)
     shape = (train.micro_batch_size, train.seq_length + 1)
     microbatches = []
-    for _ in range(train.global_batch_size // train.micro_batch_size):
+    for _ in range(train.global_batch_size // train.micro_batch_size // replicas):
         rows = torch.randint(vocab_size, shape, generator=generator)
         inputs, labels = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
         microbatches.append(

@@ -13,12 +13,13 @@ from hysparse_megatron.errors import ConfigError
 
 from .picks import MODEL, PICKS
 from .slices import LAYOUTS
+from .splits import ONE, read_split
 
 _DESCRIPTION = """\
 Time whole training steps of a slice of a model: all dimensions true, fewer layers or experts, a
-smaller vocabulary, random tokens, one device. Every layout and length of one command is measured
-in one run, each in a process of its own, and compared at the end. The layouts differ in nothing
-but `model.layout`.
+smaller vocabulary, random tokens, one device or, with --splits, several of one machine. All
+layouts, lengths and splits of one command are measured in one run, each in processes of its own,
+and compared at the end. The layouts differ in nothing but `model.layout`.
 
   hysparse benchmark step --model hysparse_80b_a3b --layers 12 --experts 64 --vocab 8192 \\
       --lengths 32768 --set train.recompute=full
@@ -34,6 +35,7 @@ exit codes: 0 measured, whatever the numbers; 1 nothing could be measured; 2 bad
 """
 
 
+_SPLITS = "over how many devices: 1, dp2, cp2, tp2-cp4, ..; each beside the others, default: 1"
 _SLICE: dict[str, Any] = {"model": "hysparse_80b_a3b", "lengths": [32768]}
 _CURVE: dict[str, Any] = {"model": "tiny_hysparse", "lengths": [512], "vocab": 4096}
 
@@ -50,6 +52,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--vocab", type=count, metavar="N", help="token ids; default: the preset's")
     add("--lengths", type=_list_of(_number(int, 2)), metavar="N,N", help="default: 32768")
     add("--layouts", type=_list_of(_layout), default=list(LAYOUTS), help="of full,swa,hysparse")
+    add("--splits", type=_list_of(read_split), default=[ONE], metavar="SPLIT,..", help=_SPLITS)
     add("--reference", choices=["megatron"], help="also the full layout in megatron-core's layers")
     add("--steps", type=count, default=10, help="timed steps at most, default: %(default)s")
     add("--warmup", type=count, default=2, help="steps before, default: %(default)s")
@@ -66,6 +69,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--compare-cpu", type=count, nargs="?", const=20, metavar="STEPS", help="default: 20")
     options = parser.parse_args(list(argv))
     _fill_in(options)
+    if options.reference and options.splits != [ONE]:
+        raise ConfigError(
+            "--reference: megatron-core's layers run on one device; leave out --splits"
+        )
     options.set = [override for group in options.set for override in group]
     for override in options.set:
         if "=" not in override or override.startswith("~"):

@@ -33,6 +33,8 @@ class Request:
     """Whose selections sparse layers read; see `picks`."""
     same_batch: bool = False
     """Train on one batch over and over, so that even random tokens are learnt."""
+    ranks: int = 1
+    """Processes that run the case together, each on a device of its own."""
     exact_weights: bool = False
     """Draw the weights on the CPU as training does, not faster on the device."""
 
@@ -42,7 +44,12 @@ def run(request: Request) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         asked, answered = Path(folder) / "request.json", Path(folder) / "result.json"
         asked.write_text(json.dumps(asdict(request)))
-        command = [sys.executable, "-m", f"{__package__}.child", str(asked), str(answered)]
+        command = [sys.executable, "-m"]
+        if request.ranks > 1:
+            # Whoever fails takes the others along, which would wait for it.
+            command += ["torch.distributed.run", "--standalone", "--nproc-per-node"]
+            command += [str(request.ranks), "-m"]
+        command += [f"{__package__}.child", str(asked), str(answered)]
         done = subprocess.run(
             command,
             env=_environment(request.device),
@@ -64,7 +71,7 @@ def run(request: Request) -> dict[str, Any]:
 
 def _environment(device: str) -> dict[str, str]:
     """This process's, but alone: a launcher's variables would make the child wait for others."""
-    launcher = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID")
+    launcher = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "LOCAL_RANK")
     kept = {name: value for name, value in os.environ.items() if name not in launcher}
     kept["PYTHONPATH"] = import_paths()
     return {**kept, "CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else kept

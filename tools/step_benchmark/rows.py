@@ -39,8 +39,8 @@ class Row:
 
     @property
     def tflops(self) -> float:
-        """Of a measured case, recompute included, in 1e12 FLOPs a second."""
-        return self.case.flops_per_token * self.tokens_per_second * 1e-12
+        """Of one device in a measured case, recompute included, in 1e12 FLOPs a second."""
+        return self.case.flops_per_token * self.tokens_per_second * 1e-12 / self.case.split.ranks
 
     @property
     def share_of_peak(self) -> float:
@@ -85,6 +85,7 @@ class Row:
             "layers": case.config.model.layout,
             "length": case.length,
             "tokens_per_step": case.tokens,
+            "split": str(case.split),
             "parameters": case.overview.parameters.total,
             "training_flops_per_token": case.flops_per_token,
             "forward_flops_per_token": case.overview.flops.total,

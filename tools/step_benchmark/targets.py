@@ -10,6 +10,7 @@ from hysparse_megatron.architecture.model import ModelConfig
 
 from .rows import Row
 from .slices import FULL, HYSPARSE, MEGATRON, SWA
+from .splits import ONE
 
 _GEOMETRIES = {(2048, 64, 4): "80B-A3B", (4096, 32, 8): "7B"}
 """Hidden size, query heads and KV groups of the models that have goals."""
@@ -35,11 +36,22 @@ def targets(rows: Sequence[Row]) -> list[Target]:
 
 
 def _of_length(rows: Sequence[Row], length: int) -> Iterator[Target]:
-    found = {row.case.label: row for row in rows if row.case.length == length and row.timing}
-    if not found:
-        return
+    measured = [row for row in rows if row.case.length == length and row.timing]
+    for split in dict.fromkeys(row.case.split for row in measured):
+        yield from _of_split([row for row in measured if row.case.split == split], length)
+    alone = {row.case.name: row for row in measured if row.case.split == ONE}
+    for row in measured:
+        if row.case.split != ONE and row.case.name in alone and not row.case.again:
+            ratio = row.tokens_per_second / alone[row.case.name].tokens_per_second
+            yield Target(f"{row.case.label} / one device, tokens a second [{length}]", ratio)
+
+
+def _of_split(rows: Sequence[Row], length: int) -> Iterator[Target]:
+    found = {f"{row.case.name} again" if row.case.again else row.case.name: row for row in rows}
     name = geometry(next(iter(found.values())).case.config.model)
-    where = f"[{', '.join(filter(None, (str(length), name)))}]"
+    split = rows[0].case.split
+    parts = (str(length), name, None if split == ONE else str(split))
+    where = f"[{', '.join(filter(None, parts))}]"
     # Our full layers shall be no slower than megatron-core's own.
     goals = {
         (FULL, HYSPARSE): _GOALS.get((name or "", length)),

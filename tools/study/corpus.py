@@ -43,6 +43,10 @@ class Source:
     licence: str
     exclude: tuple[str, ...] = ()
     """Patterns of paths below `folder`."""
+    projects: tuple[str, ...] = ()
+    """Folders below `folder` that must be there; others are not read. Empty: all are."""
+    validation_share: float | None = None
+    """Of its projects, where it is not the recipe's."""
 
 
 def _source(name: str, given: Mapping[str, Any]) -> Source:
@@ -130,6 +134,8 @@ def documents(
     folder = root / source.folder
     if not folder.is_dir():
         raise DataError(f"{folder}: the recipe's source {source.name} is not there")
+    if missing := [name for name in source.projects if not (folder / name).is_dir()]:
+        raise DataError(f"{folder}: the recipe's source {source.name} lacks {', '.join(missing)}")
     for parent, files in _folders(folder, source):
         relative = parent.relative_to(folder)
         project = f"{source.name}/" + "/".join(relative.parts[: source.project_depth])
@@ -151,7 +157,8 @@ def documents(
 def _folders(folder: Path, source: Source) -> Iterator[tuple[Path, list[Path]]]:
     wanted = [
         path
-        for path in sorted(folder.rglob("*"))
+        for root in (folder / name for name in sorted(source.projects) or [""])
+        for path in sorted(root.rglob("*"))
         if path.suffix in source.suffixes
         and path.is_file()
         and not path.is_symlink()
@@ -234,8 +241,10 @@ def write_corpus(
     held_out: dict[str, _Parts] = {}
     training: list[tuple[bytes, str]] = []
     for source in recipe.sources:
+        own_share = source.validation_share
+        share = recipe.validation_share if own_share is None else own_share
         for project, text in documents(source, recipe, root, seen, left_out):
-            kept = is_held_out(project, recipe.validation_share)
+            kept = is_held_out(project, share)
             counted = counts.setdefault((source.name, "validation" if kept else "train"), _Counts())
             counted.documents += 1
             counted.characters += len(text)

@@ -14,6 +14,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
 )
 
+TILE_SIZES = ["sequence", "query_start", "queries", "gap", "groups", "tiles", "items", "programs"]
+"""Arguments of all kernels over token tiles whose values are no reason to compile again."""
 LOG2_E = gl.constexpr(1.4426950408889634)
 LN_2 = gl.constexpr(0.6931471805599453)
 SPAN = gl.constexpr(0)
@@ -49,17 +51,37 @@ def work(item, items, tiles, programs):
 
 
 @gluon.jit
-def extent(tile, tile_table, sequence, TILE: gl.constexpr, PACKED: gl.constexpr):
-    """First token of a tile, and start and stop of the document it lies in."""
+def extent(tile, tile_table, sequence, query_start, queries, gap,
+           TILE: gl.constexpr, PACKED: gl.constexpr, RANGE: gl.constexpr):  # fmt: skip
+    """First token of a tile, first key of its document, end of its tokens, and shift.
+
+    A token's position among the keys is token + shift, zero without RANGE.
+    """
+    shift = 0
+    if RANGE:
+        shift = query_start
     if PACKED:
         first = gl.load(tile_table + 3 * tile)
         start = gl.load(tile_table + 3 * tile + 1)
         stop = gl.load(tile_table + 3 * tile + 2)
+        if RANGE:
+            shift += first // queries * gap
     else:
         first = tile * TILE
         start = 0
         stop = sequence
-    return first, start, stop
+    return first, start, stop, shift
+
+
+@gluon.jit
+def position_of(token, shift, queries, gap, MODE: gl.constexpr, RANGE: gl.constexpr):
+    """Where tokens stand among the keys; tiles of BLOCKS may reach over the rows' borders."""
+    position = token
+    if RANGE:
+        position = token + shift
+        if MODE == BLOCKS:
+            position = position + token // queries * gap
+    return position
 
 
 @gluon.jit

@@ -36,19 +36,21 @@ from hysparse_kernels.hopper.common import (
     as_operand,
     barriers,
     flat,
+    position_of,
     tma_load,
 )
 
 
 @gluon.jit
 def _task(block_first, block_stop, document_stop, item_entry, item_first, item_stop, item_after,
-          window, sequence, blocks, MODE: gl.constexpr, TOKENS: gl.constexpr, KEYS: gl.constexpr,
-          PACKED: gl.constexpr):  # fmt: skip
+          window, sequence, query_start, queries, gap, blocks, MODE: gl.constexpr,
+          TOKENS: gl.constexpr, KEYS: gl.constexpr, PACKED: gl.constexpr,
+          RANGE: gl.constexpr):  # fmt: skip
     """What this program does.
 
     Returns group, first key, end of the keys, first and last part (BLOCKS: places in the lists),
-    end of the document, and for BLOCKS the program to wait for: -1 to store what is first, -2 if
-    there is nothing to do.
+    one past the last position that a token may have, for BLOCKS the program to wait for (-1 to
+    store what is first, -2 if there is nothing to do), shift, and the first token of the keys' row.
     """
     entry = gl.program_id(0)
     after = -1
@@ -66,14 +68,26 @@ def _task(block_first, block_stop, document_stop, item_entry, item_first, item_s
         key = block * KEYS
         keys_stop = gl.minimum(key + KEYS, sequence)
     limit = sequence
+    shift = 0
+    row_first = 0
+    if RANGE:
+        shift = query_start
     if MODE != BLOCKS:
         if PACKED:
             limit = gl.load(document_stop + block)
-        first = key // TOKENS
+        earliest = key
+        if RANGE:
+            if PACKED:
+                row = key // (queries + gap)
+                row_first = row * queries
+                shift = query_start + row * gap
+            earliest = gl.maximum(key, row_first + shift)
+            limit = gl.minimum(limit, row_first + queries + shift)
+        first = (earliest - shift) // TOKENS
         # Written so that a window as long as the sequence cannot overflow.
         last = gl.minimum(keys_stop - 1, limit - window) + window - 1
-        stop = gl.minimum(last, limit - 1) // TOKENS + 1
-    return group, key, keys_stop, first, stop, limit, after
+        stop = (gl.minimum(last, limit - 1) - shift + TOKENS) // TOKENS
+    return group, key, keys_stop, first, stop, limit, after, shift, row_first
 
 
 @gluon.jit
@@ -82,9 +96,9 @@ def _loader(
     q_smem, q2_smem, g_smem, k_smem, k2_smem, v_smem, lse_smem, delta_smem,
     k_ready, ready, empty,
     block_first, block_stop, document_stop, item_entry, item_first, item_stop, item_after,
-    inverse_part, window, sequence, groups, blocks,
+    inverse_part, window, sequence, query_start, queries, gap, groups, blocks,
     MODE: gl.constexpr, TOKENS: gl.constexpr, HEADS: gl.constexpr, KEYS: gl.constexpr,
-    STAGES: gl.constexpr, SPLIT: gl.constexpr, PACKED: gl.constexpr,
+    STAGES: gl.constexpr, SPLIT: gl.constexpr, PACKED: gl.constexpr, RANGE: gl.constexpr,
 ):  # fmt: skip
     """Bring K and V, and Q, dO, lse, delta of every part."""
     k_bytes: gl.constexpr = (
@@ -95,9 +109,9 @@ def _loader(
         q_desc.block_type.nbytes + (q2_desc.block_type.nbytes if SPLIT else 0)
         + g_desc.block_type.nbytes + 2 * 64 * 4
     )  # fmt: skip
-    group, key, _, first, stop, _, _ = _task(
+    group, key, _, first, stop, _, _, _, _ = _task(
         block_first, block_stop, document_stop, item_entry, item_first, item_stop, item_after,
-        window, sequence, blocks, MODE, TOKENS, KEYS, PACKED,
+        window, sequence, query_start, queries, gap, blocks, MODE, TOKENS, KEYS, PACKED, RANGE,
     )  # fmt: skip
     batch = group // groups
     kv = group % groups
@@ -191,10 +205,11 @@ def _consumer(
     q_smem, q2_smem, g_smem, k_smem, k2_smem, v_smem, lse_smem, delta_smem,
     k_ready, ready, empty, met,
     block_first, block_stop, document_stop, item_entry, item_first, item_stop, item_after,
-    inverse_part, inverse_bits, window, sequence, groups, blocks, scale, scale_log2, accumulate,
+    inverse_part, inverse_bits, window, sequence, query_start, queries, gap, groups, blocks,
+    scale, scale_log2, accumulate,
     MODE: gl.constexpr, HALF: gl.constexpr, TOKENS: gl.constexpr, HEADS: gl.constexpr,
     KEYS: gl.constexpr, STAGES: gl.constexpr, WIDTH: gl.constexpr, VALUE_WIDTH: gl.constexpr,
-    SPLIT: gl.constexpr, PACKED: gl.constexpr, ROWS: gl.constexpr,
+    SPLIT: gl.constexpr, PACKED: gl.constexpr, RANGE: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
     """Every second part."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
@@ -205,9 +220,9 @@ def _consumer(
     ds_layout: gl.constexpr = gl.DotOperandLayout(0, k_layout, 2)
     s_column: gl.constexpr = gl.SliceLayout(0, s_layout)
     dtype: gl.constexpr = v_smem.dtype
-    group, key_first, keys_stop, first, stop, limit, after = _task(
+    group, key_first, keys_stop, first, stop, limit, after, shift, row_first = _task(
         block_first, block_stop, document_stop, item_entry, item_first, item_stop, item_after,
-        window, sequence, blocks, MODE, TOKENS, KEYS, PACKED,
+        window, sequence, query_start, queries, gap, blocks, MODE, TOKENS, KEYS, PACKED, RANGE,
     )  # fmt: skip
     if after > -2:
         k = flat(k_smem, KEYS, WIDTH)
@@ -242,12 +257,15 @@ def _consumer(
             q2 = flat(q2_smem.index(stage), 64, 64) if SPLIT else q
             g = flat(g_smem.index(stage), 64, VALUE_WIDTH)
             token_first = part * TOKENS
-            edge = key_first + KEYS - 1 > token_first
+            first_position = position_of(token_first, shift, queries, gap, MODE, RANGE)
+            edge = key_first + KEYS - 1 > first_position
             if MODE != BLOCKS:
                 edge = (
-                    edge | (key_first <= token_first + TOKENS - 1 - window)
-                    | (token_first + TOKENS > limit)
+                    edge | (key_first <= first_position + TOKENS - 1 - window)
+                    | (first_position + TOKENS > limit)
                 )  # fmt: skip
+                if RANGE:
+                    edge = edge | (token_first < row_first)
             for piece in gl.static_range(64 // ROWS):
                 row = piece * ROWS + gl.arange(0, ROWS, layout=s_column)
                 q_piece = q.slice(piece * ROWS, ROWS)
@@ -267,10 +285,14 @@ def _consumer(
                 s = warpgroup_mma_wait(1, [s])
                 if edge:
                     token = token_first + row // HEADS
-                    seen = key[:, None] <= token[None, :]
+                    position = position_of(token, shift, queries, gap, MODE, RANGE)
+                    seen = key[:, None] <= position[None, :]
                     if MODE != BLOCKS:
-                        seen = seen & (key[:, None] > token[None, :] - window)
-                        seen = seen & (token < limit)[None, :]
+                        seen = seen & (key[:, None] > position[None, :] - window)
+                        seen = seen & (position < limit)[None, :]
+                        if RANGE:
+                            # Not those of the row before, which have other positions.
+                            seen = seen & (token >= row_first)[None, :]
                     s = gl.where(seen, s, float("-inf"))
                 p = gl.exp2(s * scale_log2 - pivot[None, :])
                 p_operand = as_operand(p, dtype, p_layout)
@@ -302,6 +324,8 @@ def _consumer(
                     done = gl.atomic_add(flags + after, 0, sem="acquire", scope="gpu")
                     while done == 0:
                         done = gl.atomic_add(flags + after, 0, sem="acquire", scope="gpu")
+            if add_to & (first >= stop):
+                keys_stop = key_first  # nothing to add
             batch = group // groups
             out = (batch.to(gl.int64) * sequence + key_first) * groups + group % groups
             _write(dv, dv_acc, out, keys_stop, groups, key_first, 0, add_to,
@@ -318,14 +342,18 @@ def _consumer(
                 gl.atomic_xchg(flags + gl.program_id(0), 1, sem="release", scope="gpu")
 
 
-@gluon.jit(do_not_specialize=["window", "sequence", "groups", "blocks", "accumulate"])
+_SIZES = ["window", "sequence", "query_start", "queries", "gap", "groups", "blocks", "accumulate"]
+
+
+@gluon.jit(do_not_specialize=_SIZES)
 def dkv_kernel(
     q_desc, q2_desc, g_desc, k_desc, k2_desc, v_desc, lse_desc, delta_desc, dk, dv, flags,
     block_first, block_stop, document_stop, item_entry, item_first, item_stop, item_after,
-    inverse_part, inverse_bits, window, sequence, groups, blocks, scale, scale_log2, accumulate,
+    inverse_part, inverse_bits, window, sequence, query_start, queries, gap, groups, blocks,
+    scale, scale_log2, accumulate,
     MODE: gl.constexpr, TOKENS: gl.constexpr, HEADS: gl.constexpr, KEYS: gl.constexpr,
     STAGES: gl.constexpr, WIDTH: gl.constexpr, VALUE_WIDTH: gl.constexpr, SPLIT: gl.constexpr,
-    PACKED: gl.constexpr, ROWS: gl.constexpr,
+    PACKED: gl.constexpr, RANGE: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
     """dk [B, S, HKV, D] and dv [B, S, HKV, DV] in fp32, stored or (`accumulate` = 1) added to."""
     # A stage must always be the same consumer's: a wait by parity cannot tell a turn of its own
@@ -350,23 +378,23 @@ def dkv_kernel(
             (_consumer, (dk, dv, flags, q_smem, q2_smem, g_smem, k_smem, k2_smem, v_smem, lse_smem,
                          delta_smem, k_ready, ready, empty, met, block_first, block_stop,
                          document_stop, item_entry, item_first, item_stop, item_after,
-                         inverse_part, inverse_bits, window, sequence, groups, blocks, scale,
-                         scale_log2, accumulate,
+                         inverse_part, inverse_bits, window, sequence, query_start, queries, gap,
+                         groups, blocks, scale, scale_log2, accumulate,
                          MODE, 0, TOKENS, HEADS, KEYS, STAGES, WIDTH, VALUE_WIDTH, SPLIT, PACKED,
-                         ROWS)),
+                         RANGE, ROWS)),
             (_consumer, (dk, dv, flags, q_smem, q2_smem, g_smem, k_smem, k2_smem, v_smem, lse_smem,
                          delta_smem, k_ready, ready, empty, met, block_first, block_stop,
                          document_stop, item_entry, item_first, item_stop, item_after,
-                         inverse_part, inverse_bits, window, sequence, groups, blocks, scale,
-                         scale_log2, accumulate,
+                         inverse_part, inverse_bits, window, sequence, query_start, queries, gap,
+                         groups, blocks, scale, scale_log2, accumulate,
                          MODE, 1, TOKENS, HEADS, KEYS, STAGES, WIDTH, VALUE_WIDTH, SPLIT, PACKED,
-                         ROWS)),
+                         RANGE, ROWS)),
             (_loader, (q_desc, q2_desc, g_desc, k_desc, k2_desc, v_desc, lse_desc, delta_desc,
                        q_smem, q2_smem, g_smem, k_smem, k2_smem, v_smem, lse_smem, delta_smem,
                        k_ready, ready, empty, block_first, block_stop, document_stop, item_entry,
-                       item_first, item_stop, item_after, inverse_part, window, sequence, groups,
-                       blocks,
-                       MODE, TOKENS, HEADS, KEYS, STAGES, SPLIT, PACKED)),
+                       item_first, item_stop, item_after, inverse_part, window, sequence,
+                       query_start, queries, gap, groups, blocks,
+                       MODE, TOKENS, HEADS, KEYS, STAGES, SPLIT, PACKED, RANGE)),
         ],
         [4, 1],
         [240, 24],

@@ -24,12 +24,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from hysparse_kernels.hopper.common import (
     BLOCKS,
     LOG2_E,
+    TILE_SIZES,
     alloc_smem,
     as_operand,
     barriers,
     extent,
     flat,
     narrow,
+    position_of,
     qk_dot,
     store_rows,
     tma_store,
@@ -61,10 +63,10 @@ def _consumer(
     dq_desc, dq2_desc, output, grad, g_b, g_s, g_h, lse, row_lse, row_delta, row_stride, dq,
     q_smem, q2_smem, g_smem, k_smem, k2_smem, v_smem,
     q_ready, q_empty, ready, empty, starts, bits, counts, capacity, tile_table,
-    sequence, groups, tiles, items, programs, window, scale, scale_log2,
+    sequence, query_start, queries, gap, groups, tiles, items, programs, window, scale, scale_log2,
     MODE: gl.constexpr, HALF: gl.constexpr, TOKENS: gl.constexpr, HEADS: gl.constexpr,
     KEYS: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, WIDTH: gl.constexpr,
-    VALUE_WIDTH: gl.constexpr, SPLIT: gl.constexpr, PACKED: gl.constexpr,
+    VALUE_WIDTH: gl.constexpr, SPLIT: gl.constexpr, PACKED: gl.constexpr, RANGE: gl.constexpr,
 ):  # fmt: skip
     """Rows HALF * 64 .. + 64 of every tile of this program."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
@@ -79,22 +81,26 @@ def _consumer(
     for item in range(gl.cdiv(items, programs)):
         tile, group, valid = work(item, items, tiles, programs)
         if valid:
-            tile_first, start, stop = extent(tile, tile_table, sequence, 2 * TOKENS, PACKED)
+            tile_first, start, stop, shift = extent(
+                tile, tile_table, sequence, query_start, queries, gap, 2 * TOKENS, PACKED, RANGE,
+            )  # fmt: skip
             batch = group // groups
             kv = group % groups
-            begin, steps = span(tile_first, start, stop, group, tile, tiles, window, counts,
-                                MODE, 2 * TOKENS, KEYS)  # fmt: skip
+            begin, steps = span(tile_first, start, stop, shift, group, tile, tiles, window, counts,
+                                MODE, 2 * TOKENS, KEYS, RANGE)  # fmt: skip
             list_base = (group.to(gl.int64) * tiles + tile) * capacity
             first = tile_first + HALF * TOKENS
             token = first + row // HEADS
+            first_position = position_of(first, shift, queries, gap, MODE, RANGE)
+            position = position_of(token, shift, queries, gap, MODE, RANGE)
             head = kv * HEADS + row % HEADS
             alive = token < stop
 
             found = _row_delta(output, grad, g_b, g_s, g_h, batch, first, kv, groups, sequence,
                                stop, HEADS, VALUE_WIDTH)  # fmt: skip
             delta = gl.convert_layout(found, s_row)
-            place = (batch.to(gl.int64) * groups * HEADS + head) * sequence + token
-            lse_i = gl.load(lse + place, mask=alive, other=float("inf")) * LOG2_E
+            lse_row = (batch.to(gl.int64) * groups * HEADS + head) * sequence + token
+            lse_i = gl.load(lse + lse_row, mask=alive, other=float("inf")) * LOG2_E
             lse_i = gl.where(lse_i == float("-inf"), float("inf"), lse_i)
             stat = group.to(gl.int64) * row_stride + token * HEADS + row % HEADS
             gl.store(row_lse + stat, lse_i, mask=alive)
@@ -115,8 +121,8 @@ def _consumer(
             for index in range(steps):
                 key_first = upcoming
                 mine, used, upcoming, members = next_step(
-                    upcoming, members, index, starts, bits, list_base, capacity, first, window,
-                    MODE, HALF, TOKENS, KEYS,
+                    upcoming, members, index, starts, bits, list_base, capacity, first_position,
+                    window, MODE, HALF, TOKENS, KEYS,
                 )  # fmt: skip
                 stage = step % STAGES
                 mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
@@ -126,7 +132,7 @@ def _consumer(
                     dp = qk_dot(g, g, v_smem.index(stage), v_smem.index(stage), ds,
                                  KEYS, VALUE_WIDTH, False)  # fmt: skip
                     s = warpgroup_mma_wait(1, [s])
-                    s = apply_mask(s, key_first, column, token, first, start, window,
+                    s = apply_mask(s, key_first, column, position, first_position, start, window,
                              MODE, TOKENS, KEYS, PACKED)  # fmt: skip
                     pivot = lse_i
                     if MODE == BLOCKS:
@@ -164,26 +170,15 @@ def _consumer(
                 mbarrier.arrive(q_empty.index(slot), count=1)
 
 
-@gluon.jit(
-    do_not_specialize=[
-        "sequence",
-        "groups",
-        "tiles",
-        "items",
-        "programs",
-        "capacity",
-        "window",
-        "row_stride",
-    ]
-)
+@gluon.jit(do_not_specialize=[*TILE_SIZES, "capacity", "window", "row_stride"])
 def dq_kernel(
     q_desc, q2_desc, g_desc, k_desc, k2_desc, v_desc, dq_desc, dq2_desc,
     output, grad, g_b, g_s, g_h, lse, row_lse, row_delta, row_stride, dq,
     starts, bits, counts, capacity, tile_table,
-    sequence, groups, tiles, items, programs, window, scale, scale_log2,
+    sequence, query_start, queries, gap, groups, tiles, items, programs, window, scale, scale_log2,
     MODE: gl.constexpr, TOKENS: gl.constexpr, HEADS: gl.constexpr, KEYS: gl.constexpr,
     STAGES: gl.constexpr, Q_STAGES: gl.constexpr, WIDTH: gl.constexpr,
-    VALUE_WIDTH: gl.constexpr, SPLIT: gl.constexpr, PACKED: gl.constexpr,
+    VALUE_WIDTH: gl.constexpr, SPLIT: gl.constexpr, PACKED: gl.constexpr, RANGE: gl.constexpr,
 ):  # fmt: skip
     """dq [B, S, HQ, D], and the rows' lse and delta for the kernel after it."""
     q_smem = alloc_smem(q_desc, 2 * Q_STAGES)
@@ -202,19 +197,22 @@ def dq_kernel(
             (_consumer, (dq_desc, dq2_desc, output, grad, g_b, g_s, g_h, lse, row_lse, row_delta,
                          row_stride, dq, q_smem, q2_smem, g_smem, k_smem, k2_smem, v_smem,
                          q_ready, q_empty, ready, empty, starts, bits, counts, capacity,
-                         tile_table, sequence, groups, tiles, items, programs, window, scale,
-                         scale_log2, MODE, 0, TOKENS, HEADS, KEYS, STAGES, Q_STAGES, WIDTH,
-                         VALUE_WIDTH, SPLIT, PACKED)),
+                         tile_table, sequence, query_start, queries, gap, groups, tiles, items,
+                         programs, window, scale, scale_log2,
+                         MODE, 0, TOKENS, HEADS, KEYS, STAGES, Q_STAGES, WIDTH,
+                         VALUE_WIDTH, SPLIT, PACKED, RANGE)),
             (_consumer, (dq_desc, dq2_desc, output, grad, g_b, g_s, g_h, lse, row_lse, row_delta,
                          row_stride, dq, q_smem, q2_smem, g_smem, k_smem, k2_smem, v_smem,
                          q_ready, q_empty, ready, empty, starts, bits, counts, capacity,
-                         tile_table, sequence, groups, tiles, items, programs, window, scale,
-                         scale_log2, MODE, 1, TOKENS, HEADS, KEYS, STAGES, Q_STAGES, WIDTH,
-                         VALUE_WIDTH, SPLIT, PACKED)),
+                         tile_table, sequence, query_start, queries, gap, groups, tiles, items,
+                         programs, window, scale, scale_log2,
+                         MODE, 1, TOKENS, HEADS, KEYS, STAGES, Q_STAGES, WIDTH,
+                         VALUE_WIDTH, SPLIT, PACKED, RANGE)),
             (loader, (q_desc, q2_desc, g_desc, k_desc, k2_desc, v_desc, q_smem, q2_smem, g_smem,
                       k_smem, k2_smem, v_smem, q_ready, q_empty, ready, empty, starts, counts,
-                      capacity, tile_table, sequence, groups, tiles, items, programs, window,
-                      MODE, TOKENS, HEADS, KEYS, STAGES, Q_STAGES, SPLIT, PACKED, True)),
+                      capacity, tile_table, sequence, query_start, queries, gap, groups, tiles,
+                      items, programs, window, MODE, TOKENS, HEADS, KEYS, STAGES, Q_STAGES, SPLIT,
+                      PACKED, RANGE, True)),
         ],
         [4, 1],
         [240, 24],

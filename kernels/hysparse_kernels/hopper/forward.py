@@ -24,12 +24,14 @@ from hysparse_kernels.hopper.common import (
     BLOCKS,
     LN_2,
     LOG2_E,
+    TILE_SIZES,
     alloc_smem,
     as_operand,
     barriers,
     extent,
     flat,
     narrow,
+    position_of,
     qk_dot,
     store_rows,
     tma_store,
@@ -65,11 +67,11 @@ def _softmax(s, m_i, l_i, mine, row, scale_log2, MODE: gl.constexpr, HEADS: gl.c
 def _consumer(
     o_desc, output, lse, sink, q_smem, q2_smem, k_smem, k2_smem, v_smem, o_smem,
     q_ready, q_empty, ready, empty, starts, bits, counts, capacity, tile_table,
-    sequence, groups, tiles, items, programs, window, scale_log2,
+    sequence, query_start, queries, gap, groups, tiles, items, programs, window, scale_log2,
     MODE: gl.constexpr, HALF: gl.constexpr, TOKENS: gl.constexpr, HEADS: gl.constexpr,
     KEYS: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, WIDTH: gl.constexpr,
     VALUE_WIDTH: gl.constexpr, SPLIT: gl.constexpr, PACKED: gl.constexpr,
-    HAS_SINK: gl.constexpr, OWN_OUTPUT: gl.constexpr,
+    RANGE: gl.constexpr, HAS_SINK: gl.constexpr, OWN_OUTPUT: gl.constexpr,
 ):  # fmt: skip
     """Rows HALF * 64 .. + 64 of every tile of this program."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
@@ -85,14 +87,18 @@ def _consumer(
     for item in range(gl.cdiv(items, programs)):
         tile, group, valid = work(item, items, tiles, programs)
         if valid:
-            tile_first, start, stop = extent(tile, tile_table, sequence, 2 * TOKENS, PACKED)
+            tile_first, start, stop, shift = extent(
+                tile, tile_table, sequence, query_start, queries, gap, 2 * TOKENS, PACKED, RANGE,
+            )  # fmt: skip
             batch = group // groups
             kv = group % groups
-            begin, steps = span(tile_first, start, stop, group, tile, tiles, window, counts,
-                                MODE, 2 * TOKENS, KEYS)  # fmt: skip
+            begin, steps = span(tile_first, start, stop, shift, group, tile, tiles, window, counts,
+                                MODE, 2 * TOKENS, KEYS, RANGE)  # fmt: skip
             list_base = (group.to(gl.int64) * tiles + tile) * capacity
             first = tile_first + HALF * TOKENS
             token = first + row // HEADS
+            first_position = position_of(first, shift, queries, gap, MODE, RANGE)
+            position = position_of(token, shift, queries, gap, MODE, RANGE)
             slot = (item % Q_STAGES) * 2 + HALF
             q_tile = flat(q_smem.index(slot), 64, WIDTH)
             q2 = q_tile
@@ -112,8 +118,8 @@ def _consumer(
             for index in range(steps):
                 key_first = upcoming
                 mine, used, upcoming, members = next_step(
-                    upcoming, members, index, starts, bits, list_base, capacity, first, window,
-                    MODE, HALF, TOKENS, KEYS,
+                    upcoming, members, index, starts, bits, list_base, capacity, first_position,
+                    window, MODE, HALF, TOKENS, KEYS,
                 )  # fmt: skip
                 stage = step % STAGES
                 mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
@@ -121,7 +127,7 @@ def _consumer(
                     s = qk_dot(q, q2, k_smem.index(stage), k2_smem.index(stage), p,
                                 KEYS, WIDTH, SPLIT)  # fmt: skip
                     s = warpgroup_mma_wait(0, [s])
-                    s = apply_mask(s, key_first, column, token, first, start, window,
+                    s = apply_mask(s, key_first, column, position, first_position, start, window,
                              MODE, TOKENS, KEYS, PACKED)  # fmt: skip
                     p, alpha, m_i, l_i = _softmax(s, m_i, l_i, mine, row, scale_log2, MODE, HEADS)
                     acc = acc * gl.convert_layout(alpha, o_row, assert_trivial=True)[:, None]
@@ -146,8 +152,8 @@ def _consumer(
             lse_i = gl.where(empty_row, float("-inf"), (m_i + gl.log2(safe)) * LN_2)
             acc = acc * gl.convert_layout(1.0 / safe, o_row, assert_trivial=True)[:, None]
             alive = token < stop
-            place = (batch.to(gl.int64) * groups * HEADS + head) * sequence + token
-            gl.store(lse + place, lse_i, mask=alive)
+            lse_row = (batch.to(gl.int64) * groups * HEADS + head) * sequence + token
+            gl.store(lse + lse_row, lse_i, mask=alive)
             if PACKED:
                 mbarrier.arrive(q_empty.index(slot), count=1)
                 store_rows(narrow(acc, dtype), output, batch, first, stop, sequence, groups, kv,
@@ -164,16 +170,15 @@ def _consumer(
                 mbarrier.arrive(q_empty.index(slot), count=1)
 
 
-@gluon.jit(
-    do_not_specialize=["sequence", "groups", "tiles", "items", "programs", "capacity", "window"]
-)
+@gluon.jit(do_not_specialize=[*TILE_SIZES, "capacity", "window"])
 def forward_kernel(
     q_desc, q2_desc, k_desc, k2_desc, v_desc, o_desc, output, lse, sink,
     starts, bits, counts, capacity, tile_table,
-    sequence, groups, tiles, items, programs, window, scale_log2,
+    sequence, query_start, queries, gap, groups, tiles, items, programs, window, scale_log2,
     MODE: gl.constexpr, TOKENS: gl.constexpr, HEADS: gl.constexpr, KEYS: gl.constexpr,
     STAGES: gl.constexpr, Q_STAGES: gl.constexpr, WIDTH: gl.constexpr,
-    VALUE_WIDTH: gl.constexpr, SPLIT: gl.constexpr, PACKED: gl.constexpr, HAS_SINK: gl.constexpr,
+    VALUE_WIDTH: gl.constexpr, SPLIT: gl.constexpr, PACKED: gl.constexpr, RANGE: gl.constexpr,
+    HAS_SINK: gl.constexpr,
 ):  # fmt: skip
     """output [B, S, HQ, DV] and lse [B, HQ, S] (natural log, sink included)."""
     OWN_OUTPUT: gl.constexpr = WIDTH != VALUE_WIDTH
@@ -192,18 +197,19 @@ def forward_kernel(
         [
             (_consumer, (o_desc, output, lse, sink, q_smem, q2_smem, k_smem, k2_smem, v_smem,
                          o_smem, q_ready, q_empty, ready, empty, starts, bits, counts, capacity,
-                         tile_table, sequence, groups, tiles, items, programs, window, scale_log2,
-                         MODE, 0, TOKENS, HEADS, KEYS, STAGES, Q_STAGES, WIDTH, VALUE_WIDTH, SPLIT,
-                         PACKED, HAS_SINK, OWN_OUTPUT)),
+                         tile_table, sequence, query_start, queries, gap, groups, tiles, items,
+                         programs, window, scale_log2, MODE, 0, TOKENS, HEADS, KEYS, STAGES,
+                         Q_STAGES, WIDTH, VALUE_WIDTH, SPLIT, PACKED, RANGE, HAS_SINK, OWN_OUTPUT)),
             (_consumer, (o_desc, output, lse, sink, q_smem, q2_smem, k_smem, k2_smem, v_smem,
                          o_smem, q_ready, q_empty, ready, empty, starts, bits, counts, capacity,
-                         tile_table, sequence, groups, tiles, items, programs, window, scale_log2,
-                         MODE, 1, TOKENS, HEADS, KEYS, STAGES, Q_STAGES, WIDTH, VALUE_WIDTH, SPLIT,
-                         PACKED, HAS_SINK, OWN_OUTPUT)),
+                         tile_table, sequence, query_start, queries, gap, groups, tiles, items,
+                         programs, window, scale_log2, MODE, 1, TOKENS, HEADS, KEYS, STAGES,
+                         Q_STAGES, WIDTH, VALUE_WIDTH, SPLIT, PACKED, RANGE, HAS_SINK, OWN_OUTPUT)),
             (loader, (q_desc, q2_desc, q_desc, k_desc, k2_desc, v_desc, q_smem, q2_smem, q_smem,
                       k_smem, k2_smem, v_smem, q_ready, q_empty, ready, empty, starts, counts,
-                      capacity, tile_table, sequence, groups, tiles, items, programs, window,
-                      MODE, TOKENS, HEADS, KEYS, STAGES, Q_STAGES, SPLIT, PACKED, False)),
+                      capacity, tile_table, sequence, query_start, queries, gap, groups, tiles,
+                      items, programs, window, MODE, TOKENS, HEADS, KEYS, STAGES, Q_STAGES, SPLIT,
+                      PACKED, RANGE, False)),
         ],
         [4, 1],
         [240, 24],

@@ -22,12 +22,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from hysparse_kernels import limits
 from hysparse_kernels.accumulation import KeyValueGradients
-from hysparse_kernels.documents import cut
 from hysparse_kernels.hopper.common import BLOCKS, SPAN
 from hysparse_kernels.hopper.dkv import dkv_kernel
 from hysparse_kernels.hopper.dq import dq_kernel
 from hysparse_kernels.hopper.forward import forward_kernel
 from hysparse_kernels.hopper.oracle import oracle_kernel
+from hysparse_kernels.query_range import QueryRange
 from hysparse_kernels.triton import kernels as portable
 from hysparse_kernels.triton.launch import KeySchedule, Saved, gradient_buffers
 from hysparse_kernels.triton.topk import Selector
@@ -63,8 +63,6 @@ def why_not(
     if not is_hopper(query.device):
         return f"they need a GPU of compute capability 9.0, the tensors are on {query.device}"
     reason = why_not_shape(query.shape[2] // key.shape[2], query.shape[3], value.shape[3])
-    if reason is None and schedule.queries is not None:
-        reason = "they take all queries of a sequence, not a range of them"
     if reason is None and schedule.lists is not None and schedule.keys != _KEYS:
         reason = f"they take selected blocks of {_KEYS} keys, not {schedule.keys}"
     if reason is None and schedule.lists is not None and schedule.lists.part.rows != _ROWS:
@@ -113,6 +111,9 @@ class _Geometry:
 
     batch: int
     sequence: int
+    """Queries of a row."""
+    keys: int
+    """Of a row."""
     groups: int
     heads: int
     width: int
@@ -121,8 +122,8 @@ class _Geometry:
     @classmethod
     def of(cls, query: Tensor, key: Tensor, value: Tensor) -> _Geometry:
         batch, sequence, query_heads, width = query.shape
-        groups = key.shape[2]
-        return cls(batch, sequence, groups, query_heads // groups, width, value.shape[3])
+        keys, groups = key.shape[1:3]
+        return cls(batch, sequence, keys, groups, query_heads // groups, width, value.shape[3])
 
     @property
     def split(self) -> bool:
@@ -166,11 +167,11 @@ class _Geometry:
         first = self.rows(tensor, self.first_width)
         return first, self.rows(tensor, 64) if self.split else first
 
-    def keys(self, tensor: Tensor, count: int) -> tuple[TensorDescriptor, TensorDescriptor]:
+    def key_tiles(self, tensor: Tensor, count: int) -> tuple[TensorDescriptor, TensorDescriptor]:
         first = _descriptor(tensor, [1, count, 1, self.first_width])
         return first, _descriptor(tensor, [1, count, 1, 64]) if self.split else first
 
-    def values(self, tensor: Tensor, count: int) -> TensorDescriptor:
+    def value_tiles(self, tensor: Tensor, count: int) -> TensorDescriptor:
         return _descriptor(tensor, [1, count, 1, self.value_width])
 
 
@@ -198,29 +199,37 @@ class _Tiles:
     packed: bool
     number: int
     table: Tensor
-    """int32 [tiles, 3] for packed documents: first token, start and stop of its document."""
+    """int32 [tiles, 3] for packed documents: first token, first key of its document, one past the
+    last token."""
     forward_index: tuple[Any, ...]
     """starts, bits, counts and capacity of a selection's forward_index, or stand-ins."""
+    range: bool
+    """Whether the queries are a range of a row's positions."""
+    queries: tuple[int, int, int]
+    """query_start, queries and gap, see QueryRange."""
+
+    def constants(self) -> dict[str, Any]:
+        return {"PACKED": self.packed, "RANGE": self.range}
 
     @classmethod
     def of(cls, schedule: KeySchedule, size: _Geometry, unused: Tensor) -> _Tiles:
+        place = schedule.queries is not None, QueryRange.arguments(schedule.queries)
         if schedule.lists is not None:
             starts = schedule.lists.starts
             forward_index = (starts, schedule.lists.bits, schedule.lists.counts, starts.shape[2])
-            return cls(BLOCKS.value, False, starts.shape[1], unused, forward_index)
+            return cls(BLOCKS.value, False, starts.shape[1], unused, forward_index, *place)
         number, table = triton.cdiv(size.sequence, 2 * size.tokens), unused
         if schedule.cu_seqlens is not None:
-            pieces = cut(schedule.cu_seqlens, 2 * size.tokens, size.sequence)
-            table = torch.stack((pieces.first, pieces.document_first, pieces.document_stop), 1)
-            number = len(pieces)
+            pieces = schedule.query_pieces(2 * size.tokens, size.sequence, 0, unused)
+            number = pieces.number
+            table = torch.stack((pieces.first, pieces.document_first, pieces.stop), 1)
         forward_index = (unused, unused, unused, 0)
-        return cls(SPAN.value, schedule.cu_seqlens is not None, number, table, forward_index)
+        packed = schedule.cu_seqlens is not None
+        return cls(SPAN.value, packed, number, table, forward_index, *place)
 
 
 def _window(schedule: KeySchedule, size: _Geometry) -> int:
-    return (
-        size.sequence if schedule.mode == portable.CAUSAL else min(schedule.window, size.sequence)
-    )
+    return size.keys if schedule.mode == portable.CAUSAL else min(schedule.window, size.keys)
 
 
 def forward(
@@ -238,18 +247,19 @@ def forward(
     lse = query.new_empty(size.batch, query.shape[2], size.sequence, dtype=torch.float32)
     tiles = _Tiles.of(schedule, size, lse)
     if schedule.mode == portable.CAUSAL:
-        return output, lse, _oracle(query, key, value, output, lse, tiles, size, scale, selector)
+        indices = _oracle(query, key, value, output, lse, tiles, size, scale, selector)
+        return output, lse, indices
     items = tiles.number * size.batch * size.groups
     programs = min(items, _multiprocessors(query.device))
     q_stages = 1 if size.split else 2
     fixed = 2 * _ROWS * 2 * (size.width * q_stages + size.own_output_width)
     forward_kernel[(programs,)](
-        *size.queries(query), *size.keys(key, _KEYS), size.values(value, _KEYS),
+        *size.queries(query), *size.key_tiles(key, _KEYS), size.value_tiles(value, _KEYS),
         size.rows(output, size.value_width), output, lse, lse if sink is None else sink,
         *tiles.forward_index, tiles.table,
-        size.sequence, size.groups, tiles.number, items, programs,
+        size.sequence, *tiles.queries, size.groups, tiles.number, items, programs,
         _window(schedule, size), scale * _LOG2_E,
-        MODE=tiles.mode, PACKED=tiles.packed, **size.constants(), KEYS=_KEYS,
+        MODE=tiles.mode, **tiles.constants(), **size.constants(), KEYS=_KEYS,
         STAGES=_stages(4, _KEYS * size.key_bytes, fixed), Q_STAGES=q_stages,
         HAS_SINK=sink is not None, num_warps=4,
     )  # fmt: skip
@@ -281,12 +291,12 @@ def _oracle(
         scratch = lse.new_empty(programs * 2 * _ROWS * (blocks + 1))
     fixed = 2 * _ROWS * 2 * (size.width + size.own_output_width)
     oracle_kernel[(programs,)](
-        *size.queries(query), *size.keys(key, _ORACLE_KEYS), size.values(value, _ORACLE_KEYS),
+        *size.queries(query),
+        *size.key_tiles(key, _ORACLE_KEYS), size.value_tiles(value, _ORACLE_KEYS),
         size.rows(output, size.value_width), output, lse, indices, scratch, tiles.table,
-        size.sequence, size.groups, tiles.number, items, programs, scale * _LOG2_E, blocks,
-        selected,
-        *forced, **size.constants(), KEYS=_ORACLE_KEYS,
-        STAGES=_stages(2, _ORACLE_KEYS * size.key_bytes, fixed), PACKED=tiles.packed,
+        size.sequence, *tiles.queries, size.groups, tiles.number, items, programs,
+        scale * _LOG2_E, blocks, selected, *forced, **size.constants(), KEYS=_ORACLE_KEYS,
+        STAGES=_stages(2, _ORACLE_KEYS * size.key_bytes, fixed), **tiles.constants(),
         SCORES=selector is not None, BLOCK=block_size,
         BLOCKS=max(128, triton.next_power_of_2(blocks)),
         SELECTED=triton.next_power_of_2(selected), num_warps=4,
@@ -315,16 +325,16 @@ def gradients(
     tiles = _Tiles.of(schedule, size, lse)
     items = tiles.number * pairs
     programs = min(items, _multiprocessors(query.device))
-    q_desc, k_desc = size.queries(query), size.keys(key, _KEYS)
-    g_desc, v_desc = size.rows(grad, size.value_width), size.values(value, _KEYS)
+    q_desc, k_desc = size.queries(query), size.key_tiles(key, _KEYS)
+    g_desc, v_desc = size.rows(grad, size.value_width), size.value_tiles(value, _KEYS)
     q_stages = 1 if size.split else 2
     dq_kernel[(programs,)](
         *q_desc, g_desc, *k_desc, v_desc, *size.queries(d_query),
         output, grad, *grad.stride()[:3], lse, row_lse, row_delta, stride, d_query,
         *tiles.forward_index, tiles.table,
-        size.sequence, size.groups, tiles.number, items, programs,
+        size.sequence, *tiles.queries, size.groups, tiles.number, items, programs,
         _window(schedule, size), scale, scale * _LOG2_E,
-        MODE=tiles.mode, PACKED=tiles.packed, **size.constants(), KEYS=_KEYS,
+        MODE=tiles.mode, **tiles.constants(), **size.constants(), KEYS=_KEYS,
         STAGES=_stages(4, _KEYS * size.key_bytes, 2 * _ROWS * size.key_bytes * q_stages),
         Q_STAGES=q_stages, num_warps=4,
     )  # fmt: skip
@@ -336,7 +346,7 @@ def gradients(
 
     d_key, d_value, add = gradient_buffers(key, value, accumulate, fp32=True)
     lists, packed = schedule.lists, schedule.cu_seqlens is not None
-    blocks = triton.cdiv(size.sequence, _KEYS)
+    blocks = triton.cdiv(size.keys, _KEYS)
     work = blocks * pairs
     block_table: tuple[Tensor, ...] = (lse, lse, lse)
     work_items: tuple[Tensor, ...] = (lse, lse, lse, lse, lse, lse)
@@ -347,16 +357,17 @@ def gradients(
         work_items = (*lists.work_items.tensors, lists.inverse_part, lists.inverse_bits)
         flags = torch.zeros_like(lists.work_items.after)
     elif schedule.cu_seqlens is not None:
-        pieces = cut(schedule.cu_seqlens, _KEYS, size.sequence)
-        blocks, block_table = len(pieces), (pieces.first, pieces.stop, pieces.document_stop)
+        pieces = schedule.key_pieces(_KEYS, size.keys, lse)
+        blocks, block_table = pieces.number, (pieces.first, pieces.stop, pieces.document_stop)
         work = blocks * pairs
     dkv_kernel[(work,)](
         *q_desc, g_desc, *k_desc, v_desc,
         _descriptor(row_lse, [1, _ROWS]), _descriptor(row_delta, [1, _ROWS]),
         d_key, d_value, flags, *block_table, *work_items,
-        _window(schedule, size), size.sequence, size.groups, blocks, scale, scale * _LOG2_E,
-        int(add), MODE=tiles.mode, PACKED=packed, **size.constants(), KEYS=_KEYS, STAGES=4,
-        ROWS=32 if size.split else 64, num_warps=4,
+        _window(schedule, size), size.keys, *tiles.queries, size.groups, blocks,
+        scale, scale * _LOG2_E,
+        int(add), MODE=tiles.mode, PACKED=packed, RANGE=tiles.range, **size.constants(),
+        KEYS=_KEYS, STAGES=4, ROWS=32 if size.split else 64, num_warps=4,
     )  # fmt: skip
     if accumulate is not None:
         return d_query, None, None, delta

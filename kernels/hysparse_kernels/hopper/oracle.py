@@ -30,8 +30,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from hysparse_kernels import limits
 from hysparse_kernels.hopper.common import (
     LN_2,
+    TILE_SIZES,
     add,
     alloc_smem,
     as_operand,
@@ -48,6 +50,8 @@ from hysparse_kernels.hopper.common import (
 )
 
 LOWEST = gl.constexpr(-2147483648)
+MOST_SCORES = gl.constexpr(limits.HOPPER_ORACLE_MAX_BLOCKS)
+"""Of all tokens that are ranked at a time: 128 for each thread of a consumer."""
 
 
 @gluon.jit
@@ -55,9 +59,9 @@ def _loader(
     q_desc, q2_desc, k_desc, k2_desc, v_desc,
     q_smem, q2_smem, k_smem, k2_smem, v_smem,
     q_ready, q_empty, k_ready, k_empty, v_ready, v_empty,
-    tile_table, sequence, groups, tiles, items, programs,
+    tile_table, sequence, query_start, queries, gap, groups, tiles, items, programs,
     TOKENS: gl.constexpr, HEADS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
-    SPLIT: gl.constexpr, PACKED: gl.constexpr,
+    SPLIT: gl.constexpr, PACKED: gl.constexpr, RANGE: gl.constexpr,
 ):  # fmt: skip
     """Bring Q once a tile and K, V once a step; K and V have rings of their own."""
     q_bytes: gl.constexpr = q_desc.block_type.nbytes + (q2_desc.block_type.nbytes if SPLIT else 0)
@@ -66,11 +70,13 @@ def _loader(
     turn = 0
     for item in range(gl.cdiv(items, programs)):
         tile, group, valid = work(item, items, tiles, programs)
-        first, start, stop = extent(tile, tile_table, sequence, 2 * TOKENS, PACKED)
+        first, start, stop, shift = extent(
+            tile, tile_table, sequence, query_start, queries, gap, 2 * TOKENS, PACKED, RANGE
+        )
         if valid & (first < stop):
             batch = group // groups
             kv = group % groups
-            last = gl.minimum(first + 2 * TOKENS, stop)
+            last = gl.minimum(first + 2 * TOKENS, stop) + shift
             steps = gl.cdiv(last - start, KEYS)
             for half in gl.static_range(2):
                 mbarrier.wait(q_empty.index(half), (turn & 1) ^ 1)
@@ -99,7 +105,7 @@ def _loader(
 
 
 @gluon.jit
-def _softmax(s, m_i, l_i, key, token, row_scratch, block, num_blocks, scale_log2,
+def _softmax(s, m_i, l_i, key, position, row_scratch, block, num_blocks, scale_log2,
              MASKED: gl.constexpr, SCORES: gl.constexpr,
              KEYS: gl.constexpr, BLOCK: gl.constexpr):  # fmt: skip
     """One step of the online softmax in base 2: p (fp32), alpha, and the new m_i and l_i.
@@ -109,7 +115,7 @@ def _softmax(s, m_i, l_i, key, token, row_scratch, block, num_blocks, scale_log2
     layout: gl.constexpr = s.type.layout
     row_layout: gl.constexpr = gl.SliceLayout(1, layout)
     if MASKED:
-        s = gl.where(key[None, :] <= token[:, None], s, float("-inf"))
+        s = gl.where(key[None, :] <= position[:, None], s, float("-inf"))
     if SCORES:
         parts: gl.constexpr = KEYS // BLOCK
         blocked = gl.reshape(s, [64, parts, BLOCK])
@@ -130,8 +136,8 @@ def _softmax(s, m_i, l_i, key, token, row_scratch, block, num_blocks, scale_log2
 
 
 @gluon.jit
-def _select(scratch, lse_scratch, indices, first, start, stop, num_blocks, scale_log2, sequence,
-            group, selected, forced_first, forced_recent,
+def _select(scratch, lse_scratch, indices, first, start, stop, shift, num_blocks, scale_log2,
+            sequence, group, selected, forced_first, forced_recent,
             TOKENS: gl.constexpr, HEADS: gl.constexpr, BLOCK: gl.constexpr,
             BLOCKS: gl.constexpr, SELECTED: gl.constexpr):  # fmt: skip
     """Indices of TOKENS tokens from the raw maxima of their rows (P1 Eq. 3); lowest id wins a tie.
@@ -139,14 +145,15 @@ def _select(scratch, lse_scratch, indices, first, start, stop, num_blocks, scale
     The K-th largest score is found bit by bit, so that the cost does not depend on K, and what is
     above it is written in ascending order of ids.
     """
-    ROWS: gl.constexpr = min(TOKENS, 4)
+    # What one pass holds of a thread's registers does not grow with the sequence.
+    ROWS: gl.constexpr = min(TOKENS, 4, MOST_SCORES // BLOCKS)
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [ROWS, 4 // ROWS], [1, 0])
     block = gl.arange(0, BLOCKS, layout=gl.SliceLayout(0, layout))
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
     for part in range(TOKENS // ROWS):
         offset = part * ROWS + row
         token = first + offset
-        own = (token - start) // BLOCK
+        own = (token + shift - start) // BLOCK
         visible = (block[None, :] <= own[:, None]) & (block < num_blocks)[None, :]
         best = gl.full([ROWS, BLOCKS], float("-inf"), gl.float32, layout)
         for head in range(HEADS):
@@ -192,12 +199,12 @@ def _consumer(
     o_desc, output, lse, indices, scratch,
     q_smem, q2_smem, k_smem, k2_smem, v_smem, o_smem,
     q_ready, q_empty, k_ready, k_empty, v_ready, v_empty,
-    tile_table, sequence, groups, tiles, items, programs, scale_log2, num_blocks, selected,
-    forced_first, forced_recent,
+    tile_table, sequence, query_start, queries, gap, groups, tiles, items, programs, scale_log2,
+    num_blocks, selected, forced_first, forced_recent,
     HALF: gl.constexpr, TOKENS: gl.constexpr, HEADS: gl.constexpr, KEYS: gl.constexpr,
     STAGES: gl.constexpr, WIDTH: gl.constexpr, VALUE_WIDTH: gl.constexpr, SPLIT: gl.constexpr,
-    PACKED: gl.constexpr, SCORES: gl.constexpr, BLOCK: gl.constexpr, BLOCKS: gl.constexpr,
-    SELECTED: gl.constexpr,
+    PACKED: gl.constexpr, RANGE: gl.constexpr, SCORES: gl.constexpr, BLOCK: gl.constexpr,
+    BLOCKS: gl.constexpr, SELECTED: gl.constexpr,
 ):  # fmt: skip
     """Rows HALF * 64 .. + 64 of every tile of this program."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
@@ -218,15 +225,18 @@ def _consumer(
     turn = 0
     for item in range(gl.cdiv(items, programs)):
         tile, group, valid = work(item, items, tiles, programs)
-        tile_first, start, stop = extent(tile, tile_table, sequence, 2 * TOKENS, PACKED)
+        tile_first, start, stop, shift = extent(
+            tile, tile_table, sequence, query_start, queries, gap, 2 * TOKENS, PACKED, RANGE
+        )
         if valid & (tile_first < stop):
             batch = group // groups
             kv = group % groups
-            steps = gl.cdiv(gl.minimum(tile_first + 2 * TOKENS, stop) - start, KEYS)
+            steps = gl.cdiv(gl.minimum(tile_first + 2 * TOKENS, stop) + shift - start, KEYS)
             first = tile_first + HALF * TOKENS
             token = first + row // HEADS
+            position = token + shift
             # Steps whose keys every row of this consumer sees.
-            clear = gl.minimum((first + 1 - start) // KEYS, steps)
+            clear = gl.minimum((first + shift + 1 - start) // KEYS, steps)
 
             m_i = gl.full([64], float("-inf"), gl.float32, s_row)
             l_i = gl.zeros([64], gl.float32, s_row)
@@ -243,7 +253,7 @@ def _consumer(
             mbarrier.arrive(k_empty.index(step % STAGES), count=1)
             key = start + column
             p, alpha, m_i, l_i = _softmax(
-                s, m_i, l_i, key, token, row_scratch, 0, num_blocks, scale_log2,
+                s, m_i, l_i, key, position, row_scratch, 0, num_blocks, scale_log2,
                 True, SCORES, KEYS, BLOCK,
             )  # fmt: skip
             p_operand = as_operand(p, dtype, p_layout)
@@ -261,7 +271,7 @@ def _consumer(
                 s = warpgroup_mma_wait(1, [s])
                 mbarrier.arrive(k_empty.index(stage), count=1)
                 p, alpha, m_i, l_i = _softmax(
-                    s, m_i, l_i, key, token, row_scratch, index * (KEYS // BLOCK), num_blocks,
+                    s, m_i, l_i, key, position, row_scratch, index * (KEYS // BLOCK), num_blocks,
                     scale_log2, False, SCORES, KEYS, BLOCK,
                 )  # fmt: skip
                 acc = warpgroup_mma_wait(0, [acc])
@@ -283,7 +293,7 @@ def _consumer(
                 mbarrier.arrive(k_empty.index(stage), count=1)
                 mbarrier.arrive(v_empty.index(before), count=1)
                 p, alpha, m_i, l_i = _softmax(
-                    s, m_i, l_i, key + index * KEYS, token, row_scratch,
+                    s, m_i, l_i, key + index * KEYS, position, row_scratch,
                     index * (KEYS // BLOCK), num_blocks, scale_log2, True, SCORES, KEYS, BLOCK,
                 )  # fmt: skip
                 acc = acc * gl.convert_layout(alpha, o_row, assert_trivial=True)[:, None]
@@ -302,8 +312,8 @@ def _consumer(
             acc = acc * share[:, None]
             head = kv * HEADS + row % HEADS
             alive = token < stop
-            place = (batch.to(gl.int64) * groups * HEADS + head) * sequence + token
-            gl.store(lse + place, lse_i * LN_2, mask=alive)
+            lse_row = (batch.to(gl.int64) * groups * HEADS + head) * sequence + token
+            gl.store(lse + lse_row, lse_i * LN_2, mask=alive)
             if PACKED:
                 mbarrier.arrive(q_empty.index(HALF), count=1)
                 store_rows(narrow(acc, dtype), output, batch, first, stop, sequence, groups, kv,
@@ -316,7 +326,7 @@ def _consumer(
             if SCORES:
                 gl.store(rows + row, lse_i)
                 gl.thread_barrier()
-                _select(row_scratch, rows, indices, first, start, stop, num_blocks,
+                _select(row_scratch, rows, indices, first, start, stop, shift, num_blocks,
                         scale_log2, sequence, group, selected, forced_first, forced_recent,
                         TOKENS, HEADS, BLOCK, BLOCKS, SELECTED)  # fmt: skip
                 gl.thread_barrier()
@@ -324,26 +334,17 @@ def _consumer(
 
 
 @gluon.jit(
-    do_not_specialize=[
-        "sequence",
-        "groups",
-        "tiles",
-        "items",
-        "programs",
-        "num_blocks",
-        "selected",
-        "forced_first",
-        "forced_recent",
-    ]
+    do_not_specialize=[*TILE_SIZES, "num_blocks", "selected", "forced_first", "forced_recent"]
 )
 def oracle_kernel(
     q_desc, q2_desc, k_desc, k2_desc, v_desc, o_desc,
     output, lse, indices, scratch, tile_table,
-    sequence, groups, tiles, items, programs, scale_log2, num_blocks, selected,
-    forced_first, forced_recent,
+    sequence, query_start, queries, gap, groups, tiles, items, programs, scale_log2, num_blocks,
+    selected, forced_first, forced_recent,
     TOKENS: gl.constexpr, HEADS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
     WIDTH: gl.constexpr, VALUE_WIDTH: gl.constexpr, SPLIT: gl.constexpr, PACKED: gl.constexpr,
-    SCORES: gl.constexpr, BLOCK: gl.constexpr, BLOCKS: gl.constexpr, SELECTED: gl.constexpr,
+    RANGE: gl.constexpr, SCORES: gl.constexpr, BLOCK: gl.constexpr, BLOCKS: gl.constexpr,
+    SELECTED: gl.constexpr,
 ):  # fmt: skip
     """See the module; launched with `programs` programs of four warps (and eight more inside)."""
     q_smem = alloc_smem(q_desc, 2)
@@ -365,22 +366,22 @@ def oracle_kernel(
             (_consumer, (o_desc, output, lse, indices, scratch,
                          q_smem, q2_smem, k_smem, k2_smem, v_smem, o_smem,
                          q_ready, q_empty, k_ready, k_empty, v_ready, v_empty,
-                         tile_table, sequence, groups, tiles, items, programs, scale_log2,
-                         num_blocks, selected, forced_first, forced_recent,
+                         tile_table, sequence, query_start, queries, gap, groups, tiles, items,
+                         programs, scale_log2, num_blocks, selected, forced_first, forced_recent,
                          0, TOKENS, HEADS, KEYS, STAGES, WIDTH, VALUE_WIDTH, SPLIT, PACKED,
-                         SCORES, BLOCK, BLOCKS, SELECTED)),
+                         RANGE, SCORES, BLOCK, BLOCKS, SELECTED)),
             (_consumer, (o_desc, output, lse, indices, scratch,
                          q_smem, q2_smem, k_smem, k2_smem, v_smem, o_smem,
                          q_ready, q_empty, k_ready, k_empty, v_ready, v_empty,
-                         tile_table, sequence, groups, tiles, items, programs, scale_log2,
-                         num_blocks, selected, forced_first, forced_recent,
+                         tile_table, sequence, query_start, queries, gap, groups, tiles, items,
+                         programs, scale_log2, num_blocks, selected, forced_first, forced_recent,
                          1, TOKENS, HEADS, KEYS, STAGES, WIDTH, VALUE_WIDTH, SPLIT, PACKED,
-                         SCORES, BLOCK, BLOCKS, SELECTED)),
+                         RANGE, SCORES, BLOCK, BLOCKS, SELECTED)),
             (_loader, (q_desc, q2_desc, k_desc, k2_desc, v_desc,
                        q_smem, q2_smem, k_smem, k2_smem, v_smem,
                        q_ready, q_empty, k_ready, k_empty, v_ready, v_empty,
-                       tile_table, sequence, groups, tiles, items, programs,
-                       TOKENS, HEADS, KEYS, STAGES, SPLIT, PACKED)),
+                       tile_table, sequence, query_start, queries, gap, groups, tiles, items,
+                       programs, TOKENS, HEADS, KEYS, STAGES, SPLIT, PACKED, RANGE)),
         ],
         [4, 1],
         [240, 24],

@@ -16,11 +16,14 @@ from hysparse_kernels.hopper.common import BLOCKS, extent, tma_load, work
 
 
 @gluon.jit
-def span(first, start, stop, group, tile, tiles, window, counts,
-         MODE: gl.constexpr, TILE: gl.constexpr, KEYS: gl.constexpr):  # fmt: skip
+def span(first, start, stop, shift, group, tile, tiles, window, counts, MODE: gl.constexpr,
+         TILE: gl.constexpr, KEYS: gl.constexpr, RANGE: gl.constexpr):  # fmt: skip
     """First key and number of steps of a token tile (for BLOCKS the lists hold the keys)."""
-    begin = gl.maximum(first - window + 1, start)
-    steps = gl.cdiv(gl.minimum(first + TILE, stop) - begin, KEYS)
+    begin = gl.maximum(first + shift - window + 1, start)
+    steps = gl.cdiv(gl.minimum(first + TILE, stop) + shift - begin, KEYS)
+    if RANGE:
+        # Unused tiles stand behind the tokens, but not behind the keys before them.
+        steps = gl.where(first < stop, steps, 0)
     if MODE == BLOCKS:
         steps = gl.load(counts + group.to(gl.int64) * tiles + tile)
     return begin, steps
@@ -31,10 +34,10 @@ def loader(
     q_desc, q2_desc, g_desc, k_desc, k2_desc, v_desc,
     q_smem, q2_smem, g_smem, k_smem, k2_smem, v_smem,
     q_ready, q_empty, ready, empty, starts, counts, capacity, tile_table,
-    sequence, groups, tiles, items, programs, window,
+    sequence, query_start, queries, gap, groups, tiles, items, programs, window,
     MODE: gl.constexpr, TOKENS: gl.constexpr, HEADS: gl.constexpr, KEYS: gl.constexpr,
     STAGES: gl.constexpr, Q_STAGES: gl.constexpr, SPLIT: gl.constexpr, PACKED: gl.constexpr,
-    WITH_GRAD: gl.constexpr,
+    RANGE: gl.constexpr, WITH_GRAD: gl.constexpr,
 ):  # fmt: skip
     """Bring Q (and with WITH_GRAD dO) of every tile, and K, V of every step."""
     q_bytes: gl.constexpr = (
@@ -49,11 +52,13 @@ def loader(
     for item in range(gl.cdiv(items, programs)):
         tile, group, valid = work(item, items, tiles, programs)
         if valid:
-            first, start, stop = extent(tile, tile_table, sequence, 2 * TOKENS, PACKED)
+            first, start, stop, shift = extent(
+                tile, tile_table, sequence, query_start, queries, gap, 2 * TOKENS, PACKED, RANGE,
+            )  # fmt: skip
             batch = group // groups
             kv = group % groups
-            begin, steps = span(first, start, stop, group, tile, tiles, window, counts,
-                                MODE, 2 * TOKENS, KEYS)  # fmt: skip
+            begin, steps = span(first, start, stop, shift, group, tile, tiles, window, counts,
+                                MODE, 2 * TOKENS, KEYS, RANGE)  # fmt: skip
             list_base = (group.to(gl.int64) * tiles + tile) * capacity
             for half in gl.static_range(2):
                 slot = (item % Q_STAGES) * 2 + half

@@ -1,5 +1,6 @@
 """`python -m tools.benchmark_step`: slices, families, tables, ratios, notes, and real steps."""
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from tools.step_benchmark.report import family_lines, memory_lines, time_line
 from tools.step_benchmark.request import Request
 from tools.step_benchmark.rows import Row
 from tools.step_benchmark.slices import default_layers, slice_layout
+from tools.step_benchmark.splits import read_split
 from tools.step_benchmark.targets import targets
 from tools.step_benchmark.trace import (
     ELEMENTWISE,
@@ -459,3 +461,32 @@ def test_other_selections_reach_the_sparse_layers_alone(tmp_path: Path) -> None:
         losses[picks] = {row["layout"]: row["measured"]["losses"] for row in rows}
     assert losses["model"]["full"] == losses["clustered"]["full"]
     assert losses["model"]["hysparse"] != losses["clustered"]["hysparse"]
+
+
+@pytest.mark.parametrize(
+    ("text", "ranks", "overrides"),
+    [
+        ("1", 1, []),
+        ("dp2", 2, []),
+        ("cp4", 4, ["parallel.cp=4"]),
+        ("tp2-cp4", 8, ["parallel.tp=2", "parallel.cp=4", "parallel.sequence_parallel=true"]),
+    ],
+)
+def test_splits_name_their_settings(text: str, ranks: int, overrides: list[str]) -> None:
+    split = read_split(text)
+    assert (str(split), split.ranks, split.overrides) == (text, ranks, overrides)
+
+
+@pytest.mark.parametrize("text", ["", "cp", "cp1", "xp2", "cp2-", "cp2-cp2", "2cp"])
+def test_other_splits_are_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="allowed"):
+        read_split(text)
+
+
+def test_a_case_is_split_over_ranks(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = f"{MINI} --layers 3 --layouts hysparse --splits 1,cp2 --steps 2 --no-profile"
+    assert main([*arguments.split(), "--no-repeat", "--set", "model.layout=F 2*S"]) == 0
+    printed = capsys.readouterr().out
+    assert "hysparse cp2 / one device, tokens a second [64]" in printed
+    with pytest.raises(ConfigError, match="run on one device"):
+        parse([*arguments.split(), "--reference", "megatron"])
