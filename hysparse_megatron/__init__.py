@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-__version__ = "0.1.0"
+from hysparse_kernels import __version__
+
+__all__ = ["__version__"]
 
 if not (Path(__file__).parent / "tools").is_dir():
     # A checkout: `tools` and `launch` stand beside the package. Installed, they are inside.

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hysparse_kernels.public import *
 
+__version__ = "0.1.0"
+"""Of this package and of hysparse_megatron, which are released together."""
+
 __all__ = [
     "BACKENDS",
     "FP8",
