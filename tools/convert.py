@@ -19,12 +19,14 @@ import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hysparse_megatron.checkpoint import store
 from hysparse_megatron.command import command, make_parser, positive
 from hysparse_megatron.config.frozen import CONFIG_FILE, load_frozen
 from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.packages import require_package
+from hysparse_megatron.tracking.metrics import by_evaluation, read_metrics
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -56,6 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     exporting.add_argument(
         "--no-verify", action="store_true", help="leave out comparing files with their hashes"
+    )
+    exporting.add_argument(
+        "--license", metavar="ID", help="of the weights, for the model card, such as apache-2.0"
     )
     exporting.add_argument("folder", type=Path, help="to write; must not exist")
     text = "a Hugging Face folder of this model as a checkpoint to start from"
@@ -115,10 +120,18 @@ def _export(given: argparse.Namespace) -> int:
         Path(tokenizer_file(str(given.tokenizer))) if given.tokenizer else None,
         getattr(torch, DTYPES[given.dtype]) if given.dtype else None,
         given.shard_size,
+        _evaluations(given.run_dir),
+        given.license,
     )
     export(request, given.folder, print)
     print(f"{checkpoint} -> {given.folder}")
     return 0
+
+
+def _evaluations(run_dir: Path) -> dict[str, list[dict[str, Any]]]:
+    """Of the run, by the set that they are on; weights that came from elsewhere have none."""
+    metrics = run_dir / "metrics.jsonl"
+    return by_evaluation(read_metrics(metrics)) if metrics.is_file() else {}
 
 
 def _import(given: argparse.Namespace) -> int:

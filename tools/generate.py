@@ -6,9 +6,10 @@
 
 Loads any checkpoint of the run, whatever parallel sizes saved it, into this process, or split over
 the ranks of torchrun (tensor parallel). New text goes to standard output as it is made; several
-prompts are continued together and shown one after another. Speed and the bytes of the key-value
-cache go to standard error. Ends with 0, with 2 for settings that cannot be, with 5 if the tokenizer
-is not there or another one, with 6 if there is no valid checkpoint.
+prompts are continued together and shown one after another; without one a document is begun. Speed
+and the bytes of the key-value cache go to standard error. Ends with 0, with 2 for settings that
+cannot be, with 5 if the tokenizer is not there or another one, with 6 if there is no valid
+checkpoint.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ def _number(text: str, is_allowed: Callable[[float], bool], allowed: str) -> flo
 
 
 def _prompts(given: argparse.Namespace) -> list[str]:
-    """Raises ConfigError if there is none, or the file cannot be read."""
+    """Those that are given, else an empty one. Raises ConfigError if the file cannot be read."""
     prompts = list(given.prompt)
     if given.prompts_file is not None:
         try:
@@ -137,11 +138,11 @@ def _prompts(given: argparse.Namespace) -> list[str]:
             raise ConfigError(
                 f"--prompts-file: cannot read {given.prompts_file}: {error}"
             ) from error
-    if not prompts:
-        raise ConfigError("nothing to continue: give --prompt TEXT or a --prompts-file with lines")
+        if not prompts:
+            raise ConfigError(f"--prompts-file: {given.prompts_file} has no line to continue")
     if "" in given.stop:
         raise ConfigError("--stop: got an empty text, which would end everything at once")
-    return prompts
+    return prompts or [""]
 
 
 def _require_run(run_dir: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from hysparse_megatron.config.schema import Config
 from hysparse_megatron.errors import CheckpointError
 from hysparse_megatron.huggingface import settings, tokenizer_files
 from hysparse_megatron.huggingface.folders import write_folder
+from hysparse_megatron.huggingface.model_card import model_card
 from hysparse_megatron.huggingface.reading import INDEX, SINGLE
 from hysparse_megatron.huggingface.weights import (
     EMBEDDING,
@@ -47,6 +48,10 @@ class Request:
     dtype: torch.dtype | None
     """Of the weights; None keeps the checkpoint's."""
     shard_bytes: int
+    evaluations: Mapping[str, Sequence[dict[str, Any]]]
+    """Rows of the run's evaluations by the set that they are on, for the model card."""
+    license_id: str | None = None
+    """Of the weights, for the model card; None leaves it open."""
 
 
 def export(request: Request, folder: Path, say: Say) -> None:
@@ -59,7 +64,8 @@ def export(request: Request, folder: Path, say: Say) -> None:
     index = tensors.read_index(request.checkpoint)
     index = {name: e for name, e in index.items() if not name.startswith(tensors.OPTIMIZER)}
     rows = _fitting_rows(request, index)
-    identity = store.tokenizer_facts(store.read_manifest(request.checkpoint))
+    manifest = store.read_manifest(request.checkpoint)
+    identity = store.tokenizer_facts(manifest)
     tokenizer = request.tokenizer
     if tokenizer is None:
         tokenizer = tokenizer_files.find_tokenizer(request.config.data, identity)
@@ -69,6 +75,14 @@ def export(request: Request, folder: Path, say: Say) -> None:
     rows = request.config.model.vocab_size or ids
     described = _description(request, rows, index[EMBEDDING]["dtype"])
     weights = model_weights(request.config.model, rows)
+    card = model_card(
+        request.config,
+        manifest,
+        request.evaluations,
+        vocab_rows=rows,
+        num_parameters=sum(weight.numel for weight in weights),
+        license_id=request.license_id,
+    )
 
     def write(target: Path) -> None:
         _write_weights(request, weights, index, target, say)
@@ -76,13 +90,16 @@ def export(request: Request, folder: Path, say: Say) -> None:
         length = request.config.train.seq_length
         tokenizer_files.write_tokenizer(tokenizer, target, length)
         end = tokenizer_files.end_of_document(tokenizer)
-        generation: dict[str, Any] = {"eos_token_id": end, "pad_token_id": end}
+        # What begins a document, for `generate` without a prompt, is the end of the one before.
+        generation: dict[str, Any] = dict.fromkeys(("bos", "eos", "pad"), end)
+        generation = {f"{name}_token_id": number for name, number in generation.items()}
         if ids < rows:
             # Of the model alone: no token of the tokenizer's.
             generation["suppress_tokens"] = list(range(ids, rows))
         tokenizer_files.write_object(target / "generation_config.json", generation)
         for name in CODE:
             shutil.copyfile(Path(__file__).with_name(name), target / name)
+        (target / "README.md").write_text(card, encoding="utf-8")
         (target / LICENSE_OF_CODE).write_text(license_text(), encoding="utf-8")
 
     write_folder(folder, write)

@@ -43,6 +43,13 @@ def generate(finished, capsys: pytest.CaptureFixture[str]):
     return call
 
 
+def test_without_a_prompt_a_document_is_begun(generate) -> None:
+    code, text, told = generate("--max-new-tokens", "8", "--ignore-end")
+    assert code == 0, told
+    assert text == generate("--prompt", "", "--max-new-tokens", "8", "--ignore-end")[1]
+    assert "prefill: 1 tokens" in told
+
+
 def numbers(*texts: str) -> list[int]:
     return [int(text.replace(",", "")) for text in texts]
 
@@ -136,7 +143,8 @@ def test_what_cannot_be_is_said(generate, finished, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     assert "is no run directory" in told(2, "--prompt", "x", run_dir=empty)
-    assert "nothing to continue" in told(2)
+    (tmp_path / "no_lines.txt").touch()
+    assert "no line to continue" in told(2, "--prompts-file", str(tmp_path / "no_lines.txt"))
     assert "missing.txt" in told(2, "--prompts-file", str(tmp_path / "missing.txt"))
     assert "an empty text" in told(2, "--prompt", "x", "--stop", "")
     long = told(2, "--prompt", "x", "--max-new-tokens", "1" + "0" * 12)

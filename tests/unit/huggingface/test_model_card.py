@@ -1,0 +1,101 @@
+"""What an exported folder says of itself, and what of it loads without its code."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+
+from hysparse_megatron.config.frozen import load_frozen
+from hysparse_megatron.huggingface.model_card import model_card
+from tests.unit.huggingface.exports import IDS, load, random_run
+from tools.convert import main
+
+DATA = {
+    "fingerprint": "f00d",
+    "train_documents": 1200,
+    "train_tokens": 34567,
+    "validation_documents": 12,
+    "validation_tokens": 345,
+}
+EVALUATIONS = [
+    {"step": 0, "eval_loss": 5.5, "eval_tokens": 64},
+    {"step": 0, "eval_loss": 6.25, "eval_tokens": 128, "evaluation": "code"},
+    {"step": 7, "eval_loss": 1.25, "eval_tokens": 64},
+]
+TEMPLATE = (
+    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{% endfor %}"
+)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory, session_seed: int) -> Path:
+    """A run with evaluations, and a chat template beside its tokenizer, exported after step 0."""
+    torch.manual_seed(session_seed)
+    folder = tmp_path_factory.mktemp("card")
+    run = random_run(folder / "run", "model.layout=F 2*S | F W", "name=small", identity=DATA)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in EVALUATIONS))
+    (run / "chat_template.jinja").write_text(TEMPLATE)
+    tokenizer = ["--tokenizer", str(run / "tokenizer.json")]
+    given = ["--run-dir", str(run), *tokenizer, "--license", "apache-2.0", str(folder / "out")]
+    assert main(["export", *given]) == 0
+    return folder / "out"
+
+
+def card_of(folder: Path) -> tuple[dict, str]:
+    _, metadata, text = (folder / "README.md").read_text().split("---\n", 2)
+    return yaml.safe_load(metadata), text
+
+
+def test_the_card_says_what_the_model_is(exported: Path) -> None:
+    metadata, text = card_of(exported)
+    assert metadata["license"] == "apache-2.0"
+    assert metadata["library_name"] == "transformers"
+    assert text.count("# small\n") == 1
+    assert "`F 2*S \\| F W`" in text
+    assert "| full attention | 2 layers |" in text
+    model = load(exported)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert f"| parameters | {parameters:,}, {parameters:,} of them active for a token |" in text
+    assert f"| token ids | {IDS} |" in text
+
+
+def test_the_card_says_what_it_read_and_how_good_it_is(exported: Path) -> None:
+    _, text = card_of(exported)
+    assert "| train split | 1,200 documents, 34,567 tokens |" in text
+    assert "| fingerprint | `f00d` |" in text
+    assert "| held-out part of the training data | 0 | 5.5000 | 64 |" in text
+    assert "| code | 0 | 6.2500 | 128 |" in text
+    assert "1.2500" not in text, "an evaluation of a later step"
+
+
+def test_what_is_not_known_is_said(exported: Path) -> None:
+    config = load_frozen(exported.parent / "run" / "config.yaml")
+    card = model_card(config, {"step": 3}, {}, vocab_rows=IDS, num_parameters=9, license_id=None)
+    metadata = yaml.safe_load(card.split("---\n", 2)[1])
+    assert "license" not in metadata
+    assert "None of the weights is stated" in card
+    assert "does not say what it was trained on" in card
+    assert "no evaluation up to this step" in card
+
+
+def test_the_tokenizer_needs_no_code_of_the_folder(exported: Path, tmp_path: Path) -> None:
+    without_code = tmp_path / "tokenizer"
+    shutil.copytree(exported, without_code, ignore=shutil.ignore_patterns("*.py"))
+    fast = PreTrainedTokenizerFast.from_pretrained(without_code)
+    auto = AutoTokenizer.from_pretrained(without_code, trust_remote_code=False)
+    for tokenizer in (fast, auto):
+        assert tokenizer("abc").input_ids == [97, 98, 99]
+        assert tokenizer.eos_token_id == IDS - 1
+        said = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+        assert said == "<user>hi"
+
+
+def test_generation_needs_no_prompt(exported: Path) -> None:
+    assert GenerationConfig.from_pretrained(exported).bos_token_id == IDS - 1
+    made = load(exported).generate(max_new_tokens=3, min_new_tokens=3)
+    assert made.shape == (1, 4)
+    assert made[0, 0] == IDS - 1
