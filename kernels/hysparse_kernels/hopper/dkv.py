@@ -9,11 +9,10 @@ at the end, always in the same order:
 
 With BLOCKS the parts come from the inverse index of a selection, and a program takes one work item
 of one block, see block_lists.WorkItems. The items of one segment of the sequence run at the same
-time, so that all of them find its queries in the L2 cache however far apart the blocks are
-that they work for; and a block that every token reads is cut up. The first program of a block
-stores its sums, a later one waits until the one before is done and adds to them, so that no float
-is ever added in an order of chance. Programs are started in the order of their numbers, and none
-waits for a higher one.
+time and find its queries in the L2 cache, however far apart their blocks are; and a block that
+every token reads is cut up. The first program of a block stores its sums, a later one waits until
+the one before is done and adds to them, so that no float is ever added in an order of chance.
+Programs are started in the order of their numbers, and none waits for a higher one.
 
 Shapes: B batch, S sequence, HQ query heads, HKV KV groups, D query/key head dim, DV value head dim.
 """
