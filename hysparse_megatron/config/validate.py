@@ -95,7 +95,6 @@ RULES: tuple[Rule, ...] = (
     train.ramp,
     optim.muon,
     tracking.tensorboard,
-    optim.whole_groups,
     paths.run_directory,
     paths.inputs,
 )
@@ -108,6 +107,5 @@ PLAN_RULES: tuple[Rule, ...] = (
     parallel.parallel,
     experts.experts,
     experts.dense_ranks,
-    optim.whole_groups,
 )
 """Those that another parallel plan may satisfy."""

@@ -161,9 +161,6 @@ class TrainingAttend:
         A selection is made once, so that recompute cannot change it.
         """
         is_read = self.config.plan.is_read(layer)
-        if is_read:
-            # Copies, because views would keep the whole fused projection alive with them.
-            key, value = key.contiguous(), value.contiguous()
         shared = self._whole(SharedAttention(key, value, None))
         attend = functools.partial(self._full, is_read and not self.again, shared.gradients)
         output, indices = self._run(attend, query, shared.key, shared.value)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import (
     ensure_metadata_has_dp_cp_group,
@@ -23,6 +22,7 @@ from torch import Tensor
 from hysparse_megatron.model.megatron_config import HySparseConfig
 from hysparse_megatron.model.norm import RMSNorm
 from hysparse_megatron.model.projection import GroupedProjection
+from hysparse_megatron.runtime.process_groups import RunGroups
 
 
 @dataclass
@@ -41,7 +41,7 @@ class BaseAttention(MegatronModule):
         config: HySparseConfig,
         submodules: AttentionSubmodules,
         layer_number: int,
-        pg_collection: ProcessGroupCollection,
+        pg_collection: RunGroups,
         pp_layer_offset: int | None = None,
         name: str | None = None,
     ) -> None:

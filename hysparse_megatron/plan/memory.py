@@ -107,12 +107,13 @@ def layer_activations(config: Config, plan: PipelinePlan, layer: int) -> Counter
     # Cosines and sines, once for the query and once for the key.
     positions = config.train.seq_length // config.parallel.cp
     kept["attention"] += 4 * positions * model.rotary_dim * element
-    # The value is a view of the fused projection; query and key exist once more, rotated.
-    fused = heads * attention.head_rows + groups * attention.group_rows
-    kept["attention"] += tokens * (fused + (heads + groups) * model.head_dim) * element
+    # Rotated query and key, and before that their norms' inputs.
+    kept["attention"] += tokens * heads * model.head_dim * element
+    if model.qk_norm:
+        kept["attention"] += tokens * (heads + groups) * model.head_dim * element
     kept["attention"] += branches * tokens * (output * element + heads * 4)
-    if branches > 1:
-        # The gated sum that the output projection reads, and both gates in fp32.
+    if attention.gates:
+        # What the output projection reads then, and the gates in fp32.
         gates = heads * sum(gate.width for gate in attention.gates)
         kept["attention"] += tokens * (output * element + gates * 4)
     if plan.is_read(layer):
@@ -120,6 +121,8 @@ def layer_activations(config: Config, plan: PipelinePlan, layer: int) -> Counter
     if plan.is_read(layer) or (config.parallel.cp > 1 and Branch.FULL in attention.kind.branches):
         # Of all tokens, wherever they are.
         kept["shared key and value"] += batch_tokens(config) * key_value_elements(config) * element
+    else:
+        kept["attention"] += tokens * key_value_elements(config) * element
     kept += _feed_forward_activations(config, layer)
     return kept
 

@@ -140,12 +140,23 @@ def _tensor_bytes(config: Config, plan: PipelinePlan, layer: int) -> float:
     # sequence parallelism, which gathers once more for the weight gradient; else one all-reduce.
     backward = 3 if parallel.sequence_parallel else 2
     total = blocks * whole * (2 * _passes(train.recompute) + backward)
-    ranks_per_group = parallel.tp // model.num_query_groups
-    if ranks_per_group > 1 and plan.is_read(layer):
-        # Ranks that share a KV group agree on the blocks: fp32 scores are max-reduced.
-        blocks_per_sequence = -(-train.seq_length // model.block_size)
-        total += 2 * _ring(ranks_per_group) * tokens * blocks_per_sequence * 4
-    return total
+    return total + _sharing_bytes(config, plan, layer)
+
+
+def _sharing_bytes(config: Config, plan: PipelinePlan, layer: int) -> float:
+    """What ranks that share a KV group send each other."""
+    model, train = config.model, config.train
+    ranks_per_group = config.parallel.tp // model.num_query_groups
+    if ranks_per_group <= 1:
+        return 0.0
+    tokens = rank_tokens(config)
+    # Key and value are gathered forward and summed backward.
+    total = tokens * key_value_elements(config) * element_bytes(config)
+    total *= _passes(train.recompute) + 1
+    if plan.is_read(layer):
+        # All must agree on the blocks: fp32 scores are max-reduced.
+        total += 2 * tokens * -(-train.seq_length // model.block_size) * 4
+    return total * _ring(ranks_per_group)
 
 
 def gather_bytes(config: Config) -> tuple[float, float]:

@@ -78,7 +78,7 @@ def mark_projections(chunks: Sequence[torch.nn.Module]) -> None:
             if isinstance(module, GroupedProjection):
                 weight = module.linear.weight
                 weight.is_qkv = True
-                weight.qkv_split_shapes = module.group_widths()
+                weight.qkv_split_shapes = module.widths()
 
 
 def allow_checkpoints_in_fp32(optimizer: MegatronOptimizer) -> None:

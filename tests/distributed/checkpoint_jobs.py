@@ -8,14 +8,17 @@ import resource
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.tensor_parallel import random as megatron_random
+from torch import Tensor
 
 from hysparse_megatron.checkpoint.moments import distributed_parts
 from hysparse_megatron.checkpoint.saver import Saver
@@ -28,6 +31,7 @@ from hysparse_megatron.data.read.batches import BatchSource
 from hysparse_megatron.data.read.dataset import TokenSamples
 from hysparse_megatron.data.read.order import Position
 from hysparse_megatron.errors import CheckpointError
+from hysparse_megatron.model.projection import GroupedProjection
 from hysparse_megatron.training.muon import is_matrix, matrix_parts
 from hysparse_megatron.training.state import TrainingState
 from hysparse_megatron.training.step import Batch, evaluate, train_step
@@ -137,13 +141,39 @@ def load_and_train(
     tokens: Batches,
     run_dir: Path,
     save_to: Path | None = None,
+    in_slices: bool = False,
 ) -> Continuation:
     """Load the run's newest checkpoint, save it again if asked, train on the rest of `tokens`."""
     state = prepare(config)
     step = load_state(state, resolve(run_dir))
     if save_to is not None:
-        save(state, save_to, step)
+        with _plain_slices() if in_slices else contextlib.nullcontext():
+            save(state, save_to, step)
     return _continue(state, _reader(state, tokens), step, len(tokens))
+
+
+@contextlib.contextmanager
+def _plain_slices() -> Iterator[None]:
+    """Each rank writes the rows of input projections from rank / T of all rows on, as all did when
+    ranks that share a KV group held such rows of it (of one KV group)."""
+
+    def in_slices(module: GroupedProjection, slices: ShardedTensor) -> ShardedTensorFactory:
+        group = module.sharing_group
+
+        def build(key: str, tensor: Tensor, replica_id: object, flattened_range: None):
+            of_ranks = [torch.empty_like(tensor) for _ in range(group.size())]
+            dist.all_gather(of_ranks, tensor.contiguous(), group=group)
+            parts = zip(*(rows.split(module.widths()) for rows in of_ranks), strict=True)
+            whole = torch.cat([share for part in parts for share in part])
+            own = whole.chunk(group.size())[group.rank()].contiguous()
+            return replace(slices, key=key, data=own, dtype=own.dtype, replica_id=replica_id)
+
+        return ShardedTensorFactory(
+            slices.key, slices.data, build, lambda loaded: loaded, slices.replica_id
+        )
+
+    with mock.patch.object(GroupedProjection, "_in_parts", in_slices):
+        yield
 
 
 def _continue(

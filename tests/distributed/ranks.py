@@ -35,8 +35,10 @@ class Piece(NamedTuple):
     value: np.ndarray
     dim: int | None
     """Dimension split over tensor-parallel ranks; None if every rank holds all of it."""
-    stride: int
-    """Number of interleaved runs per rank (2 for the gate and up halves of SwiGLU)."""
+    runs: tuple[int, ...]
+    """Rows of the runs that it is made of (2 for the gate and up halves of SwiGLU)."""
+    sharing: int
+    """How many parts, one after the other, interleave their runs."""
     index: int
     """Which of the parts this is."""
 
@@ -107,13 +109,32 @@ def pieces(state: TrainingState, read: Callable[[torch.nn.Parameter], Tensor]) -
             is_expert = not getattr(parameter, "allreduce", True)
             group = state.groups.expt_tp if is_expert else state.groups.tp
             value = read(parameter).detach().float().numpy().copy()
-            found[_global_name(state, model, name)] = Piece(
+            name = _global_name(state, model, name)
+            runs, sharing = (), 1
+            if split:
+                rows, stride = parameter.shape[parameter.partition_dim], parameter.partition_stride
+                runs, sharing = (rows // stride,) * stride, group.size()
+            if ".linear_qkv.linear." in name and split:
+                runs, sharing = _shared_runs(state, int(name.split(".")[2])) or (runs, sharing)
+            found[name] = Piece(
                 value,
                 parameter.partition_dim if split else None,
-                getattr(parameter, "partition_stride", 1) if split else 1,
+                runs,
+                sharing,
                 group.rank() if split else 0,
             )
     return found
+
+
+def _shared_runs(state: TrainingState, layer: int) -> tuple[tuple[int, ...], int] | None:
+    """Of an input projection, where several ranks have heads of one KV group: its parts' shares."""
+    model, tp = state.config.model, state.groups.tp.size()
+    if tp <= model.num_query_groups:
+        return None
+    parts = model.attention(state.megatron.plan.layout.kinds[layer]).parts
+    heads = model.num_attention_heads // tp
+    sharing = tp // model.num_query_groups
+    return tuple(p.width * heads if p.per_head else p.width // sharing for p in parts), sharing
 
 
 def _global_name(state: TrainingState, model: torch.nn.Module, name: str) -> str:

@@ -37,8 +37,10 @@ def _join(slices: list[Piece]) -> np.ndarray:
     first = slices[0]
     if first.dim is None:
         return first.value
-    runs = [np.split(piece.value, first.stride, axis=first.dim) for piece in slices]
-    ordered = [of_rank[index] for index in range(first.stride) for of_rank in runs]
+    edges = np.cumsum(first.runs)[:-1]
+    runs = [np.split(piece.value, edges, axis=first.dim) for piece in slices]
+    together = (runs[i : i + first.sharing] for i in range(0, len(runs), first.sharing))
+    ordered = [run for some in together for same in zip(*some, strict=True) for run in same]
     return np.concatenate(ordered, axis=first.dim)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ from hysparse_megatron.checkpoint.store import (
     latest_checkpoint,
     problems_of,
     read_manifest,
+    resolve,
     step_directory,
 )
-from hysparse_megatron.checkpoint.tensors import INDEX
+from hysparse_megatron.checkpoint.tensors import INDEX, read_weights
 from hysparse_megatron.config.schema import Precision
 from tests.distributed.cases import (
     EIGHT,
@@ -246,11 +248,18 @@ def save_run(case: Case, pool: WorkerPool, reference_for: ReferenceFor, run_dir:
     return run_dir, tokens, runs[0]
 
 
-def assert_goes_on(case: Case, saved_as: Case, pool: WorkerPool, saved: SavedRun) -> None:
+def assert_goes_on(
+    case: Case, saved_as: Case, pool: WorkerPool, saved: SavedRun, **options: Any
+) -> None:
     """Losses within rounding at any size, and to the bit at the saved one."""
     run_dir, tokens, original = saved
     runs = pool.run(
-        case.world_size, load_and_train, config=case.config(), tokens=tokens, run_dir=run_dir
+        case.world_size,
+        load_and_train,
+        config=case.config(),
+        tokens=tokens,
+        run_dir=run_dir,
+        **options,
     )
     for run in runs:
         assert run.first_step == SAVE_AFTER
@@ -296,6 +305,32 @@ def saved_muon(
 def test_muon_continues_at_any_size(case: Case, pool: WorkerPool, saved_muon: SavedRun) -> None:
     """Momentum too: its slices, its matrices dealt to other ranks, and those of experts."""
     assert_goes_on(case, SAVED_MUON, pool, saved_muon)
+
+
+MQA_BIAS = {"num_query_groups": 1, "qkv_bias": True}
+SHARED: dict[str, Any] = {"model": MQA_BIAS, "train": EIGHT}
+"""A model whose one KV group all tensor-parallel ranks share."""
+
+
+@pytest.mark.parametrize("optim", [{}, MUON], ids=["adamw", "muon"])
+def test_ranks_may_share_a_group_and_stop_sharing(
+    optim: dict[str, Any], pool: WorkerPool, reference_for: ReferenceFor, tmp_path: Path
+) -> None:
+    """TP 4 -> saved again by one process -> and by TP 2 x DP 2, as once it was -> TP 4."""
+    case = Case("tp4-sp", tp=4, sp=True, **SHARED, optim=optim)
+    run_dir, *run = save_run(case, pool, reference_for, tmp_path / case.name)
+    for other in (
+        Case("one-process", **SHARED, optim=optim),
+        Case("tp2-dp2-in-slices", tp=2, dp=2, **SHARED, optim=optim),
+    ):
+        again = {"save_to": tmp_path / other.name, "in_slices": other.tp > 1}
+        assert_goes_on(other, case, pool, (run_dir, *run), **again)
+        run_dir = tmp_path / other.name
+    first, last = (read_weights(resolve(path)) for path in (tmp_path / case.name, run_dir))
+    assert {name: tensor.tolist() for name, tensor in first.items()} == {
+        name: tensor.tolist() for name, tensor in last.items()
+    }
+    assert_goes_on(case, case, pool, (run_dir, *run))
 
 
 BF16 = {**HALF_BATCH, "precision": Precision.bf16}

@@ -56,6 +56,8 @@ UNEVEN = {"block_size": 5}
 GATED = {"full_gate": FullGate.head}
 TIED = {"tie_embeddings": True}
 QKV_BIAS = {"qkv_bias": True}
+ALL_PARTS = {**QKV_BIAS, **WIDE, "qk_norm": True, "full_gate": FullGate.channel}
+"""All that a projection and what follows it may have, in every kind of layer."""
 PADDED = {"vocab_size": 130}
 """Two ids in the second half of 256 rows: at TP 4 one rank holds nothing but padding."""
 DISTRIBUTED = MuonTensorParallel.distributed
@@ -92,6 +94,8 @@ CASES = [
     Case("tp4-4groups", tp=4, model={"num_query_groups": 4}, train=SHORT),
     Case("bias-tp4-sp-2groups", tp=4, sp=True, model={**QKV_BIAS, **PADDED}, train=IN_CHUNKS),
     Case("tp2-mqa", tp=2, model=MQA, train=IN_CHUNKS),
+    Case("all-parts-tp4-sp-mqa", HYBRID, tp=4, sp=True, model={**ALL_PARTS, **MQA}, train=SHORT),
+    Case("recompute-full-tp2-dp2-sp-mqa", tp=2, dp=2, sp=True, model=MQA, train=SHORT_FULL),
     Case("tp2-pp2-sp-mqa-inside", INSIDE, tp=2, pp=2, sp=True, model=MQA, train=SHORT),
     Case("pp2-border", ON_BORDER, pp=2),
     Case("pp2-inside", INSIDE, pp=2),
@@ -139,6 +143,7 @@ CASES = [
     Case("muon-tp2-distributed", tp=2, train=SHORT, optim=muon(tp_mode=DISTRIBUTED)),
     Case("muon-tied-pp2-dp2", INSIDE, pp=2, dp=2, model=TIED, train=SHORT, optim=MUON),
     Case("muon-whole-projections-tp4", tp=4, train=SHORT, optim=muon(split_qkv=False)),
+    Case("muon-tp4-sp-mqa", tp=4, sp=True, model={**WIDE, **MQA}, train=SHORT, optim=MUON),
     Case("muon-moe-tp2-sp-ep2", tp=2, sp=True, ep=2, model=SHARED, train=SHORT, optim=MUON),
     Case("muon-moe-dp2-ep2", dp=2, ep=2, model=SHARED, train=SHORT, optim=MUON),
 ]

@@ -1,4 +1,4 @@
-"""The table of docs/models.md says what the planner says."""
+"""The tables of docs/models.md say what the planner says."""
 
 import json
 import re
@@ -8,10 +8,20 @@ from pathlib import Path
 
 import pytest
 
+from hysparse_megatron.config.compose import compose
+from hysparse_megatron.plan.memory import GIB
+from hysparse_megatron.plan.suggest import overview_of
+
 ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
 ROWS = re.findall(
     r"^\| `(\w+)` \| `([^`]+)` \| ([\d,]+) \| ([\d,]+) \| ([\d.]+) GB \| ([\d.]+) GB \|$",
-    (ROOT / "docs" / "models.md").read_text(encoding="utf-8"),
+    PAGE,
+    flags=re.M,
+)
+PLANS = re.findall(
+    r"^\| (none|`[^`]+`) \| ([\d.]+) GiB \| ([\d.]+) GB \| ([\d.]+) GB \| ([\d.]+) GB \|$",
+    PAGE,
     flags=re.M,
 )
 
@@ -38,3 +48,15 @@ def test_rows_are_what_the_planner_says(row: tuple[str, ...]) -> None:
     caches = {entry["context_length"]: entry["bytes"] for entry in plan["kv_cache"]}
     assert f"{caches[32768] / 1e9:.2f}" == short
     assert f"{caches[1048576] / 1e9:.1f}" == long
+
+
+def test_plans_are_what_the_planner_says_and_fit() -> None:
+    assert len(PLANS) == 3
+    for settings, memory, *sent in PLANS:
+        added = [] if settings == "none" else settings.strip("`").split()
+        planned = overview_of(compose(["experiment=paper_80b_a3b_32k", *added]), 128)
+        assert planned.peak_bytes < 79 * GIB
+        assert f"{planned.peak_bytes / GIB:.1f}" == memory
+        for kind, bytes_sent in zip(("tensor", "expert", "context"), sent, strict=True):
+            most = max(getattr(rank.traffic, f"{kind}_bytes") for rank in planned.ranks)
+            assert f"{most / 1e9:.2f}" == bytes_sent

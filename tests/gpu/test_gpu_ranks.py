@@ -37,6 +37,7 @@ MODEL = [
     "optim.decay_steps=null",
 ]
 EXPERTS = ["model.moe.num_experts=4", "model.moe.num_active_experts=2"]
+MQA = ["model.num_query_groups=1", "model.qkv_bias=true"]
 TENSOR = ["parallel.tp=2", "parallel.sequence_parallel=true"]
 SPLITS = {
     "one": [],
@@ -44,6 +45,8 @@ SPLITS = {
     "tp2": TENSOR,
     "pp2": ["parallel.pp=2", "model.layout=F S | S F S W"],
     "cp2": ["parallel.cp=2"],
+    "mqa-one": MQA,
+    "mqa-tp2": [*MQA, *TENSOR],
     "experts-one": EXPERTS,
     "experts-ep2": [*EXPERTS, "parallel.ep=2"],
     "experts-tp2": [*EXPERTS, *TENSOR],
@@ -107,7 +110,8 @@ def losses(run_dir: Path) -> list[float]:
 def test_two_gpus_train_like_one(
     split: str, precision: str, runs: dict[tuple[str, str], Path]
 ) -> None:
-    alone = losses(runs["experts-one" if split.startswith("experts") else "one", precision])
+    of_model = f"{split.split('-')[0]}-" if "-" in split else ""
+    alone = losses(runs[f"{of_model}one", precision])
     found = losses(runs[split, precision])
     assert alone[-1] < alone[0]
     differences = [abs(a - b) for a, b in zip(alone, found, strict=True)]

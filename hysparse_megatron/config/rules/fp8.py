@@ -45,8 +45,4 @@ def fp8(config: Config) -> Iterator[Problem]:
 
 def _fused_width(config: Config) -> int:
     """Columns per rank of a sparse layer's input projection: queries, gates, key and value."""
-    model = config.model
-    groups = max(1, model.num_query_groups // max(config.parallel.tp, 1))
-    heads = model.num_attention_heads // max(model.num_query_groups, 1)
-    attention = model.attention(LayerKind.SPARSE)
-    return groups * (heads * attention.head_rows + attention.group_rows)
+    return config.model.attention(LayerKind.SPARSE).projection_rows // max(config.parallel.tp, 1)

@@ -43,12 +43,3 @@ def muon(config: Config) -> Iterator[Problem]:
             "(the extra `muon` of this package)"
         )
         yield Problem("optim.name", got, allowed)
-
-
-def whole_groups(config: Config) -> Iterator[Problem]:
-    """A slice of the fused projection must hold whole KV groups, or it has no parts to split."""
-    groups, tp = config.model.num_query_groups, config.parallel.tp
-    splits = config.optim.name is OptimizerName.muon and config.optim.muon.split_qkv
-    if splits and 0 < groups < tp:
-        allowed = f"false while parallel.tp = {tp} exceeds model.num_query_groups = {groups}"
-        yield Problem("optim.muon.split_qkv", "true", allowed)

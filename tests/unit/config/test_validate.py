@@ -268,12 +268,6 @@ BAD: list[tuple[dict[str, Any], str, str, str]] = [
         "above 0",
     ),
     (
-        {"optim.name": OptimizerName.muon, "model.num_query_groups": 1},
-        "optim.muon.split_qkv",
-        "true",
-        "false while parallel.tp = 2 exceeds model.num_query_groups = 1",
-    ),
-    (
         {"optim.name": OptimizerName.muon, "model.moe": experts(8)},
         "parallel.ep",
         "1",
@@ -304,7 +298,7 @@ def test_every_rule(
     assert allowed in message
 
 
-def test_more_groups_than_fit_are_fine_when_they_are_replicated(base: Config) -> None:
+def test_a_group_may_be_shared_by_ranks(base: Config) -> None:
     one_group = changed(base, {"model.num_query_groups": 1})
     assert validate(one_group, world_size=4) == []
 
@@ -312,8 +306,7 @@ def test_more_groups_than_fit_are_fine_when_they_are_replicated(base: Config) ->
 def test_muon_is_valid_where_its_matrices_are_whole(base: Config) -> None:
     muon = changed(base, {"optim.name": OptimizerName.muon})
     assert validate(muon, world_size=4) == []
-    together = {"model.num_query_groups": 1, "optim.muon": MuonConfig(split_qkv=False)}
-    assert validate(changed(muon, together), world_size=4) == []
+    assert validate(changed(muon, {"model.num_query_groups": 1}), world_size=4) == []
     with_experts = changed(muon, {"model.moe": experts(8)})
     assert validate(with_experts, world_size=8) == []
     assert validate(changed(with_experts, {"parallel.ep": 2}), world_size=4) == []

@@ -22,7 +22,9 @@ from hysparse_megatron.model.layers import (
     fusions,
     resolve_layers,
 )
+from hysparse_megatron.model.megatron_config import make_megatron_config
 from hysparse_megatron.model.norm import RMSNorm
+from hysparse_megatron.model.projection import GroupedProjection
 from hysparse_megatron.model.spec import layer_spec
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -147,3 +149,10 @@ def test_checkpoints_hold_weights_alone() -> None:
         _load_weights(module, {})
     with pytest.raises(CheckpointError, match=r"too many is \['other'\]"):
         _load_weights(module, {"weight": torch.ones(3, 2), "other": torch.ones(1)})
+
+
+def test_ranks_that_share_a_group_need_a_process_group() -> None:
+    config = compose(["model=tiny_hysparse", "model.num_query_groups=2"])
+    groups = SimpleNamespace(tp=SimpleNamespace(size=lambda: 4), kv_sharing=None)
+    with pytest.raises(ValueError, match="2 tensor-parallel ranks share a KV group"):
+        GroupedProjection(make_megatron_config(config), torch.nn.Linear, (), groups)
