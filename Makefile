@@ -12,6 +12,9 @@ ARGS ?=
 # Ranks on this machine; quickstart is tensor parallel 2 x pipeline parallel 2.
 NPROC ?= 4
 
+# Where it is set, every process of a test would compile this package anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help setup train test test-seeds test-fault test-slurm check lint format docs clean
 

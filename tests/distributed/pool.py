@@ -22,8 +22,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from tests.forks import INHERITED, Fork, fork_server
+
 FIRST_JOB_EXTRA_SECONDS = 180.0
-"""Added to the timeout of a job that has to start workers: their imports wait for a busy disk."""
+"""Added to the timeout of a job that has to start workers: imports wait for a busy disk."""
 GRACE_SECONDS = 2.0
 """How long the other ranks get to report too, once one has failed."""
 
@@ -43,7 +45,7 @@ class _Job(NamedTuple):
 
 
 class _Worker(NamedTuple):
-    process: Any
+    process: Fork
     connection: Connection
 
 
@@ -121,17 +123,18 @@ class WorkerPool:
         for worker in self._workers:
             worker.process.kill()
         for worker in self._workers:
-            worker.process.join()
+            worker.process.wait()
             worker.connection.close()
         self._workers.clear()
 
     def _start(self, world_size: int) -> bool:
-        context = multiprocessing.get_context("spawn")
         missing = world_size - len(self._workers)
         for _ in range(missing):
-            here, there = context.Pipe()
-            process = context.Process(target=_work, args=(there,), daemon=True)
-            process.start()
+            here, there = multiprocessing.Pipe()
+            # Jobs may be of modules that only pytest has made importable.
+            paths = f"import sys; sys.path[:] = {sys.path}"
+            work = ["-c", f"{paths}; from tests.distributed.pool import work; work()"]
+            process = fork_server().start(work, output=2, descriptor=there.fileno())
             there.close()
             self._workers.append(_Worker(process, here))
         return missing > 0
@@ -162,8 +165,9 @@ class WorkerPool:
         return results, failures
 
 
-def _work(connection: Connection) -> None:
+def work() -> None:
     """A worker's life: jobs until the parent is gone."""
+    connection = Connection(*INHERITED)
     torch.set_num_threads(1)
     while True:
         # A closed pipe means that the parent is gone, even if it was killed.

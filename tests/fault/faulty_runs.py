@@ -82,7 +82,13 @@ class FaultyRun:
         arguments = ["--nproc", str(self.ranks), *self.settings, *overrides]
         variables |= {VARIABLE: fault}
         return self._keep(
-            Command(arguments, entry=LOCAL, closes_after=whose_output_ends_at, **variables)
+            Command(
+                arguments,
+                entry=LOCAL,
+                closes_after=whose_output_ends_at,
+                afresh=True,
+                **variables,
+            )
         )
 
     def start_rank(self, rank: int, port: int, *overrides: str, **variables: str) -> Command:
@@ -95,7 +101,8 @@ class FaultyRun:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
-        return self._keep(Command([*self.settings, *overrides], entry=TRAIN, **place, **variables))
+        arguments = [*self.settings, *overrides]
+        return self._keep(Command(arguments, entry=TRAIN, afresh=True, **place, **variables))
 
     def _keep(self, command: Command) -> Command:
         self._started.append(command)

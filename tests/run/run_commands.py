@@ -15,7 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hysparse_megatron.tracking.metrics import results
+from tests.forks import COMMAND_LINE, Fork, fork_server
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -76,33 +79,41 @@ class Command:
         entry: Sequence[str] = TRAIN,
         cwd: Path = ROOT,
         closes_after: str | None = None,
+        afresh: bool = False,
         **variables: str,
     ) -> None:
+        """`afresh`: by an interpreter of its own, for what a start may break; see `tests.forks`."""
         self.arguments = list(arguments)
         self._closes_after = closes_after
-        self.process = subprocess.Popen(
-            [sys.executable, *entry, *arguments],
-            cwd=cwd,
-            env=environment(**variables),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        output, there = os.pipe()
+        self._output = os.fdopen(output)
+        started = environment(**variables)
+        # CUDA outlasts no fork.
+        if afresh or torch.cuda.is_available():
+            self.process: Fork | subprocess.Popen[bytes] = subprocess.Popen(
+                [sys.executable, *entry, *arguments],
+                cwd=cwd,
+                env=started,
+                stdin=subprocess.DEVNULL,
+                stdout=there,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        else:
+            self.process = fork_server().start([*entry, *arguments], there, cwd, started)
+        os.close(there)
         self._lines: list[str] = []
         self._news = threading.Condition()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
+        for line in self._output:
             with self._news:
                 self._lines.append(line)
                 self._news.notify_all()
             if self._closes_after is not None and self._closes_after in line:
-                self.process.stdout.close()
+                self._output.close()
                 return
 
     @property
@@ -166,12 +177,21 @@ def processes_naming(text: str) -> list[str]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             try:
-                line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                line = command_line(entry).replace(b"\0", b" ").decode()
             except OSError:
                 continue
             if text in line:
                 found.append(f"{entry.name}: {line}")
     return found
+
+
+def command_line(process: Path) -> bytes:
+    """Of the process at /proc/...; that of a fork is its own. Raises OSError if it has ended."""
+    for opened in (process / "fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed since
+            if COMMAND_LINE in os.readlink(opened):
+                return opened.read_bytes()
+    return (process / "cmdline").read_bytes()
 
 
 def run(arguments: Sequence[str], **settings: Any) -> tuple[int, str]:

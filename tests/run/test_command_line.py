@@ -22,14 +22,14 @@ pytestmark = pytest.mark.distributed
 @pytest.mark.parametrize("entry", ["hysparse_megatron", "launch.local"])
 def test_cfg_prints_the_configuration(entry: str, tmp_path: Path) -> None:
     overrides = ["experiment=quickstart", "train.steps=321"]
-    code, output = run([*overrides, "--cfg", "job", "--resolve"], entry=("-m", entry), cwd=ROOT)
+    code, output = run([*overrides, "--cfg", "job", "--resolve"], entry=("-m", entry), afresh=True)
     assert code == 0, output
     assert from_yaml(output) == compose(overrides)
 
 
 @pytest.mark.parametrize("entry", ["hysparse_megatron", "launch.local"])
 def test_help(entry: str) -> None:
-    code, output = run(["--help"], entry=("-m", entry))
+    code, output = run(["--help"], entry=("-m", entry), afresh=True)
     assert code == 0, output
     for word in ("usage:", "quickstart", "exit codes"):
         assert word in output
@@ -44,7 +44,8 @@ def test_the_launcher_explains_its_own_option() -> None:
 @pytest.mark.parametrize("seconds", [0.0, 0.5])
 def test_ctrl_c_in_the_first_seconds_of_a_run(seconds: float, tmp_path: Path) -> None:
     """Sent to the launcher as soon as it has ranks, which import for seconds before they begin."""
-    command = Command(["--nproc", "2", "parallel.tp=2", f"run_dir={tmp_path / 'run'}"], entry=LOCAL)
+    arguments = ["--nproc", "2", "parallel.tp=2", f"run_dir={tmp_path / 'run'}"]
+    command = Command(arguments, entry=LOCAL, afresh=True)
     launcher = psutil.Process(command.process.pid)
     while command.process.poll() is None and len(launcher.children()) < 2:
         time.sleep(0.001)

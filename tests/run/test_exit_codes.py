@@ -33,6 +33,7 @@ def test_all_mistakes_at_once_before_anything_heavy(entry: str, tmp_path: Path) 
             f"run_dir={obstacle}/below/run",
         ],
         entry=("-m", entry),
+        afresh=True,
         PYTHONPROFILEIMPORTTIME="1",
     )
     assert children_seconds() - started < QUICK_SECONDS
@@ -72,7 +73,7 @@ def test_all_mistakes_at_once_before_anything_heavy(entry: str, tmp_path: Path) 
 )
 def test_bad_settings(arguments: list[str], message: str, tmp_path: Path) -> None:
     started = children_seconds()
-    code, output = run(arguments, cwd=tmp_path)
+    code, output = run(arguments, cwd=tmp_path, afresh=True)
     assert children_seconds() - started < QUICK_SECONDS
     assert code == 2
     assert message in output
