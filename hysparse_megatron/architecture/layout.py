@@ -11,6 +11,7 @@ A sparse layer reads the nearest full layer before it.
 """
 
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 
 from hysparse_megatron.architecture.layers import KINDS, LayerKind
 from hysparse_megatron.errors import ConfigError
@@ -42,12 +43,12 @@ class Layout:
         """Layers of the whole model."""
         return len(self.layers)
 
-    @property
+    @cached_property
     def kinds(self) -> tuple[LayerKind, ...]:
         """The kind of every layer."""
         return tuple(layer.kind for layer in self.layers)
 
-    @property
+    @cached_property
     def letters(self) -> str:
         """One letter per layer."""
         return "".join(kind.value for kind in self.kinds)
@@ -83,6 +84,7 @@ class _Group:
     symbols: list[_Symbol] = field(default_factory=list)
 
 
+@cache
 def parse_layout(text: str) -> Layout:
     """Read a layout. Raises `LayoutError` that points at the first character that is wrong."""
     layers: list[LayerPlan] = []

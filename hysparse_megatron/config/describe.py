@@ -45,6 +45,9 @@ _MOST_NAMED = 3
 _TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
 
 
+_hints_of = cache(get_type_hints)
+
+
 def type_of(key: str) -> Any:
     """The annotated type of a dotted key, or None if the schema has no such key."""
     annotation: Any = Config
@@ -52,7 +55,7 @@ def type_of(key: str) -> Any:
         if get_origin(annotation) is dict:
             annotation = get_args(annotation)[1]
         elif is_dataclass(annotation):
-            annotation = get_type_hints(annotation).get(part)
+            annotation = _hints_of(annotation).get(part)
         else:
             return None
     return annotation

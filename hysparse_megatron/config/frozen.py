@@ -1,5 +1,7 @@
 """From a plain tree or a YAML text to a checked `Config`, and back to a file all ranks read."""
 
+import copy
+import functools
 import hashlib
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -19,7 +21,13 @@ CONFIG_FILE = "config.yaml"
 
 
 def schema_node(section: type) -> DictConfig:
-    """A dataclass of the schema as an OmegaConf node that values can be merged into.
+    """A dataclass of the schema as an OmegaConf node that values can be merged into."""
+    return copy.deepcopy(_schema_node(section))
+
+
+@functools.cache
+def _schema_node(section: type) -> DictConfig:
+    """Made once, as that takes ten times as long as a copy.
 
     OmegaConf makes nodes of frozen dataclasses read-only; the freezing is meant for the
     finished object, so the flag is taken off here.
