@@ -93,6 +93,17 @@ def rng(seed: int) -> random.Random:
 
 
 @pytest.fixture
+def forks_for_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is called here and starts `python -m ...` gets a fork that has its imports behind it."""
+    import torch
+
+    from tests.forks import ServedPopen
+
+    if not torch.cuda.is_available():
+        monkeypatch.setattr("subprocess.Popen", ServedPopen)
+
+
+@pytest.fixture
 def hypothesis_round(request: pytest.FixtureRequest) -> int:
     """See `ROUND`."""
     return request.param

@@ -27,6 +27,7 @@ from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 _MOST_BYTES = 1 << 20
+_Popen = subprocess.Popen  # in tests, another may take its place
 COMMAND_LINE = "command line"
 """A file in memory that holds it, open in every fork: what `ps` shows is the server's."""
 
@@ -75,7 +76,7 @@ class ForkServer:
     def __init__(self) -> None:
         self._channel, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with there:
-            self._process = subprocess.Popen(
+            self._process = _Popen(
                 [sys.executable, "-m", "tests.forks", str(there.fileno())],
                 cwd=ROOT,
                 pass_fds=[there.fileno()],
@@ -87,20 +88,22 @@ class ForkServer:
         self,
         words: Sequence[str],
         output: int,
-        cwd: Path = ROOT,
+        error: int | None = None,
+        cwd: Path | str = ROOT,
         environment: Mapping[str, str] = os.environ,
         descriptor: int | None = None,
     ) -> Fork:
         """Run `python *words`, `-m` and a module or `-c` and a text and arguments.
 
-        Both outputs go to `output`. The fork finds `descriptor`, if it is one, in INHERITED.
+        Its errors go to `output` too, or to `error`. `descriptor`, if it is one, is in INHERITED.
         """
         ours, theirs = os.pipe()
         request = {"words": list(words), "cwd": str(cwd), "environment": dict(environment)}
         message = json.dumps(request).encode()
         assert len(message) < _MOST_BYTES
         more = [] if descriptor is None else [descriptor]
-        socket.send_fds(self._channel, [message], [theirs, output, *more])
+        outputs = [output, output if error is None else error]
+        socket.send_fds(self._channel, [message], [theirs, *outputs, *more])
         os.close(theirs)
         return Fork(ours)
 
@@ -116,6 +119,37 @@ def fork_server() -> ForkServer:
     return ForkServer()
 
 
+class ServedPopen(subprocess.Popen):
+    """In place of `subprocess.Popen` where a test calls what runs `python -m ...`: a fork."""
+
+    _fork: Fork | None = None
+
+    def _execute_child(self, args: Any, *rest: Any) -> None:
+        if isinstance(args, str) or list(args[:2]) != [sys.executable, "-m"]:
+            return super()._execute_child(args, *rest)  # type: ignore[misc]
+        cwd, environment = rest[4:6]
+        pipes = rest[9:15]
+        output, error = (pipe if pipe >= 0 else i for i, pipe in ((1, pipes[3]), (2, pipes[5])))
+        environment = os.environ if environment is None else environment
+        self._fork = fork_server().start(args[1:], output, error, cwd or os.getcwd(), environment)
+        self._child_created = True
+        self.pid = self._fork.pid
+        self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
+        return None
+
+    def _internal_poll(self, *rest: Any, **more: Any) -> int | None:
+        if self._fork is None:
+            return super()._internal_poll(*rest, **more)  # type: ignore[misc]
+        self.returncode = self._fork.poll()
+        return self.returncode
+
+    def _wait(self, timeout: float | None) -> int:
+        if self._fork is None:
+            return super()._wait(timeout)  # type: ignore[misc]
+        self.returncode = self._fork.wait(timeout)
+        return self.returncode
+
+
 INHERITED: list[int] = []
 """In a fork: the descriptor that it was given."""
 
@@ -128,7 +162,7 @@ def serve(channel: socket.socket) -> None:
         while True:
             for key, _ in selector.select():
                 if key.fileobj is channel:
-                    message, descriptors, *_ = socket.recv_fds(channel, _MOST_BYTES, 3)
+                    message, descriptors, *_ = socket.recv_fds(channel, _MOST_BYTES, 4)
                     if not message:
                         return
                     pid = os.fork()
@@ -159,17 +193,17 @@ def serve(channel: socket.socket) -> None:
 
 def _become(request: dict[str, Any], descriptors: list[int]) -> NoReturn:
     """Turn this fork of the server into the command."""
-    status, output, *INHERITED[:] = descriptors
+    status, output, error, *INHERITED[:] = descriptors
     os.close(status)
     os.setsid()
     os.dup2(output, 1)
-    os.dup2(output, 2)
+    os.dup2(error, 2)
     os.close(output)
+    os.close(error)
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["cwd"])
-    if request["words"][:2] == ["-m", "launch.local"]:
-        subprocess.Popen = ForkingPopen  # type: ignore[misc]
+    subprocess.Popen = ForkingPopen  # type: ignore[misc]
     run_python(request["words"])
 
 
@@ -211,7 +245,7 @@ def run_python(words: Sequence[str]) -> NoReturn:
 
 
 class ForkingPopen(subprocess.Popen):
-    """What the launcher starts ranks with where it is a fork itself: they are forks of it."""
+    """In a fork: if it is a launcher's, its ranks are forks of it."""
 
     def _execute_child(self, args: Any, executable: Any, preexec_fn: Any, *rest: Any) -> None:
         if list(args[:3]) != [sys.executable, "-m", "hysparse_megatron"]:

@@ -46,10 +46,11 @@ TWO_INSIDE = "F 2*S | F S | S | S F"
 INTERLEAVED = "F S | S F | 2*S | S F"
 HALF_BATCH = {"global_batch_size": 4}
 """Two micro-batches instead of four, where more would only take longer."""
-EIGHT = {"steps": 8}
-SHORT = {**HALF_BATCH, **EIGHT}
-"""For all that a model may have beside, and for layouts made of others. What layouts do to a step
-shows in the first ones, and what they do to many of them is shown by the plain model's."""
+FEW = {"steps": 4}
+"""The first of drawn parameters, the next of parameters that an update has made, and two that
+moments have. What layouts do to a step shows in these; that nothing adds up over many of them is
+shown by two layouts of the plain model."""
+SHORT = {**HALF_BATCH, **FEW}
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32,

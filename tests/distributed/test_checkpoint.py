@@ -18,7 +18,6 @@ from hysparse_megatron.checkpoint.store import (
 from hysparse_megatron.checkpoint.tensors import INDEX, read_weights
 from hysparse_megatron.config.schema import Precision
 from tests.distributed.cases import (
-    EIGHT,
     EXPERTS,
     HALF_BATCH,
     INSIDE,
@@ -46,18 +45,18 @@ from tests.distributed.pool import WorkerPool
 
 pytestmark = pytest.mark.distributed
 
-SAVE_AFTER, STEPS = 3, 6
+SAVE_AFTER, STEPS = 2, 4
 EVAL_TOLERANCE, LOSS_TOLERANCE = 1e-6, 1e-5
 
 QKV_BIAS = {"qkv_bias": True}
-SAVED = Case("tp2-pp2-sp", INSIDE, tp=2, pp=2, sp=True, model=QKV_BIAS, train=EIGHT)
+SAVED = Case("tp2-pp2-sp", INSIDE, tp=2, pp=2, sp=True, model=QKV_BIAS, train=SHORT)
 LOADED = [
-    Case("one-process", model=QKV_BIAS, train=EIGHT),
-    Case("pp4", TWO_INSIDE, pp=4, model=QKV_BIAS, train=EIGHT),
-    Case("pp2-vpp2", INTERLEAVED, pp=2, vpp=2, model=QKV_BIAS, train=EIGHT),
-    Case("dp2", dp=2, model=QKV_BIAS, train=EIGHT),
-    Case("tp4", tp=4, model=QKV_BIAS, train=EIGHT),
-    Case("cp2", cp=2, model=QKV_BIAS, train=EIGHT),
+    Case("one-process", model=QKV_BIAS, train=SHORT),
+    Case("pp4", TWO_INSIDE, pp=4, model=QKV_BIAS, train=SHORT),
+    Case("pp2-vpp2", INTERLEAVED, pp=2, vpp=2, model=QKV_BIAS, train=SHORT),
+    Case("dp2", dp=2, model=QKV_BIAS, train=SHORT),
+    Case("tp4", tp=4, model=QKV_BIAS, train=SHORT),
+    Case("cp2", cp=2, model=QKV_BIAS, train=SHORT),
     SAVED,
 ]
 
@@ -285,11 +284,11 @@ def test_experts_continue_at_any_size(
     assert_goes_on(case, SAVED_EXPERTS, pool, saved_experts)
 
 
-SAVED_MUON = Case("muon-tp2-dp2", tp=2, sp=True, dp=2, ep=2, model=EXPERTS, train=EIGHT, optim=MUON)
+SAVED_MUON = Case("muon-tp2-dp2", tp=2, sp=True, dp=2, ep=2, model=EXPERTS, train=SHORT, optim=MUON)
 LOADED_MUON = [
-    Case("one-process", model=EXPERTS, train=EIGHT, optim=MUON),
-    Case("pp2-dp2-ep2", INSIDE, pp=2, dp=2, ep=2, model=EXPERTS, train=EIGHT, optim=MUON),
-    Case("tp2-ep2", tp=2, sp=True, ep=2, model=EXPERTS, train=EIGHT, optim=MUON),
+    Case("one-process", model=EXPERTS, train=SHORT, optim=MUON),
+    Case("pp2-dp2-ep2", INSIDE, pp=2, dp=2, ep=2, model=EXPERTS, train=SHORT, optim=MUON),
+    Case("tp2-ep2", tp=2, sp=True, ep=2, model=EXPERTS, train=SHORT, optim=MUON),
     SAVED_MUON,
 ]
 

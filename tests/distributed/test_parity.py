@@ -14,8 +14,7 @@ from hysparse_megatron.architecture.layers import FullGate, GateKind, SinkKind
 from hysparse_megatron.architecture.model import Balancing, MoeConfig, RouterScore
 from hysparse_megatron.config.schema import MuonTensorParallel, Recompute
 from tests.distributed.cases import (
-    EIGHT,
-    HALF_BATCH,
+    FEW,
     INSIDE,
     INTERLEAVED,
     MUON,
@@ -42,9 +41,8 @@ ON_BORDER = "F 2*S | F 3*S F"
 HYBRID = "F S W S F W F"
 HYBRID_INTERLEAVED = "F S | W S | F W | F"
 
-FULL = {**HALF_BATCH, "recompute": Recompute.full}
-SELECTIVE = {**HALF_BATCH, "recompute": Recompute.selective}
-SHORT_FULL, SHORT_SELECTIVE = {**FULL, **SHORT}, {**SELECTIVE, **SHORT}
+SHORT_FULL = {**SHORT, "recompute": Recompute.full}
+SHORT_SELECTIVE = {**SHORT, "recompute": Recompute.selective}
 MQA = {"num_query_groups": 1}
 WIDE = {"gate": GateKind.channel, "value_head_dim": 12}
 FORCED = {"num_selected_blocks": 3, "forced_first_blocks": 1, "forced_recent_blocks": 1}
@@ -85,30 +83,30 @@ BIASED = experts(
 )
 DENSE_FIRST: dict[str, Any] = {
     "model": experts(num_dense_first_layers=1, router_score=RouterScore.sigmoid),
-    "train": EIGHT,
+    "train": FEW,
 }
 
 CASES = [
-    Case("tp2", tp=2, train=HALF_BATCH),
-    Case("tp2-sp", tp=2, sp=True, train=HALF_BATCH),
+    Case("tp2", tp=2, train=SHORT),
+    Case("tp2-sp", tp=2, sp=True, train=SHORT),
     Case("tp4-4groups", tp=4, model={"num_query_groups": 4}, train=SHORT),
     Case("bias-tp4-sp-2groups", tp=4, sp=True, model={**QKV_BIAS, **PADDED}, train=IN_CHUNKS),
     Case("tp2-mqa", tp=2, model=MQA, train=IN_CHUNKS),
     Case("all-parts-tp4-sp-mqa", HYBRID, tp=4, sp=True, model={**ALL_PARTS, **MQA}, train=SHORT),
     Case("recompute-full-tp2-dp2-sp-mqa", tp=2, dp=2, sp=True, model=MQA, train=SHORT_FULL),
     Case("tp2-pp2-sp-mqa-inside", INSIDE, tp=2, pp=2, sp=True, model=MQA, train=SHORT),
-    Case("pp2-border", ON_BORDER, pp=2),
-    Case("pp2-inside", INSIDE, pp=2),
-    Case("pp4-two-inside", TWO_INSIDE, pp=4),
-    Case("pp2-vpp2-inside", INTERLEAVED, pp=2, vpp=2),
-    Case("pp4-vpp2", pp=4, vpp=2),
+    Case("pp2-border", ON_BORDER, pp=2, train=SHORT),
+    Case("pp2-inside", INSIDE, pp=2, train=FEW),
+    Case("pp4-two-inside", TWO_INSIDE, pp=4, train=FEW),
+    Case("pp2-vpp2-inside", INTERLEAVED, pp=2, vpp=2, train=FEW),
+    Case("pp4-vpp2", pp=4, vpp=2, train=FEW),
     Case("tp2-pp2-sp-inside", INSIDE, tp=2, pp=2, sp=True),
     Case("tp2-pp2-vpp2-sp", INTERLEAVED, tp=2, pp=2, vpp=2, sp=True, train=SHORT),
     Case("dp2", dp=2),
-    Case("dp2-pp2-inside", INSIDE, dp=2, pp=2),
+    Case("dp2-pp2-inside", INSIDE, dp=2, pp=2, train=FEW),
     Case("tp2-dp2-sp", tp=2, dp=2, sp=True, train=SHORT),
-    Case("recompute-full", train=FULL),
-    Case("recompute-selective", train=SELECTIVE),
+    Case("recompute-full", train=SHORT_FULL),
+    Case("recompute-selective", train=SHORT_SELECTIVE),
     Case("recompute-full-tp2-pp2-sp-inside", INSIDE, tp=2, pp=2, sp=True, train=SHORT_FULL),
     Case("recompute-selective-tp2-pp2-sp", INSIDE, tp=2, pp=2, sp=True, train=SHORT_SELECTIVE),
     Case("tied-pp2", INSIDE, pp=2, model={**TIED, **PADDED}, train=IN_CHUNKS),
@@ -129,7 +127,7 @@ CASES = [
     Case("documents-tp2-mqa", tp=2, model=MQA, train=SHORT_SELECTIVE, documents=True),
     Case("documents-pp2-vpp2", HYBRID_INTERLEAVED, pp=2, vpp=2, train=SHORT, documents=True),
     Case("documents-moe-dp2-ep2", dp=2, ep=2, model=SOFTMAX, train=SHORT, documents=True),
-    Case("cp2", cp=2, train=HALF_BATCH),
+    Case("cp2", cp=2, train=SHORT),
     Case("cp4", cp=4, train=IN_CHUNKS),
     Case("cp2-documents-uneven-blocks", cp=2, model=UNEVEN, train=SHORT, documents=True),
     Case("cp2-pp2-inside-recompute-selective", INSIDE, cp=2, pp=2, train=SHORT_SELECTIVE),

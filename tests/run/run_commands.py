@@ -100,7 +100,7 @@ class Command:
                 start_new_session=True,
             )
         else:
-            self.process = fork_server().start([*entry, *arguments], there, cwd, started)
+            self.process = fork_server().start([*entry, *arguments], there, None, cwd, started)
         os.close(there)
         self._lines: list[str] = []
         self._news = threading.Condition()

@@ -1,22 +1,20 @@
 """Selections captured from a finished run, for the benchmarks."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import FinishedRun
 from hysparse_kernels.benchmarking.selections import Captured
+from run_commands import run
 
 
 @pytest.mark.thorough
 def test_the_selections_of_every_oracle_are_saved(finished: FinishedRun, tmp_path: Path) -> None:
     output = tmp_path / "selected.npz"
     words = ["capture-selections", str(output), "--run", str(finished.run_dir)]
-    command = [sys.executable, "-m", "hysparse_megatron.main", *words]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
+    code, told = run(words, entry=("-m", "hysparse_megatron.main"))
+    assert code == 0, told
     captured = Captured.load(output)
     facts = captured.facts
     assert facts["steps"] == 40

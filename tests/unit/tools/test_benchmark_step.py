@@ -408,6 +408,7 @@ def test_no_gpu_where_one_is_asked_for() -> None:
         parse(["--device", "cuda"])
 
 
+@pytest.mark.usefixtures("forks_for_commands")
 def test_real_steps_on_the_cpu(tmp_path: Path) -> None:
     path = tmp_path / "steps.txt"
     arguments = f"{MINI} --layers 3 --layouts full,hysparse --reference megatron --no-repeat"
@@ -436,6 +437,7 @@ def test_real_steps_on_the_cpu(tmp_path: Path) -> None:
     assert "full / hysparse [64]" in path.read_text()
 
 
+@pytest.mark.usefixtures("forks_for_commands")
 def test_real_curves_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "curve.txt"
     arguments = "--layers 4 --vocab 256 --lengths 128 --compare-cpu 6"
@@ -450,6 +452,7 @@ def test_real_curves_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert f"{difference:.2e}" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("forks_for_commands")
 def test_other_selections_reach_the_sparse_layers_alone(tmp_path: Path) -> None:
     losses = {}
     for picks in ("model", "clustered"):

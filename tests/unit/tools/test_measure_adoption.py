@@ -17,6 +17,7 @@ SHORT = ["--steps", "3", "--decay", "1", "--sequences", "2", "--held-out", "4"]
 
 
 @pytest.mark.thorough
+@pytest.mark.usefixtures("forks_for_commands")
 def test_shares_are_of_the_losses_of_the_two_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -85,6 +86,7 @@ def test_mistakes_end_with_2(
 
 
 @pytest.mark.thorough
+@pytest.mark.usefixtures("forks_for_commands")
 def test_a_command_that_fails_is_shown(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
