@@ -54,7 +54,7 @@ def type_of(key: str) -> Any:
     for part in key.split("."):
         if get_origin(annotation) is dict:
             annotation = get_args(annotation)[1]
-        elif is_dataclass(annotation):
+        elif isinstance(annotation, type) and is_dataclass(annotation):
             annotation = _hints_of(annotation).get(part)
         else:
             return None
