@@ -307,7 +307,7 @@ def test_muon_continues_at_any_size(case: Case, pool: WorkerPool, saved_muon: Sa
 
 
 MQA_BIAS = {"num_query_groups": 1, "qkv_bias": True}
-SHARED: dict[str, Any] = {"model": MQA_BIAS, "train": EIGHT}
+SHARED: dict[str, Any] = {"model": MQA_BIAS, "train": SHORT}
 """A model whose one KV group all tensor-parallel ranks share."""
 
 

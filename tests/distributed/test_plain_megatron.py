@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import subprocess
-import sys
+import socket
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from hysparse_megatron.training.state import build_state
 from hysparse_megatron.training.step import train_step
 from tests.distributed.cases import reference_of
 from tests.distributed.pool import WorkerPool
+from tests.run.run_commands import Command
 
 pytestmark = pytest.mark.distributed
 
@@ -54,14 +54,23 @@ def own_loop(rank: int) -> list[float]:
     return losses
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def test_the_example_gives_the_losses_of_our_loop(pool: WorkerPool) -> None:
     """On tensor parallel 2 x pipeline parallel 2, with a cut inside a hybrid block."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
-    done = subprocess.run(
-        [*command, str(EXAMPLE)], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    losses = [float(loss) for loss in re.findall(r"^step \d+ loss (\S+)$", done.stdout, flags=re.M)]
+    program = f"import runpy; runpy.run_path({str(EXAMPLE)!r}, run_name='__main__')"
+    place = {"WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        Command([], entry=("-c", program), RANK=str(rank), LOCAL_RANK=str(rank), **place)
+        for rank in range(4)
+    ]
+    assert [rank.finish() for rank in ranks] == [0] * 4, "".join(rank.output for rank in ranks)
+    told = "".join(rank.output for rank in ranks)
+    losses = [float(loss) for loss in re.findall(r"^step \d+ loss (\S+)$", told, flags=re.M)]
     (expected,) = pool.run(1, own_loop)
     assert len(losses) == plain_megatron.TRAIN.steps
     assert losses == pytest.approx(expected, abs=1e-6)

@@ -286,9 +286,10 @@ def compare(case: Case, device: torch.device, seed: int) -> None:
     wrong = rounding.wrong_rows(got.block_indices, offered, allowed.scores)
     assert not wrong.any(), f"{case}: selection\n{got.block_indices}\n{exact.block_indices}"
 
+    times = 2 if device.type == "cuda" else 1  # the interpreter has one order
     with poisoned_memory():
-        found = [step.sparse("triton", ours, exact.block_indices) for _ in range(2)]
-    assert torch.equal(*found), f"sparse layer of {case} does not repeat"
+        found = [step.sparse("triton", ours, exact.block_indices) for _ in range(times)]
+    assert torch.equal(found[0], found[-1]), f"sparse layer of {case} does not repeat"
     wanted = step.sparse("reference", theirs, exact.block_indices)
     of_sum = step.allowed_of_sum(exact.block_indices)
     assert_within(found[0], wanted, of_sum, f"sparse layer of {case}")
@@ -298,8 +299,8 @@ def compare(case: Case, device: torch.device, seed: int) -> None:
     of_sum = step.allowed_of_sum(nothing)
     assert_within(found[0], wanted, of_sum, f"sparse layer without blocks of {case}")
     with poisoned_memory():
-        found = [step.window("triton", ours) for _ in range(2)]
-    assert torch.equal(*found), f"window layer of {case} does not repeat"
+        found = [step.window("triton", ours) for _ in range(times)]
+    assert torch.equal(found[0], found[-1]), f"window layer of {case} does not repeat"
     near = step.allowed(theirs.ring, step.sinks[0], softmax_scale=0.3)
     wanted = step.window("reference", theirs)
     assert_within(found[0], wanted, near.output, f"window layer of {case}")

@@ -170,13 +170,14 @@ def test_thinned_rows_keep_the_last_step_and_all_evaluations() -> None:
 
 @pytest.mark.thorough
 def test_a_portion_runs_what_is_lacking_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
 ) -> None:
     text = tmp_path / "text.jsonl"
     lines = [json.dumps({"text": f"document {n}: " + "word " * 60}) for n in range(60)]
     text.write_text("\n".join(lines))
     data = ["--output", str(tmp_path / "data" / "train"), "--validation-fraction", "0.3"]
     assert prepare(["--tokenizer", "bytes", "--quiet", *data, str(text)]) == 0
+    request.getfixturevalue("forks_for_commands")
     content = yaml.safe_load(CLAIMS.read_text()) | {
         "tokens": 500,
         "seeds": [5],
