@@ -17,6 +17,7 @@ import os
 import platform
 import socket
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -50,8 +51,8 @@ _PACKAGES = (
 class RunDirectory:
     """One run's directory, opened and locked by rank 0 of the run that writes into it."""
 
-    def __init__(self, config: Config) -> None:
-        """Create or reopen the directory.
+    def __init__(self, config: Config, machine: Mapping[str, Any] | None = None) -> None:
+        """Create or reopen the directory. `machine` says what runs this start, for its record.
 
         Raises ConfigError when another run holds it, or when its checkpoints are of another model,
         of another order of samples or learning rate, or those that the configuration says not to
@@ -70,7 +71,7 @@ class RunDirectory:
             self.keep_settings()
         remove_temporaries(self.path)
         self.reserve = Reserve(self.path)
-        self.facts, damaged = self._open_record(config)
+        self.facts, damaged = self._open_record(config, machine or {})
         self.warnings = [*damaged, *accepted]
         self.status = Status(self.path, restarts=self.restarts)
 
@@ -111,7 +112,9 @@ class RunDirectory:
         """Replace `status.json`, on a full disk with the room that is reserved for it."""
         self.reserve.attempt(functools.partial(self.status.write, state, **facts))
 
-    def _open_record(self, config: Config) -> tuple[dict[str, Any], list[str]]:
+    def _open_record(
+        self, config: Config, machine: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], list[str]]:
         """`run.json`, its list of starts extended by this one, and what was wrong with it."""
         record, warnings = open_record(self.path, config.name)
         record["starts"].append(
@@ -120,6 +123,7 @@ class RunDirectory:
                 "config_hash": self.config_hash,
                 "host": socket.gethostname(),
                 "cluster": config.cluster.name,
+                **machine,
                 "git": record_source(self.path, record["starts"]),
                 "versions": versions(),
                 "slurm_job": os.environ.get("SLURM_JOB_ID"),

@@ -29,16 +29,38 @@ MAX_POINTS = 1000
 BUCKETS = 400
 """A longer line is drawn as the mean of this many equal parts, with their range behind it."""
 
+_INK, _GRID, _SEEN, _READ = "#1a1a1b", "#dddddd", "#ececec", "#3b528b"
+"""Of text and axes, of the grid, and of what a query may see and what it reads."""
+
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31")
+"""Okabe and Ito's, told apart by most colour-blind people; without those that vanish on a page."""
+
+_IN_THE_DARK = {
+    _INK: "#e4e4e4",
+    _GRID: "#3a3d42",
+    _SEEN: "#34373c",
+    _READ: "#8ea6e0",
+    "#0072b2": "#4aa8e0",
+}
+
+_FAINT = 0.35
+
 _STYLE: dict[str, Any] = {
     "font.size": 9.0,
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
-    "grid.color": "#dddddd",
+    "grid.color": _GRID,
     "grid.linewidth": 0.6,
     "lines.linewidth": 1.2,
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
     "svg.hashsalt": "hysparse",
 }
 
@@ -56,6 +78,8 @@ class Line:
     """Number of its colour, for lines that stand in several charts; None takes the next one."""
     markers: bool = False
     """Mark the points, where there are few."""
+    faint: bool = False
+    """Stand behind the others."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +108,8 @@ def line_chart(
 
         axes = figure.add_subplot()
         layers = [line.layer for line in lines if line.layer is not None]
-        # Without its end, a yellow that is hard to see on white.
-        colours = ListedColormap(colormaps["viridis"](np.linspace(0.0, 0.9, 256)))
+        # Without its ends, which are hard to see on a dark and on a white page.
+        colours = ListedColormap(colormaps["viridis"](np.linspace(0.35, 0.85, 256)))
         scale = ScalarMappable(Normalize(0, max([1, *layers])), colours)
         for line in lines:
             colour = None if line.colour is None else f"C{line.colour}"
@@ -114,7 +138,13 @@ def _draw(axes: Axes, line: Line, colour: Any) -> None:
     if len(line.steps) <= MAX_POINTS:
         marker = "o" if line.markers or len(line.steps) == 1 else None
         axes.plot(
-            line.steps, line.values, label=line.label, color=colour, marker=marker, markersize=3
+            line.steps,
+            line.values,
+            label=line.label,
+            color=colour,
+            marker=marker,
+            markersize=3,
+            alpha=_FAINT if line.faint else 1.0,
         )
         return
     parts = [
@@ -128,7 +158,8 @@ def _draw(axes: Axes, line: Line, colour: Any) -> None:
     # The step in the middle of each part, and what of its values is finite.
     middles = [steps.mean() for steps, values in parts if len(values)]
     values = [values for _, values in parts if len(values)]
-    (mean,) = axes.plot(middles, [part.mean() for part in values], label=line.label, color=colour)
+    means, alpha = [part.mean() for part in values], _FAINT if line.faint else 1.0
+    (mean,) = axes.plot(middles, means, label=line.label, color=colour, alpha=alpha)
     lowest, highest = [part.min() for part in values], [part.max() for part in values]
     axes.fill_between(middles, lowest, highest, color=mean.get_color(), alpha=0.25, linewidth=0)
 
@@ -165,13 +196,13 @@ def selection_chart(title: str, selection: Selection) -> str:
         rows = range(len(selection.positions))
         for row in rows:
             start, position = selection.document_starts[row], selection.positions[row]
-            axes.broken_barh([(start, position + 1 - start)], (row - 0.4, 0.8), color="#ececec")
+            axes.broken_barh([(start, position + 1 - start)], (row - 0.4, 0.8), color=_SEEN)
             bars = []
             for block in selection.blocks[row]:
                 first = start + block * selection.block_size
                 # The block of the query itself is read up to the query.
                 bars.append((first, min(selection.block_size, position + 1 - first)))
-            axes.broken_barh(bars, (row - 0.4, 0.8), color="#3b528b")
+            axes.broken_barh(bars, (row - 0.4, 0.8), color=_READ)
         shown = [row for row in rows if row % max(1, len(rows) // 8) == 0]
         axes.set_yticks(shown, [f"{selection.positions[row]:,}" for row in shown])
         axes.set_ylim(len(rows) - 0.5, -0.5)
@@ -186,13 +217,14 @@ def _figure(height: float = HEIGHT) -> Iterator[Figure]:
     """An empty figure in our style. Raises ConfigError without matplotlib."""
     try:
         import matplotlib
+        from cycler import cycler
     except ImportError as error:
         raise ConfigError(
             "drawing needs matplotlib: pip install matplotlib (the extra `report`)"
         ) from error
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(_STYLE | {"axes.prop_cycle": cycler(color=_COLOURS)}):
         yield Figure(figsize=(WIDTH, height), layout="constrained")
 
 
@@ -200,5 +232,16 @@ def _image(figure: Figure, title: str) -> str:
     buffer = io.BytesIO()
     # A tight box, because the legend stands outside of the axes.
     figure.savefig(buffer, format="svg", metadata={"Date": None})
-    data = base64.b64encode(buffer.getvalue()).decode()
+    data = base64.b64encode(_with_dark_colours(buffer.getvalue())).decode()
     return f'<img alt="{html.escape(title)}" src="data:image/svg+xml;base64,{data}">'
+
+
+def _with_dark_colours(svg: bytes) -> bytes:
+    """The picture with a second set of colours, for readers whose browser is dark."""
+    rules = "".join(
+        f'[style*="{name}: {light}"]{{{name}:{dark}!important}}'
+        for light, dark in _IN_THE_DARK.items()
+        for name in ("fill", "stroke")
+    )
+    style = f"<style>@media (prefers-color-scheme:dark){{{rules}}}</style>"
+    return svg.replace(b" <defs>", f" {style}\n <defs>".encode(), 1)

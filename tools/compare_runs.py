@@ -210,8 +210,13 @@ def _draw(runs: Sequence[RunData], differences: Sequence[Difference], path: Path
     page.table(_HEADER, table_rows(runs, differences))
     for other, difference in zip(runs[1:], differences, strict=True):
         page.heading(f"{label(runs, runs[0])} and {label(runs, other)}")
+        settings = setting_differences(runs[0], other)
         for line in verdict(runs[0], other, difference):
-            page.note(line)
+            if line.partition(":")[0] not in settings:
+                page.note(line)
+        if settings:
+            header = ("setting", label(runs, runs[0]), label(runs, other))
+            page.table(header, [(key, *values) for key, values in settings.items()])
     page.heading("Curves")
     images = []
     sets = dict.fromkeys(name for run in runs for name in run.named_evaluations)

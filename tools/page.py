@@ -13,23 +13,28 @@ _HEAD = """<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>
-:root {{ color-scheme: light; }}
-body {{ margin: 2rem auto; max-width: 78rem; padding: 0 1rem; background: #fff; color: #1a1a1a;
-  font: 15px/1.5 system-ui, sans-serif; }}
+:root {{ color-scheme: light dark; --ink: #1a1a1a; --page: #fff; --rule: #ddd; --soft: #595959;
+  --code: #f6f6f6; }}
+@media (prefers-color-scheme: dark) {{
+  :root {{ --ink: #e4e4e4; --page: #17191c; --rule: #3a3d42; --soft: #a8acb2; --code: #22252a; }}
+}}
+body {{ margin: 2rem auto; max-width: 78rem; padding: 0 1rem; background: var(--page);
+  color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }}
 h1 {{ margin-bottom: 0.2rem; }}
-h2 {{ margin-top: 2.2rem; border-bottom: 1px solid #ddd; }}
+h2 {{ margin-top: 2.2rem; border-bottom: 1px solid var(--rule); }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
 th, td {{ padding: 0.2rem 0.9rem 0.2rem 0; text-align: left; vertical-align: top;
-  border-bottom: 1px solid #eee; overflow-wrap: anywhere; }}
+  border-bottom: 1px solid var(--rule); overflow-wrap: anywhere; }}
+td:first-child {{ white-space: nowrap; }}
 .wide {{ overflow-x: auto; }}
-.charts {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(30rem, 1fr)); gap: 1rem; }}
+.charts {{ display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(30rem, 100%), 1fr)); }}
 .charts img {{ width: 100%; height: auto; }}
 .facts {{ display: flex; flex-wrap: wrap; gap: 0.6rem 2.2rem; margin: 1rem 0; }}
 .facts div {{ font-size: 1.25rem; }}
-.facts span {{ display: block; font-size: 0.8rem; color: #666; }}
-pre {{ background: #f6f6f6; padding: 0.8rem; overflow-x: auto; }}
-.note {{ color: #555; }}
-@media (max-width: 34rem) {{ .charts {{ grid-template-columns: 1fr; }} }}
+.facts span {{ display: block; font-size: 0.8rem; color: var(--soft); }}
+pre {{ background: var(--code); padding: 0.8rem; overflow-x: auto; }}
+.note {{ color: var(--soft); }}
 </style>
 </head>
 <body>
@@ -67,7 +72,8 @@ class Page:
             + "</tr>\n"
             for row in rows
         )
-        self._parts.append(f'<div class="wide"><table><tr>{head}</tr>\n{body}</table></div>\n')
+        head = f"<tr>{head}</tr>\n" if any(header) else ""
+        self._parts.append(f'<div class="wide"><table>{head}{body}</table></div>\n')
 
     def charts(self, images: Sequence[str]) -> None:
         """Images side by side, as `charts.py` makes them."""

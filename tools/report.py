@@ -25,7 +25,7 @@ from hysparse_megatron.tracking.selections import read_selections
 
 from .charts import Line, Marks, Selection, line_chart, selection_chart
 from .page import Page
-from .run_data import RunData, load_run, points
+from .run_data import RunData, load_run, points, smoothed
 
 QUANTITIES = (
     ("oracle_mass", "Oracle mass inside the selection", "share of the softmax"),
@@ -84,11 +84,12 @@ def _overview(page: Page, run: RunData) -> None:
     mfu = points(run.steps, "mfu")[1]
     memory = points(run.steps, "peak_memory_bytes")[1]
     losses = points(run.evaluations, "eval_loss")[1]
+    smooth = smoothed(points(run.steps, "loss"))[1]
     skipped = sum(bool(row.get("skipped")) for row in run.steps)
     facts = [
         ("step", f"{last.get('step', 0):,} of {total}"),
         ("tokens", f"{last.get('tokens', 0):,}"),
-        ("loss", f"{last['loss']:.4f}" if last else "none yet"),
+        ("loss, smoothed", f"{smooth[-1]:.4f}" if smooth else "none yet"),
         ("evaluation loss", f"{losses[-1]:.4f}" if losses else "none"),
         *(
             (f"evaluation loss, {name}", f"{rows[-1]['eval_loss']:.4f}")
@@ -105,6 +106,27 @@ def _overview(page: Page, run: RunData) -> None:
     facts.append(("restarts", str(max(0, len(run.starts) - 1))))
     facts.append(("skipped steps", str(skipped)))
     page.facts(facts)
+    page.table(("", ""), _what_ran(run))
+
+
+def _what_ran(run: RunData) -> list[tuple[str, str]]:
+    """Model, layout, split, device and versions, as far as the run directory knows them."""
+    model, parallel = run.config.get("model", {}), run.config.get("parallel", {})
+    start = run.starts[-1] if run.starts else {}
+    sizes = ("hidden_size", "num_attention_heads", "num_query_groups", "block_size", "window")
+    told = [f"{name.replace('_', ' ')} {model[name]}" for name in sizes if name in model]
+    split = [f"{name} {parallel.get(name) or 1}" for name in ("tp", "pp", "vpp", "cp", "ep")]
+    if (start.get("ranks") or 0) > 0:
+        split.insert(0, f"{start['ranks']} ranks")
+    versions = ", ".join(f"{name} {found}" for name, found in start.get("versions", {}).items())
+    return [
+        ("layout", str(model.get("layout", "unknown"))),
+        ("model", ", ".join(told) or "unknown"),
+        ("split", ", ".join(split)),
+        ("device", f"{start.get('device', 'unknown')} on {start.get('host', 'unknown')}"),
+        ("precision", str(run.config.get("train", {}).get("precision", "unknown"))),
+        ("versions", versions or "unknown"),
+    ]
 
 
 def _marks(run: RunData) -> list[Marks]:
@@ -115,7 +137,7 @@ def _marks(run: RunData) -> list[Marks]:
         if after.get("restarts", 0) > before.get("restarts", 0)
     ]
     skipped = [row["step"] for row in run.steps if row.get("skipped")]
-    marks = [Marks("restart", restarts, "#888888"), Marks("skipped step", skipped, "#d62728")]
+    marks = [Marks("restart", restarts, "#888888"), Marks("skipped step", skipped, "#d55e00")]
     return [mark for mark in marks if mark.steps]
 
 
@@ -125,16 +147,22 @@ def _curves(page: Page, run: RunData) -> None:
         page.note("No step is done yet.")
         return
     marks = _marks(run)
+    sets = {"evaluation": run.evaluations, **run.named_evaluations}
     loss = [
-        Line("training", *points(run.steps, "loss")),
+        Line("training", *points(run.steps, "loss"), colour=0, faint=True),
+        Line("training, smoothed", *smoothed(points(run.steps, "loss")), colour=0),
         *(
-            Line(name, *points(rows, "eval_loss"), markers=True)
-            for name, rows in {"evaluation": run.evaluations, **run.named_evaluations}.items()
+            Line(name, *points(rows, "eval_loss"), colour=number, markers=True)
+            for number, (name, rows) in enumerate(sets.items(), start=1)
             if rows
         ),
     ]
     norms = [Line("gradient norm", *points(run.steps, "grad_norm"))]
     rates = [Line("learning rate", *points(run.steps, "learning_rate"))]
+    page.note(
+        "Both losses are the mean cross-entropy per token, in nats: of training on each step's "
+        "batch before its update, of evaluation on held-out text, the same every time."
+    )
     page.charts(
         [
             line_chart("Loss", loss, y_label="nats per token", marks=marks),

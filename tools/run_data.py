@@ -5,6 +5,7 @@ Configurations are plain trees here, so that runs of other versions can be looke
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -144,3 +145,19 @@ def points(rows: Sequence[Row], key: str) -> Points:
     """Steps and values of a field, of the rows that have it."""
     having = [row for row in rows if isinstance(row.get(key), int | float)]
     return [row["step"] for row in having], [float(row[key]) for row in having]
+
+
+def smoothed(found: Points) -> Points:
+    """Each value with those before it, in a mean that forgets over a fiftieth of the run.
+
+    Values that are not finite are left out.
+    """
+    steps, values = [], []
+    forget, total, weight = 1 / max(1.0, len(found[0]) / 50), 0.0, 0.0
+    for step, value in zip(*found, strict=True):
+        if math.isfinite(value):
+            total = (1 - forget) * total + forget * value
+            weight = (1 - forget) * weight + forget
+            steps.append(step)
+            values.append(total / weight)
+    return steps, values

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import log10
+from math import ceil, floor, log10
 from xml.sax.saxutils import escape
 
 from hysparse_megatron.architecture.layers import KINDS
@@ -12,13 +12,14 @@ from hysparse_megatron.plan.overview import CacheRow, Overview
 
 WIDTH, HEIGHT, MARGIN = 1000, 560, 60
 STRIP_TOP, PANEL_TOP, PANEL_HEIGHT = 80, 210, 270
-COLORS = ("#d9480f", "#1971c2", "#2b8a3e", "#7048e8", "#f08c00", "#0b7285")
+COLORS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+"""Okabe and Ito's, told apart by most colour-blind people."""
 KIND_COLORS = dict(zip(KINDS, COLORS, strict=False))
-BAR_COLORS = ("#364fc7", "#1098ad", "#37b24d", "#f59f00", "#e8590c", "#868e96")
+BAR_COLORS = ("#0072b2", "#56b4e9", "#009e73", "#e69f00", "#d55e00", "#8a8a8a")
 CACHES: tuple[tuple[str, str, Callable[[CacheRow], int]], ...] = (
-    ("this layout", "#d9480f", lambda row: row.ours),
-    ("all full", "#343a40", lambda row: row.all_full),
-    ("windows for sparse", "#2b8a3e", lambda row: row.hybrid_window),
+    ("this layout", "#d55e00", lambda row: row.ours),
+    ("all full", "#0072b2", lambda row: row.all_full),
+    ("windows for sparse", "#009e73", lambda row: row.hybrid_window),
 )
 
 
@@ -26,8 +27,8 @@ def draw(overview: Overview) -> str:
     """The SVG text of a plan."""
     parameters = overview.parameters
     title = (
-        f"{overview.config.model.layout}: {parameters.total / 1e9:.2f}B parameters, "
-        f"{parameters.active / 1e9:.2f}B active, {overview.groups.world_size} ranks"
+        f"{overview.config.model.layout}: {_count(parameters.total)} parameters, "
+        f"{_count(parameters.active)} active, {overview.groups.world_size} ranks"
     )
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
@@ -59,7 +60,7 @@ def _layers(overview: Overview) -> list[str]:
     for index, stage in enumerate(overview.stages):
         if stage.cut is not None:
             inside = "" if stage.cut.oracle is None else " (in a block)"
-            label = f"{stage.cut.total_bytes / 1e6:.3g} MB{inside}"
+            label = f"{_size(stage.cut.total_bytes)}{inside}"
             parts.append(_text(x - gap / 2, STRIP_TOP + 58 + 14 * (index % 2), label, "middle"))
         parts.append(_text(x, STRIP_TOP - 8, f"stage {index}"))
         for kind in stage.kinds:
@@ -99,13 +100,15 @@ def _memory(overview: Overview) -> list[str]:
     bottom = PANEL_TOP + PANEL_HEIGHT
     step = 300 / len(overview.ranks)
     parts = [_text(MARGIN, PANEL_TOP - 4, "GiB at the peak, by pipeline rank", size=14)]
+    for mark in _round_marks(highest / GIB):
+        parts += _mark(MARGIN, MARGIN + 300, bottom - mark * GIB * scale, f"{mark:g}")
     for rank, held in enumerate(overview.ranks):
         x, y = MARGIN + step * rank, float(bottom)
-        for (name, size), color in zip(_parts_of(held.memory), BAR_COLORS, strict=True):
+        for (part, size), color in zip(_parts_of(held.memory), BAR_COLORS, strict=True):
             y -= size * scale
             parts.append(
                 f'<rect data-rank="{rank}" x="{x:.1f}" y="{y:.3f}" width="{step * 0.7:.1f}" '
-                f'height="{size * scale:.3f}" fill="{color}"><title>{name}: '
+                f'height="{size * scale:.3f}" fill="{color}"><title>{part}: '
                 f"{size / GIB:.2f} GiB</title></rect>"
             )
         parts.append(_text(x, bottom + 16, f"pp {rank}"))
@@ -117,14 +120,42 @@ def _memory(overview: Overview) -> list[str]:
             f'<line class="limit" data-height="{height:.3f}" x1="{MARGIN}" x2="{MARGIN + 300}" '
             f'y1="{y:.1f}" y2="{y:.1f}" stroke="#c92a2a" stroke-dasharray="6 4"/>'
         )
-    for place, (name, _) in enumerate(_parts_of(overview.ranks[0].memory)):
-        y = PANEL_TOP + 20 + 18 * place
+        parts.append(_text(MARGIN + 306, y + 4, f"limit {limit:g} GiB"))
+    for place, (part, _) in enumerate(_parts_of(overview.ranks[0].memory)):
+        y = PANEL_TOP + 50 + 18 * place
         parts.append(
             f'<rect x="{MARGIN + 315}" y="{y - 10}" width="12" height="12" '
             f'fill="{BAR_COLORS[place]}"/>'
         )
-        parts.append(_text(MARGIN + 333, y, name))
+        parts.append(_text(MARGIN + 333, y, part))
     return parts
+
+
+def _mark(left: float, right: float, y: float, label: str) -> list[str]:
+    """A line across a panel, with its value before it."""
+    line = f'<line class="grid" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>'
+    return [line, _text(left - 6, y + 4, label, "end")]
+
+
+def _round_marks(highest: float) -> list[float]:
+    """About four round numbers from 0 up to `highest`."""
+    power = 10.0 ** floor(log10(highest / 4))
+    step = next(step for step in (power, 2 * power, 5 * power, 10 * power) if step >= highest / 5)
+    return [step * count for count in range(int(highest / step) + 1)]
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.2f}B" if number >= 1e9 else f"{number / 1e6:.3g}M"
+
+
+def _size(number: float) -> str:
+    """Bytes in three digits: `1.36 GB`."""
+    unit, name = next(
+        (u, n)
+        for u, n in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B"))
+        if number >= u or u == 1
+    )
+    return f"{number / unit:.3g} {name}"
 
 
 def _cache(rows: Sequence[CacheRow]) -> list[str]:
@@ -138,10 +169,13 @@ def _cache(rows: Sequence[CacheRow]) -> list[str]:
 
     def point(row: CacheRow, size: int) -> tuple[float, float]:
         x = left + (log10(row.context_length) - min(lengths)) / wide * (right - left)
-        y = bottom - 10 - (log10(size) - min(sizes)) / high * (PANEL_HEIGHT - 50)
+        y = bottom - 10 - (log10(size) - min(sizes)) / high * (PANEL_HEIGHT - 90)
         return x, y
 
     parts = [_text(left, PANEL_TOP - 4, "KV cache of one sequence in bf16, by context", size=14)]
+    for power in range(ceil(min(sizes)), floor(max(sizes)) + 1):
+        parts += _mark(left, right, point(rows[0], 10**power)[1], _size(10.0**power))
+    parts.append(_text(right, bottom + 32, "tokens of context", "end"))
     for place, (name, color, read) in enumerate(CACHES):
         points = [point(row, read(row)) for row in rows]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
@@ -155,7 +189,7 @@ def _cache(rows: Sequence[CacheRow]) -> list[str]:
             f'<rect x="{left}" y="{PANEL_TOP + 10 + 18 * place}" width="12" height="12" '
             f'fill="{color}"/>'
         )
-        last = f"{name}: {read(rows[-1]) / 1e9:.3g} GB at {rows[-1].context_length:,}"
+        last = f"{name}: {_size(read(rows[-1]))} at {rows[-1].context_length:,}"
         parts.append(_text(left + 18, PANEL_TOP + 20 + 18 * place, last))
     for row in rows:
         x, _ = point(row, row.ours)

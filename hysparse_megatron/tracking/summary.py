@@ -31,7 +31,11 @@ def write_summary(
 {_evaluations(rows)}
 * metrics: `{directory.metrics}`, checkpoints: `{directory.checkpoints}`
 
-What to do next:
+Use it, and look at it:
+
+{_uses(directory)}
+
+Train on, or something else:
 
 """
     text += _suggestions(config, directory, tokenizer_path, num_ranks, overrides)
@@ -64,6 +68,16 @@ def _evaluations(rows: Sequence[dict[str, Any]]) -> str:
             line += f", perplexity {perplexity:,.2f} over {tokens:,} held-out tokens"
         lines.append(line)
     return "\n".join(lines) or "* no evaluation: train.eval_batches is 0"
+
+
+def _uses(directory: RunDirectory) -> str:
+    """Commands of one line, for the shell."""
+    run = shlex.quote(str(directory.path))
+    exported = shlex.quote(f"exported/{directory.path.name}")
+    return f"""    {hysparse()} generate --run-dir {run} --max-new-tokens 64
+    {hysparse()} evaluate --run-dir {run}
+    {hysparse()} convert export --run-dir {run} {exported}
+    {hysparse()} report {run}"""
 
 
 def _suggestions(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from hysparse_megatron.checkpoint import store
 from hysparse_megatron.config.schema import Config
@@ -19,10 +20,10 @@ from hysparse_megatron.training.control import Watch
 Say = Callable[[str], None]
 
 
-def open_directory(config: Config, say: Say) -> RunDirectory | None:
-    """Rank 0's run directory; None on the others."""
+def open_directory(config: Config, machine: Mapping[str, Any], say: Say) -> RunDirectory | None:
+    """Rank 0's run directory, with what runs this start in its record; None on the others."""
     opened: list[RunDirectory] = []
-    on_rank_zero(lambda: opened.append(RunDirectory(config)), ConfigError)
+    on_rank_zero(lambda: opened.append(RunDirectory(config, machine)), ConfigError)
     if not opened:
         return None
     if opened[0].former_owner:

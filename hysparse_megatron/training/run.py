@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -67,7 +68,7 @@ def run(config: Config, rank: Rank, overrides: Sequence[str] = ()) -> None:
     try:
         require_equal("the configuration", config_hash(config), ConfigError)
         attention_backend(config, device)
-        directory = outcome.open_directory(config, say)
+        directory = outcome.open_directory(config, _machine(device, rank), say)
         _from_start_to_end(Run(config, rank, device, watch, directory, say), overrides)
     except BaseException as error:
         told = last_words.explain(error)
@@ -149,6 +150,14 @@ def _join(config: Config, rank: Rank, say: Callable[[str], None]) -> torch.devic
     for fault in planned:
         say(f"WARNING: {faults.VARIABLE} asks for {fault}")
     return device
+
+
+def _machine(device: torch.device, rank: Rank) -> dict[str, Any]:
+    cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else "CPU",
+        "ranks": rank.world_size,
+    }
 
 
 def _saver(run: Run, state: TrainingState, corpus: TrainingData, latest: Path | None) -> Saver:

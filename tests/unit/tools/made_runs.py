@@ -63,6 +63,9 @@ def make_run(
     start = {
         "time": "2026-01-01T00:00:00Z",
         "host": "node-7",
+        "device": "Fast GPU",
+        "ranks": 3,
+        "versions": {"torch": "9.9"},
         "cluster": "local",
         "config_hash": config_hash,
         "git": {"commit": "c0ffee" * 6, "dirty": True, "diff": "code.diff"},

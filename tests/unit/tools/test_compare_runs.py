@@ -122,7 +122,10 @@ def test_largest_differences_settings_and_data(tmp_path: Path, capsys: Capture) 
 
 
 def test_three_runs_are_drawn(tmp_path: Path, capsys: Capture) -> None:
-    paths = [make_run(tmp_path / str(n), rows(STEPS - n), f"name=run{n}") for n in range(3)]
+    more = ([], [], ["optim.learning_rate=0.5"])
+    paths = [
+        make_run(tmp_path / str(n), rows(STEPS - n), f"name=run{n}", *more[n]) for n in range(3)
+    ]
     page = tmp_path / "page.html"
     code, output = compare(capsys, *paths, output=page)
     assert code == 1
@@ -130,6 +133,8 @@ def test_three_runs_are_drawn(tmp_path: Path, capsys: Capture) -> None:
     text = page.read_text()
     assert text.count("data:image/svg+xml;base64,") == 6
     assert "Difference of loss from run0" in text
+    assert text.count("<th>setting</th>") == 1
+    assert "<td>optim.learning_rate</td><td>0.001</td><td>0.5</td>" in text
     assert "step 7 is only in the first" in text
     assert "http" not in text.split("base64,")[0], "nothing is loaded from elsewhere"
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +106,22 @@ def test_the_picture_shows_stages_memory_and_cache(
         assert height == pytest.approx(own.memory.total * scale, abs=1)
     curves = [item for item in picture.iter() if item.get("class") == "cache"]
     assert len(curves) == 3
+    # Both axes have round values, and the limit its number.
+    for value in ("20", "40", "60", "limit 79 GiB", "1 GB", "10 GB", "tokens of context"):
+        assert value in texts, value
+
+
+def test_the_picture_of_a_small_model_has_no_zeros(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "plan.svg"
+    small = ["model=hysparse_7b_mini", "model.vocab_size=1000"]
+    assert main(["--gpus", "1", "--plot", str(path), *small]) == 0
+    picture = ElementTree.parse(path).getroot()
+    texts = ["".join(element.itertext()) for element in picture.iter() if "text" in element.tag]
+    assert re.search(r": [1-9][\d.]*M parameters", " ".join(texts))
+    assert any(re.fullmatch(r"10+ [kM]B", text) for text in texts)
+    assert not [text for text in texts if re.search(r"\b0\.0", text)]
 
 
 def head(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

@@ -14,6 +14,7 @@ import pytest
 from made_runs import evaluation_row, make_run, rows, step_row
 
 from tools.report import main
+from tools.run_data import smoothed
 
 Capture = pytest.CaptureFixture[str]
 SLOW_RANKS = [{"rank": 5, "host": "node-9", "seconds": 0.5, "medians": 2.25}]
@@ -99,10 +100,39 @@ def test_everything_is_told(tmp_path: Path, capsys: Capture) -> None:
         "complete",
         "2,048",
         "layout: ",
+        "<td>2*(F 3*S) F</td>",
+        "<td>3 ranks, tp 1, pp 1, vpp 1, cp 1, ep 1</td>",
+        "<td>Fast GPU on node-7</td>",
+        "<td>torch 9.9</td>",
     ):
         assert expected in page, expected
     assert re.search(r"restarts</span>1<", page)
     assert re.search(r"skipped steps</span>1<", page)
+
+
+def test_readers_of_dark_pages_have_colours_of_their_own(tmp_path: Path, capsys: Capture) -> None:
+    page = report(make_run(tmp_path / "run", rows(4)), capsys)
+    assert "color-scheme: light dark" in page
+    pictures = [base64.b64decode(text).decode() for text in re.findall(r"base64,([\w+/=]+)", page)]
+    assert len(pictures) > 3
+    for picture in pictures:
+        [rules] = re.findall(r"<style>@media \(prefers-color-scheme:dark\)(.*?)</style>", picture)
+        changed = re.findall(r'\[style\*="(?:fill|stroke): (#\w+)"\]', rules)
+        assert "#1a1a1b" in changed
+        assert "stroke: #1a1a1b" in picture, "axes that the rules would not reach"
+        assert "#ffffff" not in picture, "a white ground"
+
+
+def test_smoothing_forgets_and_leaves_gaps_out() -> None:
+    steps = list(range(1, 201))
+    values = [4.0] * 100 + [2.0] * 100
+    assert smoothed((steps, values))[0] == steps
+    found = smoothed((steps, values))[1]
+    assert found[:100] == pytest.approx([4.0] * 100)
+    assert 2.0 < found[110] < 3.0
+    assert found[-1] == pytest.approx(2.0, abs=1e-3)
+    assert smoothed(([1, 2, 3], [1.0, float("nan"), 3.0])) == ([1, 3], [1.0, 3.0])
+    assert smoothed(([], [])) == ([], [])
 
 
 def test_every_evaluation_set_has_its_curve(tmp_path: Path, capsys: Capture) -> None:
@@ -205,14 +235,17 @@ def test_in_a_browser(scheme: str, tmp_path: Path, capsys: Capture) -> None:
     )
     found = re.search(r"<title>(.*?)</title>", done.stdout)
     assert found is not None
-    assert found[1] == '[11,11,true,"rgb(26, 26, 26)","rgb(255, 255, 255)"]'
+    light, dark = '"rgb(26, 26, 26)","rgb(255, 255, 255)"', '"rgb(228, 228, 228)","rgb(23, 25, 28)"'
+    assert found[1] == f"[11,11,true,{dark if scheme == 'dark' else light}]"
     picture = tmp_path / "page.png"
     subprocess.run(
         [*command, f"--screenshot={picture}", address], capture_output=True, check=True, timeout=120
     )
     image = pytest.importorskip("PIL.Image").open(picture)
     pixels = np.asarray(image.convert("L"), dtype=float)
-    assert (pixels > 250).mean() > 0.5, "a light page"
+    ground = pixels < 40 if scheme == "dark" else pixels > 250
+    assert ground.mean() > 0.5, f"a {scheme} page"
     # Every band of the page that holds charts has ink on it.
     for band in np.array_split(pixels[:2400], 8):
-        assert (band < 200).sum() > 300
+        ink = band > 120 if scheme == "dark" else band < 200
+        assert ink.sum() > 300

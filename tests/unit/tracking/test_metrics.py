@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+import tools.convert
+import tools.evaluate
+import tools.generate
 from hysparse_megatron.architecture.layout import parse_layout
 from hysparse_megatron.command import hysparse
 from hysparse_megatron.config.cli import load, parse_arguments
@@ -297,7 +300,21 @@ def test_a_summary_of_rows_that_were_lost(tmp_path: Path, kept: list[dict[str, A
     text = write_summary(config, directory, str(tmp_path / "tokenizer.json"), 1, overrides)
     of_steps, of_evaluations = ("no steps" not in text, "no evaluation" not in text)
     assert (of_steps, of_evaluations) == (kept == [row(3)], kept == [evaluation(3, 3.0)])
-    assert "What to do next" in text
+    assert "Train on, or something else" in text
+
+
+def test_the_summary_names_what_a_model_is_used_with(tmp_path: Path) -> None:
+    run_dir = tmp_path / "my run"
+    _, text = summary_of(["train.steps=3", f"run_dir='{run_dir}'"], 1, tmp_path)
+    words = [command[len(shlex.split(hysparse())) :] for command in commands(text, uses=True)]
+    assert [command[0] for command in words] == ["generate", "evaluate", "convert", "report"]
+    for parser, given in (
+        (tools.generate._parser(), words[0][1:]),
+        (tools.evaluate._parser(), words[1][1:]),
+        (tools.convert._parser(), words[2][1:]),
+    ):
+        assert parser.parse_args(given).run_dir == run_dir
+    assert words[3][1:] == [str(run_dir)]
 
 
 def test_a_run_whose_rate_stands_where_it_would_is_prolonged_without_more(tmp_path: Path) -> None:
@@ -307,8 +324,9 @@ def test_a_run_whose_rate_stands_where_it_would_is_prolonged_without_more(tmp_pa
     assert "accept_schedule_change" not in text
 
 
-def commands(text: str) -> list[list[str]]:
-    """The suggested commands, as the shell would split them."""
+def commands(text: str, uses: bool = False) -> list[list[str]]:
+    """The suggested commands that train, or those that use the model, as the shell splits them."""
+    text = text.split("Train on, or something else")[not uses]
     lines = text.replace("\\\n", " ").splitlines()
     return [shlex.split(line) for line in lines if line.startswith(f"    {hysparse()} ")]
 
