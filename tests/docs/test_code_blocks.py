@@ -23,7 +23,10 @@ from tests.docs.blocks import BLOCKS, ROOT, Block
 SHELL = [block for block in BLOCKS if not block.language]
 PYTHON = [block for block in BLOCKS if block.language == "python"]
 LINES = [(block.page, line) for block in SHELL for line in block.commands]
-OTHERS = {"cd", "cp", "compute-sanitizer", "lm_eval", "pip", "torchfrtrace"}
+OTHERS = {
+    *("apptainer", "cd", "compute-sanitizer", "cp", "docker", "enroot", "lm_eval", "pip"),
+    "torchfrtrace",
+}
 """Commands that are not this project's."""
 FILLED_IN = ("data.path", "run_dir", "checkpoint.load", "data.blend")
 """Settings that name what the reader has."""

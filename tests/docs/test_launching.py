@@ -43,7 +43,9 @@ def test_the_example_of_a_cluster_is_a_configuration() -> None:
         line.strip()
         for line in TEXT.replace("\\\n", " ").splitlines()
         if line.startswith("    ")
-        and not line.strip().startswith(("time_limit", "options", "setup"))
+        and not line.strip().startswith(
+            ("time_limit", "options", "setup", "docker", "enroot", "apptainer")
+        )
     ],
 )
 def test_commands_have_real_overrides(line: str) -> None:
