@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
 from enum import Enum
@@ -87,5 +88,5 @@ def _default(item: Field) -> str:
 
 
 def _flat(text: str) -> str:
-    """One line that may stand in a table's cell."""
-    return " ".join(text.split()).replace("|", "\\|")
+    """One line that may stand in a table's cell, where a bar needs an escape outside of code."""
+    return re.sub(r"(`[^`]*`)|\|", lambda found: found[1] or "\\|", " ".join(text.split()))

@@ -66,6 +66,7 @@ def test_every_setting_is_listed_with_what_it_may_be() -> None:
     assert [key for key, (_, _, text) in listed.items() if len(text) < 10 and "." in key] == []
     assert listed["parallel.vpp"][:2] == ("an integer or null, at least 2", "`null`")
     assert listed["optim.name"][:2] == ("one of adamw, muon", "`adamw`")
+    assert listed["model.layout"][2].endswith("W window, `|` a cut.")
     assert listed["train.steps"][1] == "*required*"
     assert listed["optim.muon.momentum"] == (
         "a number, at least 0 and below 1",
