@@ -49,7 +49,7 @@ JOBS ?= auto
 TESTS ?= tests/kernels tests/unit
 FAST := -m "$(BESIDE) and not distributed and not thorough" $(SHARED)
 
-test: $(STAMP) ## Run all tests but those of faults and Slurm (half an hour on two cores)
+test: $(STAMP) ## Run all tests but those of faults and Slurm (about 20 minutes on two cores)
 	@failed=0; \
 	$(PY) -m pytest -q -m "$(BESIDE)" $(SHARED) $(PYTEST_ARGS) || test $$? = 5 || failed=1; \
 	$(PY) -m pytest -m alone $(PYTEST_ARGS) || test $$? = 5 || failed=1; \

@@ -171,11 +171,14 @@ def _stages(
     parallel = config.parallel
     tokens_on_rank = sequence * train.micro_batch_size / (parallel.tp * parallel.cp)
     entering = [None, *cuts(config, plan)]
+    attention = {
+        kind: sum(config.model.attention(kind).flops(sequence).values())
+        for kind in set(layout.kinds)
+    }
     found = []
     for index, layers in enumerate(plan.stages):
         per_token = sum(
-            2.0 * counted.layers[layer].matrices
-            + sum(config.model.attention(layout.kinds[layer]).flops(sequence).values())
+            2.0 * counted.layers[layer].matrices + attention[layout.kinds[layer]]
             for layer in layers
         )
         if index == len(plan.stages) - 1:

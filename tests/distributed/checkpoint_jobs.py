@@ -86,6 +86,8 @@ class Continuation:
     """By step: this rank's tokens."""
     streams: list[dict[str, np.ndarray]]
     """By step: the states of all random streams after it."""
+    first: dict[str, Piece]
+    """Parameters before the first step."""
     parameters: dict[str, Piece]
     """After the last step."""
     buffers: list[np.ndarray]
@@ -183,6 +185,7 @@ def _continue(
     held_out = evaluate(state, [read(min(first_step, steps - 1))])
     assert held_out is not None
     results, tokens, streams = [], [], []
+    first = pieces(state, lambda parameter: parameter)
     for step in range(first_step, steps):
         share = read(step)
         results.append(train_step(state, step, share))
@@ -198,6 +201,7 @@ def _continue(
         [result.learning_rate for result in results],
         tokens,
         streams,
+        first,
         pieces(state, lambda parameter: parameter),
         [buffer.float().numpy().copy() for buffer in buffers],
         _optimizer_tensors(state),

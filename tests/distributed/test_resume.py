@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -96,9 +95,7 @@ def test_same_layout_continues_bit_by_bit(
     assert not np.array_equal(first["default"], second["default"])
     assert not np.array_equal(resumed[0].read[0], resumed[0].read[1])
     final = whole([(run.place, run.parameters) for run in resumed])
-    short = dataclasses.replace(tokens, steps=SAVE_AFTER)
-    again = pool.run(case.world_size, load_and_train, **{**job, "tokens": short})
-    loaded = whole([(run.place, run.parameters) for run in again])
+    loaded = whole([(run.place, run.first) for run in resumed])
     changed = [name for name in final if not np.array_equal(final[name], loaded[name])]
     assert "embedding.word_embeddings.weight" in changed
 
