@@ -158,6 +158,14 @@ def test_a_garbled_record_is_kept_and_the_run_goes_on(config: Config, content: b
     assert submitted_jobs(config.run_path) == []
 
 
+def test_the_record_says_what_runs_each_start(config: Config) -> None:
+    RunDirectory(config, {"device": "CPU", "ranks": 2}).close()
+    again = RunDirectory(config, {"device": "Fast GPU", "ranks": 4})
+    told = [(start["device"], start["ranks"]) for start in again.facts["starts"]]
+    again.close()
+    assert told == [("CPU", 2), ("Fast GPU", 4)]
+
+
 @pytest.mark.parametrize("where", ["manifest", "tracker"])
 def test_the_id_in_a_garbled_record_comes_from_where_else_it_stands(
     config: Config, where: str
