@@ -32,8 +32,11 @@ def rank_not_finite(state: Saveable) -> int | None:
 
 def _all_finite(tensors: Iterable[Tensor]) -> bool:
     # A NaN is both the smallest and the largest value. Sums and norms could overflow on the way.
-    extremes = [extreme.double() for tensor in tensors for extreme in tensor.aminmax()]
-    return not extremes or bool(torch.stack(extremes).isfinite().all())
+    extremes: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:  # an optimizer may count its steps on the CPU
+        found = extremes.setdefault(tensor.device, [])
+        found += (extreme.double() for extreme in tensor.aminmax())
+    return all(bool(torch.stack(found).isfinite().all()) for found in extremes.values())
 
 
 def _tensors(state: Saveable) -> Iterator[Tensor]:

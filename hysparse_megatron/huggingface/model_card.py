@@ -85,12 +85,14 @@ def _table(rows: Iterable[tuple[str, str]]) -> str:
 
 
 def _model(config: Config, vocab_rows: int, num_parameters: int) -> str:
-    model, kinds = config.model, parse_layout(config.model.layout).kinds
+    model, layout = config.model, parse_layout(config.model.layout)
+    kinds = layout.kinds
     counted = count_parameters(dataclasses.replace(model, vocab_size=vocab_rows), kinds)
     active = num_parameters - (counted.total - counted.active)
     selected = f"{model.num_selected_blocks} blocks of {model.block_size} tokens"
     heads = f"{model.num_attention_heads} of query, {model.num_query_groups} of key and value"
-    rows = [("layout", f"`{model.layout}`".replace("|", "\\|"))]
+    # Without the cuts between pipeline stages, of which an export knows nothing.
+    rows = [("layout", f"`{layout.letters}`")]
     rows += [
         (name, f"{kinds.count(kind)} layers") for kind, name in _NAMES.items() if kind in kinds
     ]

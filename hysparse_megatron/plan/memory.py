@@ -63,7 +63,7 @@ class RankMemory:
 
 
 def state_bytes(
-    held: RankParameters, precision: Precision, dp: int, edp: int, optimizer: OptimizerName
+    held: RankParameters, precision: Precision, dp_cp: int, edp: int, optimizer: OptimizerName
 ) -> tuple[int, int, int]:
     """(weights, gradients, optimizer) of a rank that holds `held` parameters."""
     bf16 = precision is Precision.bf16
@@ -71,15 +71,15 @@ def state_bytes(
     # In bf16 the fp32 main weights too: in fp32 those are the weights themselves.
     main = 4 if bf16 else 0
     if optimizer is OptimizerName.adamw:
-        shares = -(-held.dense // dp) + -(-held.experts // edp)
+        shares = -(-held.dense // dp_cp) + -(-held.experts // edp)
         return held.total * per_weight, held.total * 4, shares * (main + 8)
     # Muon keeps one mean of a matrix where AdamW keeps two, and deals out whole matrices.
-    matrices = _share(held.matrices, held.largest_matrix, dp)
+    matrices = _share(held.matrices, held.largest_matrix, dp_cp)
     experts = _share(held.experts, held.largest_expert_matrix, edp)
     rest = held.dense - held.matrices
     # The buffers of weights and gradients have room for as many of the largest share.
-    room = rest + dp * matrices + edp * experts
-    state = (matrices + experts) * (main + 4) + -(-rest // dp) * (main + 8)
+    room = rest + dp_cp * matrices + edp * experts
+    state = (matrices + experts) * (main + 4) + -(-rest // dp_cp) * (main + 8)
     return room * per_weight, room * 4, state
 
 
@@ -167,7 +167,7 @@ def _kept_activations(config: Config, plan: PipelinePlan, layer: int) -> Counter
         kept["attention"] -= again
         return kept
     # Full: the layer's input alone, and what it shares with other layers.
-    shared = ("shared key and value", "selections")
+    shared = ("shared key and value", "selections") if plan.is_read(layer) else ()
     outputs = Counter({name: kept[name] for name in shared if name in kept})
     outputs["residual stream and norms"] = token_rows(config) * model.hidden_size * element
     return outputs
@@ -220,7 +220,7 @@ def rank_memory(
     pp_rank: int,
     held: RankParameters,
     num_microbatches: int,
-    dp: int,
+    dp_cp: int,
     edp: int,
 ) -> RankMemory:
     """The peak of one rank of pipeline rank `pp_rank` with `held` parameters."""
@@ -249,7 +249,7 @@ def rank_memory(
     if len(plan.stages) - 1 in stages:
         working = max(working, head_bytes(config))
     weights, gradients, optimizer = state_bytes(
-        held, config.train.precision, dp, edp, config.optim.name
+        held, config.train.precision, dp_cp, edp, config.optim.name
     )
     return RankMemory(
         weights=weights,

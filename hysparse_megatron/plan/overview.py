@@ -39,7 +39,9 @@ class RankGroups:
 
     world_size: int
     dp: int
-    """Ranks with the same dense parameters."""
+    """Ranks that read other samples."""
+    dp_cp: int
+    """Ranks with the same dense parameters: those that read other parts of a sample too."""
     edp: int
     """Ranks with the same experts."""
     num_microbatches: int
@@ -129,7 +131,8 @@ def rank_groups(config: Config, world_size: int) -> RankGroups:
     parallel, train = config.parallel, config.train
     dp = world_size // (parallel.tp * parallel.pp * parallel.cp)
     edp = world_size // (parallel.ep * parallel.pp)
-    return RankGroups(world_size, dp, edp, train.global_batch_size // (train.micro_batch_size * dp))
+    microbatches = train.global_batch_size // (train.micro_batch_size * dp)
+    return RankGroups(world_size, dp, dp * parallel.cp, edp, microbatches)
 
 
 def make_overview(config: Config, world_size: int) -> Overview:
@@ -198,8 +201,8 @@ def _rank(
     held = parameters_on_rank(counted, plan, config.parallel.tp, config.parallel.ep, pp_rank)
     return PipelineRank(
         held,
-        rank_memory(config, plan, pp_rank, held, groups.num_microbatches, groups.dp, groups.edp),
-        collectives(config, plan, pp_rank, held, groups.dp, groups.edp),
+        rank_memory(config, plan, pp_rank, held, groups.num_microbatches, groups.dp_cp, groups.edp),
+        collectives(config, plan, pp_rank, held, groups.dp_cp, groups.edp),
     )
 
 

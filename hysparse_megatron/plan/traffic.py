@@ -101,7 +101,7 @@ def cuts(config: Config, plan: PipelinePlan) -> list[Cut]:
 
 
 def collectives(
-    config: Config, plan: PipelinePlan, pp_rank: int, held: RankParameters, dp: int, edp: int
+    config: Config, plan: PipelinePlan, pp_rank: int, held: RankParameters, dp_cp: int, edp: int
 ) -> Collectives:
     """What one rank of pipeline rank `pp_rank` sends, with `held` parameters."""
     layers = [layer for chunk in range(plan.num_chunks) for layer in _stage(plan, pp_rank, chunk)]
@@ -111,7 +111,7 @@ def collectives(
         tensor_bytes=sum(_tensor_bytes(config, plan, layer) for layer in layers),
         expert_bytes=sum(_expert_bytes(config, layer) for layer in layers),
         context_bytes=_context_bytes(config, plan, pp_rank),
-        data_bytes=gradient_and_weight * (held.dense * _ring(dp) + held.experts * _ring(edp)),
+        data_bytes=gradient_and_weight * (held.dense * _ring(dp_cp) + held.experts * _ring(edp)),
     )
 
 

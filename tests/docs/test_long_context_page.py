@@ -1,5 +1,6 @@
 """The table of docs/long_context.md says what the planner says, and names every preset."""
 
+import json
 import re
 from pathlib import Path
 
@@ -39,3 +40,16 @@ def test_rows_are_what_the_planner_says(row: tuple[str, ...]) -> None:
 
     assert (sent(planned), sent(baseline)) == (ours, full)
     assert f"{planned.peak_bytes / GIB:.1f}" == memory
+
+
+def test_measured_rows_are_those_of_the_logs() -> None:
+    folder = ROOT / "tools" / "step_benchmark" / "results"
+    for size, slices in (("80b", "80B-A3B, 12 layers, 16 experts"), ("7b", "7B, 8 layers")):
+        log = json.loads((folder / f"2026-11-30-h200x2-cp_{size}_128k.json").read_text())
+        found = {row["layout"]: row for row in log["rows"]}
+        for layout, words in (("hysparse", "HySparse"), ("full", "all full")):
+            one, two = found[layout]["median_seconds"], found[f"{layout} cp2"]["median_seconds"]
+            full = found["full cp2"]["median_seconds"]
+            peak = found[f"{layout} cp2"]["measured"]["memory"]["peak_allocated"] / GIB
+            numbers = f"{one:.2f} s | {two:.2f} s | {one / two:.2f} | {full / two:.2f}"
+            assert f"| {slices} | {words} | {numbers} | {peak:.1f} GiB |" in PAGE

@@ -55,7 +55,7 @@ def test_the_card_says_what_the_model_is(exported: Path) -> None:
     assert metadata["license"] == "apache-2.0"
     assert metadata["library_name"] == "transformers"
     assert text.count("# small\n") == 1
-    assert "`F 2*S \\| F W`" in text
+    assert "`FSSFW`" in text
     assert "| full attention | 2 layers |" in text
     model = load(exported)
     parameters = sum(parameter.numel() for parameter in model.parameters())

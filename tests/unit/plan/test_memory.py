@@ -196,3 +196,19 @@ def test_in_flight_follows_the_schedule() -> None:
                 alive -= 1
                 assert done < total
             assert in_flight(plan, rank, count) == most / vpp
+
+
+@pytest.mark.parametrize("layout", ["6*F", "F 2*S F 2*S"])
+def test_context_parallel_ranks_share_the_optimizer_and_the_tokens(layout: str) -> None:
+    settings = [*SMALL, f"model.layout={layout}", "train.precision=bf16", "train.recompute=full"]
+    plans = {
+        cp: make_overview(compose([*settings, f"parallel.cp={cp}"]), cp).ranks[0].memory
+        for cp in (1, 2)
+    }
+    one, two = plans[1], plans[2]
+    assert (two.weights, two.gradients) == (one.weights, one.gradients)
+    assert two.optimizer == pytest.approx(one.optimizer / 2, rel=1e-3)
+    # Full layers that nobody reads keep no keys of other ranks until the backward pass.
+    inputs = "residual stream and norms"
+    assert two.activations[inputs] == one.activations[inputs] / 2
+    assert ("shared key and value" in two.activations) == ("S" in layout)

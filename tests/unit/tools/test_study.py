@@ -1,5 +1,6 @@
 """The study's corpus, plan and table, and a portion of one with a model that trains in seconds."""
 
+import dataclasses
 import json
 import math
 import statistics
@@ -9,7 +10,7 @@ import pytest
 import yaml
 from backports import zstd
 
-from hysparse_megatron.errors import ConfigError
+from hysparse_megatron.errors import ConfigError, DataError
 from tools.prepare_data import main as prepare
 from tools.study.__main__ import main
 from tools.study.corpus import CARD, Recipe, is_held_out, page_text, write_corpus
@@ -96,6 +97,21 @@ def test_parts_are_bounded_and_hold_everything(sources: Path, tmp_path: Path) ->
     found = [text for part in parts for text in texts_of(tmp_path / "one" / part)]
     write_corpus(small_recipe(), sources, tmp_path / "two", 10**9)
     assert found == texts_of(tmp_path / "two" / "train-000.jsonl.zst")
+
+
+def test_a_source_names_its_projects_and_its_share(sources: Path, tmp_path: Path) -> None:
+    recipe = small_recipe()
+    [first, *others] = recipe.sources
+    folders = sorted(path.name for path in (sources / first.folder).iterdir() if path.is_dir())
+    chosen = dataclasses.replace(first, projects=(folders[0],), validation_share=1.0)
+    recipe = dataclasses.replace(recipe, sources=(chosen, *others))
+    card = write_corpus(recipe, sources, tmp_path / "one", 10**9)
+    own = [found for found in card["sources"] if found["source"] == first.name]
+    assert [(found["split"], found["projects"]) for found in own] == [("validation", 1)]
+    missing = dataclasses.replace(chosen, projects=(folders[0], "absent"))
+    recipe = dataclasses.replace(recipe, sources=(missing, *others))
+    with pytest.raises(DataError, match=f"source {first.name} lacks absent"):
+        write_corpus(recipe, sources, tmp_path / "two", 10**9)
 
 
 def test_a_page_is_read_as_its_words() -> None:
