@@ -32,6 +32,7 @@ COMMANDS = {
     "choose-full-layers": ("tools.choose_full_layers", "which layers of a model to keep full"),
     "draw-layout": ("tools.draw_layout", "a layout as an SVG"),
     "benchmark step": ("tools.benchmark_step", "time training steps of a slice of a model"),
+    "benchmark host": ("tools.benchmark_host", "what the GPUs of one host do together"),
     "benchmark decode": ("tools.benchmark_decode", "memory and speed of generation"),
     "benchmark checkpoint": ("tools.benchmark_checkpoint", "how long a save delays training"),
     "measure-prepare": ("tools.measure_prepare", "speed and memory of prepare-data"),

@@ -112,11 +112,12 @@ class _Attention(torch.autograd.Function):
         schedule, scale = ctx.schedule, ctx.scale
         grad = _unit_stride(grad)
         saved = Saved(query, key, value, output, lse, grad)
-        if _cudnn_knows(schedule) and _cudnn_takes(query, value):
-            start = 0 if schedule.queries is None else schedule.queries.start
-            return *_cudnn_gradients(saved, scale, start, ctx.accumulate), *[None] * 5
         d_key = d_value = None
         keys_too = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        if _cudnn_knows(schedule) and _cudnn_takes(query, value):
+            start = 0 if schedule.queries is None else schedule.queries.start
+            gradients = _cudnn_gradients(saved, scale, start, ctx.accumulate, keys_too)
+            return *gradients, *[None] * 5
         if ctx.hopper:
             d_query, d_key, d_value, delta = hopper.gradients(
                 saved, schedule, scale, ctx.accumulate, keys_too
@@ -185,18 +186,31 @@ def _cudnn_forward(
 
 
 def _cudnn_gradients(
-    saved: Saved, scale: float, start: int, accumulate: KeyValueGradients | None
+    saved: Saved,
+    scale: float,
+    start: int,
+    accumulate: KeyValueGradients | None,
+    keys_too: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of query, key and value; none of key and value where `accumulate` gets them.
+    """Gradients of query, key and value; none of key and value where `accumulate` gets them or
+    where none are asked for.
 
     Causal attention to cuDNN is a square. Of queries from position `start` on it is one behind a
     rectangle of keys that all of them see; the gradients of the two parts, which share output and
     lse, add up.
     """
-    query, key, value = saved.query, saved.key, saved.value
-    queries = query.shape[1]
+    key, value = saved.key, saved.value
+    queries = saved.query.shape[1]
     square = slice(start, start + queries)
     d_query, d_key, d_value = _cudnn_backward(saved, square, scale, causal=True)
+    parts = [(square, (d_key, d_value))]
+    if start > 0:
+        before = slice(0, start)
+        d_before, *d_rectangle = _cudnn_backward(saved, before, scale, causal=False)
+        d_query = d_query + d_before
+        parts.append((before, (d_rectangle[0], d_rectangle[1])))
+    if not keys_too:
+        return d_query, None, None
     if key.shape[1] == queries:
         if accumulate is None:
             return d_query, d_key, d_value
@@ -207,14 +221,9 @@ def _cudnn_gradients(
     else:
         key_sum, value_sum, add = accumulate.buffers(key, value)
         sums = (key_sum, value_sum) if add else (key_sum.zero_(), value_sum.zero_())
-    for total, gradient in zip(sums, (d_key, d_value), strict=True):
-        total[:, square] += gradient
-    if start > 0:
-        before = slice(0, start)
-        d_before, d_key, d_value = _cudnn_backward(saved, before, scale, causal=False)
-        d_query = d_query + d_before
-        for total, gradient in zip(sums, (d_key, d_value), strict=True):
-            total[:, before] += gradient
+    for keys, gradients in parts:
+        for total, gradient in zip(sums, gradients, strict=True):
+            total[:, keys] += gradient
     return d_query, *(sums if accumulate is None else (None, None))
 
 

@@ -13,7 +13,7 @@ from hysparse_kernels import (
     oracle_attention,
 )
 from hysparse_kernels.triton import kernels
-from hysparse_kernels.triton.launch import KeySchedule
+from hysparse_kernels.triton.launch import KeySchedule, Saved
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -118,7 +118,7 @@ def test_frozen_key_and_value_take_nothing(seed: int) -> None:
 def test_gradients_from_cudnn_are_added(wanted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     query, key, value = (torch.randn(1, 4, heads, 8) for heads in (2, 1, 1))
     monkeypatch.setattr(autograd, "_cudnn_takes", lambda *_: True)
-    monkeypatch.setattr(autograd, "_cudnn_backward", lambda *_: (query, key, value))
+    monkeypatch.setattr(autograd, "_cudnn_backward", lambda *_, causal: (query, key, value))
     total = KeyValueGradients()
     context = SimpleNamespace(
         saved_tensors=(query, key, value, None, query, torch.zeros(1, 2, 4)),
@@ -137,7 +137,48 @@ def test_gradients_from_cudnn_are_added(wanted: bool, monkeypatch: pytest.Monkey
         assert torch.equal(sums[0], 2 * key)
         assert torch.equal(sums[1], 2 * value)
     context.accumulate = None
-    assert autograd._Attention.backward(context, query)[:3] == (query, key, value)
+    alone = (query, key, value) if wanted else (query, None, None)
+    assert autograd._Attention.backward(context, query)[:3] == alone
+
+
+def _exact_backward(saved: Saved, keys: slice, scale: float, *, causal: bool) -> tuple[Tensor, ...]:
+    """What cuDNN's computes, of [B, S, heads, width]."""
+    heads = saved.query.shape[2] // saved.key.shape[2]
+    key, value = (x[:, keys].repeat_interleave(heads, 2) for x in (saved.key, saved.value))
+    logits = torch.einsum("bshd,bthd->bhst", saved.query, key) * scale
+    if causal:
+        logits = logits.masked_fill(torch.ones_like(logits[0, 0]).triu(1).bool(), -torch.inf)
+    p = (logits - saved.lse[..., None]).exp()
+    delta = (saved.output * saved.grad).sum(3).transpose(1, 2)
+    ds = p * (torch.einsum("bshd,bthd->bhst", saved.grad, value) - delta[..., None]) * scale
+    d_query = torch.einsum("bhst,bthd->bshd", ds, key)
+    d_key = torch.einsum("bhst,bshd->bthd", ds, saved.query)
+    d_value = torch.einsum("bhst,bshd->bthd", p, saved.grad)
+    return d_query, *(x.unflatten(2, (-1, heads)).sum(3) for x in (d_key, d_value))
+
+
+@pytest.mark.parametrize("start", [0, 3, 5])
+@pytest.mark.usefixtures("seed")
+def test_a_range_is_a_square_behind_a_rectangle_to_cudnn(
+    start: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(autograd, "_cudnn_backward", _exact_backward)
+    query = torch.randn(2, 4, 6, 8, dtype=torch.float64, requires_grad=True)
+    key, value = (
+        torch.randn(2, 9, 2, width, dtype=torch.float64, requires_grad=True) for width in (8, 4)
+    )
+    grad = torch.randn(2, 4, 6, 4, dtype=torch.float64)
+    found = oracle_attention(query, key, value, num_selected=1, query_start=start, **BLOCK)
+    wanted = torch.autograd.grad(found.output, (query, key, value), grad)
+    with torch.no_grad():
+        saved = Saved(query, key, value, found.output, found.lse, grad)
+        alone = autograd._cudnn_gradients(saved, 8**-0.5, start, None, keys_too=True)
+        torch.testing.assert_close(alone, wanted)
+        total = KeyValueGradients()
+        for _ in range(2):
+            only = autograd._cudnn_gradients(saved, 8**-0.5, start, total, keys_too=True)
+            assert only[1:] == (None, None)
+        torch.testing.assert_close(total.buffers(key, value)[:2], [2 * x for x in wanted[1:]])
 
 
 def test_gradients_that_nothing_collects_are_refused() -> None:

@@ -64,6 +64,12 @@ class Case:
         return self.overview.training_flops_per_token
 
     @property
+    def planned_tokens_per_second(self) -> float:
+        """By the planner, which knows the speed of a device only if `cluster` is set: a ratio to
+        another case says more than the number."""
+        return self.tokens / self.overview.time.seconds
+
+    @property
     def memory(self) -> RankMemory:
         """What the planner expects at the peak."""
         return self.overview.ranks[0].memory

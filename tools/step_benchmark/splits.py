@@ -7,7 +7,7 @@ import math
 import re
 from dataclasses import dataclass
 
-_KEYS = ("dp", "tp", "pp", "cp")
+_KEYS = ("dp", "tp", "pp", "cp", "ep")
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Split:
 
     @property
     def ranks(self) -> int:
-        """Processes, each with a device of its own."""
-        return math.prod(size for _, size in self.sizes)
+        """Processes, each with a device of its own; experts lie on those of the others."""
+        return math.prod(size for key, size in self.sizes if key != "ep")
 
     @property
     def dp(self) -> int:

@@ -42,8 +42,11 @@ def _of_length(rows: Sequence[Row], length: int) -> Iterator[Target]:
     alone = {row.case.name: row for row in measured if row.case.split == ONE}
     for row in measured:
         if row.case.split != ONE and row.case.name in alone and not row.case.again:
-            ratio = row.tokens_per_second / alone[row.case.name].tokens_per_second
-            yield Target(f"{row.case.label} / one device, tokens a second [{length}]", ratio)
+            one = alone[row.case.name]
+            ratio = row.tokens_per_second / one.tokens_per_second
+            planned = row.case.planned_tokens_per_second / one.case.planned_tokens_per_second
+            text = f"{row.case.label} / one device, tokens a second, planned {planned:.2f}"
+            yield Target(f"{text} [{length}]", ratio)
 
 
 def _of_split(rows: Sequence[Row], length: int) -> Iterator[Target]:

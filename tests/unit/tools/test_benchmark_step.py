@@ -472,6 +472,7 @@ def test_other_selections_reach_the_sparse_layers_alone(tmp_path: Path) -> None:
         ("1", 1, []),
         ("dp2", 2, []),
         ("cp4", 4, ["parallel.cp=4"]),
+        ("dp4-ep4", 4, ["parallel.ep=4"]),
         ("tp2-cp4", 8, ["parallel.tp=2", "parallel.cp=4", "parallel.sequence_parallel=true"]),
     ],
 )
@@ -490,6 +491,6 @@ def test_a_case_is_split_over_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = f"{MINI} --layers 3 --layouts hysparse --splits 1,cp2 --steps 2 --no-profile"
     assert main([*arguments.split(), "--no-repeat", "--set", "model.layout=F 2*S"]) == 0
     printed = capsys.readouterr().out
-    assert "hysparse cp2 / one device, tokens a second [64]" in printed
+    assert "hysparse cp2 / one device, tokens a second, planned " in printed
     with pytest.raises(ConfigError, match="run on one device"):
         parse([*arguments.split(), "--reference", "megatron"])
