@@ -85,7 +85,7 @@ def test_the_end_waits_for_the_last_save(copy_of_finished: Copy) -> None:
     code, output = run(arguments, entry=("-c", SLOW_DISK), SECONDS_OF_A_SAVE="2")
     assert code == 0, output
     assert names(run_dir) == ["step-00000020", "step-00000030", "step-00000040"]
-    assert output.index("saved") < output.index("What to do next")
+    assert output.index("saved") < output.index("hysparse generate --run-dir")
 
 
 def test_both_ways_of_saving_write_the_same(copy_of_finished: Copy, finished) -> None:

@@ -79,7 +79,7 @@ READ_FIRST = ("tools.choose_full_layers", "tools.draw_layout", "tools.evaluate")
 INTERRUPTED_IMPORT = """
 import importlib.abc, os, runpy, signal, sys
 
-OURS = ("hysparse_megatron", "launch", "tools")
+OURS = ("hysparse_megatron", "hysparse_kernels", "launch", "tools")
 
 class Interrupt(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
