@@ -56,7 +56,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--reference", choices=["megatron"], help="also the full layout in megatron-core's layers")
     add("--steps", type=count, default=10, help="timed steps at most, default: %(default)s")
     add("--warmup", type=count, default=2, help="steps before, default: %(default)s")
-    add("--case-seconds", type=seconds, default=60.0, help="no third timed step after so long")
+    add("--case-seconds", type=seconds, default=60.0, help="one device: no third step after it")
     add("--micro-batches", type=count, default=1, metavar="N", help="per step")
     add("--set", action="append", default=[], nargs="+", metavar="KEY=VALUE", help="overrides")
     add("--picks", choices=PICKS, default=MODEL, help="selections that sparse layers read")
