@@ -10,20 +10,33 @@ tensor-parallel size.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
     checkpoint,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
-    linear_with_grad_accumulation_and_async_allreduce,
 )
 from torch import Tensor
 from torch.profiler import record_function
 
 from hysparse_megatron.runtime.annotations import LOSS
+
+
+@contextlib.contextmanager
+def _reduced_outside(layer: ColumnParallelLinear) -> Iterator[None]:
+    """`layer` takes an input that all ranks have, whose gradient is reduced in front of it."""
+    former = layer.explicit_expert_comm
+    layer.explicit_expert_comm = True  # megatron-core's name for it
+    try:
+        yield
+    finally:
+        layer.explicit_expert_comm = former
 
 
 class LanguageModel(HybridModel):
@@ -71,20 +84,12 @@ class LanguageModel(HybridModel):
             hidden = gather_from_sequence_parallel_region(hidden, group=group)
         else:
             hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
-        weight = self.output_layer.weight
-        if self.share_embeddings_and_output_weights:
-            weight = self.shared_embedding_or_output_weight()
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else None
 
         def loss(rows: Tensor, of_rows: Tensor) -> Tensor:
-            logits = linear_with_grad_accumulation_and_async_allreduce(
-                input=rows,
-                weight=weight,
-                bias=None,
-                gradient_accumulation_fusion=self.config.gradient_accumulation_fusion,
-                allreduce_dgrad=False,  # once for all chunks, in the backward pass of the above
-                sequence_parallel=False,
-                tp_group=group,
-            )
+            with _reduced_outside(self.output_layer):
+                logits, _ = self.output_layer(rows, weight=weight)
             return self.compute_language_model_loss(of_rows, logits)
 
         pairs = zip(hidden.split(chunk), labels.split(chunk, dim=1), strict=True)

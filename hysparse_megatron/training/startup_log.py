@@ -15,6 +15,7 @@ from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.model.context_parallel import describe_context
 from hysparse_megatron.model.layers import describe_layers
 from hysparse_megatron.model.pipeline import describe_traffic
+from hysparse_megatron.training.data_parallel import describe_overlap
 from hysparse_megatron.training.state import TrainingState, describe_optimizer, rows_per_rank
 
 Say = Callable[[str], None]
@@ -77,6 +78,8 @@ def describe_start(state: TrainingState, corpus: TrainingData, say: Say) -> None
     say(f"attention backend {backend.name}: {backend.reason}")
     say(describe_layers(state.layers, config.model))
     say(f"optimizer: {describe_optimizer(state)}")
+    if state.groups.dp_cp.size() > 1:
+        say(describe_overlap(state.chunks))
     _describe_data(corpus, config.train.tokens, say)
     say(state.megatron.plan.describe())
     if parallel.cp > 1:

@@ -7,13 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
-from megatron.core.optimizer.param_layout import FullParamLayout
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
@@ -28,7 +23,8 @@ from hysparse_megatron.model.pipeline import PayloadCommunicator
 from hysparse_megatron.runtime.clock import ForwardClock
 from hysparse_megatron.runtime.process_groups import build_process_groups
 from hysparse_megatron.runtime.random import seed_step
-from hysparse_megatron.training.muon import is_matrix, matrix_layouts
+from hysparse_megatron.training import data_parallel
+from hysparse_megatron.training.muon import is_matrix
 from hysparse_megatron.training.optimizer import adam_name, build_optimizer, build_schedule
 
 
@@ -56,6 +52,10 @@ class TrainingState:
     def models(self) -> list[MegatronModule]:
         """The chunks without what wraps them for training."""
         return [chunk.module for chunk in self.chunks]
+
+    def settle(self) -> None:
+        """Bring parameters that other ranks have updated, before they are read. Collective."""
+        data_parallel.settle(self.chunks)
 
     def num_parameters(self) -> int:
         """Parameters on this rank (a tied output projection counts on its stage too)."""
@@ -95,26 +95,10 @@ def build_state(
     groups = build_process_groups(config.parallel, config.model.num_query_groups)
     layers = resolve_layers(config.model, device)
     megatron = make_megatron_config(config, layers)
-    megatron.finalize_model_grads_func = finalize_model_grads
-    ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=True
-    )
     models = [model.to(device) for model in build(config, megatron, vocab_size, groups, layers)]
     for model in models:
         fuse_weight_gradients(layers, model)
-    layouts: Sequence[FullParamLayout | None] = [None] * len(models)
-    if config.optim.name is OptimizerName.muon:
-        layouts = matrix_layouts(models, ddp_config, groups)
-    chunks = [
-        DistributedDataParallel(
-            config=megatron,
-            ddp_config=ddp_config,
-            module=model,
-            disable_bucketing=index > 0,
-            full_param_layout=layout,
-        )
-        for index, (model, layout) in enumerate(zip(models, layouts, strict=True))
-    ]
+    chunks = data_parallel.wrap(config, megatron, models, groups)
     optimizer = build_optimizer(config.optim, config.train.precision, chunks)
     # Megatron-core's random streams must exist before the first forward pass, evaluation included.
     seed_step(config.train.seed, 0, groups)

@@ -134,6 +134,7 @@ def evaluate(
     Raises:
         DataError: no token counts.
     """
+    state.settle()
     for chunk in state.chunks:
         chunk.eval()
     loss, tokens = 0.0, 0

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hysparse_megatron.architecture.layout import parse_layout
 from hysparse_megatron.architecture.model import Balancing, ModelConfig, MoeConfig, RouterScore
+from hysparse_megatron.config.parallel import OverlapConfig
 from hysparse_megatron.config.schema import (
     Config,
     DataConfig,
@@ -109,6 +110,8 @@ class Case:
     model: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
     optim: dict[str, Any] = field(default_factory=dict)
+    overlap: OverlapConfig = field(default_factory=lambda: OverlapConfig(bucket_size=2_000))
+    """As in training, but for buckets of which these small models have several."""
     documents: bool = False
     """Whether sequences hold several documents, `documents_of`, that do not see one another."""
 
@@ -137,6 +140,7 @@ class Case:
                 cp=self.cp,
                 ep=self.ep,
                 sequence_parallel=self.sp,
+                overlap=self.overlap,
             ),
             data=DataConfig(document_mask=self.documents),
             # Adam divides by |g| + epsilon at first: where a gradient is next to zero, its rounding

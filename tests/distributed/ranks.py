@@ -158,11 +158,21 @@ def whole_gradients(state: TrainingState, into: dict[str, Piece]) -> Iterator[No
     """
 
     def finalize(model: list, num_tokens: Tensor | None = None, **options: Any) -> None:
-        finalize_model_grads(model, num_tokens, **{**options, "force_all_reduce": True})
+        finalize_model_grads(model, num_tokens, **options)
         into.update(pieces(state, lambda parameter: parameter.main_grad))
 
-    with mock.patch.object(state.megatron, "finalize_model_grads_func", finalize):
+    with contextlib.ExitStack() as patches:
+        put = mock.patch.object
+        patches.enter_context(put(state.megatron, "finalize_model_grads_func", finalize))
+        for chunk in state.chunks:
+            for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+                start = partial(_all_reduce, group.start_grad_sync)
+                patches.enter_context(put(group, "start_grad_sync", start))
         yield
+
+
+def _all_reduce(start: Callable[..., None], force_all_reduce: bool = False) -> None:
+    start(force_all_reduce=True)
 
 
 class SelectionRecorder:
@@ -280,6 +290,7 @@ def train(
             _step(state, run, step, torch.from_numpy(batch), step in gradient_steps)
             run.selections.append(recorder.take())
             run.routings.append(recorder.take_routing())
+    state.settle()
     run.final = pieces(state, lambda parameter: parameter)
     return run
 

@@ -1,0 +1,47 @@
+"""Settings of how a model is split over ranks, and of what these send each other when."""
+
+from dataclasses import dataclass, field
+
+from hysparse_megatron.architecture.bounds import at_least
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverlapConfig:
+    """What data-parallel ranks send each other beside computing; off, it is sent between steps."""
+
+    grad_reduce: bool = True
+    """Reduce gradients beside the backward pass of a step's last micro-batch, bucket by bucket."""
+    param_gather: bool = True
+    """Gather updated parameters beside the next forward pass, bucket by bucket."""
+    bucket_size: int | None = at_least(1, default=None)
+    """Parameters that are sent together, at least; null: 40 million, or a million for each
+    data-parallel rank if that is more. Only a pipeline's first rank has several buckets: the others
+    send while those before them still compute."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the model is split over ranks; what remains of the world size is data parallel."""
+
+    tp: int = at_least(1, default=1)
+    """Tensor-parallel size: ranks that share every layer's heads and feed-forward channels."""
+    pp: int = at_least(1, default=1)
+    """Pipeline-parallel size: ranks that hold different layers."""
+    vpp: int | None = at_least(2, default=None)
+    """Model chunks per pipeline rank (interleaving, at least 2); null means one chunk."""
+    cp: int = at_least(1, default=1)
+    """Context-parallel size: ranks that share one sequence, of which each holds two chunks. Keys
+    and values of a hybrid block are gathered once, those of other full layers in every layer."""
+    ep: int = at_least(1, default=1)
+    """Expert-parallel size: ranks that share the experts of a layer; they are taken from the
+    tensor- and data-parallel ranks of a stage, so they add nothing to the world size. An expert is
+    never split."""
+    sequence_parallel: bool = False
+    """Also split the residual stream over the tensor-parallel ranks, along the sequence."""
+    timeout_seconds: int = at_least(1, default=600)
+    """How long ranks wait for each other, at the start and in every collective, before all of them
+    end with an error."""
+    setup_timeout_seconds: int = at_least(1, default=3600)
+    """The same from the start until the first step is done: data may be prepared on one rank, and
+    kernels compiled, while the others wait."""
+    overlap: OverlapConfig = field(default_factory=OverlapConfig)
