@@ -55,6 +55,9 @@ class Saveable(Protocol):
     def models(self) -> list[MegatronModule]:
         """The model chunks of this rank."""
 
+    def settle(self) -> None:
+        """Bring parameters that other ranks have updated, before they are read. Collective."""
+
 
 def _metadata(groups: ProcessGroupCollection) -> dict[str, Any]:
     return {
@@ -82,6 +85,7 @@ def start_save(state: Saveable, step: int, directory: Path) -> Job:
     # megatron-core would copy, write and pass on results in ways that need helper processes.
     filesystem_async.FileSystemWriterAsync = StagingWriter
     metadata = _metadata(state.groups)
+    state.settle()
     model = _model_state(state.models, metadata)
     with taken_in_place(distributed_parts(state.optimizer)):
         optimizer = state.optimizer.sharded_state_dict(model, is_loading=False, metadata=metadata)

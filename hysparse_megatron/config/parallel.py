@@ -44,4 +44,7 @@ class ParallelConfig:
     setup_timeout_seconds: int = at_least(1, default=3600)
     """The same from the start until the first step is done: data may be prepared on one rank, and
     kernels compiled, while the others wait."""
+    grad_reduce_in_fp32: bool = True
+    """Sum gradients over micro-batches and ranks in fp32; false: in `train.precision`, which halves
+    their memory and traffic with bf16 and rounds each addition."""
     overlap: OverlapConfig = field(default_factory=OverlapConfig)

@@ -17,6 +17,7 @@ from hysparse_megatron.config.schema import Config, OptimizerName, Precision, Re
 from hysparse_megatron.plan.traffic import (
     batch_tokens,
     element_bytes,
+    gradient_element_bytes,
     groups_on_rank,
     key_value_elements,
     rank_tokens,
@@ -63,7 +64,12 @@ class RankMemory:
 
 
 def state_bytes(
-    held: RankParameters, precision: Precision, dp_cp: int, edp: int, optimizer: OptimizerName
+    held: RankParameters,
+    precision: Precision,
+    dp_cp: int,
+    edp: int,
+    optimizer: OptimizerName,
+    per_gradient: int = 4,
 ) -> tuple[int, int, int]:
     """(weights, gradients, optimizer) of a rank that holds `held` parameters."""
     bf16 = precision is Precision.bf16
@@ -72,7 +78,7 @@ def state_bytes(
     main = 4 if bf16 else 0
     if optimizer is OptimizerName.adamw:
         shares = -(-held.dense // dp_cp) + -(-held.experts // edp)
-        return held.total * per_weight, held.total * 4, shares * (main + 8)
+        return held.total * per_weight, held.total * per_gradient, shares * (main + 8)
     # Muon keeps one mean of a matrix where AdamW keeps two, and deals out whole matrices.
     matrices = _share(held.matrices, held.largest_matrix, dp_cp)
     experts = _share(held.experts, held.largest_expert_matrix, edp)
@@ -80,7 +86,7 @@ def state_bytes(
     # The buffers of weights and gradients have room for as many of the largest share.
     room = rest + dp_cp * matrices + edp * experts
     state = (matrices + experts) * (main + 4) + -(-rest // dp_cp) * (main + 8)
-    return room * per_weight, room * 4, state
+    return room * per_weight, room * per_gradient, state
 
 
 def _share(matrices: int, largest: int, ranks: int) -> int:
@@ -249,7 +255,7 @@ def rank_memory(
     if len(plan.stages) - 1 in stages:
         working = max(working, head_bytes(config))
     weights, gradients, optimizer = state_bytes(
-        held, config.train.precision, dp_cp, edp, config.optim.name
+        held, config.train.precision, dp_cp, edp, config.optim.name, gradient_element_bytes(config)
     )
     return RankMemory(
         weights=weights,

@@ -29,7 +29,13 @@ from hysparse_megatron.plan.flops import (
     training_flops,
 )
 from hysparse_megatron.plan.memory import GIB, RankMemory, rank_memory
-from hysparse_megatron.plan.schedule import EFFICIENCY, NOMINAL_TFLOPS, StepTime, pipeline_time
+from hysparse_megatron.plan.schedule import (
+    EFFICIENCY,
+    NOMINAL_TFLOPS,
+    StepTime,
+    exposed_seconds,
+    pipeline_time,
+)
 from hysparse_megatron.plan.traffic import Collectives, Cut, collectives, cuts
 
 
@@ -239,7 +245,13 @@ def _step_time(
         seconds = stage.forward_flops * computing + sent / plan.num_chunks + crossing
         stage_seconds.append(seconds)
     seconds, waited = pipeline_time(stage_seconds, plan.pp, groups.num_microbatches)
-    data = max(rank.traffic.data_bytes for rank in ranks) / across
+    slowest = max(sum(stage_seconds[rank :: plan.pp]) for rank in range(plan.pp))
+    reducing, gathering = (
+        max(getattr(rank.traffic, name) for rank in ranks) / across
+        for name in ("gradient_bytes", "weight_bytes")
+    )
+    hidden = parallel.overlap.grad_reduce and parallel.overlap.param_gather
+    data = exposed_seconds(reducing, gathering, slowest, passes, hidden)
     return StepTime(seconds, data, waited)
 
 

@@ -1,7 +1,8 @@
 """How long a step takes and how much of it ranks wait, from FLOPs and bytes alone.
 
 An estimate to compare plans with, not a promise: matrix products run at `EFFICIENCY` of the peak,
-collectives at the bandwidth of the slowest link they cross, and only pipeline traffic overlaps.
+collectives at the bandwidth of the slowest link they cross, and only the traffic of pipelines and
+of data parallelism overlaps.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class StepTime:
     pipeline_seconds: float
     """All micro-batches through all stages, waiting included."""
     data_seconds: float
-    """Gradient reduction and weight gathering after them."""
+    """Gradient reduction and weight gathering that no computing hides."""
     bubble_share: float
     """Share of the pipeline's time in which an average rank waits: fill, drain and imbalance."""
 
@@ -31,6 +32,20 @@ class StepTime:
     def seconds(self) -> float:
         """The whole step."""
         return self.pipeline_seconds + self.data_seconds
+
+
+def exposed_seconds(
+    reducing: float, gathering: float, microbatch_seconds: float, passes: float, hidden: bool
+) -> float:
+    """What a step is longer by for gradients to be reduced and weights to be gathered.
+
+    Where `hidden`, gradients go beside the backward pass of the last micro-batch and weights beside
+    the forward pass of the first, each of which is its part of `passes` forward passes.
+    """
+    if not hidden:
+        return reducing + gathering
+    forward = microbatch_seconds / passes
+    return max(0.0, reducing - (passes - 1) * forward) + max(0.0, gathering - forward)
 
 
 def pipeline_time(

@@ -41,13 +41,25 @@ class Collectives:
     """Dispatch and combine of tokens between experts, forward and backward of one micro-batch."""
     context_bytes: float
     """Keys and values of other ranks' tokens, and their gradients, of one micro-batch."""
-    data_bytes: float
-    """Gradients and updated weights, once per step."""
+    gradient_bytes: float
+    """Gradients, once per step."""
+    weight_bytes: float
+    """Updated weights, once per step."""
+
+    @property
+    def data_bytes(self) -> float:
+        """All that data parallelism sends in a step."""
+        return self.gradient_bytes + self.weight_bytes
 
 
 def element_bytes(config: Config) -> int:
     """Bytes of one activation or model weight."""
     return 2 if config.train.precision is Precision.bf16 else 4
+
+
+def gradient_element_bytes(config: Config) -> int:
+    """Bytes of one element of the buffers in which gradients are summed."""
+    return 4 if config.parallel.grad_reduce_in_fp32 else element_bytes(config)
 
 
 def groups_on_rank(model: ModelConfig, tp: int) -> int:
@@ -105,13 +117,13 @@ def collectives(
 ) -> Collectives:
     """What one rank of pipeline rank `pp_rank` sends, with `held` parameters."""
     layers = [layer for chunk in range(plan.num_chunks) for layer in _stage(plan, pp_rank, chunk)]
-    element = element_bytes(config)
-    gradient_and_weight = 4 + element
+    shared = held.dense * _ring(dp_cp) + held.experts * _ring(edp)
     return Collectives(
         tensor_bytes=sum(_tensor_bytes(config, plan, layer) for layer in layers),
         expert_bytes=sum(_expert_bytes(config, layer) for layer in layers),
         context_bytes=_context_bytes(config, plan, pp_rank),
-        data_bytes=gradient_and_weight * (held.dense * _ring(dp_cp) + held.experts * _ring(edp)),
+        gradient_bytes=gradient_element_bytes(config) * shared,
+        weight_bytes=element_bytes(config) * shared,
     )
 
 

@@ -34,7 +34,7 @@ def wrap(
     overlap, interleaved = config.parallel.overlap, config.parallel.vpp is not None
     alone = groups.dp_cp.size() == 1
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=config.parallel.grad_reduce_in_fp32,
         use_distributed_optimizer=True,
         overlap_grad_reduce=overlap.grad_reduce and not alone,
         overlap_param_gather=overlap.param_gather and not alone,

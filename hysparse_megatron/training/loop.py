@@ -112,7 +112,6 @@ def train(
         if last or (not guard.in_a_row and (watch.stopping or regular)):
             started = time.monotonic()
             faults.reach("save", done)
-            state.settle()
             facts = {"guard": guard.facts(), "evaluation_due": evaluation_due}
             hooks.save(done, {**facts, "position": dataclasses.asdict(position)})
             watch.deadline.saw_save(time.monotonic() - started)

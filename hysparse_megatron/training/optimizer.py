@@ -52,6 +52,7 @@ def build_optimizer(
         bf16=dtype is torch.bfloat16 or with_muon,
         params_dtype=dtype,
         use_distributed_optimizer=not with_muon,
+        overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
         use_layer_wise_distributed_optimizer=with_muon,
         **muon.megatron_settings(optim.muon),  # type: ignore[arg-type]
     )

@@ -1,4 +1,4 @@
-"""Over how many devices a case is spread, and how: `1`, `dp2`, `cp2`, `tp2-cp4`, ..."""
+"""Over how many devices a case is spread, and how: `1`, `dp2`, `tp2-cp4`, `dp2-apart`, ..."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 
 _KEYS = ("dp", "tp", "pp", "cp", "ep")
+_APART = "apart"
 
 
 @dataclass(frozen=True)
@@ -15,9 +16,12 @@ class Split:
     """Sizes of parallelism; of what is not named there is no splitting."""
 
     sizes: tuple[tuple[str, int], ...] = ()
+    apart: bool = False
+    """Whether data-parallel ranks send between steps what they send beside computing otherwise."""
 
     def __str__(self) -> str:
-        return "-".join(f"{key}{size}" for key, size in self.sizes) or "1"
+        parts = [f"{key}{size}" for key, size in self.sizes]
+        return "-".join(parts + [_APART] * self.apart) or "1"
 
     @property
     def ranks(self) -> int:
@@ -33,7 +37,12 @@ class Split:
     def overrides(self) -> list[str]:
         """Settings; tensor parallelism as it is used, with sequence parallelism."""
         found = [f"parallel.{key}={size}" for key, size in self.sizes if key != "dp"]
-        return [*found, *(["parallel.sequence_parallel=true"] if "tp" in dict(self.sizes) else [])]
+        if "tp" in dict(self.sizes):
+            found.append("parallel.sequence_parallel=true")
+        if self.apart:
+            overlap = "parallel.overlap"
+            found += [f"{overlap}.grad_reduce=false", f"{overlap}.param_gather=false"]
+        return found
 
 
 ONE = Split()
@@ -43,13 +52,15 @@ def read_split(text: str) -> Split:
     """What an option says. Raises ArgumentTypeError."""
     if text == "1":
         return ONE
-    parts = [re.fullmatch(r"([a-z]+)([0-9]+)", part) for part in text.split("-")]
+    names, apart = text.removesuffix(f"-{_APART}"), text.endswith(f"-{_APART}")
+    parts = [re.fullmatch(r"([a-z]+)([0-9]+)", part) for part in names.split("-")]
     sizes = tuple((part[1], int(part[2])) for part in parts if part)
-    names = [key for key, _ in sizes]
-    if len(sizes) < len(parts) or set(names) - set(_KEYS) or len(set(names)) < len(names):
+    keys = [key for key, _ in sizes]
+    if len(sizes) < len(parts) or set(keys) - set(_KEYS) or len(set(keys)) < len(keys):
         raise argparse.ArgumentTypeError(
-            f"got {text}; allowed 1, or {', '.join(_KEYS)} with a number, joined by -: tp2-cp4"
+            f"got {text}; allowed 1, or {', '.join(_KEYS)} with a number, joined by -: tp2-cp4, "
+            f"and -{_APART} at the end for nothing sent beside computing"
         )
     if min(size for _, size in sizes) < 2:
         raise argparse.ArgumentTypeError(f"got {text}; allowed sizes from 2, or 1 for no splitting")
-    return Split(sizes)
+    return Split(sizes, apart)

@@ -17,6 +17,12 @@ def parallel(config: Config) -> Iterator[Problem]:
         yield from _context_parallel(config)
     if parallel.vpp is not None and parallel.pp == 1:
         yield Problem("parallel.vpp", str(parallel.vpp), "null while parallel.pp = 1")
+    if parallel.overlap.param_gather and not parallel.overlap.grad_reduce:
+        yield Problem(
+            "parallel.overlap.param_gather",
+            "true",
+            "false while parallel.overlap.grad_reduce is false, which makes no buckets",
+        )
     if parallel.sequence_parallel and parallel.tp == 1:
         yield Problem("parallel.sequence_parallel", "true", "false while parallel.tp = 1")
     if parallel.sequence_parallel and not is_multiple(seq_length, parallel.tp):

@@ -16,6 +16,7 @@ from hysparse_megatron.config.compose import compose
 from hysparse_megatron.data.read.dataset import TokenSamples
 from hysparse_megatron.data.read.held_out import EvaluationBatches
 from hysparse_megatron.errors import DataError
+from hysparse_megatron.plan.overview import make_overview
 from hysparse_megatron.runtime.process_groups import destroy_process_groups
 from hysparse_megatron.training import step as step_module
 from hysparse_megatron.training.state import TrainingState, build_state
@@ -328,3 +329,23 @@ def count_activations(width: int) -> int:
         torch.is_tensor(thing) and thing.shape[:1] == (SEQUENCE,) and thing.shape[-1] == width
         for thing in gc.get_objects()
     )
+
+
+@pytest.mark.parametrize("in_fp32", [True, False])
+def test_gradients_are_summed_in_the_precision_that_is_set(group: None, in_fp32: bool) -> None:
+    """In bf16 they take what the planner says, half of fp32, and teach about the same."""
+    setting = f"parallel.grad_reduce_in_fp32={str(in_fp32).lower()}"
+    config = compose([*SETTINGS, "model.vocab_size=50", "train.precision=bf16", setting])
+    state = build_state(config, VOCABULARY, DEVICE)
+    try:
+        batches = random_batches()
+        losses = [train_step(state, step, batches).loss for step in range(3)]
+        gradients = [buffer.grad_data for chunk in state.chunks for buffer in chunk.buffers]
+        wanted = torch.float32 if in_fp32 else torch.bfloat16
+        # Sinks are fp32 parameters, whose gradients are too.
+        assert {g.dtype for g in gradients} == {wanted, torch.float32}
+        planned = make_overview(config, 1).ranks[0].memory.gradients
+        assert sum(g.nbytes for g in gradients) == pytest.approx(planned, rel=0.05)
+        assert losses[-1] < losses[0] - 0.1
+    finally:
+        destroy_process_groups()
