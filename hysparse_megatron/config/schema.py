@@ -13,6 +13,7 @@ from hysparse_megatron.architecture.bounds import above_zero, at_least, fraction
 from hysparse_megatron.architecture.model import ModelConfig
 from hysparse_megatron.config.batch_ramp import BatchRamp
 from hysparse_megatron.config.cluster import ClusterConfig
+from hysparse_megatron.config.debug import DebugConfig
 from hysparse_megatron.config.parallel import ParallelConfig as ParallelConfig
 
 
@@ -333,16 +334,6 @@ class TrackingConfig:
     def tag_list(self) -> list[str]:
         """`tags`, one by one."""
         return self.tags.replace(",", " ").split()
-
-
-@dataclass(frozen=True, kw_only=True)
-class DebugConfig:
-    """What helps to find a fault and costs something; all off in a normal run."""
-
-    detect_anomaly: bool = False
-    """Let autograd name the forward operation behind a NaN gradient; several times slower."""
-    log_sample_ids: bool = False
-    """Write the ids of every step's samples into `metrics.jsonl`, not only of skipped steps."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from hysparse_megatron.config.cluster import cluster_problems
 from hysparse_megatron.config.problems import as_error
 from hysparse_megatron.config.rules import (
     data,
+    debug,
     experts,
     fp8,
     model,
@@ -36,7 +37,8 @@ def check(config: Config, world_size: int) -> None:
 
 def validate(config: Config, *, world_size: int) -> list[Problem]:
     """Everything that keeps `config` from running on `world_size` ranks."""
-    return [*_found(RULES, config), *_on_ranks(config, world_size)]
+    found = [*_found(RULES, config), *_on_ranks(config, world_size)]
+    return [*found, *debug.profiled_ranks(config, world_size)]
 
 
 def plan_problems(config: Config, *, world_size: int) -> list[Problem]:
@@ -95,6 +97,7 @@ RULES: tuple[Rule, ...] = (
     train.ramp,
     optim.muon,
     tracking.tensorboard,
+    debug.profile,
     paths.run_directory,
     paths.inputs,
 )

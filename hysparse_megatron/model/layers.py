@@ -101,11 +101,11 @@ def fuse_weight_gradients(choice: LayerChoice, model: torch.nn.Module) -> None:
             module.fuse_wgrad_accumulation = True  # type: ignore[assignment]
 
 
-def fusions(choice: LayerChoice, model: ModelConfig) -> dict[str, Any]:
+def fusions(choice: LayerChoice, model: ModelConfig, deterministic: bool = False) -> dict[str, Any]:
     """megatron-core's settings of fused operations for these layers.
 
     Those that compile with torch (activation, residual) are for CUDA: on a CPU compiling takes
-    longer than a test.
+    longer than a test. megatron-core's deterministic mode refuses the fused loss.
     """
     engine = choice.transformer_engine
     settings: dict[str, Any] = {
@@ -114,7 +114,7 @@ def fusions(choice: LayerChoice, model: ModelConfig) -> dict[str, Any]:
         "bias_activation_fusion": choice.on_cuda,
         # The fused rotation has no factor on cosines and sines.
         "apply_rope_fusion": engine and model.rope_scaling.attention_scale == 1.0,
-        "cross_entropy_loss_fusion": choice.on_cuda,
+        "cross_entropy_loss_fusion": choice.on_cuda and not deterministic,
         "cross_entropy_fusion_impl": "te" if engine else "native",
         "moe_grouped_gemm": engine and model.moe.num_experts > 0,
         "moe_permute_fusion": engine and model.moe.num_experts > 0,

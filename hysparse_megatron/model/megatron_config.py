@@ -156,7 +156,8 @@ def make_megatron_config(config: Config, layers: LayerChoice = LOCAL) -> HySpars
         # Weights drawn on the CPU from one stream per layer are equal in every parallel layout.
         use_cpu_initialization=True,
         masked_softmax_fusion=False,
-        **fusions(layers, model),
+        deterministic_mode=config.debug.deterministic,
+        **fusions(layers, model, config.debug.deterministic),
         **_point_to_point(parallel.vpp),
         **_recompute(config.train.recompute),
         plan=plan,

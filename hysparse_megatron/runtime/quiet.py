@@ -13,5 +13,6 @@ def quiet_libraries() -> None:
         return
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost store, told in our own words
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # torch.profiler's search for GPUs on a CPU
     for name in ("megatron", "torch.utils.cpp_extension", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -157,7 +157,7 @@ class Watch:
         self.data_problem: Callable[[], DataError | None] = lambda: None
         """What this rank has found out about its data files meanwhile."""
         self._lost_output = ""
-        self._has_lost_output = False
+        self._output_lost_by: int | None = None
 
     def poll(self, raised: Iterable[Flag] = ()) -> dict[Flag, int]:
         """Flags that are up on some rank, `raised` here among them, each with a rank that has it.
@@ -180,14 +180,12 @@ class Watch:
                 name = flag.name if flag.name.startswith("SIG") else flag.name.lower()
                 self.stopping = f"{name.replace('_', ' ')} on rank {found[flag]}"
                 self.stopping_rank = found[flag]
-        self._has_lost_output |= Flag.LOST_OUTPUT in found
+        if self._output_lost_by is None:
+            self._output_lost_by = found.get(Flag.LOST_OUTPUT)
         return found
 
     def lose_output(self, error: OSError) -> None:
-        """Say that what this rank has to write cannot be written; all ranks stop at the next poll.
-
-        Call it on rank 0, which writes.
-        """
+        """Say that what this rank writes cannot be written; all ranks stop at the next poll."""
         self._lost_output = self._lost_output or str(error)
 
     def _stops(self) -> Iterable[Flag]:
@@ -235,15 +233,16 @@ class Watch:
 
     def ending(self, where: str) -> HySparseError:
         """The error to stop with, `where` training stands."""
-        if not self._has_lost_output:
+        if self._output_lost_by is None:
             return Preempted(f"stopped by {self.stopping} {where}. The same command continues")
+        why = self._lost_output or f"see rank {self._output_lost_by}"
         return OutputError(
-            f"{self._stop_file.parent} cannot be written ({self._lost_output or 'see rank 0'}); "
+            f"{self._stop_file.parent} cannot be written ({why}); "
             f"stopped {where}. Make room there, and the same command continues"
         )
 
     def require_output(self) -> None:
         """Raise OutputError on all ranks if what belongs to the last steps is not on disk."""
         self.poll()
-        if self._has_lost_output:
+        if self._output_lost_by is not None:
             raise self.ending("after the last step, which is saved")

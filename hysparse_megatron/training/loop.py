@@ -30,6 +30,8 @@ class Hooks:
     """After every step and every evaluation, with a row for `metrics.jsonl`."""
     on_first_step: Callable[[], None] = lambda: None
     """After the first step of this start: everything has been built and compiled."""
+    around_step: Callable[[int], AbstractContextManager[None]] = lambda step: nullcontext()
+    """Around the data, the passes and the update of a step, by its number from 1."""
     observe: Callable[[int], AbstractContextManager[Callable[[], dict[str, Any]]]] = lambda step: (
         nullcontext(dict)
     )
@@ -81,13 +83,14 @@ def train(
     if progress.step == 0 or progress.facts.get("evaluation_due"):
         _evaluate(state, evaluations, progress.step, hooks, watch)
         watch.stop_before_first_step()
-    for step in range(progress.step, train_config.steps):
-        started, done = time.monotonic(), step + 1
-        microbatches = list(batches.microbatches(position))
-        data_seconds = time.monotonic() - started
-        result = train_step(state, step, microbatches, decide)
-        guard.record(result.loss, result.grad_norm, result.skipped)
-        seconds = time.monotonic() - started
+    for done in range(progress.step + 1, train_config.steps + 1):
+        with hooks.around_step(done):
+            started = time.monotonic()
+            microbatches = list(batches.microbatches(position))
+            data_seconds = time.monotonic() - started
+            result = train_step(state, done - 1, microbatches, decide)
+            guard.record(result.loss, result.grad_norm, result.skipped)
+            seconds = time.monotonic() - started
         watch.deadline.saw_step(seconds)
         told = result.skipped or state.config.debug.log_sample_ids
         ids = batches.sample_ids(position).tolist() if told else []
@@ -97,19 +100,17 @@ def train(
         if not result.skipped:
             hooks.on_good_step()
         hooks.poll()
-        if step == progress.step:
+        if done == progress.step + 1:
             hooks.on_first_step()
         if guard.is_lost:
             raise _lost(guard, done, result, ids)
-        last = done == train_config.steps
-        evaluation_due = False
+        last, evaluation_due = done == train_config.steps, False
         if last:
             _evaluate(state, evaluations, done, hooks)
         elif train_config.eval_interval and done % train_config.eval_interval == 0:
             evaluation_due = not _evaluate(state, evaluations, done, hooks, watch)
         # Never over a run of bad steps: the newest checkpoint stays one from before them.
-        regular = done % checkpoint.interval == 0
-        if last or (not guard.in_a_row and (watch.stopping or regular)):
+        if last or (not guard.in_a_row and (watch.stopping or done % checkpoint.interval == 0)):
             started = time.monotonic()
             faults.reach("save", done)
             facts = {"guard": guard.facts(), "evaluation_due": evaluation_due}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,16 @@ from hysparse_megatron.data.sources import TrainingData
 from hysparse_megatron.errors import ConfigError, NumericalStop, OutputError, Preempted, RankFailure
 from hysparse_megatron.model.probe import Probe
 from hysparse_megatron.rundir import RunDirectory
+from hysparse_megatron.runtime import (
+    determinism,
+    faults,
+    flight_recorder,
+    last_words,
+    memory_history,
+    rendezvous,
+    step_profile,
+)
 from hysparse_megatron.runtime import device as runtime_device
-from hysparse_megatron.runtime import faults, flight_recorder, last_words, rendezvous
 from hysparse_megatron.runtime.agreement import on_rank_zero, require_equal
 from hysparse_megatron.runtime.launcher import Rank
 from hysparse_megatron.tracking.architecture import ArchitectureWatch
@@ -68,8 +77,10 @@ def run(config: Config, rank: Rank, overrides: Sequence[str] = ()) -> None:
     try:
         require_equal("the configuration", config_hash(config), ConfigError)
         attention_backend(config, device)
-        directory = outcome.open_directory(config, _machine(device, rank), say)
-        _from_start_to_end(Run(config, rank, device, watch, directory, say), overrides)
+        step_profile.refuse_unusable(config.debug.profile, device)
+        with _memory_watched(config, rank, device):
+            directory = outcome.open_directory(config, _machine(device, rank), say)
+            _from_start_to_end(Run(config, rank, device, watch, directory, say), overrides)
     except BaseException as error:
         told = last_words.explain(error)
         if directory is not None:
@@ -115,7 +126,10 @@ def _from_start_to_end(run: Run, overrides: Sequence[str]) -> None:
         if config.tracking.architecture:
             hooks.observe = _architecture_watch(run, state).observe
         try:
-            train(state, batches, evaluations, progress, run.watch, hooks)
+            with step_profile.profiled(
+                config.debug.profile, config.run_path, run.rank.rank, progress.step, say, lost
+            ) as hooks.around_step:
+                train(state, batches, evaluations, progress, run.watch, hooks)
         # Raised by all ranks together, so that they can wait for each other's files.
         except (Preempted, OutputError):
             saver.finish()
@@ -136,10 +150,20 @@ def _say_nothing(text: str) -> None:
     """Ranks other than 0 are silent."""
 
 
+def _memory_watched(
+    config: Config, rank: Rank, device: torch.device
+) -> AbstractContextManager[None]:
+    if not config.debug.memory_snapshot:
+        return nullcontext()
+    return memory_history.snapshot_when_full(config.run_path, rank.rank, device)
+
+
 def _join(config: Config, rank: Rank, say: Callable[[str], None]) -> torch.device:
     """Meet the other ranks; returns this one's device."""
     planned = faults.arm(rank.rank)
     flight_recorder.set_defaults(config.run_path)
+    if config.debug.deterministic:
+        determinism.enforce()
     try:
         device = runtime_device.start(rank, config.parallel)
     except RankFailure as error:

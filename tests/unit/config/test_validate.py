@@ -12,6 +12,7 @@ import pytest
 from hysparse_megatron.architecture.model import Backend, Balancing, Fp8, Layers, MoeConfig
 from hysparse_megatron.architecture.rope import RopeScalingConfig, RopeType
 from hysparse_megatron.config.compose import compose
+from hysparse_megatron.config.debug import ProfileConfig
 from hysparse_megatron.config.schema import (
     Config,
     MuonConfig,
@@ -46,6 +47,13 @@ def test_tensorboard_needs_its_package(base: Config, no_packages: None) -> None:
     assert "pip install tensorboard" in problem.allowed
 
 
+def test_steps_that_are_profiled(base: Config) -> None:
+    settings = profiled(step_range=[1, 160], ranks=[0, 3])
+    assert validate(changed(base, settings), world_size=4) == []
+    unused = changed(base, profiled(ranks=[7]))
+    assert validate(unused, world_size=4) == []
+
+
 def changed(config: Config, settings: dict[str, Any]) -> Config:
     for key, value in settings.items():
         section, _, name = key.rpartition(".")
@@ -67,6 +75,10 @@ YARN = RopeScalingConfig(type=RopeType.yarn, factor=4.0, original_max_position_e
 
 def experts(num_experts: int, **settings: Any) -> MoeConfig:
     return MoeConfig(num_experts=num_experts, **settings)
+
+
+def profiled(**settings: Any) -> dict[str, Any]:
+    return {"debug.profile": ProfileConfig(**settings)}
 
 
 FP8 = {"model.fp8": Fp8.tensorwise, "train.precision": Precision.bf16}
@@ -113,6 +125,18 @@ BAD: list[tuple[dict[str, Any], str, str, str]] = [
         "6 (3 micro-batches on each rank)",
         "parallel.pp = 2",
     ),
+    (profiled(step_range=[3]), "debug.profile.step_range", "[3]", "[first,last]"),
+    (profiled(step_range=[0, 3]), "debug.profile.step_range", "[0, 3]", "1 <= first <= last"),
+    (profiled(step_range=[4, 3]), "debug.profile.step_range", "[4, 3]", "1 <= first <= last"),
+    (
+        profiled(step_range=[160, 161]),
+        "debug.profile.step_range",
+        "[160, 161]",
+        "up to train.steps = 160",
+    ),
+    (profiled(step_range=[1, 1], ranks=[]), "debug.profile.ranks", "[]", "at least one"),
+    (profiled(step_range=[1, 1], ranks=[-1]), "debug.profile.ranks", "[-1]", "ranks from 0"),
+    (profiled(step_range=[1, 1], ranks=[0, 4]), "debug.profile.ranks", "[0, 4]", "which is 4"),
     ({"optim.learning_rate": 0.0}, "optim.learning_rate", "0.0", "above 0"),
     ({"optim.learning_rate": float("nan")}, "optim.learning_rate", "nan", "above 0"),
     ({"optim.clip_grad": float("inf")}, "optim.clip_grad", "inf", "at least 0"),

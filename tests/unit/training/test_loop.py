@@ -56,6 +56,7 @@ class Script:
         self.events: list[str] = []
         self.rows: list[dict[str, Any]] = []
         self.good_steps: list[int] = []
+        self.around: list[tuple[int, list[str]]] = []
         self.done = 0
         monkeypatch.setattr(loop, "train_step", self._train_step)
         monkeypatch.setattr(loop, "evaluate", self._evaluate)
@@ -101,12 +102,19 @@ class Script:
             observe=self._observe,
             measure=self._measure,
             on_good_step=lambda: self.good_steps.append(self.done),
+            around_step=self._around_step,
         )
         samples = sum(self.size(step) for step in range(first_step))
         progress = loop.Progress(first_step, Position(samples, 7, first_step), facts or {})
         sets = dict.fromkeys(self.evaluations, evaluation)
         loop.train(self.state, batches, sets, progress, self.watch, hooks)
         return self
+
+    @contextlib.contextmanager
+    def _around_step(self, step: int) -> Iterator[None]:
+        before = len(self.events)
+        yield
+        self.around.append((step, self.events[before:]))
 
     @staticmethod
     def size(step: int) -> int:
@@ -152,6 +160,13 @@ def test_intervals(script: Callable[..., Script]) -> None:
         "evaluate 7",
         "save 7",
     ]
+
+
+def test_what_goes_around_a_step_leaves_evaluations_and_saves_out(
+    script: Callable[..., Script],
+) -> None:
+    found = script(steps=4, interval=1, eval_interval=1).run(first_step=2)
+    assert found.around == [(3, ["step 3"]), (4, ["step 4"])]
 
 
 def test_without_evaluation_only_at_start_and_end(script: Callable[..., Script]) -> None:

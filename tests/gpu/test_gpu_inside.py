@@ -1,0 +1,84 @@
+"""Looking inside a run on a GPU: profiles, a memory snapshot, runs that repeat bit for bit.
+
+Without a GPU every test here is skipped.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import pickle
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from hysparse_megatron.runtime.annotations import FULL_ATTENTION, OPTIMIZER, SPARSE_ATTENTION
+from hysparse_megatron.runtime.memory_history import snapshot_when_full
+from tests.gpu.test_gpu_ranks import EXPERTS, MODEL, PRECISIONS
+from tests.run.run_commands import facts, run, write_text
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("corpus")
+    text = write_text(folder / "text", random.SystemRandom().randrange(2**31))
+    return [*MODEL, f"data.path={text}", f"data.cache_dir={folder / 'cache'}", "train.steps=6"]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("experts", [[], EXPERTS], ids=["dense", "experts"])
+def test_deterministic_runs_are_equal_to_the_bit(
+    experts: list[str], precision: str, settings: list[str], tmp_path: Path
+) -> None:
+    arguments = [
+        *settings,
+        *experts,
+        *PRECISIONS[precision],
+        f"train.precision={precision}",
+        "debug.deterministic=true",
+        "model.hidden_dropout=0.1",
+    ]
+    for name in ("a", "b"):
+        code, output = run([*arguments, f"run_dir={tmp_path / name}"])
+        assert code == 0, output
+    found = facts(tmp_path / "a")
+    assert found[6, False]["loss"] < found[1, False]["loss"]
+    assert facts(tmp_path / "b") == found
+
+
+@pytest.mark.parametrize("tool", ["torch", "nsys"])
+def test_a_profile(tool: str, settings: list[str], tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    profile = f"debug.profile={{step_range:[3,4],tool:{tool}}}"
+    precision = [*PRECISIONS["bf16"], "train.precision=bf16"]
+    code, output = run([*settings, *precision, profile, f"run_dir={run_dir}"])
+    assert code == 0, output
+    assert facts(run_dir)[6, False]["loss"] > 0
+    if tool == "nsys":  # whose file is its own
+        assert not (run_dir / "profile").exists()
+        return
+    with gzip.open(run_dir / "profile" / "rank0-steps-3-to-4.json.gz") as file:
+        events = json.load(file)["traceEvents"]
+    names = {event["name"] for event in events}
+    assert {name for name in names if name.startswith("step ")} == {"step 3", "step 4"}
+    assert {FULL_ATTENTION, SPARSE_ATTENTION, OPTIMIZER} <= names
+    assert any(event.get("cat") == "kernel" for event in events)
+
+
+def test_a_snapshot_names_who_holds_memory(tmp_path: Path) -> None:
+    with (
+        pytest.raises(torch.OutOfMemoryError, match="The memory snapshot of rank 0 is"),
+        snapshot_when_full(tmp_path, 0, torch.device("cuda", 0)),
+    ):
+        held = torch.zeros(12_345_678, dtype=torch.uint8, device="cuda")
+        torch.empty(1 << 50, dtype=torch.uint8, device="cuda")
+    del held
+    with (tmp_path / "memory" / "rank0.pickle").open("rb") as file:
+        snapshot = pickle.load(file)
+    blocks = [block for segment in snapshot["segments"] for block in segment["blocks"]]
+    [ours] = [block for block in blocks if block.get("requested_size") == 12_345_678]
+    assert any(Path(frame["filename"]).name == Path(__file__).name for frame in ours["frames"])
