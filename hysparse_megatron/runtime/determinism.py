@@ -25,10 +25,11 @@ VARIABLES = {
 NCCL would else choose among algorithms that add in other orders (megatron.training.determinism)."""
 
 
-def enforce(environment: MutableMapping[str, str] = os.environ) -> None:
+def enforce(environment: MutableMapping[str, str] = os.environ) -> str:
     """Make what this process computes repeat. Call it before CUDA and NCCL are used.
 
-    Raises ConfigError where the environment asks for what does not repeat.
+    Returns the variables as they are now, for the start-up log. Raises ConfigError where the
+    environment asks for what does not repeat.
     """
     for name, values in VARIABLES.items():
         found = environment.get(name, values[0])
@@ -42,3 +43,4 @@ def enforce(environment: MutableMapping[str, str] = os.environ) -> None:
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
+    return " ".join(f"{name}={environment[name]}" for name in VARIABLES)

@@ -163,7 +163,7 @@ def _join(config: Config, rank: Rank, say: Callable[[str], None]) -> torch.devic
     planned = faults.arm(rank.rank)
     flight_recorder.set_defaults(config.run_path)
     if config.debug.deterministic:
-        determinism.enforce()
+        say(f"deterministic algorithms only, with {determinism.enforce()}")
     try:
         device = runtime_device.start(rank, config.parallel)
     except RankFailure as error:

@@ -25,7 +25,7 @@ PYTHON = [block for block in BLOCKS if block.language == "python"]
 LINES = [(block.page, line) for block in SHELL for line in block.commands]
 OTHERS = {
     *("apptainer", "cd", "compute-sanitizer", "cp", "docker", "enroot", "lm_eval", "pip"),
-    "torchfrtrace",
+    *("nsys", "torchfrtrace"),
 }
 """Commands that are not this project's."""
 FILLED_IN = ("data.path", "run_dir", "checkpoint.load", "data.blend")

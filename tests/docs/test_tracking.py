@@ -12,12 +12,13 @@ import torch
 
 from hysparse_megatron.config.cli import load, parse_arguments
 from hysparse_megatron.config.compose import compose
+from hysparse_megatron.config.debug import ProfileTool
 from hysparse_megatron.config.describe import type_of
 from hysparse_megatron.config.schema import TrackingConfig
 from hysparse_megatron.config.validate import validate
 from hysparse_megatron.model import experts
 from hysparse_megatron.model.probe import NUM_QUERIES, QUANTITIES
-from hysparse_megatron.runtime import faults, flight_recorder
+from hysparse_megatron.runtime import faults, flight_recorder, memory_history, step_profile
 from hysparse_megatron.source import DIFF_FILE, MAX_DIFF_BYTES
 from hysparse_megatron.tracking import selections, tensorboard
 from hysparse_megatron.tracking.meter import Meter
@@ -36,7 +37,7 @@ def test_all_settings_are_told() -> None:
     named = {re.split(r"[=\s]", name)[0] for name in named}
     assert named == {f"tracking.{field.name}" for field in dataclasses.fields(TrackingConfig)}
     for name in QUOTED:
-        if re.fullmatch(r"(parallel|cluster)\.\w+", name):
+        if re.fullmatch(r"(parallel|cluster|debug)\.[\w.]+", name):
             assert type_of(name) is not None, name
 
 
@@ -61,6 +62,9 @@ def test_all_fields_are_told() -> None:
 def test_numbers_are_those_of_the_code() -> None:
     assert f"last {flight_recorder.BUFFER_ENTRIES:,} collectives" in TEXT
     assert f"at {NUM_QUERIES} queries" in TEXT
+    assert f"last {memory_history.MAX_ENTRIES:,} allocations" in TEXT
+    assert f"`{step_profile.FOLDER}/rank0-steps-20-to-22.json.gz`" in TEXT
+    assert f"`{memory_history.FOLDER}/rank0.pickle`" in TEXT
     assert f"cut at {MAX_DIFF_BYTES // 1_000_000} MB" in TEXT
     for name in (
         DIFF_FILE,
@@ -93,6 +97,11 @@ def test_shown_commands_are_valid(
             arguments = shlex.split(next(w for w in words if w.startswith("ARGS="))[5:])
             config = load(parse_arguments(["experiment=quickstart", *arguments]))
             assert validate(config, world_size=4) == []
+        elif words[0] == "nsys":
+            ranks, *arguments = words[words.index("--nproc") + 1 :]
+            config = load(parse_arguments(arguments))
+            assert config.debug.profile.tool is ProfileTool.nsys
+            assert validate(config, world_size=int(ranks)) == []
         elif words[:2] == ["hysparse", "report"]:
             monkeypatch.setattr(report, "load_run", lambda path: None)
             monkeypatch.setattr(report, "write_report", lambda run, path: None)
@@ -103,5 +112,5 @@ def test_shown_commands_are_valid(
             assert line.startswith((".venv/bin/torchfrtrace", "WARNING: rank 117"))
             continue
         seen += 1
-    assert seen == 5
+    assert seen == 7
     capsys.readouterr()

@@ -70,13 +70,17 @@ def test_a_profile(tool: str, settings: list[str], tmp_path: Path) -> None:
 
 
 def test_a_snapshot_names_who_holds_memory(tmp_path: Path) -> None:
-    with (
-        pytest.raises(torch.OutOfMemoryError, match="The memory snapshot of rank 0 is"),
-        snapshot_when_full(tmp_path, 0, torch.device("cuda", 0)),
-    ):
+    def fill() -> None:
         held = torch.zeros(12_345_678, dtype=torch.uint8, device="cuda")
         torch.empty(1 << 50, dtype=torch.uint8, device="cuda")
-    del held
+        del held
+
+    device = torch.device("cuda", 0)
+    with (
+        pytest.raises(torch.OutOfMemoryError, match="The memory snapshot of rank 0 is"),
+        snapshot_when_full(tmp_path, 0, device),
+    ):
+        fill()
     with (tmp_path / "memory" / "rank0.pickle").open("rb") as file:
         snapshot = pickle.load(file)
     blocks = [block for segment in snapshot["segments"] for block in segment["blocks"]]

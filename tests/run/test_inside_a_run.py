@@ -85,6 +85,7 @@ def test_deterministic_runs_are_equal_to_the_bit(corpus: list[str], tmp_path: Pa
     for name in ("a", "b"):
         code, output = run([*arguments, f"run_dir={tmp_path / name}"])
         assert code == 0, output
+        assert "deterministic algorithms only, with CUBLAS_WORKSPACE_CONFIG=:4096:8" in output
     found = facts(tmp_path / "a")
     assert len(found) == 8
     assert facts(tmp_path / "b") == found

@@ -29,7 +29,8 @@ def switches() -> Iterator[None]:
 def test_all_switches_are_set() -> None:
     torch.backends.cudnn.benchmark = True
     environment: dict[str, str] = {"NCCL_DEBUG": "WARN", "CUBLAS_WORKSPACE_CONFIG": ":16:8"}
-    determinism.enforce(environment)
+    told = determinism.enforce(environment)
+    assert "NCCL_ALGO=Ring" in told
     assert torch.are_deterministic_algorithms_enabled()
     assert not torch.is_deterministic_algorithms_warn_only_enabled()
     assert torch.backends.cudnn.deterministic

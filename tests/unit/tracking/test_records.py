@@ -74,6 +74,22 @@ def record(config: Config, directory: RunDirectory, said: list[str], error: Any 
             raise error
 
 
+def test_lines_come_at_the_interval_that_is_set(
+    tmp_path: Path, made: list[Fake], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first and the last step too; the file has all of them."""
+    overrides = [f"run_dir={tmp_path / 'run'}", "train.steps=9", "tracking.log_interval=4"]
+    config = compose(overrides)
+    directory = RunDirectory(config)
+    with recorded(config, directory, 0, {}, print, pytest.fail) as on_row:
+        for step in range(1, 10):
+            for hook in on_row:
+                hook({**STEP, "step": step, "samples": 8 * step})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("/")[0] for line in lines] == ["step 1", "step 4", "step 8", "step 9"]
+    assert len(directory.metrics.read_text().splitlines()) == 9
+
+
 def test_everybody_gets_every_row(config: Config, made: list[Fake]) -> None:
     directory = RunDirectory(config)
     said: list[str] = []
