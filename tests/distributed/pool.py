@@ -1,16 +1,20 @@
 """Processes that stay alive between layouts, so that megatron-core is imported once per process.
 
-A job is a function that the first n workers call at the same time, each with its rank, inside a
-fresh gloo process group of n ranks. After a failure or a timeout all workers are killed: a rank
-that waits in a collective for a dead one cannot be brought back.
+A job is a function that forks of the first n workers call at the same time, each with its rank,
+inside a gloo process group of n ranks. A fork and not the worker: a layout is full of reference
+cycles, some through C++, which would keep the threads of its process groups alive. After a failure
+or a timeout all workers are killed: a rank that waits in a collective for a dead one cannot be
+brought back.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import gc
+import ctypes
 import multiprocessing
+import os
+import signal
 import sys
 import time
 import traceback
@@ -26,6 +30,7 @@ from tests.forks import INHERITED, Fork, fork_server
 
 FIRST_JOB_EXTRA_SECONDS = 180.0
 """Added to the timeout of a job that has to start workers: imports wait for a busy disk."""
+_PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 GRACE_SECONDS = 2.0
 """How long the other ranks get to report too, once one has failed."""
 
@@ -169,13 +174,19 @@ def work() -> None:
     """A worker's life: jobs until the parent is gone."""
     connection = Connection(*INHERITED)
     torch.set_num_threads(1)
-    while True:
-        # A closed pipe means that the parent is gone, even if it was killed.
-        with contextlib.suppress(EOFError, ConnectionError):
+    own = os.getpid()
+    # A closed pipe means that the parent is gone, even if it was killed.
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
             job = connection.recv()
-            connection.send(_attempt(job))
-            continue
-        return
+            child = os.fork()
+            if child == 0:
+                ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+                if os.getppid() == own:
+                    connection.send(_attempt(job))
+                os._exit(0)
+            if os.waitpid(child, 0)[1]:
+                connection.send((False, "the process died"))
 
 
 def _attempt(job: _Job) -> tuple[bool, Any]:
@@ -187,13 +198,6 @@ def _attempt(job: _Job) -> tuple[bool, Any]:
 
 
 def _join_process_group(job: _Job) -> None:
-    former = sys.modules.get("hysparse_megatron.runtime.process_groups")
-    if former is not None:
-        former.destroy_process_groups()
-    if dist.is_initialized():
-        # The former layout is full of reference cycles, which would keep its groups' threads alive.
-        gc.collect()
-        dist.destroy_process_group()
     store = dist.TCPStore("127.0.0.1", job.port, is_master=False)
     dist.init_process_group(
         "gloo",

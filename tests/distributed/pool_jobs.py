@@ -10,10 +10,10 @@ import torch.distributed as dist
 
 
 def sum_of_ranks(rank: int, factor: int) -> tuple[int, int]:
-    """An all-reduced number, and the process that made it."""
+    """An all-reduced number, and the worker that made it."""
     total = torch.tensor(rank * factor)
     dist.all_reduce(total)
-    return int(total), os.getpid()
+    return int(total), os.getppid()
 
 
 def fail_on(rank: int, bad_rank: int) -> None:

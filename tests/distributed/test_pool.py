@@ -28,7 +28,7 @@ def test_jobs_of_different_sizes_share_processes(own_pool: WorkerPool) -> None:
     assert [total for total, _ in pair] == [5, 5]
     assert [total for total, _ in alone] == [0]
     assert [total for total, _ in again] == [7, 7]
-    assert {pid for _, pid in pair} == {pid for _, pid in again}
+    assert {pid for _, pid in pair} == {pid for _, pid in again} == set(own_pool.pids())
     assert os.getpid() not in {pid for _, pid in pair}
 
 

