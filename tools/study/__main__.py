@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hysparse_megatron.command import CommandParser, command, make_parser, positive
+from hysparse_megatron.errors import ConfigError
 
 
 @command
@@ -53,6 +54,7 @@ def _parser() -> CommandParser:
     run.add_argument("--data", type=Path, required=True, metavar="DIR")
     run.add_argument("--results", type=Path, required=True, metavar="DIR")
     run.add_argument("--work", type=Path, required=True, metavar="DIR")
+    run.add_argument("--only", metavar="VARIANT,..", help="of these variants; default: all")
     run.add_argument("--minutes", type=positive, default=600, metavar="N", help="then stop")
     run.add_argument("--jobs", type=positive, default=1, metavar="N", help="runs side by side")
     run.set_defaults(action=_run)
@@ -75,6 +77,10 @@ def _run(given: argparse.Namespace) -> None:
 
     deadline = time.monotonic() + 60 * given.minutes
     study = read_study(given.study)
+    wanted = study.variants if given.only is None else tuple(given.only.split(","))
+    if unknown := set(wanted) - set(study.variants):
+        names = ", ".join(study.variants)
+        raise ConfigError(f"--only: got {', '.join(sorted(unknown))}; allowed {names}")
     place = Place(
         data=given.data.resolve(),
         results=given.results.resolve(),
@@ -82,7 +88,7 @@ def _run(given: argparse.Namespace) -> None:
         jobs=given.jobs,
         deadline=deadline,
     )
-    for run in run_portion(study, place):
+    for run in run_portion(study, place, wanted):
         print(f"not finished: {run.name}")
     _table(given)
 

@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,15 +50,18 @@ class Place:
         return self.deadline - time.monotonic()
 
 
-def run_portion(study: Study, place: Place) -> list[Run]:
-    """Run until everything is finished or the time is over; returns what is not finished.
+def run_portion(study: Study, place: Place, variants: Sequence[str]) -> list[Run]:
+    """Run until `variants` are finished or the time is over; returns what is not finished.
 
     Raises ConfigError for results that were made with other settings, CalledProcessError for a
     command that failed; runs beside it end first.
     """
     data = load_prepared(str(place.data / "train"), check_tokens=False).fingerprint
     lacking = [
-        run for run in study.runs if not read_result(place.results, run, run.fingerprint(data))
+        run
+        for run in study.runs
+        if run.variant in variants
+        and not read_result(place.results, run, run.fingerprint(data))
     ]
     with ThreadPoolExecutor(place.jobs) as pool:
         for future in [pool.submit(_work, study, run, place, data) for run in lacking]:

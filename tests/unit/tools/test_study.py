@@ -202,7 +202,7 @@ def test_a_portion_runs_what_is_lacking_once(
             *("train.micro_batch_size=4", "train.eval_interval=2", "train.eval_batches=1"),
             *("optim.decay_steps=1", "optim.warmup_steps=1", "checkpoint.interval=100"),
         ],
-        "variants": {"full": ["model.layout=2*F"]},
+        "variants": {"full": ["model.layout=2*F"], "sparse": ["model.layout=F S"]},
         "evaluations": {
             "code": "evaluate --run-dir {run} --lengths 64 --sequences 4 --json {output}.json"
         },
@@ -212,8 +212,11 @@ def test_a_portion_runs_what_is_lacking_once(
     study.write_text(yaml.safe_dump(content))
     places = {name: str(tmp_path / name) for name in ("data", "results", "work")}
     command = ["run", str(study), *(x for n, p in places.items() for x in (f"--{n}", p))]
+    assert main([*command, "--only", "full,dense"]) == 2
+    assert "dense" in capsys.readouterr().err
+    command += ["--only", "full"]
     assert main(command) == 0
-    assert "1 of 1 runs" in capsys.readouterr().out
+    assert "1 of 2 runs" in capsys.readouterr().out
     [kept] = (tmp_path / "results").iterdir()
     result = json.loads(kept.read_text())
     assert [row["step"] for row in result["rows"] if "loss" in row] == [1, 2]
