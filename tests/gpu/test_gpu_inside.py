@@ -50,23 +50,40 @@ def test_deterministic_runs_are_equal_to_the_bit(
     assert facts(tmp_path / "b") == found
 
 
-@pytest.mark.parametrize("tool", ["torch", "nsys"])
-def test_a_profile(tool: str, settings: list[str], tmp_path: Path) -> None:
+CUDNN = "aten::_scaled_dot_product_cudnn_attention_backward"
+"""The oracle's backward, which promises no order of its sums."""
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_profile(deterministic: bool, settings: list[str], tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    profile = f"debug.profile={{step_range:[3,4],tool:{tool}}}"
-    precision = [*PRECISIONS["bf16"], "train.precision=bf16"]
-    code, output = run([*settings, *precision, profile, f"run_dir={run_dir}"])
+    arguments = [
+        *settings,
+        *PRECISIONS["bf16"],
+        "train.precision=bf16",
+        "debug.profile.step_range=[3,4]",
+        f"debug.deterministic={deterministic}",
+        f"run_dir={run_dir}",
+    ]
+    code, output = run(arguments)
     assert code == 0, output
-    assert facts(run_dir)[6, False]["loss"] > 0
-    if tool == "nsys":  # whose file is its own
-        assert not (run_dir / "profile").exists()
-        return
     with gzip.open(run_dir / "profile" / "rank0-steps-3-to-4.json.gz") as file:
         events = json.load(file)["traceEvents"]
     names = {event["name"] for event in events}
     assert {name for name in names if name.startswith("step ")} == {"step 3", "step 4"}
     assert {FULL_ATTENTION, SPARSE_ATTENTION, OPTIMIZER} <= names
     assert any(event.get("cat") == "kernel" for event in events)
+    assert (CUDNN in names) is not deterministic
+
+
+def test_ranges_for_nsys_leave_nothing(settings: list[str], tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    profile = "debug.profile={step_range:[3,4],tool:nsys}"
+    precision = [*PRECISIONS["bf16"], "train.precision=bf16"]
+    code, output = run([*settings, *precision, profile, f"run_dir={run_dir}"])
+    assert code == 0, output
+    assert facts(run_dir)[6, False]["loss"] > 0
+    assert not (run_dir / "profile").exists()
 
 
 def test_a_snapshot_names_who_holds_memory(tmp_path: Path) -> None:

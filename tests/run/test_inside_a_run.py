@@ -15,6 +15,8 @@ from hysparse_megatron.runtime.annotations import (
 )
 from hysparse_megatron.runtime.faults import VARIABLE
 
+pytestmark = pytest.mark.thorough
+
 SHORT = [*TINY, "train.steps=6", "checkpoint.interval=2"]
 
 
