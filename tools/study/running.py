@@ -60,8 +60,7 @@ def run_portion(study: Study, place: Place, variants: Sequence[str]) -> list[Run
     lacking = [
         run
         for run in study.runs
-        if run.variant in variants
-        and not read_result(place.results, run, run.fingerprint(data))
+        if run.variant in variants and not read_result(place.results, run, run.fingerprint(data))
     ]
     with ThreadPoolExecutor(place.jobs) as pool:
         for future in [pool.submit(_work, study, run, place, data) for run in lacking]:
