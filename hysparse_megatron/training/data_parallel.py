@@ -8,7 +8,9 @@ in between (an evaluation, a checkpoint) calls `settle` first.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from megatron.core.distributed import (
@@ -21,6 +23,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from hysparse_megatron.config.schema import Config, OptimizerName
 from hysparse_megatron.model.megatron_config import HySparseConfig
+from hysparse_megatron.runtime.clock import ForwardClock
 from hysparse_megatron.training.muon import matrix_layouts
 
 
@@ -29,8 +32,12 @@ def wrap(
     megatron: HySparseConfig,
     models: Sequence[MegatronModule],
     groups: ProcessGroupCollection,
+    clock: ForwardClock,
 ) -> list[DistributedDataParallel]:
-    """Give the model chunks buffers for gradients, and `megatron` what its schedules call."""
+    """Give the model chunks buffers for gradients, and `megatron` what its schedules call.
+
+    While a forward pass waits for parameters, `clock` is paused.
+    """
     overlap, interleaved = config.parallel.overlap, config.parallel.vpp is not None
     alone = groups.dp_cp.size() == 1
     ddp_config = DistributedDataParallelConfig(
@@ -60,7 +67,25 @@ def wrap(
         megatron.grad_sync_func = _one_or_all([chunk.start_grad_sync for chunk in chunks])
     if ddp_config.align_param_gather and ddp_config.overlap_param_gather:
         megatron.param_sync_func = _one_or_all([chunk.start_param_sync for chunk in chunks])
+    for chunk in chunks:
+        for group in _bucket_groups(chunk):
+            group.finish_param_sync = functools.partial(_waited_for, group, clock)
     return chunks
+
+
+BucketGroup = Any
+"""megatron-core's, which it does not export."""
+
+
+def _bucket_groups(chunk: DistributedDataParallel) -> list[BucketGroup]:
+    return chunk.bucket_groups + chunk.expert_parallel_bucket_groups
+
+
+def _waited_for(group: BucketGroup, clock: ForwardClock, **options: bool) -> None:
+    """In place of a bucket group's own method, which the hooks of all modules call."""
+    if group.param_gather_handle is not None or not group.param_gather_dispatched:
+        with clock.paused():
+            type(group).finish_param_sync(group, **options)
 
 
 def _one_or_all(functions: list) -> object:
@@ -77,7 +102,7 @@ def settle(chunks: Sequence[DistributedDataParallel]) -> None:
         for chunk in chunks:
             if not chunk.ddp_config.overlap_param_gather:
                 continue
-            for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+            for group in _bucket_groups(chunk):
                 if group.param_gather_handle is not None or not group.param_gather_dispatched:
                     group.start_param_sync(force_sync=True)
 
@@ -85,9 +110,7 @@ def settle(chunks: Sequence[DistributedDataParallel]) -> None:
 def describe_overlap(chunks: Sequence[DistributedDataParallel]) -> str:
     """What is sent beside computing on this rank, and what is not."""
     ddp_config = chunks[0].ddp_config
-    buckets = sum(
-        len(chunk.bucket_groups) + len(chunk.expert_parallel_bucket_groups) for chunk in chunks
-    )
+    buckets = sum(len(_bucket_groups(chunk)) for chunk in chunks)
     told = {
         "gradients beside the backward pass": ddp_config.overlap_grad_reduce,
         "parameters beside the forward pass": ddp_config.overlap_param_gather,

@@ -98,7 +98,8 @@ def build_state(
     models = [model.to(device) for model in build(config, megatron, vocab_size, groups, layers)]
     for model in models:
         fuse_weight_gradients(layers, model)
-    chunks = data_parallel.wrap(config, megatron, models, groups)
+    clock = ForwardClock(device)
+    chunks = data_parallel.wrap(config, megatron, models, groups, clock)
     optimizer = build_optimizer(config.optim, config.train.precision, chunks)
     # Megatron-core's random streams must exist before the first forward pass, evaluation included.
     seed_step(config.train.seed, 0, groups)
@@ -118,5 +119,5 @@ def build_state(
         communicator=communicator,
         layers=layers,
         loads=ExpertLoads(megatron, chunks) if config.model.moe.num_experts else None,
-        clock=ForwardClock(device),
+        clock=clock,
     )

@@ -191,6 +191,7 @@ def _continue(
         results.append(train_step(state, step, share))
         tokens.append(np.concatenate([batch["tokens"].numpy() for batch in share]))
         streams.append(_streams())
+    state.settle()
     buffers = [buffer for chunk in state.chunks for buffer in chunk.module.buffers()]
     return Continuation(
         place_of(state),

@@ -25,3 +25,6 @@ def test_kernels_count_and_nothing_waits_for_them() -> None:
     assert launched < taken / 2
     assert counted == pytest.approx(taken, rel=0.2)
     assert clock.take() == 0.0
+    with clock.running(), clock.paused():
+        torch.cuda._sleep(200_000_000)
+    assert clock.take() < 0.01

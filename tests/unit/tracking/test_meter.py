@@ -115,3 +115,16 @@ def test_the_clock_counts_what_runs_within(monkeypatch: pytest.MonkeyPatch) -> N
             pass
     assert clock.take() == 3.5
     assert clock.take() == 0.0
+
+
+def test_the_clock_does_not_count_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([10.0, 11.0, 14.0, 14.5])
+    stopwatch = SimpleNamespace(monotonic=lambda: next(seconds))
+    monkeypatch.setattr("hysparse_megatron.runtime.clock.time", stopwatch)
+    clock = ForwardClock(CPU)
+    with clock.running(), clock.paused():
+        pass
+    assert clock.take() == pytest.approx(1.5)
+    with clock.paused():  # nothing runs, and nothing is looked up
+        pass
+    assert clock.take() == 0.0
