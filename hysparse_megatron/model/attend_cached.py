@@ -1,5 +1,8 @@
 """What attention layers compute with in a step of generation; see attend.py.
 
+A step that brings more than one token to a row, a prompt or a chunk of it, runs on the kernels of
+training, which take its tokens for a range of queries among the keys in the cache.
+
 Shapes: S tokens of the step, B sequences, HQ query heads and HKV KV groups on this rank, D
 query/key head dim, DV value head dim. Tensors come in megatron-core's layout [S, B, heads, width]
 and attention leaves in the kernels', [B, S, HQ, DV].
@@ -18,6 +21,7 @@ from hysparse_kernels import (
     cached_full_attention,
     cached_sparse_attention,
     cached_window_attention,
+    prepare_cached_selection,
 )
 from torch import Tensor
 
@@ -64,17 +68,20 @@ class CachedAttend:
     ) -> Tensor:
         """See `Attend`."""
         model = self.config.architecture
+        selection = cast(CachedSelection, shared)
         return cached_sparse_attention(
             *kernel_layouts(query, key, value),
             kernel_layout(gates[0]),
             kernel_layout(gates[1]),
-            *cast(CachedSelection, shared),
+            selection.cache,
+            selection.block_indices,
             cast(WindowCache, self.caches[layer]),
             self.chunk,
             block_size=model.block_size,
             window=model.window,
             sparse_sink=sinks[0],
             window_sink=sinks[1],
+            prepared=selection.rows,
             backend=model.backend.value,
         )
 
@@ -92,5 +99,17 @@ class CachedAttend:
         )
 
     def prepared(self, shared: Shared) -> Shared:
-        """`shared` as it is: the cache has all that its readers need."""
-        return shared
+        """With key and value as the readers of a chunk read them, and the selection as kernels walk
+        it."""
+        selection = cast(CachedSelection, shared)
+        if self.chunk.width == 1:
+            return selection
+        rows = prepare_cached_selection(
+            *selection[:2],
+            self.chunk,
+            query_heads=self.config.num_attention_heads // self.groups.tp.size(),
+            dtype=self.config.params_dtype,
+            block_size=self.config.architecture.block_size,
+            backend=self.config.architecture.backend.value,
+        )
+        return selection._replace(rows=rows)

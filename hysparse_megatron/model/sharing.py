@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from hysparse_kernels import BlockLists, KeyValueGradients, TokenCache
+from hysparse_kernels import BlockLists, CachedRow, KeyValueGradients, TokenCache
 from torch import Tensor
 
 
@@ -53,6 +53,9 @@ class CachedSelection(NamedTuple):
     cache: TokenCache
     """The oracle's own, with the step's tokens in it."""
     block_indices: Tensor
+    rows: Sequence[CachedRow] | None = None
+    """What readers have in common, of every row; None in a step of one token a row, which shares
+    nothing."""
 
 
 Shared = SharedAttention | CachedSelection

@@ -2,39 +2,33 @@
 
 Each operation stores the new tokens' keys and values in the layer's cache, then attends: so a
 token reads of its own chunk what later ones will read, and the cut into chunks changes no result
-beyond rounding. What follows is the specification, in plain PyTorch: scores, softmax and
-accumulation are fp32 (fp64 for fp64 queries), and the selection is by the code that the training
-operations use. Steps of one token a row may run on the kernels of decode/.
+beyond rounding. A chunk of a prompt is a range of queries among the keys of its row: the operations
+of `dispatch`, those of training, attend and select, one row after the other, on what the cache
+holds, widened to the query's dtype. Steps of one token a row may run on the kernels of decode/.
 
-Shapes: A rows of the step, C columns, HQ query heads, HKV KV groups, G = HQ // HKV heads per
-group, D query/key head dim, DV value head dim, N blocks of the longest row, K selected, L keys, M
-keys of the selected blocks. P1 = HySparse, arXiv 2602.03560.
+Shapes: A rows of the step, C columns, S new tokens and Sk tokens in all of one row, HQ query heads,
+HKV KV groups, D query/key head dim, DV value head dim, K selected. P1 = HySparse, arXiv 2602.03560.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hysparse_kernels.backends import BackendChoice, choose
+from hysparse_kernels.backends import BackendChoice, choose, resolve_backend
+from hysparse_kernels.block_lists import BlockLists
 from hysparse_kernels.call import ReduceScores, SelectionRule
+from hysparse_kernels.dispatch import (
+    block_sparse_attention,
+    oracle_attention,
+    prepare_selection,
+    sliding_window_attention,
+)
 from hysparse_kernels.gating import gated_sum
 from hysparse_kernels.key_value_cache import Chunk, TokenCache, WindowCache
-from hysparse_kernels.reference.attention import (
-    chunks,
-    compute_dtype,
-    group_rows,
-    masked_logits,
-    sink_per_group,
-    softmax_mix,
-    ungroup_rows,
-)
-from hysparse_kernels.reference.selection import dense_block_maxima, group_scores, select_blocks
-
-_GATHERED_BYTES = 2**26
-"""What the keys and values that some queries selected may take at a time."""
 
 
 class CachedFullOutput(NamedTuple):
@@ -43,6 +37,20 @@ class CachedFullOutput(NamedTuple):
 
     output: Tensor
     block_indices: Tensor | None
+
+
+class CachedRow(NamedTuple):
+    """What the sparse layers that read one oracle have in common in a row of a step.
+
+    key: [1, Sk, HKV, D], a view where the cache has the query's dtype. value: [1, Sk, HKV, DV].
+    block_indices: int32 [1, HKV, S, K] of the new tokens.
+    lists: the same selection in the form that kernels walk; None where none is needed.
+    """
+
+    key: Tensor
+    value: Tensor
+    block_indices: Tensor
+    lists: BlockLists | None
 
 
 def resolve_cached_backend(
@@ -54,13 +62,12 @@ def resolve_cached_backend(
 ) -> BackendChoice:
     """Which backend ``backend`` means for query [A, C, HQ, D], what it reads, and why.
 
-    "auto" takes triton for steps of one token a row (C = 1) where it can run, else the reference.
-    "triton" takes it for the same steps. Chunks of more tokens always run on the reference: there
-    is nothing else that could.
+    "auto" takes triton where it can run, else the reference: for steps of one token a row (C = 1)
+    the decode kernels, for longer chunks those of training.
 
     Raises:
         ValueError: ``backend`` is none of `BACKENDS`.
-        BackendUnavailable: ``backend`` is "triton", and C = 1, which it cannot take.
+        BackendUnavailable: ``backend`` is "triton", which cannot take the step.
     """
 
     def why_not() -> str | None:
@@ -70,10 +77,12 @@ def resolve_cached_backend(
             return f"Triton cannot be imported ({error})"
         return launch.why_not(query, caches, block_size)
 
-    if chunk.width == 1 or backend not in ("auto", "triton"):
+    if chunk.width == 1:
         return choose(backend, why_not, lambda: f"Triton decode kernels on {query.device.type}")
-    reason = f"the Triton kernels take one new token a row, not {chunk.width}"
-    return BackendChoice("reference", f"plain PyTorch: {reason}")
+    head_dim = max(query.shape[-1], *(cache.value.shape[-1] for cache in caches))
+    return resolve_backend(
+        backend, query.device, dtype=query.dtype, head_dim=head_dim, block_size=block_size
+    )
 
 
 @torch.no_grad()
@@ -103,7 +112,7 @@ def cached_full_attention(
         chunk: which tokens of which sequences these are.
         block_size, num_selected, softmax_scale, reduce_scores, forced_first_blocks,
         forced_recent_blocks, select: as those of `oracle_attention`.
-        query_chunk: queries of one row worked on at a time.
+        query_chunk: queries of one row that the reference works on at a time.
         backend: see ``resolve_cached_backend``.
 
     Returns:
@@ -113,43 +122,81 @@ def cached_full_attention(
         ValueError: the cache has no room.
         BackendUnavailable: the backend cannot be used.
     """
-    rule = SelectionRule(
-        block_size, num_selected, forced_first_blocks, forced_recent_blocks, reduce_scores
+    scale = _scale(query, softmax_scale)
+    ranges = _backend_of_ranges(
+        backend, query, chunk, cache, block_size=block_size if select else None
     )
-    read = block_size if select else None
-    if _uses_triton(backend, query, chunk, cache, block_size=read):
+    if ranges is None:
         from hysparse_kernels.decode import launch
 
-        scale = _scale(query, softmax_scale)
+        rule = SelectionRule(
+            block_size, num_selected, forced_first_blocks, forced_recent_blocks, reduce_scores
+        )
         result = launch.full_attention(
             query, key, value, cache, chunk, rule=rule if select else None, scale=scale
         )
         return CachedFullOutput(*result)
     cache.append(chunk, key, value)
-    dtype = compute_dtype(query.dtype)
-    heads, groups = query.shape[2], key.shape[2]
-    scale = _scale(query, softmax_scale)
-    output = query.new_zeros(*query.shape[:3], value.shape[-1])
-    num_blocks = -(-max(past + new for _, _, past, new in chunk.spans) // block_size)
-    scores = query.new_full(
-        (len(chunk.rows), groups, chunk.width, num_blocks), -torch.inf, dtype=dtype
-    )
+    outputs, selected = [], []
     for i, row, past, new in chunk.spans:
-        keys, values = cache.read(row, past + new, dtype)
-        for start, stop in chunks(new, query_chunk):
-            seen = past + stop
-            rows = group_rows(query[i : i + 1, start:stop], groups, dtype) * scale
-            hidden = _later(stop - start, query.device)
-            logits = masked_logits(rows, keys[:, :, :seen], hidden, heads)
-            maxima = dense_block_maxima(logits, block_size, num_blocks) if select else None
-            mixed, lse = softmax_mix(logits, values[:, :, :seen], None)
-            output[i, start:stop] = ungroup_rows(mixed, heads)[0]
-            if maxima is not None:
-                scores[i, :, start:stop] = group_scores(maxima, lse)[0]
-    if not select:
-        return CachedFullOutput(output, None)
-    own = chunk.positions[:, None, :, None] // block_size
-    return CachedFullOutput(output, select_blocks(rule, scores, own))
+        found = oracle_attention(
+            query[i : i + 1, :new],
+            *cache.read(row, past + new, query.dtype),
+            block_size=block_size,
+            num_selected=num_selected,
+            softmax_scale=scale,
+            reduce_scores=reduce_scores,
+            forced_first_blocks=forced_first_blocks,
+            forced_recent_blocks=forced_recent_blocks,
+            select=select,
+            query_start=past,
+            query_chunk=query_chunk,
+            backend=ranges,
+        )
+        outputs.append(found.output)
+        if found.block_indices is not None:
+            selected.append(found.block_indices)
+    indices = _in_columns(selected, chunk.width, 2, -1) if select else None
+    return CachedFullOutput(_in_columns(outputs, chunk.width, 1, 0), indices)
+
+
+@torch.no_grad()
+def prepare_cached_selection(
+    oracle: TokenCache,
+    block_indices: Tensor,
+    chunk: Chunk,
+    *,
+    query_heads: int,
+    dtype: torch.dtype,
+    block_size: int,
+    backend: str = "auto",
+) -> tuple[CachedRow, ...]:
+    """What the sparse layers that read one selection can share in a chunk, read and built once.
+
+    Args:
+        oracle: the cache of the full layer that selected; it holds the new tokens already.
+        block_indices: int32 [A, HKV, C, K] as `cached_full_attention` returned them.
+        chunk: which tokens of which sequences these are.
+        query_heads: HQ of the sparse layers.
+        dtype: of their queries.
+        block_size: tokens per block.
+        backend: see ``resolve_cached_backend``.
+
+    Returns:
+        One for each row of the step. The decode kernels read none of it.
+
+    Raises:
+        BackendUnavailable: the backend cannot be used.
+    """
+    rows = []
+    for i, row, past, new in chunk.spans:
+        key, value = oracle.read(row, past + new, dtype)
+        indices = block_indices[i : i + 1, :, :new]
+        lists = prepare_selection(
+            indices, query_heads, block_size=block_size, query_start=past, backend=backend
+        )
+        rows.append(CachedRow(key, value, indices, lists))
+    return tuple(rows)
 
 
 @torch.no_grad()
@@ -169,6 +216,7 @@ def cached_sparse_attention(
     sparse_sink: Tensor | None = None,
     window_sink: Tensor | None = None,
     softmax_scale: float | None = None,
+    prepared: Sequence[CachedRow] | None = None,
     query_chunk: int = 256,
     backend: str = "auto",
 ) -> Tensor:
@@ -185,13 +233,16 @@ def cached_sparse_attention(
         block_size, window: in tokens.
         sparse_sink, window_sink: [HQ] or None.
         softmax_scale: default D ** -0.5.
-        query_chunk: queries of one row worked on at a time.
+        prepared: ``prepare_cached_selection`` of these very arguments, to share it among layers.
+        query_chunk: queries of one row that the reference works on at a time.
         backend: see ``resolve_cached_backend``.
 
     Raises:
         BackendUnavailable: the backend cannot be used.
     """
-    if _uses_triton(backend, query, chunk, oracle, cache, block_size=block_size):
+    scale = _scale(query, softmax_scale)
+    ranges = _backend_of_ranges(backend, query, chunk, oracle, cache, block_size=block_size)
+    if ranges is None:
         from hysparse_kernels.decode import launch
 
         return launch.sparse_attention(
@@ -206,24 +257,32 @@ def cached_sparse_attention(
             block_size=block_size,
             window=window,
             sinks=(sparse_sink, window_sink),
-            scale=_scale(query, softmax_scale),
+            scale=scale,
         )
-    sparse = _block_sparse(
-        query, oracle, block_indices, chunk, block_size, sparse_sink, softmax_scale
-    )
-    near = cached_window_attention(
-        query,
-        key,
-        value,
-        cache,
-        chunk,
-        window=window,
-        sink=window_sink,
-        softmax_scale=softmax_scale,
-        query_chunk=query_chunk,
-        backend="reference",
-    )
-    return gated_sum(sparse, near, sparse_gate, window_gate, backend="reference").to(query.dtype)
+    if prepared is None:
+        prepared = prepare_cached_selection(
+            oracle, block_indices, chunk, query_heads=query.shape[2], dtype=query.dtype,
+            block_size=block_size, backend=ranges,
+        )  # fmt: skip
+    outputs = [
+        block_sparse_attention(
+            query[i : i + 1, :new],
+            of_row.key,
+            of_row.value,
+            of_row.block_indices,
+            block_size=block_size,
+            sink=sparse_sink,
+            softmax_scale=scale,
+            query_start=past,
+            lists=of_row.lists,
+            query_chunk=query_chunk,
+            backend=ranges,
+        )
+        for (i, _, past, new), of_row in zip(chunk.spans, prepared, strict=True)
+    ]
+    sparse = _in_columns(outputs, chunk.width, 1, 0)
+    near = _near(query, key, value, cache, chunk, window, window_sink, scale, query_chunk, ranges)
+    return gated_sum(sparse, near, sparse_gate, window_gate, backend=ranges)
 
 
 @torch.no_grad()
@@ -245,101 +304,84 @@ def cached_window_attention(
     Arguments as those of `cached_sparse_attention`. The ring may be shorter than the window if no
     sequence grows beyond it.
     """
-    if _uses_triton(backend, query, chunk, cache):
+    scale = _scale(query, softmax_scale)
+    ranges = _backend_of_ranges(backend, query, chunk, cache)
+    if ranges is None:
         from hysparse_kernels.decode import launch
 
         return launch.window_attention(
-            query,
-            key,
-            value,
-            cache,
-            chunk,
-            window=window,
-            sink=sink,
-            scale=_scale(query, softmax_scale),
+            query, key, value, cache, chunk, window=window, sink=sink, scale=scale
         )
-    dtype = compute_dtype(query.dtype)
-    heads, groups = query.shape[2], key.shape[2]
-    scale = _scale(query, softmax_scale)
-    sink_logit = sink_per_group(sink, groups, dtype)
-    output = query.new_zeros(*query.shape[:3], value.shape[-1])
+    return _near(query, key, value, cache, chunk, window, sink, scale, query_chunk, ranges)
+
+
+def _near(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache: WindowCache,
+    chunk: Chunk,
+    window: int,
+    sink: Tensor | None,
+    scale: float,
+    query_chunk: int,
+    backend: str,
+) -> Tensor:
+    """Attention to the window, of each row among the keys that its new tokens can see."""
+    outputs = []
     for i, row, past, new in chunk.spans:
         older = min(past, window - 1)
-        kept = cache.before(row, past, older, dtype)
+        kept = cache.before(row, past, older, query.dtype)
         keys, values = (
-            torch.cat([old, _heads_first(given[i, :new].to(cache.key.dtype), dtype)], dim=2)
+            # As the ring will hold them.
+            torch.cat([old, given[i : i + 1, :new].to(cache.key.dtype).to(query.dtype)], dim=1)
             for old, given in zip(kept, (key, value), strict=True)
         )
-        for start, stop in chunks(new, query_chunk):
-            first = max(0, older + start - window + 1)
-            seen = torch.arange(first, older + stop, device=query.device)
-            place = torch.arange(older + start, older + stop, device=query.device).unsqueeze(1)
-            hidden = (seen > place) | (seen <= place - window)
-            rows = group_rows(query[i : i + 1, start:stop], groups, dtype) * scale
-            logits = masked_logits(rows, keys[:, :, first : older + stop], hidden, heads)
-            mixed, _ = softmax_mix(logits, values[:, :, first : older + stop], sink_logit)
-            output[i, start:stop] = ungroup_rows(mixed, heads)[0]
+        part = sliding_window_attention(
+            query[i : i + 1, :new],
+            keys,
+            values,
+            window=window,
+            sink=sink,
+            softmax_scale=scale,
+            query_start=older,
+            query_chunk=query_chunk,
+            backend=backend,
+        )
+        outputs.append(part)
     # Only now: in a long chunk the first queries still need what the last tokens push out.
     cache.append(chunk, key, value)
-    return output
+    return _in_columns(outputs, chunk.width, 1, 0)
 
 
-def _block_sparse(
-    query: Tensor,
-    cache: TokenCache,
-    block_indices: Tensor,
-    chunk: Chunk,
-    block_size: int,
-    sink: Tensor | None,
-    softmax_scale: float | None,
-) -> Tensor:
-    """Attention to the tokens of the selected blocks alone (P1 Eq. 6-7): [A, C, HQ, DV]."""
-    dtype = compute_dtype(query.dtype)
-    heads, groups = query.shape[2], block_indices.shape[1]
-    scale = _scale(query, softmax_scale)
-    sink_logit = sink_per_group(sink, groups, dtype)
-    value_dim = cache.value.shape[-1]
-    output = query.new_zeros(*query.shape[:3], value_dim)
-    in_block = torch.arange(block_size, device=query.device)
-    num_keys = block_indices.shape[-1] * block_size
-    per_query = groups * num_keys * (query.shape[-1] + value_dim) * dtype.itemsize
-    for i, row, past, new in chunk.spans:
-        for start, stop in chunks(new, max(1, _GATHERED_BYTES // per_query)):
-            ids = block_indices[i, :, start:stop].transpose(0, 1).long()  # [queries, HKV, K]
-            positions = (ids.unsqueeze(-1) * block_size + in_block).flatten(2)
-            place = torch.arange(past + start, past + stop, device=query.device).view(-1, 1, 1)
-            hidden = (positions < 0) | (positions > place)
-            keys, values = cache.gather(row, positions.masked_fill(hidden, 0), dtype)
-            # Every query has keys of its own: queries take the place of the batch.
-            own_row = query[i, start:stop].unsqueeze(1)
-            rows = group_rows(own_row, groups, dtype) * scale
-            logits = masked_logits(rows, keys, hidden[:, :, None, None], heads)
-            mixed, _ = softmax_mix(logits, values, sink_logit)
-            output[i, start:stop] = ungroup_rows(mixed, heads)[:, 0]
-    return output
-
-
-def _uses_triton(
+def _backend_of_ranges(
     backend: str,
     query: Tensor,
     chunk: Chunk,
     *caches: TokenCache | WindowCache,
     block_size: int | None = None,
-) -> bool:
+) -> str | None:
+    """The backend of a step's ranges of queries, or None if it runs on the decode kernels."""
+    if chunk.width > 1:
+        return backend
     choice = resolve_cached_backend(backend, query, chunk, *caches, block_size=block_size)
-    return choice.name == "triton"
+    return None if choice.name == "triton" else choice.name
 
 
 def _scale(query: Tensor, softmax_scale: float | None) -> float:
     return query.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
 
 
-def _later(queries: int, device: torch.device) -> Tensor:
-    """bool [queries, queries]: which of the last keys lie after each of as many last queries."""
-    order = torch.arange(queries, device=device)
-    return order > order.unsqueeze(1)
+def _in_columns(parts: Sequence[Tensor], width: int, dim: int, unused: int) -> Tensor:
+    """One row [1, .., S, ..] after the other as [A, .., C, ..], with `unused` after their tokens.
 
-
-def _heads_first(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """[S, HKV, X] -> [1, HKV, S, X]."""
-    return tensor.to(dtype).transpose(0, 1).unsqueeze(0)
+    No copy of a row alone, which is as long as the step.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    shape = list(parts[0].shape)
+    shape[0], shape[dim] = len(parts), width
+    joined = parts[0].new_full(shape, unused)
+    for i, part in enumerate(parts):
+        joined[i : i + 1].narrow(dim, 0, part.shape[dim]).copy_(part)
+    return joined

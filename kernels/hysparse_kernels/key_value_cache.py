@@ -80,22 +80,6 @@ class Chunk:
         columns = torch.arange(self.width, device=self.device)
         return self.on_device[1].unsqueeze(1) + columns
 
-    @cached_property
-    def is_token(self) -> Tensor:
-        """bool [A, C]: whether a column brings a token."""
-        columns = torch.arange(self.width, device=self.device)
-        return columns < self.on_device[2].unsqueeze(1)
-
-    @cached_property
-    def token_rows(self) -> Tensor:
-        """int64 [tokens]: the cache row of each new token, in the order of `is_token`."""
-        return self.on_device[0].unsqueeze(1).expand(-1, self.width)[self.is_token]
-
-    @cached_property
-    def token_positions(self) -> Tensor:
-        """int64 [tokens]: the place of each new token in its sequence."""
-        return self.positions[self.is_token]
-
 
 class TokenCache:
     """All keys [T, HKV, D] and values [T, HKV, DV] of a full layer, one sequence after another.
@@ -140,16 +124,17 @@ class TokenCache:
         Raises ValueError where a row has no room for them.
         """
         self.check_room(chunk)
-        places = self.starts_on_device[chunk.token_rows] + chunk.token_positions
         for given, kept, exponent in (
             (key, self.key, self.key_exponent),
             (value, self.value, self.value_exponent),
         ):
-            tokens = given[chunk.is_token]
-            if exponent is None:
-                kept[places] = tokens.to(kept.dtype)
-            else:
-                kept[places], exponent[places] = to_fp8(tokens)
+            for i, row, past, new in chunk.spans:
+                first = self.starts[row] + past
+                places = slice(first, first + new)
+                if exponent is None:
+                    kept[places] = given[i, :new].to(kept.dtype)
+                else:
+                    kept[places], exponent[places] = to_fp8(given[i, :new])
 
     def check_room(self, chunk: Chunk) -> None:
         """Raises ValueError where a row has no room for the new tokens."""
@@ -161,18 +146,14 @@ class TokenCache:
                 )
 
     def read(self, row: int, stop: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Key [1, HKV, stop, D] and value [1, HKV, stop, DV] of a row's first `stop` tokens."""
+        """Key [1, stop, HKV, D] and value [1, stop, HKV, DV] of a row's first `stop` tokens.
+
+        Views where the cache has that dtype.
+        """
         tokens = slice(self.starts[row], self.starts[row] + stop)
         key = _widened(self.key, self.key_exponent, tokens, dtype)
         value = _widened(self.value, self.value_exponent, tokens, dtype)
-        return key.transpose(0, 1).unsqueeze(0), value.transpose(0, 1).unsqueeze(0)
-
-    def gather(self, row: int, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Key [X, HKV, M, D] and value [X, HKV, M, DV] at `positions` [X, HKV, M] of a row."""
-        groups = torch.arange(self.key.shape[1], device=positions.device).unsqueeze(1)
-        places = (positions + self.starts[row], groups)
-        key = _widened(self.key, self.key_exponent, places, dtype)
-        return key, _widened(self.value, self.value_exponent, places, dtype)
+        return key.unsqueeze(0), value.unsqueeze(0)
 
 
 class WindowCache:
@@ -203,15 +184,12 @@ class WindowCache:
 
     def append(self, chunk: Chunk, key: Tensor, value: Tensor) -> None:
         """Store the last of the new tokens' key [A, C, HKV, D] and value [A, C, HKV, DV]."""
-        total = chunk.on_device[1] + chunk.on_device[2]
-        stays = chunk.is_token & (chunk.positions >= total.unsqueeze(1) - self.entries)
-        of_tokens = stays[chunk.is_token]
-        places = (
-            chunk.token_rows[of_tokens],
-            chunk.token_positions[of_tokens] % self.entries,
-        )
-        self.key[places] = key[stays].to(self.key.dtype)
-        self.value[places] = value[stays].to(self.value.dtype)
+        for i, row, past, new in chunk.spans:
+            kept = min(new, self.entries)
+            places = torch.arange(past + new - kept, past + new, device=self.key.device)
+            places %= self.entries
+            for given, ring in ((key, self.key), (value, self.value)):
+                ring[row, places] = given[i, new - kept : new].to(ring.dtype)
 
     def before(
         self, row: int, position: int, count: int, dtype: torch.dtype
@@ -219,7 +197,7 @@ class WindowCache:
         """Of the `count` tokens before `position`, oldest first, as `TokenCache.read`."""
         kept = torch.arange(position - count, position, device=self.key.device) % self.entries
         key, value = self.key[row, kept].to(dtype), self.value[row, kept].to(dtype)
-        return key.transpose(0, 1).unsqueeze(0), value.transpose(0, 1).unsqueeze(0)
+        return key.unsqueeze(0), value.unsqueeze(0)
 
 
 def to_fp8(tensor: Tensor) -> tuple[Tensor, Tensor]:
@@ -232,7 +210,9 @@ def to_fp8(tensor: Tensor) -> tuple[Tensor, Tensor]:
 
 def from_fp8(numbers: Tensor, exponent: Tensor, dtype: torch.dtype) -> Tensor:
     """The inverse of `to_fp8`, in `dtype`."""
-    return (numbers.float() * _power_of_two(exponent).unsqueeze(-1)).to(dtype)
+    # Without rounding in all types of fp32's range; fp16 may not have the power of two.
+    wide = torch.float32 if dtype == torch.float16 else dtype
+    return (numbers.to(wide) * _power_of_two(exponent).to(wide).unsqueeze(-1)).to(dtype)
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:
@@ -240,12 +220,7 @@ def _power_of_two(exponent: Tensor) -> Tensor:
     return ((exponent.int() + _BIAS) << 23).view(torch.float32)
 
 
-def _widened(
-    kept: Tensor,
-    exponent: Tensor | None,
-    places: slice | tuple[Tensor, Tensor],
-    dtype: torch.dtype,
-) -> Tensor:
+def _widened(kept: Tensor, exponent: Tensor | None, places: slice, dtype: torch.dtype) -> Tensor:
     if exponent is None:
         return kept[places].to(dtype)
     return from_fp8(kept[places], exponent[places], dtype)

@@ -12,9 +12,11 @@ from hysparse_kernels.backends import (
 from hysparse_kernels.block_lists import BlockLists
 from hysparse_kernels.cached_attention import (
     CachedFullOutput,
+    CachedRow,
     cached_full_attention,
     cached_sparse_attention,
     cached_window_attention,
+    prepare_cached_selection,
     resolve_cached_backend,
 )
 from hysparse_kernels.call import OracleOutput, ReduceScores

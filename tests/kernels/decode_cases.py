@@ -208,11 +208,9 @@ class Step:
         """Key [1, S, HKV, D] and value of all tokens that the new one of a row may read."""
         length = self.case.lengths[row] + 1
         if isinstance(cache, TokenCache):
-            key, value = cache.read(row, length, torch.float64)
-        else:
-            count = min(length, self.case.window)
-            key, value = cache.before(row, length, count, torch.float64)
-        return key.transpose(1, 2), value.transpose(1, 2)
+            return cache.read(row, length, torch.float64)
+        count = min(length, self.case.window)
+        return cache.before(row, length, count, torch.float64)
 
     def allowed(
         self,

@@ -30,20 +30,29 @@ def caches(dtype: torch.dtype = torch.float32, dim: int = 8) -> tuple[TokenCache
 
 
 def test_on_a_cpu_auto_is_the_reference_and_says_why() -> None:
-    for chunk, why in (
-        (ONE, "the Triton kernels need a CUDA device, the tensors are on cpu"),
-        (TWO, "the Triton kernels take one new token a row, not 2"),
-    ):
-        choice = resolve_cached_backend("auto", torch.zeros(1, chunk.width, 2, 8), chunk, *caches())
+    why = "the Triton kernels need a CUDA device, the tensors are on cpu"
+    for chunk in (ONE, TWO):
+        query = torch.zeros(1, chunk.width, 2, 8)
+        choice = resolve_cached_backend("auto", query, chunk, *caches())
         assert choice == ("reference", f"plain PyTorch: {why}")
+        with pytest.raises(BackendUnavailable, match=why):
+            resolve_cached_backend("triton", query, chunk, *caches())
+        with pytest.raises(ValueError, match="backend: got 'cuda'"):
+            resolve_cached_backend("cuda", query, chunk, *caches())
 
 
-def test_longer_chunks_have_one_implementation() -> None:
-    """So that `triton` does not refuse the prompt of a generation."""
-    choice = resolve_cached_backend("triton", torch.zeros(1, 2, 2, 8), TWO, *caches())
-    assert choice.name == "reference"
-    with pytest.raises(ValueError, match="backend: got 'cuda'"):
-        resolve_cached_backend("cuda", torch.zeros(1, 2, 2, 8), TWO, *caches())
+def test_longer_chunks_take_what_training_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches of any type, up to the head dims and block sizes of its kernels."""
+    monkeypatch.setattr(launch.triton.knobs.runtime, "interpret", True)
+
+    def choice(dim: int, block_size: int) -> str:
+        query = torch.zeros(1, 2, 2, dim, dtype=torch.bfloat16)
+        return resolve_cached_backend(
+            "auto", query, TWO, *caches(FP8, dim), block_size=block_size
+        ).name
+
+    assert choice(8, 64) == "triton"
+    assert choice(8, 48) == choice(260, 64) == choice(192, 128) == "reference"
 
 
 @pytest.mark.parametrize(
