@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from hysparse_kernels import (
     FP8,
     Chunk,
@@ -252,11 +253,11 @@ def compare(case: Case, device: torch.device, seed: int) -> None:
     """Assert outputs, selections and what stands in the caches, of every kind of layer."""
     step = Step(case, device, seed)
     ours, theirs = step.ours, step.theirs
-    seen: dict[str, Tensor] = {}
+    seen: dict[str, list[Tensor]] = {"reference": [], "triton": []}
 
     def keep(name: str) -> Any:
         def reduce(scores: Tensor) -> Tensor:
-            seen[name] = scores.double()
+            seen[name].append(scores.double())
             return scores
 
         return reduce
@@ -274,13 +275,14 @@ def compare(case: Case, device: torch.device, seed: int) -> None:
     assert alone.block_indices is None
     what = f"full layer without selection of {case}"
     assert_within(alone.output, exact.output, allowed.output, what)
-    there = seen["reference"] > -torch.inf
-    assert torch.equal(there, seen["triton"] > -torch.inf), f"{case}: visible blocks"
+    scored, (ours_scored,) = _all_rows(seen["reference"]), seen["triton"]
+    there = scored > -torch.inf
+    assert torch.equal(there, ours_scored > -torch.inf), f"{case}: visible blocks"
     # Ours are in base 2.
-    scores = (seen["triton"] * 0.6931471805599453).masked_fill(~there, 0)
-    wanted = seen["reference"].masked_fill(~there, 0)
+    scores = (ours_scored * 0.6931471805599453).masked_fill(~there, 0)
+    wanted = scored.masked_fill(~there, 0)
     assert_within(scores, wanted, allowed.scores[..., None].expand_as(scores), f"scores of {case}")
-    offered = _offered(seen["reference"], case, step.chunk)
+    offered = _offered(scored, case, step.chunk)
     wrong = rounding.wrong_rows(got.block_indices, offered, allowed.scores)
     assert not wrong.any(), f"{case}: selection\n{got.block_indices}\n{exact.block_indices}"
 
@@ -320,6 +322,14 @@ def compare(case: Case, device: torch.device, seed: int) -> None:
     assert_within(sparse, without_blocks, of_sum, f"replayed sparse layer of {case}")
     for kept, expected in zip(ours.bits, theirs.bits, strict=True):
         assert torch.equal(kept, expected), f"{case}: the caches differ"
+
+
+def _all_rows(scores: list[Tensor]) -> Tensor:
+    """[A, HKV, 1, N] of what the reference scores row by row, each with the blocks it has."""
+    blocks = max(of_row.shape[-1] for of_row in scores)
+    missing = [(0, blocks - of_row.shape[-1]) for of_row in scores]
+    parts = zip(scores, missing, strict=True)
+    return torch.cat([F.pad(of_row, pad, value=-torch.inf) for of_row, pad in parts])
 
 
 def _offered(scores: Tensor, case: Case, chunk: Chunk) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("cases", ["triton_cases", "gating_cases", "decode_cases"])
+@pytest.mark.parametrize("cases", ["triton_cases", "gating_cases", "decode_cases", "prefill_cases"])
 def test_triton_kernels_agree_with_the_reference(cases: str, seed: int) -> None:
     # A process of its own: the interpreter is chosen when the kernels are imported.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([".", "kernels"])}
