@@ -101,9 +101,9 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--prefill-chunk",
         type=positive,
-        default=512,
+        default=4096,
         metavar="N",
-        help="tokens of a prompt taken in at a time (default %(default)s)",
+        help="tokens of prompts taken in at a time (default %(default)s)",
     )
     add("--tokenizer", metavar="PATH", help="its file or folder (default: found by its hash)")
     add("--no-verify", action="store_true", help="do not compare the checkpoint with its hashes")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import psutil
@@ -46,8 +46,9 @@ class Settings:
     sampling: Sampling = field(default_factory=Sampling)
     stop_tokens: frozenset[int] = frozenset()
     """Ids that end a sequence; they are part of its tokens."""
-    prefill_chunk: int = 512
-    """Tokens of each prompt taken in at a time: bounds the memory of long prompts."""
+    prefill_chunk: int = 4096
+    """Tokens taken in at a time, of one prompt or of several that are padded to the longest: bounds
+    the memory of long and of many prompts. As many as keep the kernels of training busy."""
     cache_dtype: CacheDtype = CacheDtype.model
     cuda_graph: bool = True
     """Record the decode step as a CUDA graph where that can be and pays."""
@@ -164,15 +165,26 @@ def prefill(
     Returns the logits [A, V] that follow each.
     """
     last: list[Tensor | None] = [None] * len(prompts)
-    for start in range(0, max(map(len, prompts)), chunk):
-        rows = [row for row, prompt in enumerate(prompts) if len(prompt) > start]
-        pieces = [prompts[row][start : start + chunk] for row in rows]
-        hidden = advance(loaded.model, cache, rows, pieces)
+    for rows in _taken_together([len(prompt) for prompt in prompts], chunk):
+        for start in range(0, len(prompts[rows[-1]]), chunk):
+            pieces = [prompts[row][start : start + chunk] for row in rows]
+            hidden = advance(loaded.model, cache, rows, pieces)
         for i, (row, piece) in enumerate(zip(rows, pieces, strict=True)):
-            if start + len(piece) == len(prompts[row]):
-                last[row] = hidden[len(piece) - 1, i]
+            last[row] = hidden[len(piece) - 1, i]
     final = torch.stack([of_row for of_row in last if of_row is not None])
     return logits_of(loaded.model, final.unsqueeze(0))[0]
+
+
+def _taken_together(lengths: Sequence[int], chunk: int) -> Iterator[list[int]]:
+    """Prompts by their numbers: as many as fit into one step of `chunk` tokens, each padded to the
+    longest, which is the last one; one that does not fit is alone."""
+    rows: list[int] = []
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if rows and (len(rows) + 1) * lengths[row] > chunk:
+            yield rows
+            rows = []
+        rows.append(row)
+    yield rows
 
 
 def _require_memory(

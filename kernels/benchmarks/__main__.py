@@ -73,13 +73,15 @@ class _Run:
         """Everything asked for; returns the exit code."""
         problems = self.options.problems
         self._prepare(problems)
-        for problem in () if self.options.captured_only else problems:
-            for table in self.options.only:
-                if table != "decode":
+        own = {"decode": self.options.decode_problems, "prefill": self.options.prefill_problems}
+        if not self.options.captured_only:
+            for problem in problems:
+                for table in self.options.only:
+                    if table not in own:
+                        self._table(table, problem)
+            for table in own:
+                for problem in own[table] if table in self.options.only else ():
                     self._table(table, problem)
-        if "decode" in self.options.only and not self.options.captured_only:
-            for problem in self.options.decode_problems:
-                self._table("decode", problem)
         if self.captured is not None:
             self._captured(problems[0])
         self.report.log()
@@ -130,7 +132,7 @@ class _Run:
             self.bench.decode(problem)
         else:
             # Clustered last: longer sequences keep what a peer's autotuner chose for it.
-            alone = table in ("block", "ranges")
+            alone = table in ("block", "ranges", "prefill")
             for selection in ("clustered",) if alone else ("random", "clustered"):
                 ids = synthetic(problem, self.device, clustered=selection == "clustered")
                 self._with_selection(table, problem, selection, ids)
@@ -144,6 +146,8 @@ class _Run:
             self.bench.lists(problem, selection, ids)
         elif table == "ranges":
             self.bench.ranges(problem, selection, ids)
+        elif table == "prefill":
+            self.bench.prefill(problem, selection, ids, self.options.prefill_chunk)
         else:
             self.bench.block(problem, selection, ids)
 

@@ -21,11 +21,12 @@ from benchmarks.checks import first_line
 from benchmarks.decode import DecodeStep, Measured, as_graph
 from benchmarks.hybrid_block import HybridBlock
 from benchmarks.peers import BY_TABLE, ORACLE, Call, Peer, Refused, output_of
+from benchmarks.prefill import Prompt
 from benchmarks.ranges import RangeRun
 from benchmarks.rates import Rates
 from benchmarks.rows import BACKWARD, BOTH, FORWARD, REPLAYED, Row
 
-TABLES = ("oracle", "sparse", "window", "block", "topk", "lists", "ranges", "decode")
+TABLES = ("oracle", "sparse", "window", "block", "topk", "lists", "ranges", "decode", "prefill")
 
 RETUNE_UP_TO = 65536
 """Longest sequence for which a peer's autotuner is asked again for every selection."""
@@ -228,6 +229,19 @@ class Bench:
                     timings = self.timer.measure_together(list(calls.values()))
                     for row, timing in zip(calls, timings, strict=True):
                         self.emit(replace(row, timing=timing))
+
+    def prefill(self, problem: Problem, selection: str, ids: Tensor, chunk: int) -> None:
+        """Prompts through all layers, in chunks of so many tokens and in one piece."""
+        inputs = self.inputs(problem)
+        inputs.indices = ids
+        tokens = problem.batch * problem.sequence
+        for measured in Prompt.make(inputs, chunk).rows():
+            row = Row("prefill", problem, selection, measured.name, measured.label, FORWARD)
+            with _free_memory(), self._reporting(row):
+                call = measured.make()
+                timing = _times(self.timer.measure(call), measured.layers)
+                rate = 1e3 * tokens / timing.median_ms
+                self.emit(replace(row, timing=timing, tokens_per_second=rate))
 
     def decode(self, problem: Problem) -> None:
         """One new token a sequence: layers alone, and hybrid blocks beside full layers."""

@@ -30,6 +30,8 @@ DEFAULT_PROBLEMS = ((SHORT, MAIN), (LONG, MAIN), (SHORT, WIDE), (SHORT, MANY_GRO
 
 DECODE_PROBLEMS = tuple((s, shape) for shape in (MAIN, WIDE) for s in (8192, SHORT, LONG))
 """Those of the decode table, which has batches of its own."""
+PREFILL_PROBLEMS = ((SHORT, WIDE),)
+"""Those of the prefill table: the paper's 80B model."""
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace | None:
@@ -61,6 +63,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace | None:
     parser.add_argument(
         "--decode-batch", type=int, nargs="+", default=BATCHES, help="sequences of a decode step"
     )
+    parser.add_argument(
+        "--prefill-chunk", type=int, default=4096, help="tokens of a prompt taken in at a time"
+    )
     parser.add_argument("--peak-tflops", type=float, default=790.0, help="bf16, for the floors")
     parser.add_argument(
         "--processes",
@@ -81,13 +86,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace | None:
     if unknown := sorted(set(options.only) - set(TABLES)):
         print(f"--only: {', '.join(unknown)}: expected some of {','.join(TABLES)}", file=sys.stderr)
         return None
-    wanted, decode = list(DEFAULT_PROBLEMS), list(DECODE_PROBLEMS)
+    if options.prefill_chunk < 1:
+        print(f"--prefill-chunk: got {options.prefill_chunk}, expected at least 1", file=sys.stderr)
+        return None
+    wanted, decode, prefill = map(list, (DEFAULT_PROBLEMS, DECODE_PROBLEMS, PREFILL_PROBLEMS))
     if options.sequence or options.shapes:
         sequences = options.sequence or [SHORT, LONG]
         wanted = [(s, shape) for s in sequences for shape in options.shapes or [MAIN]]
-        decode = wanted
+        decode = prefill = wanted
     try:
         options.problems = [_problem(options, *sizes) for sizes in wanted]
+        options.prefill_problems = [_problem(options, *sizes) for sizes in prefill]
         options.decode_problems = [
             replace(_problem(options, *sizes), batch=batch)
             for sizes in decode

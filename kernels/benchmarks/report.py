@@ -59,9 +59,10 @@ def format_row(row: Row) -> str:
     flops = f"{row.tflops:7.0f}" if row.tflops else " " * 7
     share = f"{row.floor_ms / timing.median_ms:9.0%} " if row.floor_ms else " " * 10
     extra = f"{row.extra_bytes / 1e6:10.0f} MB" if row.extra_bytes is not None else ""
-    if row.tokens_per_second is not None and row.bytes_per_token is not None:
-        per_token = f"reads {row.bytes_per_token / 1e6:.2f} MB a token"
-        extra = f"  {row.tokens_per_second:,.0f} tokens/s, {per_token}"
+    if row.tokens_per_second is not None:
+        extra = f"  {row.tokens_per_second:,.0f} tokens/s"
+    if row.bytes_per_token is not None:
+        extra += f", reads {row.bytes_per_token / 1e6:.2f} MB a token"
         # These take microseconds.
         quartiles = f"{timing.low_ms:.4f} .. {timing.high_ms:.4f}"
         return f"{start}{timing.median_ms:7.4f} ms  {quartiles:>19s}{flops}{share}{extra}"

@@ -30,7 +30,7 @@ class Row:
     extra_bytes: int | None = None
     """Peak memory beyond inputs and outputs."""
     tokens_per_second: float | None = None
-    """Of a decode step; attention alone."""
+    """Of a decode step or of prompts; attention alone."""
     bytes_per_token: int | None = None
     """That it must read."""
     note: str = ""

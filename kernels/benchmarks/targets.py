@@ -19,8 +19,9 @@ def targets(rows: Rows) -> list[Target]:
     """All that the rows allow. Goals are set for the shapes and lengths named above."""
     problems: dict[Problem, None] = dict.fromkeys(row.problem for row in rows.all)
     result: list[Target] = []
+    training = (_oracle, _memory, _sparse, _lists, _window, _block, _topk, _ranges)
     for problem in problems:
-        for rule in (_oracle, _memory, _sparse, _lists, _window, _block, _topk, _ranges, _decode):
+        for rule in (*training, _decode, _prefill):
             result += rule(rows, problem)
     return [*result, *_growth(rows)]
 
@@ -133,6 +134,22 @@ def _decode(rows: Rows, problem: Problem) -> Iterator[Target]:
             how = "as a graph, " if step == REPLAYED else ""
             where = f"{_where(problem)}, batch {problem.batch}"
             yield Target(f"decode, hybrid block of 12 layers, {how}times faster {where}", ratio)
+
+
+_PROMPTS = {
+    "in chunks / in one piece": ("hysparse", "one_piece"),
+    "in chunks, FP8 cache / in one piece": ("fp8", "one_piece"),
+    "with full layers only, in chunks / in one piece": ("full", "full_one_piece"),
+    "in chunks, times faster than with full layers only": ("full", "hysparse"),
+}
+
+
+def _prefill(rows: Rows, problem: Problem) -> Iterator[Target]:
+    for selection in _selections(rows, "prefill", problem):
+        for text, names in _PROMPTS.items():
+            times = (rows.median_ms("prefill", name, FORWARD, problem, selection) for name in names)
+            if ratio := _ratio(*times):
+                yield Target(f"prompt {text}, {selection} {_where(problem)}", ratio)
 
 
 def _growth(rows: Rows) -> Iterator[Target]:

@@ -13,10 +13,11 @@ from benchmarks import preparation
 from benchmarks.__main__ import main
 from benchmarks.measure import TABLES
 from benchmarks.options import parse
+from benchmarks.prefill import Prompt
 from benchmarks.rows import BACKWARD, FORWARD, Row, Rows
 from benchmarks.targets import MAIN, SHORT, WIDE, targets
 from hysparse_kernels.benchmarking import selections, timer
-from hysparse_kernels.benchmarking.problem import Problem, parse_shape
+from hysparse_kernels.benchmarking.problem import Inputs, Problem, parse_shape
 from hysparse_kernels.benchmarking.timing import Timing
 
 pytestmark = pytest.mark.thorough
@@ -31,7 +32,7 @@ def test_every_table_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     selections.Captured({"block_size": 16}, {3: indices}).save(captured)
     output = tmp_path / "folder" / "results.txt"
     sizes = ["--sequence", "128", "--shapes", "4/2/8/8", "--block-size", "16"]
-    sizes += ["--decode-batch", "1", "3"]
+    sizes += ["--decode-batch", "1", "3", "--prefill-chunk", "48"]
     code = main([*ON_CPU, *sizes, "--captured", str(captured), "--output", str(output)])
     printed = capsys.readouterr().out
     assert code == 0, printed
@@ -59,12 +60,38 @@ def test_every_table_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert steps["full_fp8", batch]["bytes_per_token"] == 128 * 2 * (8 + 8 + 2)
         seconds = full["median_ms"] / 1e3
         assert full["tokens_per_second"] == pytest.approx(batch / seconds)
+    prompts = {row["name"]: row for row in results["rows"] if row["table"] == "prefill"}
+    assert prompts.keys() == {"one_piece", "hysparse", "fp8", "full_one_piece", "full"}
+    for row in prompts.values():
+        assert row["tokens_per_second"] == pytest.approx(128 / row["median_ms"] * 1e3)
+    times = prompts["hysparse"]["median_ms"] / prompts["one_piece"]["median_ms"]
+    (found,) = (
+        target["value"]
+        for target in results["targets"]
+        if target["text"].startswith("prompt in chunks / in one piece")
+    )
+    assert found == pytest.approx(times)
     refused = {row["name"]: row["note"] for row in results["rows"] if row.get("median_ms") is None}
     assert "needs a CUDA device" in refused["cudnn"]
     assert "needs a CUDA device" in refused["fla"]
     errors = [check["errors"] for check in results["checks"] if check["name"] == "hysparse"]
     assert len(errors) == 6
     assert max(error for found in errors for error in found.values()) < 1e-2
+
+
+def test_a_prompt_in_chunks_is_one_in_one_piece() -> None:
+    """Through all layers of the prefill table: another order of additions, in bf16."""
+    inputs = Inputs.random(PROBLEM, torch.device("cpu"), "reference", torch.bfloat16)
+    inputs.indices = selections.synthetic(PROBLEM, torch.device("cpu"), clustered=True)
+    prompt = Prompt.make(inputs, chunk=100)
+    whole, pieces = prompt.in_one_piece(), prompt.with_caches()()
+    assert [part.shape[1] for part in pieces.full] == [100, 100, 56]
+    alone, of_layer = prompt.full_in_one_piece(), prompt.full_with_cache()()
+    full, sparse = torch.cat(pieces.full, 1), torch.cat(pieces.sparse, 1)
+    torch.testing.assert_close(full, whole.full[0], rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(sparse, whole.sparse[0], rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(torch.cat(of_layer, 1), alone, rtol=1e-2, atol=1e-3)
+    assert sparse.std() > 0.1
 
 
 def test_without_a_gpu_it_says_so_and_exits_with_2() -> None:
@@ -82,6 +109,7 @@ def test_without_a_gpu_it_says_so_and_exits_with_2() -> None:
         (["--only", "oracle,spars"], "spars"),
         (["--shapes", "64/4/128"], "64/4/128"),
         (["--captured-only"], "--captured FILE"),
+        (["--prefill-chunk", "0"], "--prefill-chunk"),
     ],
 )
 def test_a_wrong_option_is_named(
@@ -100,6 +128,7 @@ def test_default_problems_are_those_with_goals() -> None:
         (32768, "64/4/192/128"),
         (32768, "32/8/128/128"),
     ]
+    assert [(p.sequence, p.shape) for p in options.prefill_problems] == [(32768, "64/4/192/128")]
     assert [(p.sequence, p.shape, p.batch) for p in options.decode_problems] == [
         (sequence, shape, batch)
         for shape in (MAIN, WIDE)

@@ -18,13 +18,14 @@ from hysparse_kernels import (
     cached_window_attention,
     gated_sum,
     oracle_attention,
+    prepare_cached_selection,
     sliding_window_attention,
 )
 from hysparse_kernels.key_value_cache import from_fp8, to_fp8
 from torch import Tensor
 
 from tests.kernels import rounding
-from tests.kernels.cases import Case, causal_keys, random_case, random_qkv
+from tests.kernels.cases import Case, causal_keys, random_case, random_indices, random_qkv
 from tests.kernels.rounding import assert_within
 
 CPU = torch.device("cpu")
@@ -178,16 +179,21 @@ def test_sparse_attention(trial: int, rng: random.Random) -> None:
     for chunk in problem.steps:
         tensors = columns(chunk, problem.query, problem.key, problem.value)
         selection = cached_full_attention(*tensors, oracle, chunk, **rule, **scale).block_indices
+        size = {"block_size": case.block_size}
+        prepared = prepare_cached_selection(
+            oracle, selection, chunk, query_heads=case.heads, dtype=torch.float64, **size
+        )
         found = cached_sparse_attention(
             *columns(chunk, own_query, window_key, window_value, *gates),
             oracle,
             selection,
             window,
             chunk,
-            block_size=case.block_size,
+            **size,
             window=case.window,
             sparse_sink=sinks[0],
             window_sink=sinks[1],
+            prepared=rng.choice([None, prepared]),
             **problem.options,
         )
         problem.assert_same(chunk, found, expected)
@@ -279,6 +285,32 @@ def test_fp8_cache_is_attention_to_rounded_keys(rng: random.Random) -> None:
     per_token = case.groups * (case.head_dim + case.value_dim + 2)
     tokens = sum(cache.capacities)
     assert sum(tensor.untyped_storage().nbytes() for tensor in cache.tensors) == tokens * per_token
+
+
+def test_sparse_layers_read_an_fp8_cache_as_it_is(rng: random.Random) -> None:
+    """The oracle's keys are rounded, those of the window are not; pieces change nothing."""
+    problem = random_problem(rng)
+    case = problem.case
+    given = (problem.query, problem.key, problem.value)
+    gates = torch.randn(2, case.batch, case.length, case.heads, 1)
+    size = {"block_size": case.block_size}
+    rounded = [from_fp8(*to_fp8(tensor), torch.float64) for tensor in given[1:]]
+    selection = random_indices(case, rng)
+    far = block_sparse_attention(given[0], *rounded, selection, **size)
+    near = sliding_window_attention(*given, window=case.window)
+    expected = gated_sum(far, near, *gates)
+    oracle, window = problem.token_cache(FP8), problem.window_cache()
+    for chunk in problem.steps:
+        oracle.append(chunk, *columns(chunk, *given[1:]))
+        picks = torch.full((len(chunk.rows), case.groups, chunk.width, case.num_selected), -1)
+        for i, row, past, new in chunk.spans:
+            picks[i, :, :new] = selection[row, :, past : past + new]
+            picks[i][picks[i] * case.block_size >= past + new] = -1  # of blocks that begin later
+        found = cached_sparse_attention(
+            *columns(chunk, *given, *gates), oracle, picks.int(), window, chunk,
+            window=case.window, **size,
+        )  # fmt: skip
+        problem.assert_same(chunk, found, expected)
 
 
 def test_a_full_cache_refuses(rng: random.Random) -> None:
