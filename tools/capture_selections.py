@@ -84,7 +84,8 @@ def capture(run: Path, sequence: int | None) -> Captured:
     finally:
         runtime_device.stop()
     model = config.model
-    source = config.data.blend or config.data.path or "the sample text"
+    path = config.data.path
+    source = config.data.blend or (Path(path).name if path else "the sample text")
     facts: dict[str, Any] = {
         "model": model.layout,
         "heads": f"{model.num_attention_heads}/{model.num_query_groups}",

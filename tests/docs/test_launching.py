@@ -1,5 +1,6 @@
 """docs/launching.md names what exists, and its commands compose."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -52,3 +53,20 @@ def test_commands_have_real_overrides(line: str) -> None:
     words = [word for word in shlex.split(line) if re.match(r"[a-z_.]+=", word)]
     assert words
     compose(words)
+
+
+def test_measured_rows_are_those_of_the_logs() -> None:
+    folder = ROOT / "tools" / "step_benchmark" / "results"
+    for name in ("overlap_7b_8k", "overlap_7b_8k_sockets"):
+        log = json.loads((folder / f"2026-11-30-h200x2-{name}.json").read_text())
+        found = {row["split"]: f"{1e3 * row['median_seconds']:.1f} ms" for row in log["rows"]}
+        apart = found.get("dp2-apart", "not measured")
+        assert f" | {found['1']} | {found['dp2']} | {apart} |" in TEXT, name
+
+
+def test_prompts_take_what_the_log_says() -> None:
+    folder = ROOT / "kernels" / "benchmarks" / "results"
+    log = json.loads((folder / "2026-11-30-h200-prefill.json").read_text())
+    page = (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
+    for row in log["rows"]:
+        assert f" {row['median_ms']:.0f} ms |" in page, row["label"]

@@ -21,17 +21,17 @@ def test_losses_and_counts_are_those_of_the_results() -> None:
     results = STUDY / "results" / study.name
     found = {run.name: read_result(results, run) for run in study.runs}
     done = {name: result for name, result in found.items() if result}
-    words = {2: "two"}
+    words = {3: "three"}
     total = len(study.runs) + len(read_study(STUDY / "claims.yaml").runs)
     assert f"**{words[len(done)]} of its {total} runs are finished**" in TEXT.replace("\n", " ")
-    full, ours = done["full-seed1"], done["hysparse-seed1"]
-    pairs = [(full.rows[-1]["eval_loss"], ours.rows[-1]["eval_loss"])]
+    shown = [done[f"{name}-seed1"] for name in ("full", "hysparse", "windows")]
+    rows = [[result.rows[-1]["eval_loss"] for result in shown]]
     for where in ("code.loss.0.all.loss", "prose.loss.0.all.loss"):
-        pairs.append((lookup(full.evaluations, where), lookup(ours.evaluations, where)))
-    for one, other in pairs:
-        assert f"| {one:.4f} | {other:.4f} | {other - one:+.4f} |" in TEXT
+        rows.append([lookup(result.evaluations, where) for result in shown])
+    for row in rows:
+        assert f"| {' | '.join(f'{loss:.4f}' for loss in row)} |" in TEXT
     hours = sum(result.seconds for result in done.values()) / 3600
-    assert f"({hours:.2f} hours for both)" in TEXT
+    assert f"({hours:.2f} hours for all three)" in TEXT
 
 
 def test_shown_commands_are_valid() -> None:

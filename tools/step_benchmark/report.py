@@ -15,11 +15,11 @@ from .rows import Row
 from .trace import FAMILIES
 
 _TIMES = (
-    f"  {'layout':18s}{'layers':14s}{'step':>11s}  {'quartiles':>19s}{'tokens/s':>11s}{'TF/s':>7s}"
+    f"  {'layout':20s}{'layers':14s}{'step':>11s}  {'quartiles':>19s}{'tokens/s':>11s}{'TF/s':>7s}"
     f"{'of peak':>9s}{'peak GiB':>10s}{'planned':>9s}{'ratio':>7s}"
 )
 _MEMORY = (
-    f"  {'memory, GiB':18s}{'weights':>9s}{'gradients':>11s}{'optimizer':>11s}{'= state':>9s}"
+    f"  {'memory, GiB':20s}{'weights':>9s}{'gradients':>11s}{'optimizer':>11s}{'= state':>9s}"
     f"{'measured':>10s}{'activations':>13s}{'working set':>13s}{'= rest':>8s}{'measured':>10s}"
     f"{'reserved':>10s}{'on device':>11s}"
 )
@@ -57,7 +57,7 @@ class StepReport(Report):
 
 def time_line(row: Row) -> str:
     """One line of the first table."""
-    start = f"  {row.case.label:18s}{row.case.config.model.layout:14s}"
+    start = f"  {row.case.label:20s}{row.case.config.model.layout:14s}"
     if row.timing is None:
         return f"{start}  {row.note}"
     timing = row.timing
@@ -87,7 +87,7 @@ def memory_lines(rows: Sequence[Row]) -> list[str]:
         parts = [f"{size / GIB:.1f}" for size in (plan.weights, plan.gradients, plan.optimizer)]
         later = [f"{size / GIB:.1f}" for size in (plan.activation_bytes, plan.working_set, rest)]
         lines.append(
-            f"  {row.case.label:18s}{parts[0]:>9s}{parts[1]:>11s}{parts[2]:>11s}"
+            f"  {row.case.label:20s}{parts[0]:>9s}{parts[1]:>11s}{parts[2]:>11s}"
             f"{state / GIB:9.1f}{measured[0]:>10s}{later[0]:>13s}{later[1]:>13s}{later[2]:>8s}"
             f"{measured[1]:>10s}{measured[2]:>10s}{measured[3]:>11s}"
         )
@@ -103,7 +103,7 @@ def family_lines(rows: Sequence[Row]) -> list[str]:
     ]
     if not profiled:
         return lines
-    lines += [f"  {'ms of one step':30s}" + "".join(f"{row.case.label:>16s}" for row in profiled)]
+    lines += [f"  {'ms of one step':30s}" + "".join(f"{row.case.label:>21s}" for row in profiled)]
     for family in FAMILIES:
         seconds = [(row.families or {}).get(family, 0.0) for row in profiled]
         if any(seconds):
@@ -111,9 +111,9 @@ def family_lines(rows: Sequence[Row]) -> list[str]:
                 f"{second * 1e3:.1f} ({_share(second, row)})"
                 for second, row in zip(seconds, profiled, strict=True)
             ]
-            lines.append(f"  {family:30s}" + "".join(f"{cell:>16s}" for cell in cells))
+            lines.append(f"  {family:30s}" + "".join(f"{cell:>21s}" for cell in cells))
     idle = [f"{row.idle_share:.0%}" for row in profiled]
-    lines.append(f"  {'idle share of a step':30s}" + "".join(f"{cell:>16s}" for cell in idle))
+    lines.append(f"  {'idle share of a step':30s}" + "".join(f"{cell:>21s}" for cell in idle))
     return lines
 
 

@@ -134,7 +134,9 @@ def _evaluate(
         _call([sys.executable, "-m", "hysparse_megatron.main", *words], log, environment)
         for path in sorted(folder.glob(f"{output.name}.*")):
             if path.suffix == ".json":
-                yield name, json.loads(path.read_text(encoding="utf-8"))
+                # Where the machine had it is nobody's business afterwards.
+                text = path.read_text(encoding="utf-8").replace(f"{place.work}/", "")
+                yield name, json.loads(text)
             else:
                 kept = place.results / f"{run.name}-{name}{path.suffix}"
                 kept.parent.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,8 @@
 Shapes: B sequences, S tokens of one, V padded vocabulary, HKV KV groups, K selected.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -32,6 +33,8 @@ class Computed:
     selections: list[Tensor]
     gap: float = float("inf")
     """Of the choice that comes nearest to a tie, of blocks or experts."""
+    moved: float = 0.0
+    """By how much of the largest logit some logit moves where each weight does by its rounding."""
 
 
 def at_once(model: HybridModel, tokens: Tensor) -> Computed:
@@ -58,9 +61,29 @@ def without_near_ties(
                 break
         else:
             raise AssertionError(f"no {length} tokens without near-ties in {MOST_TRIES} tries")
+        with _rounded(model):
+            found.moved = _distance(at_once(model, tokens), found)
         sequences.append(tokens)
         computed.append(found)
     return sequences, computed
+
+
+@contextlib.contextmanager
+def _rounded(model: HybridModel) -> Iterator[None]:
+    """Each weight is multiplied by 1, or by the next number above or below."""
+    former = [parameter.detach().clone() for parameter in model.parameters()]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            steps = torch.randint(-1, 2, parameter.shape)
+            parameter.mul_(1 + steps * torch.finfo(parameter.dtype).eps)
+        yield
+        for parameter, kept in zip(model.parameters(), former, strict=True):
+            parameter.copy_(kept)
+
+
+def _distance(found: Computed, expected: Computed) -> float:
+    largest = expected.logits.abs().max()
+    return ((found.logits - expected.logits).abs().max() / largest).item()
 
 
 def make_cache(config: Config, capacities: Sequence[int], **other: Any) -> KvCache:
@@ -143,10 +166,14 @@ def step_by_step(
 
 
 def assert_equal(found: Sequence[Computed], expected: Sequence[Computed]) -> None:
-    """Equal selections, and logits to 1e-5 of the largest."""
+    """Equal selections, and logits to 1e-5 of the largest, or what rounding makes of few models.
+
+    Layers amplify it: of some thousand drawn models one was off by 3e-5. Additions in another order
+    count as roundings of weights do, of which there are some per layer.
+    """
     for ours, theirs in zip(found, expected, strict=True):
         assert len(ours.selections) == len(theirs.selections)
         for mine, wanted in zip(ours.selections, theirs.selections, strict=True):
             assert torch.equal(mine, wanted)
-        error = (ours.logits - theirs.logits).abs().max() / theirs.logits.abs().max()
-        assert error <= 1e-5, f"logits are off by {error:.1e} of the largest"
+        error, allowed = _distance(ours, theirs), max(1e-5, 16 * theirs.moved)
+        assert error <= allowed, f"logits are off by {error:.1e} of the largest, not {allowed:.1e}"
