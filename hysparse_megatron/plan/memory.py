@@ -139,20 +139,41 @@ def _feed_forward_activations(config: Config, layer: int) -> Counter[str]:
     tokens = rank_tokens(config)
     kept: Counter[str] = Counter()
     kept["residual stream and norms"] += 2 * rows * model.hidden_size * element
-    # Both halves of the first projection, each half once more (activated; plus an offset that is 0
-    # here), and their product.
+    # Both halves of the first projection and their product; on a CPU each half once more
+    # (activated; plus an offset that is 0), which megatron-core's fused activation makes again.
+    widths = 3 if _activations_are_fused(config) else 5
     if not model.is_moe_layer(layer):
-        kept["feed-forward"] += tokens * 5 * (model.ffn_hidden_size // parallel.tp) * element
+        kept["feed-forward"] += tokens * widths * (model.ffn_hidden_size // parallel.tp) * element
         return kept
     moe = model.moe
     shared_width = moe.shared_expert_ffn_hidden_size // parallel.tp
-    kept["feed-forward"] += tokens * 5 * shared_width * element
+    kept["feed-forward"] += tokens * widths * shared_width * element
     # Logits, scores and probabilities of the router in fp32.
     kept["routing"] += rows * moe.num_experts * 3 * 4
     routed = rows * moe.num_active_experts
-    # As above, and the product weighted by the router.
-    kept["experts"] += routed * (model.hidden_size + 6 * model.expert_width) * element
+    # As above, and the product weighted by the router, with which it is fused too.
+    widths = 3 if _activations_are_fused(config) else 6
+    kept["experts"] += routed * (model.hidden_size + widths * model.expert_width) * element
     return kept
+
+
+def _activations_are_fused(config: Config) -> bool:
+    """Whether the run is on GPUs: where nothing is known of the machine it may be a CPU."""
+    return config.cluster.peak_tflops is not None
+
+
+def _gradient_of_activation(config: Config, layer: int) -> int:
+    """Bytes that the backward pass of a layer holds beside what is kept: the gradient of the first
+    projection's halves, which take no more than the parts that unfused activations keep."""
+    if not _activations_are_fused(config):
+        return 0
+    model, element = config.model, element_bytes(config)
+    if not model.is_moe_layer(layer):
+        width = model.ffn_hidden_size // config.parallel.tp
+        return rank_tokens(config) * 2 * width * element
+    shared_width = model.moe.shared_expert_ffn_hidden_size // config.parallel.tp
+    routed = token_rows(config) * model.moe.num_active_experts
+    return (rank_tokens(config) * 2 * shared_width + routed * 3 * model.expert_width) * element
 
 
 def _kept_activations(config: Config, plan: PipelinePlan, layer: int) -> Counter[str]:
@@ -250,6 +271,7 @@ def rank_memory(
     if config.train.recompute is Recompute.full:
         working += max(
             sum(layer_activations(config, plan, layer).values())
+            + _gradient_of_activation(config, layer)
             for layer in _alike(config, plan, layers)
         )
     if len(plan.stages) - 1 in stages:
