@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 @pytest.mark.alone
 def test_an_asynchronous_save_stalls_training_for_less_than_a_quarter(tmp_path: Path) -> None:
-    arguments = ["--json", "--repeats", "3", "--directory", str(tmp_path)]
+    arguments = ["--json", "--repeats", "2", "--directory", str(tmp_path)]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tools.benchmark_checkpoint", *arguments],
         cwd=ROOT,
