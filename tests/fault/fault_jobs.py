@@ -44,6 +44,7 @@ def decide_about_one_rank(rank: int, bad_rank: int) -> str | None:
 
 
 def _tensors(state: TrainingState) -> dict[str, torch.Tensor]:
+    state.settle()
     found = {
         name: tensor.detach().clone()
         for chunk in state.chunks
