@@ -16,7 +16,7 @@ class OverlapConfig:
     bucket_size: int | None = at_least(1, default=None)
     """Parameters that are sent together, at least; null: 40 million, or a million for each
     data-parallel rank if that is more. Only a pipeline's first rank has several buckets: the others
-    send while those before them still compute."""
+    send while those before them still compute. With Muon all matrices go together."""
 
 
 @dataclass(frozen=True, kw_only=True)
