@@ -36,8 +36,8 @@ def main(argv: Sequence[str]) -> int:
     parser = make_parser("hysparse completion", __doc__)
     parser.add_argument("what", choices=("bash", "words"), help="the script; or what it asks for")
     parser.add_argument("line", nargs="*", help="the words so far, the unfinished one included")
-    given = parser.parse_args(list(argv))
-    print(BASH if given.what == "bash" else "\n".join(candidates(given.line)), end="")
+    args = parser.parse_args(list(argv))
+    print(BASH if args.what == "bash" else "\n".join(candidates(args.line)), end="")
     return 0
 
 

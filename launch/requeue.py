@@ -100,28 +100,28 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--wrote", type=int, choices=(0, 1), help="status.json is of this start")
     parser.add_argument("--started", type=float, default=0.0, metavar="EPOCH", help="if not known")
     parser.add_argument("--told", type=int, choices=(0, 1), default=0, help="was asked to stop")
-    given = parser.parse_args(list(argv))
-    status = read_status(given.run_dir)
-    if given.wrote is None:  # a job script of an older version, which asks the clock
-        is_of_this_start = _seconds(status.get("started")) >= int(given.started)
+    args = parser.parse_args(list(argv))
+    status = read_status(args.run_dir)
+    if args.wrote is None:  # a job script of an older version, which asks the clock
+        is_of_this_start = _seconds(status.get("started")) >= int(args.started)
     else:
-        is_of_this_start = bool(given.wrote)
-    if holder(given.run_dir) is not None:
+        is_of_this_start = bool(args.wrote)
+    if holder(args.run_dir) is not None:
         is_of_this_start = False  # another run owns the directory, and writes its status
     if is_of_this_start and status.get("state") == "running":
         # Nobody was left to write down how it ended.
         cause = "the ranks ended without a word: killed, or out of memory"
         pid = _number(status, "pid")
-        amend_status(given.run_dir, pid, cause, state="failed", exit_code=1, rank=None)
-        status = read_status(given.run_dir)
+        amend_status(args.run_dir, pid, cause, state="failed", exit_code=1, rank=None)
+        status = read_status(args.run_dir)
     decision = decide(
         status,
-        _read(given.run_dir / RECORD),
+        _read(args.run_dir / RECORD),
         is_of_this_start=is_of_this_start,
-        told=bool(given.told),
-        max_restarts=given.max_restarts,
+        told=bool(args.told),
+        max_restarts=args.max_restarts,
     )
-    write_json(given.run_dir / RECORD, vars(decision))
+    write_json(args.run_dir / RECORD, vars(decision))
     print(f"{'requeue' if decision.goes_on else 'leave'}: {decision.reason}")
     return 0
 

@@ -55,21 +55,21 @@ def main(argv: Sequence[str]) -> int:
     parser = settings_parser("hysparse submit", __doc__)
     parser.add_argument("--dry-run", action="store_true", help="print everything, change nothing")
     parser.add_argument("-m", "--multirun", action="store_true", help="one job per point")
-    given = parser.parse_intermixed_args(list(argv))
-    runs = _runs(given)
+    args = parser.parse_intermixed_args(list(argv))
+    runs = _runs(args)
     for point in runs:
         _check(point)
-    codes = [_launch(point, given.dry_run, len(runs) > 1) for point in runs]
-    if given.multirun:
+    codes = [_launch(point, args.dry_run, len(runs) > 1) for point in runs]
+    if args.multirun:
         print(_table(runs))
     return max(codes)
 
 
-def _runs(given: argparse.Namespace) -> list[Point]:
-    if given.multirun and given.config is not None:
+def _runs(args: argparse.Namespace) -> list[Point]:
+    if args.multirun and args.config is not None:
         raise ConfigError("-m takes overrides; --config names one run")
-    arguments = arguments_of(given, is_sweep=given.multirun)
-    return points(arguments.overrides) if given.multirun else [Point((), load(arguments))]
+    arguments = arguments_of(args, is_sweep=args.multirun)
+    return points(arguments.overrides) if args.multirun else [Point((), load(arguments))]
 
 
 def _check(point: Point) -> None:

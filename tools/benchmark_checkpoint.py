@@ -60,17 +60,17 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("overrides", nargs="*", help="group=option, key=value")
-    given = parser.parse_intermixed_args(list(argv))
-    config = load(parse_arguments([*SMALL, *given.overrides]))
+    args = parser.parse_intermixed_args(list(argv))
+    config = load(parse_arguments([*SMALL, *args.overrides]))
     rank = rank_from_environment()
     check(config, rank.world_size)
     device = runtime_device.start(rank, config.parallel)
     state = build_state(config, config.model.vocab_size or 0, device)
-    with tempfile.TemporaryDirectory(dir=given.directory) as made:
+    with tempfile.TemporaryDirectory(dir=args.directory) as made:
         place = on_rank_zero(lambda: Path(made), CheckpointError)
-        values = measure(state, place, given.repeats)
+        values = measure(state, place, args.repeats)
     if rank.rank == 0:
-        print(json.dumps(values) if given.json else as_text(values))
+        print(json.dumps(values) if args.json else as_text(values))
     runtime_device.stop()
     return 0
 

@@ -59,10 +59,10 @@ _TABLE = (
 @command
 def main(argv: Sequence[str]) -> int:
     """Measure as `argv` says, the command line without the program's name."""
-    given = _parser().parse_args(list(argv))
-    configs = {name: _config(given, name) for name in given.layouts}
+    args = _parser().parse_args(list(argv))
+    configs = {name: _config(args, name) for name in args.layouts}
     quiet_libraries()
-    return _measure(given, configs, argv)
+    return _measure(args, configs, argv)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -103,17 +103,17 @@ def _layouts(text: str) -> tuple[str, ...]:
     return names
 
 
-def _config(given: argparse.Namespace, name: str) -> Config:
+def _config(args: argparse.Namespace, name: str) -> Config:
     """The configuration of one layout of the model. Raises ConfigError."""
-    overrides = [override for group in given.set for override in group]
-    config = compose([f"model={given.model}", f"model.vocab_size={given.vocab}", *overrides])
+    overrides = [override for group in args.set for override in group]
+    config = compose([f"model={args.model}", f"model.vocab_size={args.vocab}", *overrides])
     layout = config.model.layout.replace("|", " ")
     if name != HYSPARSE:
         layout = layout.replace("S", "W" if name == SWA else "F")
     if name == FULL:
         layout = layout.replace("W", "F")
-    precision = Precision.bf16 if given.device == "cuda" else Precision.fp32
-    length = max(given.lengths) + given.steps + _WARMUP_STEPS
+    precision = Precision.bf16 if args.device == "cuda" else Precision.fp32
+    length = max(args.lengths) + args.steps + _WARMUP_STEPS
     config = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, layout=layout),
@@ -123,18 +123,18 @@ def _config(given: argparse.Namespace, name: str) -> Config:
     return config
 
 
-def _measure(given: argparse.Namespace, configs: dict[str, Config], argv: Sequence[str]) -> int:
+def _measure(args: argparse.Namespace, configs: dict[str, Config], argv: Sequence[str]) -> int:
     import torch
 
     from hysparse_megatron.runtime import device as runtime_device
     from hysparse_megatron.runtime.process_groups import destroy_process_groups
 
-    if given.device == "cuda" and not torch.cuda.is_available():
+    if args.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: there is no CUDA device")
-    if given.output is not None and given.output.suffix != ".txt":
-        raise ConfigError(f"--output: got {given.output}; allowed a file that ends in .txt")
+    if args.output is not None and args.output.suffix != ".txt":
+        raise ConfigError(f"--output: got {args.output}; allowed a file that ends in .txt")
     command = f"hysparse benchmark decode {shlex.join(argv)}".strip()
-    report = StepReport(given.output, environment(given.device, command))
+    report = StepReport(args.output, environment(args.device, command))
     report.write({})  # a path that cannot be written must not be found out after the measuring
     report.heading()
     rows: list[dict[str, Any]] = []
@@ -148,11 +148,11 @@ def _measure(given: argparse.Namespace, configs: dict[str, Config], argv: Sequen
             f"{sum(p.numel() for p in loaded.model.parameters()):,} parameters, {loaded.dtype}"
         )
         report.log(_TABLE)
-        for length in given.lengths:
+        for length in args.lengths:
             report.log(f"  {length:,} tokens")
-            for batch in given.batches:
+            for batch in args.batches:
                 row = {"layout": name, "length": length}
-                row |= _case(given, loaded, length, batch)
+                row |= _case(args, loaded, length, batch)
                 report.log(_line(row))
                 rows.append(row)
                 report.write({"rows": rows})
@@ -204,15 +204,15 @@ def _used(device: torch.device) -> tuple[int, int]:
 
 
 def _case(
-    given: argparse.Namespace, loaded: LoadedModel, length: int, batch: int | None
+    args: argparse.Namespace, loaded: LoadedModel, length: int, batch: int | None
 ) -> dict[str, Any]:
     """One row of the table: a cache of so many sequences, and steps."""
     import torch
 
     from hysparse_megatron.inference.generate import CacheDtype, new_cache
 
-    dtype = CacheDtype(given.cache_dtype)
-    capacity = length + given.steps + _WARMUP_STEPS
+    dtype = CacheDtype(args.cache_dtype)
+    capacity = length + args.steps + _WARMUP_STEPS
     _release(loaded.device)
     if batch is None:
         one = new_cache(loaded, [capacity], dtype, device="meta").num_bytes
@@ -234,7 +234,7 @@ def _case(
                 dtype.resolve(loaded.dtype).itemsize, loaded.dtype.itemsize,
             ),
         }  # fmt: skip
-        for name, seconds in _times(given, loaded, cache, length):
+        for name, seconds in _times(args, loaded, cache, length):
             row[f"{name}_seconds"] = seconds
     except torch.OutOfMemoryError as error:
         return {"batch": batch, "note": f"out of memory: {str(error).splitlines()[0]}"}
@@ -268,7 +268,7 @@ def _fill(cache: KvCache, length: int) -> None:
 
 
 def _times(
-    given: argparse.Namespace, loaded: LoadedModel, cache: KvCache, length: int
+    args: argparse.Namespace, loaded: LoadedModel, cache: KvCache, length: int
 ) -> Iterator[tuple[str, float]]:
     """Seconds of a step, by how it is launched."""
     import torch
@@ -283,13 +283,13 @@ def _times(
         cache.lengths = [length] * len(rows)
         steps = make(loaded, cache)
         tokens = torch.randint(loaded.vocab_size, (len(rows),)).tolist()
-        for step in range(_WARMUP_STEPS + given.steps):
+        for step in range(_WARMUP_STEPS + args.steps):
             if step == _WARMUP_STEPS:
                 _used(loaded.device)
                 began = time.perf_counter()
             # As a greedy sampler: the host reads every token before the next step.
             tokens = steps.logits(rows, tokens).argmax(-1).tolist()
-        yield name, (time.perf_counter() - began) / given.steps
+        yield name, (time.perf_counter() - began) / args.steps
 
 
 def _line(row: dict[str, Any]) -> str:

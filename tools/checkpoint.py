@@ -30,8 +30,8 @@ from hysparse_megatron.errors import CheckpointError
 @command
 def main(argv: Sequence[str]) -> int:
     """Do what `argv` says, the command line without the program's name."""
-    given = _parser().parse_args(list(argv))
-    return given.action(given)
+    args = _parser().parse_args(list(argv))
+    return args.action(args)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -77,41 +77,41 @@ def _of_run(path: Path) -> list[Path]:
     return found
 
 
-def _list(given: argparse.Namespace) -> int:
-    found = _of_run(given.path)
+def _list(args: argparse.Namespace) -> int:
+    found = _of_run(args.path)
     print(f"{'step':>10}{'tokens':>18}{'size':>12}{'age':>10}  state")
     for directory in found:
-        problems = store.problems_of(directory, content=given.content)
+        problems = store.problems_of(directory, content=args.content)
         manifest = {} if problems else store.read_manifest(directory)
         files = [path for path in directory.rglob("*") if path.is_file()]
         size = _size(sum(path.stat().st_size for path in files))
         age = _age(time.time() - directory.stat().st_mtime)
         tokens = f"{manifest['tokens']:,}" if "tokens" in manifest else "?"
-        checked = "valid" if given.content else "complete"
+        checked = "valid" if args.content else "complete"
         state = "; ".join(problems) or checked
         print(f"{store.step_of(directory):>10}{tokens:>18}{size:>12}{age:>10}  {state}")
     return 0
 
 
-def _verify(given: argparse.Namespace) -> int:
+def _verify(args: argparse.Namespace) -> int:
     damaged = 0
-    for directory in _of_run(given.path):
+    for directory in _of_run(args.path):
         problems = store.problems_of(directory)
         damaged += bool(problems)
         print(f"{directory}: {'; '.join(problems) or 'valid'}")
     return CheckpointError.exit_code if damaged else 0
 
 
-def _show(given: argparse.Namespace) -> int:
+def _show(args: argparse.Namespace) -> int:
     # Imported late: listing and pruning need no torch, which takes seconds.
     from hysparse_megatron.checkpoint import tensors
 
-    directory = store.resolve(given.path)
+    directory = store.resolve(args.path)
     manifest = store.read_manifest(directory)
     print(directory)
     for key in sorted(manifest.keys() - {"files"}):
         print(f"  {key}: {json.dumps(manifest[key])}")
-    index = _tensors(directory, given.all)
+    index = _tensors(directory, args.all)
     sizes = {name: tensors.num_bytes(entry) for name, entry in index.items()}
     width = max(map(len, index), default=0)
     for name, entry in sorted(index.items()):
@@ -121,11 +121,11 @@ def _show(given: argparse.Namespace) -> int:
     return 0
 
 
-def _diff(given: argparse.Namespace) -> int:
+def _diff(args: argparse.Namespace) -> int:
     from hysparse_megatron.checkpoint import tensors
 
-    first, second = (store.resolve(path) for path in (given.first, given.second))
-    ours, theirs = (_tensors(directory, given.all) for directory in (first, second))
+    first, second = (store.resolve(path) for path in (args.first, args.second))
+    ours, theirs = (_tensors(directory, args.all) for directory in (first, second))
     lines = [f"{name}: only in {first}" for name in sorted(ours.keys() - theirs.keys())]
     lines += [f"{name}: only in {second}" for name in sorted(theirs.keys() - ours.keys())]
     for name in sorted(ours.keys() & theirs.keys()):
@@ -153,19 +153,19 @@ def _tensors(directory: Path, with_optimizer: bool) -> dict[str, dict[str, Any]]
     return {name: index[name] for name in wanted}
 
 
-def _prune(given: argparse.Namespace) -> int:
-    checkpoints = given.path / "checkpoints"
+def _prune(args: argparse.Namespace) -> int:
+    checkpoints = args.path / "checkpoints"
     newest, rejected = store.latest_checkpoint(checkpoints)
     if newest is None:
-        raise store.nothing_at(given.path)
+        raise store.nothing_at(args.path)
     for problem in rejected:
         print(f"damaged, and left as it is: {problem}")
-    keep, keep_every = given.keep, given.keep_every
+    keep, keep_every = args.keep, args.keep_every
     if keep is None or keep_every is None:  # the rules that the run itself follows
-        rules = load_frozen(given.path / CONFIG_FILE).checkpoint
+        rules = load_frozen(args.path / CONFIG_FILE).checkpoint
         keep = rules.keep if keep is None else keep
         keep_every = rules.keep_every if keep_every is None else keep_every
-    if given.dry_run:
+    if args.dry_run:
         for directory in store.superfluous(checkpoints, keep, keep_every, newest):
             print(f"would delete {directory}")
         return 0

@@ -41,27 +41,27 @@ BROKEN_NATS = 1.0
 @command
 def main(argv: Sequence[str]) -> int:
     """Choose as `argv` says, the command line without the program's name."""
-    given = _parser().parse_args(list(argv))
+    args = _parser().parse_args(list(argv))
     rank = rank_from_environment()
-    require_writable(given.json, "--json")
+    require_writable(args.json, "--json")
     # Imported late: a wrong command must fail before seconds of imports.
     quiet_libraries()
     import torch
 
     from hysparse_megatron.inference.load import inference_config, loaded_run
 
-    config = inference_config(given.run_dir, rank.world_size)
-    length = _length(given, config)
+    config = inference_config(args.run_dir, rank.world_size)
+    length = _length(args, config)
     try:
-        with loaded_run(rank, config, given.run_dir) as loaded:
-            results = _choose(given, loaded, length, is_first=rank.rank == 0)
+        with loaded_run(rank, config, args.run_dir) as loaded:
+            results = _choose(args, loaded, length, is_first=rank.rank == 0)
     except torch.OutOfMemoryError as error:
         raise ConfigError(
-            f"{given.batch_size} sequences of {length:,} tokens do not fit into memory: lower "
+            f"{args.batch_size} sequences of {length:,} tokens do not fit into memory: lower "
             "--batch-size or --length, or split the model with torchrun"
         ) from error
-    if rank.rank == 0 and given.json is not None:
-        given.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    if rank.rank == 0 and args.json is not None:
+        args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
@@ -87,24 +87,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _length(given: argparse.Namespace, config: Config) -> int:
+def _length(args: argparse.Namespace, config: Config) -> int:
     """Tokens of a sequence. Raises ConfigError for a choice that the model does not have."""
     from hysparse_megatron.evaluation.placement import require_windows
 
     require_windows(config.model.layout)
     num_layers = parse_layout(config.model.layout).num_layers
-    if given.count > num_layers:
-        raise ConfigError(f"--count: got {given.count}; allowed at most the {num_layers} layers")
-    return given.length or min(config.train.seq_length, MOST_TOKENS)
+    if args.count > num_layers:
+        raise ConfigError(f"--count: got {args.count}; allowed at most the {num_layers} layers")
+    return args.length or min(config.train.seq_length, MOST_TOKENS)
 
 
 def _choose(
-    given: argparse.Namespace, loaded: LoadedModel, length: int, is_first: bool
+    args: argparse.Namespace, loaded: LoadedModel, length: int, is_first: bool
 ) -> dict[str, Any]:
     from hysparse_megatron.evaluation.held_out import held_out_batches
     from hysparse_megatron.evaluation.placement import Placement, layout_of
 
-    def say(text: str) -> None:
+    def log(text: str) -> None:
         if is_first:
             print(text, flush=True)
 
@@ -114,25 +114,25 @@ def _choose(
 
     num_layers, trained = len(loaded.kinds), loaded.config.train.seq_length
     if length > trained:
-        say(f"note: {length:,} tokens, but the model was trained on {trained:,} at a time")
-    batches = held_out_batches(loaded, length, given.sequences, given.batch_size, given.data)
+        log(f"note: {length:,} tokens, but the model was trained on {trained:,} at a time")
+    batches = held_out_batches(loaded, length, args.sequences, args.batch_size, args.data)
     placement = Placement(loaded, batches, length, note)
     whole, first = placement.loss(range(num_layers)), placement.loss([0])
-    say(f"held-out loss with full attention {whole:.4f}; with windows but for layer 0 {first:.4f}")
+    log(f"held-out loss with full attention {whole:.4f}; with windows but for layer 0 {first:.4f}")
     if first - whole > BROKEN_NATS:
-        say(
+        log(
             f"WARNING: {first - whole:.1f} nats more: with such windows the model hardly works, "
             "and the first choices may say little. Compare with larger ones"
         )
     full, choices = [0], []
-    for choice in placement.choose(given.count):
+    for choice in placement.choose(args.count):
         full.append(choice.layer)
         choices.append(dataclasses.asdict(choice))
         best, *others = sorted(choice.losses.items(), key=lambda pair: pair[1])
         after = ", ".join(f"{layer}: {loss:.4f}" for layer, loss in others[:3])
-        say(f"layer {best[0]:>3} full too: {best[1]:.4f}" + (f"  (next {after})" if after else ""))
+        log(f"layer {best[0]:>3} full too: {best[1]:.4f}" + (f"  (next {after})" if after else ""))
     layout = layout_of(full, num_layers)
-    say(f'--layout "{layout}"')
+    log(f'--layout "{layout}"')
     return {"layout": layout, "full": whole, "first_alone": first, "choices": choices}
 
 

@@ -66,10 +66,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = make_parser("hysparse compare", __doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
     parser.add_argument("--output", type=Path, metavar="FILE", help="HTML page to draw")
-    given = parser.parse_args(list(argv))
-    if len(given.runs) < 2:
+    args = parser.parse_args(list(argv))
+    if len(args.runs) < 2:
         parser.error("got one run; allowed two or more")
-    return given
+    return args
 
 
 def label(runs: Sequence[RunData], run: RunData) -> str:

@@ -35,8 +35,8 @@ UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 @command
 def main(argv: Sequence[str]) -> int:
     """Do what `argv` says, the command line without the program's name."""
-    given = _parser().parse_args(list(argv))
-    return given.action(given)
+    args = _parser().parse_args(list(argv))
+    return args.action(args)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -100,12 +100,12 @@ def _size(text: str) -> int:
     return int(number) * UNITS[unit]
 
 
-def _export(given: argparse.Namespace) -> int:
-    config_file = given.run_dir / CONFIG_FILE
+def _export(args: argparse.Namespace) -> int:
+    config_file = args.run_dir / CONFIG_FILE
     if not config_file.is_file():
-        raise ConfigError(f"--run-dir: {given.run_dir} is no run directory: no {CONFIG_FILE}")
+        raise ConfigError(f"--run-dir: {args.run_dir} is no run directory: no {CONFIG_FILE}")
     config = load_frozen(config_file)
-    checkpoint = _checkpoint(given.run_dir, given.checkpoint, content=not given.no_verify)
+    checkpoint = _checkpoint(args.run_dir, args.checkpoint, content=not args.no_verify)
     # Imported late: what is wrong with the command is said without waiting for torch.
     import torch
 
@@ -116,15 +116,15 @@ def _export(given: argparse.Namespace) -> int:
 
     request = Request(
         checkpoint,
-        dataclasses.replace(config, data=with_own_tokenizer(config.data, given.run_dir)),
-        Path(tokenizer_file(str(given.tokenizer))) if given.tokenizer else None,
-        getattr(torch, DTYPES[given.dtype]) if given.dtype else None,
-        given.shard_size,
-        _evaluations(given.run_dir),
-        given.license,
+        dataclasses.replace(config, data=with_own_tokenizer(config.data, args.run_dir)),
+        Path(tokenizer_file(str(args.tokenizer))) if args.tokenizer else None,
+        getattr(torch, DTYPES[args.dtype]) if args.dtype else None,
+        args.shard_size,
+        _evaluations(args.run_dir),
+        args.license,
     )
-    export(request, given.folder, print)
-    print(f"{checkpoint} -> {given.folder}")
+    export(request, args.folder, print)
+    print(f"{checkpoint} -> {args.folder}")
     return 0
 
 
@@ -134,24 +134,24 @@ def _evaluations(run_dir: Path) -> dict[str, list[dict[str, Any]]]:
     return by_evaluation(read_metrics(metrics)) if metrics.is_file() else {}
 
 
-def _import(given: argparse.Namespace) -> int:
+def _import(args: argparse.Namespace) -> int:
     require_package("safetensors", "import")
     from hysparse_megatron.huggingface.importing import import_folder
 
-    import_folder(given.source, given.folder, print)
-    _tell_next(given.folder)
+    import_folder(args.source, args.folder, print)
+    _tell_next(args.folder)
     return 0
 
 
-def _adopt(given: argparse.Namespace) -> int:
+def _adopt(args: argparse.Namespace) -> int:
     require_package("transformers", "adopt")
     from hysparse_megatron.huggingface.adopt import Choices, adopt
 
     choices = Choices(
-        given.layout, given.window, given.block_size, given.num_selected, given.sparse_sink
+        args.layout, args.window, args.block_size, args.num_selected, args.sparse_sink
     )
-    adopt(given.source, given.folder, choices, print)
-    _tell_next(given.folder)
+    adopt(args.source, args.folder, choices, print)
+    _tell_next(args.folder)
     return 0
 
 
@@ -164,7 +164,7 @@ def _checkpoint(run_dir: Path, chosen: str, content: bool) -> Path:
     if not path.is_dir():
         raise ConfigError(f"--checkpoint: got {chosen}; allowed newest, a step, or its directory")
     judge = functools.partial(store.problems_of, content=content)
-    return store.resolve(path, step, judge, say=functools.partial(print, file=sys.stderr))
+    return store.resolve(path, step, judge, log=functools.partial(print, file=sys.stderr))
 
 
 if __name__ == "__main__":

@@ -102,10 +102,10 @@ def main(argv: Sequence[str]) -> int:
     parser = make_parser("hysparse draw-layout", __doc__)
     parser.add_argument("layout", metavar="LAYOUT")
     parser.add_argument("output", type=Path, metavar="FILE.svg")
-    given = parser.parse_args(list(argv))
-    layout = parse_layout(given.layout)
-    require_writable(given.output, "FILE.svg")
-    given.output.write_text(draw(layout))
+    args = parser.parse_args(list(argv))
+    layout = parse_layout(args.layout)
+    require_writable(args.output, "FILE.svg")
+    args.output.write_text(draw(layout))
     return 0
 
 

@@ -48,18 +48,18 @@ LOSS = "loss"
 @command
 def main(argv: Sequence[str]) -> int:
     """Evaluate as `argv` says, the command line without the program's name."""
-    given = _parser().parse_args(list(argv))
+    args = _parser().parse_args(list(argv))
     rank = rank_from_environment()
-    require_writable(given.json, "--json")
+    require_writable(args.json, "--json")
     # Imported late: a wrong command must fail before seconds of imports.
     quiet_libraries()
     from hysparse_megatron.inference.load import inference_config, loaded_run
 
-    config = inference_config(given.run_dir, rank.world_size)
-    with loaded_run(rank, config, given.run_dir, given.checkpoint) as loaded:
-        results = _evaluate(given, loaded, is_first=rank.rank == 0)
-    if rank.rank == 0 and given.json is not None:
-        given.json.write_text(json.dumps(results, indent=1) + "\n")
+    config = inference_config(args.run_dir, rank.world_size)
+    with loaded_run(rank, config, args.run_dir, args.checkpoint) as loaded:
+        results = _evaluate(args, loaded, is_first=rank.rank == 0)
+    if rank.rank == 0 and args.json is not None:
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
     return 0
 
 
@@ -108,29 +108,29 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _evaluate(given: argparse.Namespace, loaded: LoadedModel, is_first: bool) -> dict[str, Any]:
+def _evaluate(args: argparse.Namespace, loaded: LoadedModel, is_first: bool) -> dict[str, Any]:
     """All tasks at all lengths, printed on the first rank as they come."""
-    names = [LOSS, *TASKS] if "all" in given.tasks else list(dict.fromkeys(given.tasks))
+    names = [LOSS, *TASKS] if "all" in args.tasks else list(dict.fromkeys(args.tasks))
     trained = loaded.config.train.seq_length
-    lengths = given.lengths or [trained]
+    lengths = args.lengths or [trained]
 
-    def say(text: str) -> None:
+    def log(text: str) -> None:
         if is_first:
             print(text, flush=True)
 
-    say(f"{loaded.checkpoint}")
+    log(f"{loaded.checkpoint}")
     for length in lengths:
         if length > trained:
-            say(f"note: {length:,} tokens, but the model was trained on {trained:,} at a time")
-    results: dict[str, Any] = {"checkpoint": str(loaded.checkpoint), "seed": given.seed}
+            log(f"note: {length:,} tokens, but the model was trained on {trained:,} at a time")
+    results: dict[str, Any] = {"checkpoint": str(loaded.checkpoint), "seed": args.seed}
     if LOSS in names:
         results[LOSS] = []
         for length in lengths:
-            notes = list(_differences(given, loaded, length))
-            whole, bins, sequences = _loss(given, loaded, length, notes.append, not is_first)
-            say(_loss_table(length, sequences, whole, bins))
+            notes = list(_differences(args, loaded, length))
+            whole, bins, sequences = _loss(args, loaded, length, notes.append, not is_first)
+            log(_loss_table(length, sequences, whole, bins))
             for note in notes:
-                say(f"  note: {note}")
+                log(f"  note: {note}")
             rows = [dataclasses.asdict(one) for one in (whole, *bins)]
             results[LOSS].append(
                 {"length": length, "sequences": sequences, "all": rows[0], "bins": rows[1:]}
@@ -138,12 +138,12 @@ def _evaluate(given: argparse.Namespace, loaded: LoadedModel, is_first: bool) ->
     asked = [name for name in names if name != LOSS]
     if asked:
         scores = []
-        for score in _scores(given, loaded, asked, lengths, is_quiet=not is_first):
+        for score in _scores(args, loaded, asked, lengths, is_quiet=not is_first):
             scores.append(score)
             found = f"{score.mean:7.1%} +- {score.error:.1%}"
-            say(f"{score.task:<18} {score.length:>9,} tokens  {found} of {score.samples}")
+            log(f"{score.task:<18} {score.length:>9,} tokens  {found} of {score.samples}")
         if not all(score.mean for score in scores):
-            say(_chance(loaded))
+            log(_chance(loaded))
         results["scores"] = [dataclasses.asdict(score) for score in scores]
     return results
 
@@ -158,7 +158,7 @@ def _chance(loaded: LoadedModel) -> str:
 
 
 def _scores(
-    given: argparse.Namespace,
+    args: argparse.Namespace,
     loaded: LoadedModel,
     names: Sequence[str],
     lengths: Sequence[int],
@@ -166,7 +166,7 @@ def _scores(
 ) -> Iterator[Score]:
     from hysparse_megatron.inference.generate import Settings, generate
 
-    tokenizer = _tokenizer(given, loaded)
+    tokenizer = _tokenizer(args, loaded)
 
     def count(text: str) -> int:
         return len(tokenizer.encode(text))
@@ -180,32 +180,32 @@ def _scores(
     for name in names:
         for length in lengths:
             require_room(name, length, count)
-    questions = given.samples * len(names) * len(lengths)
+    questions = args.samples * len(names) * len(lengths)
     label = f"{questions:,} questions of up to {max(lengths):,} tokens"
     # Long texts take their time: by tokens, so that the time left is about right.
-    progress = Progress(label, given.samples * len(names) * sum(lengths), is_quiet)
+    progress = Progress(label, args.samples * len(names) * sum(lengths), is_quiet)
     for name in names:
         for length in lengths:
             yield ask(
                 name,
                 length,
-                samples=given.samples,
-                seed=given.seed,
+                samples=args.samples,
+                seed=args.seed,
                 count=count,
                 continue_all=continue_all,
-                batch_size=given.batch_size,
+                batch_size=args.batch_size,
                 answered=progress.by(length),
             )
 
 
-def _tokenizer(given: argparse.Namespace, loaded: LoadedModel) -> Encoder:
+def _tokenizer(args: argparse.Namespace, loaded: LoadedModel) -> Encoder:
     from hysparse_megatron.data.run_tokenizer import load_run_tokenizer
 
-    return load_run_tokenizer(loaded.config.data, loaded.tokenizer_sha256, given.tokenizer)
+    return load_run_tokenizer(loaded.config.data, loaded.tokenizer_sha256, args.tokenizer)
 
 
 def _loss(
-    given: argparse.Namespace,
+    args: argparse.Namespace,
     loaded: LoadedModel,
     length: int,
     note: Callable[[str], None],
@@ -215,11 +215,11 @@ def _loss(
     from hysparse_megatron.evaluation.held_out import held_out_batches, token_losses
     from hysparse_megatron.evaluation.positions import loss_by_position
 
-    wanted = given.sequences or _sequences(loaded)
-    batches = held_out_batches(loaded, length, wanted, given.batch_size, given.data, note)
+    wanted = args.sequences or _sequences(loaded)
+    batches = held_out_batches(loaded, length, wanted, args.batch_size, args.data, note)
     label = f"held-out loss of {batches.num_samples:,} sequences of {length:,} tokens"
     losses = Progress(label, batches.num_batches, is_quiet).counting(token_losses(loaded, batches))
-    whole, bins = loss_by_position(losses, given.bins)
+    whole, bins = loss_by_position(losses, args.bins)
     return whole, bins, batches.num_samples
 
 
@@ -229,7 +229,7 @@ def _sequences(loaded: LoadedModel) -> int:
     return train.num_eval_samples or TrainConfig.eval_batches * train.global_batch_size
 
 
-def _differences(given: argparse.Namespace, loaded: LoadedModel, length: int) -> Iterator[str]:
+def _differences(args: argparse.Namespace, loaded: LoadedModel, length: int) -> Iterator[str]:
     """Why this is not the loss that training told after this step."""
     train = loaded.config.train
     if not train.num_eval_samples:
@@ -237,9 +237,9 @@ def _differences(given: argparse.Namespace, loaded: LoadedModel, length: int) ->
         return
     if length != train.seq_length:
         yield f"training evaluated sequences of {train.seq_length:,} tokens"
-    if given.sequences not in (None, train.num_eval_samples):
+    if args.sequences not in (None, train.num_eval_samples):
         yield f"training evaluated {train.num_eval_samples:,} sequences, if there were as many"
-    if given.data is not None:
+    if args.data is not None:
         yield "training evaluated its own data"
 
 

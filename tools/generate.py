@@ -35,23 +35,23 @@ if TYPE_CHECKING:
 @command
 def main(argv: Sequence[str]) -> int:
     """Generate as `argv` says, the command line without the program's name."""
-    given = _parser().parse_args(list(argv))
+    args = _parser().parse_args(list(argv))
     rank = rank_from_environment()
-    prompts = _prompts(given)
-    _require_run(given.run_dir)
+    prompts = _prompts(args)
+    _require_run(args.run_dir)
     # Imported late: a wrong command must fail before seconds of imports.
     quiet_libraries()
-    _run(given, prompts, rank)
+    _run(args, prompts, rank)
     return 0
 
 
-def _run(given: argparse.Namespace, prompts: Sequence[str], rank: Rank) -> None:
+def _run(args: argparse.Namespace, prompts: Sequence[str], rank: Rank) -> None:
     from hysparse_megatron.inference.load import inference_config, loaded_run
 
-    config = inference_config(given.run_dir, rank.world_size)
-    verify = not given.no_verify
-    with loaded_run(rank, config, given.run_dir, given.checkpoint, verify) as loaded:
-        _generate(given, loaded, prompts, is_first=rank.rank == 0)
+    config = inference_config(args.run_dir, rank.world_size)
+    verify = not args.no_verify
+    with loaded_run(rank, config, args.run_dir, args.checkpoint, verify) as loaded:
+        _generate(args, loaded, prompts, is_first=rank.rank == 0)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -128,19 +128,19 @@ def _number(text: str, is_allowed: Callable[[float], bool], allowed: str) -> flo
     return number
 
 
-def _prompts(given: argparse.Namespace) -> list[str]:
+def _prompts(args: argparse.Namespace) -> list[str]:
     """Those that are given, else an empty one. Raises ConfigError if the file cannot be read."""
-    prompts = list(given.prompt)
-    if given.prompts_file is not None:
+    prompts = list(args.prompt)
+    if args.prompts_file is not None:
         try:
-            prompts += given.prompts_file.read_text(encoding="utf-8-sig").splitlines()
+            prompts += args.prompts_file.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(
-                f"--prompts-file: cannot read {given.prompts_file}: {error}"
+                f"--prompts-file: cannot read {args.prompts_file}: {error}"
             ) from error
         if not prompts:
-            raise ConfigError(f"--prompts-file: {given.prompts_file} has no line to continue")
-    if "" in given.stop:
+            raise ConfigError(f"--prompts-file: {args.prompts_file} has no line to continue")
+    if "" in args.stop:
         raise ConfigError("--stop: got an empty text, which would end everything at once")
     return prompts or [""]
 
@@ -151,31 +151,31 @@ def _require_run(run_dir: Path) -> None:
 
 
 def _generate(
-    given: argparse.Namespace, loaded: LoadedModel, prompts: Sequence[str], is_first: bool
+    args: argparse.Namespace, loaded: LoadedModel, prompts: Sequence[str], is_first: bool
 ) -> None:
     from hysparse_megatron.inference.generate import CacheDtype, Settings, generate
     from hysparse_megatron.inference.report import report
     from hysparse_megatron.inference.sampling import Sampling
     from hysparse_megatron.runtime.agreement import on_every_rank
 
-    tokenizer = on_every_rank(lambda: _tokenizer(given, loaded), os_error=DataError)
+    tokenizer = on_every_rank(lambda: _tokenizer(args, loaded), os_error=DataError)
     # An empty prompt starts a document, as whatever follows the end of another.
     ids = [tokenizer.encode(prompt) or [tokenizer.end_of_document] for prompt in prompts]
     settings = Settings(
-        max_new_tokens=given.max_new_tokens,
-        sampling=Sampling(given.temperature, given.top_p, given.seed),
-        stop_tokens=frozenset() if given.ignore_end else frozenset({tokenizer.end_of_document}),
-        prefill_chunk=given.prefill_chunk,
-        cache_dtype=CacheDtype(given.cache_dtype),
+        max_new_tokens=args.max_new_tokens,
+        sampling=Sampling(args.temperature, args.top_p, args.seed),
+        stop_tokens=frozenset() if args.ignore_end else frozenset({tokenizer.end_of_document}),
+        prefill_chunk=args.prefill_chunk,
+        cache_dtype=CacheDtype(args.cache_dtype),
     )
-    longest, trained = max(map(len, ids)) + given.max_new_tokens, loaded.config.train.seq_length
+    longest, trained = max(map(len, ids)) + args.max_new_tokens, loaded.config.train.seq_length
     if is_first and longest > trained:
         print(
             f"WARNING: up to {longest:,} tokens, but the model was trained on sequences of "
             f"{trained:,}: it has not seen such distances",
             file=sys.stderr,
         )
-    printer = _Printer(prompts, tokenizer, settings, given.stop, is_silent=not is_first)
+    printer = _Printer(prompts, tokenizer, settings, args.stop, is_silent=not is_first)
     generated = generate(loaded, ids, settings, printer.take)
     printer.finish()
     text = report(loaded, generated, settings)  # adds up over all ranks
@@ -183,10 +183,10 @@ def _generate(
         print(text, file=sys.stderr)
 
 
-def _tokenizer(given: argparse.Namespace, loaded: LoadedModel) -> Encoder:
+def _tokenizer(args: argparse.Namespace, loaded: LoadedModel) -> Encoder:
     from hysparse_megatron.data.run_tokenizer import load_run_tokenizer
 
-    return load_run_tokenizer(loaded.config.data, loaded.tokenizer_sha256, given.tokenizer)
+    return load_run_tokenizer(loaded.config.data, loaded.tokenizer_sha256, args.tokenizer)
 
 
 class _Printer:

@@ -53,19 +53,19 @@ _HELD_OUT_SHARE = 0.2
 @command
 def main(argv: Sequence[str]) -> int:
     """Measure as `argv` says, the command line without the program's name."""
-    given = _parser().parse_args(list(argv))
-    settings = {name: str(value) for name, value in vars(given).items()}
+    args = _parser().parse_args(list(argv))
+    settings = {name: str(value) for name, value in vars(args).items()}
     rows: list[dict[str, Any]] = []
     quiet_libraries()
     try:
-        _check(given)
+        _check(args)
         with tempfile.TemporaryDirectory(prefix="measure-adoption-") as name:
-            folder = (given.folder or Path(name)).resolve()  # commands run elsewhere
-            for seed in given.seeds:
-                rows.append(_measure(given, seed, folder / f"seed-{seed}"))
-                if given.output is not None:  # after each: the next one may fail
+            folder = (args.folder or Path(name)).resolve()  # commands run elsewhere
+            for seed in args.seeds:
+                rows.append(_measure(args, seed, folder / f"seed-{seed}"))
+                if args.output is not None:  # after each: the next one may fail
                     content = json.dumps({"settings": settings, "seeds": rows}, indent=1)
-                    given.output.write_text(content + "\n", encoding="utf-8")
+                    args.output.write_text(content + "\n", encoding="utf-8")
     except subprocess.CalledProcessError as error:
         print(f"ended with exit code {error.returncode}: {error.cmd}", file=sys.stderr)
         return error.returncode
@@ -79,24 +79,24 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _check(given: argparse.Namespace) -> None:
+def _check(args: argparse.Namespace) -> None:
     """Find out before minutes of work. Raises ConfigError."""
-    if given.layout is not None:
-        given.layers = parse_layout(given.layout).num_layers
-        if set(parse_layout(given.layout).kinds) == {LayerKind.FULL}:
-            raise ConfigError(f"--layout: {given.layout} has full layers alone: there is no gap")
-    elif given.full_layers >= given.layers:
+    if args.layout is not None:
+        args.layers = parse_layout(args.layout).num_layers
+        if set(parse_layout(args.layout).kinds) == {LayerKind.FULL}:
+            raise ConfigError(f"--layout: {args.layout} has full layers alone: there is no gap")
+    elif args.full_layers >= args.layers:
         raise ConfigError(
-            f"--full-layers: got {given.full_layers}; allowed fewer than {given.layers}"
+            f"--full-layers: got {args.full_layers}; allowed fewer than {args.layers}"
         )
-    if given.decay >= given.steps:
-        raise ConfigError(f"--decay: got {given.decay}; allowed less than --steps={given.steps}")
-    if len(set(given.seeds)) < len(given.seeds):
+    if args.decay >= args.steps:
+        raise ConfigError(f"--decay: got {args.decay}; allowed less than --steps={args.steps}")
+    if len(set(args.seeds)) < len(args.seeds):
         raise ConfigError("--seeds: one comes twice; allowed each once")
-    for seed in given.seeds if given.folder is not None else ():
-        if (given.folder / f"seed-{seed}").exists():
-            raise ConfigError(f"--folder: {given.folder} has seed-{seed} already; name another")
-    require_writable(given.output, "--output")
+    for seed in args.seeds if args.folder is not None else ():
+        if (args.folder / f"seed-{seed}").exists():
+            raise ConfigError(f"--folder: {args.folder} has seed-{seed} already; name another")
+    require_writable(args.output, "--output")
     require_package("transformers", "training the original")
 
 
@@ -130,15 +130,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _measure(given: argparse.Namespace, seed: int, folder: Path) -> dict[str, Any]:
+def _measure(args: argparse.Namespace, seed: int, folder: Path) -> dict[str, Any]:
     folder.mkdir(parents=True)
-    original = _train_original(given, seed, folder / "original")
-    chosen = given.layout or _choose(given, original, folder)
-    full = _adopt(given, original, folder / "full-start", f"{given.layers}*F")
-    adopted = _adopt(given, original, folder / "adopted-start", chosen)
-    was, became = _train_on(given, seed, full, folder / "full-run")
-    start_loss, end_loss = _train_on(given, seed, adopted, folder / "adopted-run")
-    _, from_random = _train_on(given, seed, adopted, folder / "random-run", random=True)
+    original = _train_original(args, seed, folder / "original")
+    chosen = args.layout or _choose(args, original, folder)
+    full = _adopt(args, original, folder / "full-start", f"{args.layers}*F")
+    adopted = _adopt(args, original, folder / "adopted-start", chosen)
+    was, became = _train_on(args, seed, full, folder / "full-run")
+    start_loss, end_loss = _train_on(args, seed, adopted, folder / "adopted-run")
+    _, from_random = _train_on(args, seed, adopted, folder / "random-run", random=True)
     gap = start_loss - was
     row = {
         "seed": seed,
@@ -152,8 +152,8 @@ def _measure(given: argparse.Namespace, seed: int, folder: Path) -> dict[str, An
         "of_trained_on": 1 - (end_loss - became) / gap if gap > 0 else None,
     }
     told = (
-        f"seed {seed}, {chosen}: original {was:.4f}, after {given.steps} steps {became:.4f}; "
-        f"adopted {start_loss:.4f}, after {given.steps} steps {end_loss:.4f} (from random weights "
+        f"seed {seed}, {chosen}: original {was:.4f}, after {args.steps} steps {became:.4f}; "
+        f"adopted {start_loss:.4f}, after {args.steps} steps {end_loss:.4f} (from random weights "
         f"{from_random:.4f}); "
     )
     if gap > 0:
@@ -166,10 +166,10 @@ def _measure(given: argparse.Namespace, seed: int, folder: Path) -> dict[str, An
 
 
 def _train_on(
-    given: argparse.Namespace, seed: int, start: Path, run_dir: Path, random: bool = False
+    args: argparse.Namespace, seed: int, start: Path, run_dir: Path, random: bool = False
 ) -> tuple[float, float]:
     """Held-out losses before and after training the model of `start`, or one of random weights."""
-    config = _run_config(given, seed, start, run_dir)
+    config = _run_config(args, seed, start, run_dir)
     if random:
         checkpoint = dataclasses.replace(config.checkpoint, load=None)
         config = dataclasses.replace(config, checkpoint=checkpoint)
@@ -181,20 +181,20 @@ def _train_on(
     return evaluations[0], evaluations[-1]
 
 
-def _adopt(given: argparse.Namespace, original: Path, start: Path, layout: str) -> Path:
+def _adopt(args: argparse.Namespace, original: Path, start: Path, layout: str) -> Path:
     options = ("window", "block_size", "num_selected", "sparse_sink")
-    pairs = [(f"--{name.replace('_', '-')}", str(getattr(given, name))) for name in options]
+    pairs = [(f"--{name.replace('_', '-')}", str(getattr(args, name))) for name in options]
     arguments = [text for pair in pairs for text in pair]
     _command("convert", "adopt", str(original), str(start), "--layout", layout, *arguments)
     return start
 
 
-def _choose(given: argparse.Namespace, original: Path, folder: Path) -> str:
+def _choose(args: argparse.Namespace, original: Path, folder: Path) -> str:
     """By another split than those of the runs, mostly of text that they train on."""
-    start = _adopt(given, original, folder / "windows-start", f"{given.layers}*W")
+    start = _adopt(args, original, folder / "windows-start", f"{args.layers}*W")
     found = folder / "layers.json"
     _command(
-        "choose-full-layers", "--run-dir", str(start), "--count", str(given.full_layers),
+        "choose-full-layers", "--run-dir", str(start), "--count", str(args.full_layers),
         "--json", str(found),
     )  # fmt: skip
     return json.loads(found.read_text())["layout"]
@@ -209,28 +209,28 @@ def _command(*words: str) -> None:
         raise subprocess.CalledProcessError(done.returncode, f"hysparse {' '.join(words)}")
 
 
-def _run_config(given: argparse.Namespace, seed: int, start: Path, run_dir: Path) -> Config:
+def _run_config(args: argparse.Namespace, seed: int, start: Path, run_dir: Path) -> Config:
     """Of training on from the adopted model in `start`."""
     import torch
 
     config = load_frozen(start / CONFIG_FILE)
     train = dataclasses.replace(
         config.train,
-        steps=given.steps,
-        seq_length=given.length,
-        global_batch_size=given.sequences,
-        micro_batch_size=math.gcd(given.sequences, 128 if torch.cuda.is_available() else 8),
+        steps=args.steps,
+        seq_length=args.length,
+        global_batch_size=args.sequences,
+        micro_batch_size=math.gcd(args.sequences, 128 if torch.cuda.is_available() else 8),
         seed=seed,
         eval_interval=0,
-        eval_batches=-(-given.held_out // given.sequences),
+        eval_batches=-(-args.held_out // args.sequences),
     )
     optim = dataclasses.replace(
         config.optim,
-        learning_rate=given.rate,
+        learning_rate=args.rate,
         min_learning_rate=0.0,
         schedule=Schedule.wsd,
-        warmup_steps=min(5, given.steps - given.decay),
-        decay_steps=given.decay,
+        warmup_steps=min(5, args.steps - args.decay),
+        decay_steps=args.decay,
     )
     return dataclasses.replace(
         config,
@@ -242,7 +242,7 @@ def _run_config(given: argparse.Namespace, seed: int, start: Path, run_dir: Path
     )
 
 
-def _new_llama(given: argparse.Namespace, vocab_size: int) -> Any:
+def _new_llama(args: argparse.Namespace, vocab_size: int) -> Any:
     """Random weights, two million with 8 layers."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -251,17 +251,17 @@ def _new_llama(given: argparse.Namespace, vocab_size: int) -> Any:
             vocab_size=vocab_size,
             hidden_size=128,
             intermediate_size=352,
-            num_hidden_layers=given.layers,
+            num_hidden_layers=args.layers,
             num_attention_heads=4,
             num_key_value_heads=2,
             head_dim=32,
-            max_position_embeddings=given.length,
+            max_position_embeddings=args.length,
             tie_word_embeddings=True,
         )
     )
 
 
-def _train_original(given: argparse.Namespace, seed: int, folder: Path) -> Path:
+def _train_original(args: argparse.Namespace, seed: int, folder: Path) -> Path:
     """A small Llama, trained on the training split of the sample text."""
     # Imported late: mistakes must not wait for it.
     import shutil
@@ -275,7 +275,7 @@ def _train_original(given: argparse.Namespace, seed: int, folder: Path) -> Path:
     settings = dataclasses.replace(compose([]).data, validation_fraction=_HELD_OUT_SHARE)
     data = load_data(settings, seed)
     batches = BatchSource(
-        open_samples(data, "train", given.length),
+        open_samples(data, "train", args.length),
         seed=seed + _ORIGINAL_ORDER,
         fingerprint=data.fingerprint,
         global_batch_size=8,
@@ -284,13 +284,13 @@ def _train_original(given: argparse.Namespace, seed: int, folder: Path) -> Path:
         data_parallel_rank=0,
     )
     torch.manual_seed(seed)
-    model = _new_llama(given, data.vocab_size)
+    model = _new_llama(args, data.vocab_size)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).train()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=_ORIGINAL_PEAK_RATE, betas=(0.9, 0.95), weight_decay=0.1
     )
-    steps = given.original_steps
+    steps = args.original_steps
     decay = max(1, round(_ORIGINAL_DECAY_SHARE * steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,

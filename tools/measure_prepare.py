@@ -41,17 +41,17 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--vocab-size", type=int, default=32000, metavar="N")
     parser.add_argument("--repeat", type=int, default=1, metavar="N", help="times, in turns")
     parser.add_argument("--options", default="", help="more options of prepare_data, one string")
-    given = parser.parse_args(list(argv))
+    args = parser.parse_args(list(argv))
     with tempfile.TemporaryDirectory(prefix="measure-prepare-") as name:
         folder = Path(name)
-        for megabytes in given.megabytes:
+        for megabytes in args.megabytes:
             corpus = write_corpus(folder / "corpus.jsonl", megabytes * 1_000_000)
             tokenizer = folder / "tokenizer.json"
             if not tokenizer.exists():
                 sample = islice(_texts(corpus), 20_000)
-                train_tokenizer(sample, given.vocab_size).save(str(tokenizer))
-            for _ in range(given.repeat):
-                _report(corpus, tokenizer, given.options.split())
+                train_tokenizer(sample, args.vocab_size).save(str(tokenizer))
+            for _ in range(args.repeat):
+                _report(corpus, tokenizer, args.options.split())
     return 0
 
 

@@ -36,30 +36,30 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--suggest", type=int, default=0, metavar="N", help="N plans, best first")
     parser.add_argument("--plot", metavar="FILE.svg", help="also draw the plan")
-    given = parser.parse_intermixed_args(list(argv))
-    return _print_plan(load(arguments_of(given)), given)
+    args = parser.parse_intermixed_args(list(argv))
+    return _print_plan(load(arguments_of(args)), args)
 
 
-def _print_plan(config: Config, given: argparse.Namespace) -> int:
-    gpus = given.gpus or num_ranks(config)
-    if given.suggest:
-        plans = suggest(config, gpus, given.suggest)
+def _print_plan(config: Config, args: argparse.Namespace) -> int:
+    gpus = args.gpus or num_ranks(config)
+    if args.suggest:
+        plans = suggest(config, gpus, args.suggest)
         if not plans:
             check(config, gpus)  # says so where no plan could help
             raise ConfigError(f"no plan of this model and batch works on {gpus} GPUs")
-        if given.json:
+        if args.json:
             print(json.dumps([as_values(plan.overview) for plan in plans], default=str))
         else:
             print("\n".join(map(str, plans)))
         return 0
     check(config, gpus)
     overview = overview_of(config, gpus)
-    print(json.dumps(as_values(overview)) if given.json else as_text(overview))
-    if given.plot:
+    print(json.dumps(as_values(overview)) if args.json else as_text(overview))
+    if args.plot:
         try:
-            Path(given.plot).write_text(draw(overview))
+            Path(args.plot).write_text(draw(overview))
         except OSError as error:
-            raise ConfigError(f"--plot: cannot write {given.plot} ({error.strerror})") from error
+            raise ConfigError(f"--plot: cannot write {args.plot} ({error.strerror})") from error
     return 0
 
 

@@ -48,10 +48,10 @@ def main(argv: Sequence[str]) -> int:
     parser = make_parser("hysparse report", __doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: RUN/report.html")
-    given = parser.parse_args(list(argv))
-    path = given.output or given.run / "report.html"
+    args = parser.parse_args(list(argv))
+    path = args.output or args.run / "report.html"
     try:
-        write_report(load_run(given.run), path)
+        write_report(load_run(args.run), path)
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}") from error
     print(path)

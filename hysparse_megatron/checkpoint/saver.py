@@ -37,12 +37,12 @@ class Saver:
         state: Saveable,
         checkpoints: Path,
         facts: Callable[[int, dict[str, Any]], dict[str, Any]],
-        say: Callable[[str], None],
+        log: Callable[[str], None],
         published: Callable[[Path, float], None] = lambda directory, seconds: None,
         loaded: Path | None = None,
     ) -> None:
         self._state, self._checkpoints = state, checkpoints
-        self._facts, self._say, self._published = facts, say, published
+        self._facts, self._log, self._published = facts, log, published
         self._pending: CheckpointWrite | None = None
         self._newest = loaded
         self._is_proven = False
@@ -127,9 +127,9 @@ class Saver:
 
         renamed, older = on_rank_zero(put_aside, CheckpointError)
         for path in renamed:
-            self._say(f"WARNING: no good step was made after it, so it is set aside: {path}")
+            self._log(f"WARNING: no good step was made after it, so it is set aside: {path}")
         if older is not None:
-            self._say(f"the next start goes on from {older}")
+            self._log(f"the next start goes on from {older}")
         return older
 
     def _complete(self) -> None:
@@ -139,7 +139,7 @@ class Saver:
         directory = pending.finish()
         self._waited_seconds += time.monotonic() - started
         self._published(directory, time.monotonic() - self._began)
-        self._say(f"saved {directory} (training waited {self._waited_seconds:.2f} s)")
+        self._log(f"saved {directory} (training waited {self._waited_seconds:.2f} s)")
         self._newest = directory
         self._tidy(directory)
 
@@ -157,4 +157,4 @@ class Saver:
         checkpoint = self._state.config.checkpoint
         keep, every = checkpoint.keep, checkpoint.keep_every
         for failure in store.prune(self._checkpoints, keep, every, newest)[1]:
-            self._say(f"WARNING: {failure}")
+            self._log(f"WARNING: {failure}")

@@ -177,7 +177,7 @@ def resolve(
     step: int | None = None,
     problems: Problems | None = None,
     agreed: Agreed = _alone,
-    say: Callable[[str], None] = lambda text: None,
+    log: Callable[[str], None] = lambda text: None,
 ) -> Path:
     """The checkpoint that a user means by a step directory or a run directory.
 
@@ -186,7 +186,7 @@ def resolve(
         step: of the checkpoint in the run; None takes the newest that is whole.
         problems: what is wrong with a checkpoint; the default is `problems_of`.
         agreed: calls what looks at the file system; `choice` lets all ranks take rank 0's answer.
-        say: is told of newer checkpoints that are left out.
+        log: is told of newer checkpoints that are left out.
 
     Raises:
         CheckpointError: there is no valid one.
@@ -196,7 +196,7 @@ def resolve(
         if step is None:
             found, rejected = latest_checkpoint(path / "checkpoints", problems, agreed)
             for problem in rejected:
-                say(f"WARNING: a newer checkpoint is damaged and left out: {problem}")
+                log(f"WARNING: a newer checkpoint is damaged and left out: {problem}")
             if found is None:
                 raise nothing_at(path)
             return found

@@ -54,7 +54,7 @@ class ContentCheck:
 
     Args:
         hashes: SHA-256 by path.
-        say: told about what is done, and about what could not be read, in one line each.
+        log: told about what is done, and about what could not be read, in one line each.
         bytes_per_second: to read at most.
 
     Attributes:
@@ -64,11 +64,11 @@ class ContentCheck:
     def __init__(
         self,
         hashes: Mapping[str, str],
-        say: Callable[[str], None],
+        log: Callable[[str], None],
         bytes_per_second: float = BYTES_PER_SECOND,
     ) -> None:
         self.problem: DataError | None = None
-        self._say = say
+        self._log = log
         self._bytes_per_second = bytes_per_second
         self._hashes = dict(hashes)
         self.thread = threading.Thread(target=self._run, daemon=True)
@@ -82,12 +82,12 @@ class ContentCheck:
             try:
                 found = self._hash_slowly(path)
             except OSError as error:  # training itself may still be able to read
-                self._say(f"WARNING: {path}: its content is not checked: {error.strerror}")
+                self._log(f"WARNING: {path}: its content is not checked: {error.strerror}")
                 continue
             if found != expected:
                 self.problem = changed(path)
                 return
-        self._say(f"the content of {len(self._hashes)} large data files is as their cards say")
+        self._log(f"the content of {len(self._hashes)} large data files is as their cards say")
 
     def _hash_slowly(self, path: str) -> str:
         found, started, count = hashlib.sha256(), time.monotonic(), 0

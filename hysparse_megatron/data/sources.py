@@ -169,7 +169,7 @@ def load_evaluations(
 
 
 def check_content(
-    datasets: Iterable[TrainingData], say: Callable[[str], None]
+    datasets: Iterable[TrainingData], log: Callable[[str], None]
 ) -> content.ContentCheck:
     """Begin to compare all of what the datasets' large files hold with their cards.
 
@@ -182,7 +182,7 @@ def check_content(
         for part in (data.parts if isinstance(data, BlendedCorpus) else [data])
     ]
     hashes = [large_files(folder) for folder in dict.fromkeys(folders)]
-    return content.ContentCheck({path: sha for found in hashes for path, sha in found.items()}, say)
+    return content.ContentCheck({path: sha for found in hashes for path, sha in found.items()}, log)
 
 
 def with_path(data: DataConfig, path: str, tokenizer_path: str | None) -> DataConfig:

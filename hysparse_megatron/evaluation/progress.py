@@ -31,7 +31,7 @@ class Progress:
         self._clock = clock
         self._done = 0
         self._started = self._told = clock()
-        self._say(label)
+        self._log(label)
 
     def advance(self, amount: int) -> None:
         """More of the work is done."""
@@ -41,7 +41,7 @@ class Progress:
             return
         self._told = now
         left = (now - self._started) / self._done * (self._total - self._done)
-        self._say(f"{self._label}: {self._done / self._total:.0%} done, ETA {duration(left)}")
+        self._log(f"{self._label}: {self._done / self._total:.0%} done, ETA {duration(left)}")
 
     def by(self, weight: int) -> Callable[[int], None]:
         """`advance` by so much for each of a number of pieces."""
@@ -53,6 +53,6 @@ class Progress:
             yield item
             self.advance(1)
 
-    def _say(self, text: str) -> None:
+    def _log(self, text: str) -> None:
         if not self._is_quiet and self._total:
             print(text, file=sys.stderr, flush=True)

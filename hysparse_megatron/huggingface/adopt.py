@@ -37,7 +37,7 @@ from hysparse_megatron.huggingface.weights import PARTS, Fused, model_weights
 NEUTRAL_SINK = -10.0
 """Of windows: takes less than 5e-5 from a row whose largest logit is 0, and can still be learnt."""
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Choices:
     """Logit that closes the sparse branch at the start."""
 
 
-def adopt(source: Path, folder: Path, choices: Choices, say: Say) -> None:
+def adopt(source: Path, folder: Path, choices: Choices, log: Log) -> None:
     """Make `folder`, which must not exist or be empty, of the model in `source`.
 
     Raises ConfigError for an architecture that cannot be taken over or a layout that does not fit
@@ -67,9 +67,9 @@ def adopt(source: Path, folder: Path, choices: Choices, say: Say) -> None:
             f"{original.num_hidden_layers}"
         )
     if getattr(original, "attention_dropout", 0):
-        say(f"WARNING: attention_dropout {original.attention_dropout} is not taken over")
+        log(f"WARNING: attention_dropout {original.attention_dropout} is not taken over")
     tensors = TensorFolder(source)
-    model = untied(model, tensors, say)
+    model = untied(model, tensors, log)
     weights = model_weights(model, original.vocab_size)
     new = _new_names(model, kinds)
     kept = {
@@ -86,7 +86,7 @@ def adopt(source: Path, folder: Path, choices: Choices, say: Say) -> None:
         dtype = tensors.widest(of_the_original) if of_the_original else torch.float32
         read = functools.partial(_read, weight, kind, new, tensors, choices, dtype)
         sources[weight.name] = padded(weight.name, Source(weight.shape, dtype, read))
-    write_start(source, folder, model, sources, original.max_position_embeddings, say)
+    write_start(source, folder, model, sources, original.max_position_embeddings, log)
 
 
 def _new_names(model: ModelConfig, kinds: Iterable[LayerKind]) -> tuple[str, ...]:

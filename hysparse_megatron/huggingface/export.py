@@ -33,7 +33,7 @@ CODE = ("configuration_hysparse.py", "attention_hysparse.py", "modeling_hysparse
 LICENSE_OF_CODE = "LICENSE.code"
 """Their license, in that folder. Nothing is said about the weights: their owner decides."""
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Request:
     """Of the weights, for the model card; None leaves it open."""
 
 
-def export(request: Request, folder: Path, say: Say) -> None:
+def export(request: Request, folder: Path, log: Log) -> None:
     """Write `folder`, which must not exist or be empty, whole or not at all.
 
     Raises CheckpointError for a checkpoint that cannot be read or fitted to the run's settings, or
@@ -70,7 +70,7 @@ def export(request: Request, folder: Path, say: Say) -> None:
     if tokenizer is None:
         tokenizer = tokenizer_files.find_tokenizer(request.config.data, identity)
     fitting = request.config.model.vocab_size or rows
-    ids = tokenizer_files.check_vocabulary(tokenizer, fitting, say, identity.get("vocab_size"))
+    ids = tokenizer_files.check_vocabulary(tokenizer, fitting, log, identity.get("vocab_size"))
     # Without the rows that fill the embedding up to a round number, which no loss has seen.
     rows = request.config.model.vocab_size or ids
     described = _description(request, rows, index[EMBEDDING]["dtype"])
@@ -85,7 +85,7 @@ def export(request: Request, folder: Path, say: Say) -> None:
     )
 
     def write(target: Path) -> None:
-        _write_weights(request, weights, index, target, say)
+        _write_weights(request, weights, index, target, log)
         tokenizer_files.write_object(target / settings.CONFIG_JSON, described)
         length = request.config.train.seq_length
         tokenizer_files.write_tokenizer(tokenizer, target, length)
@@ -133,7 +133,7 @@ def _write_weights(
     weights: Sequence[Fused],
     index: dict[str, dict[str, Any]],
     folder: Path,
-    say: Say,
+    log: Log,
 ) -> None:
     def dtype_of(weight: Fused) -> torch.dtype:
         if weight.name.endswith(KEPT_IN_FP32):
@@ -153,7 +153,7 @@ def _write_weights(
             held |= weight.split(whole.to(dtype_of(weight)))
         save_file(held, folder / name, metadata={"format": "pt"})
         place |= dict.fromkeys(held, name)
-        say(f"{name}: {len(held)} tensors, {sum(t.nbytes for t in held.values()):,} bytes")
+        log(f"{name}: {len(held)} tensors, {sum(t.nbytes for t in held.values()):,} bytes")
     if len(shards) > 1:
         content = {"metadata": {"total_size": sum(sizes)}, "weight_map": place}
         tokenizer_files.write_object(folder / INDEX, content)

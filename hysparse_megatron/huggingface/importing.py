@@ -36,12 +36,12 @@ from hysparse_megatron.rundir import versions
 EXPERIMENT = "experiment.yaml"
 """Settings with which a run starts from the weights, to be copied into conf/experiment/."""
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 _NO_ARCHITECTURE = ("backend", "layers", "fp8")
 """Settings of a model that say how it is computed."""
 
 
-def import_folder(source: Path, folder: Path, say: Say) -> None:
+def import_folder(source: Path, folder: Path, log: Log) -> None:
     """Make `folder`, which must not exist or be empty, of an exported (and trained) `source`.
 
     Raises ConfigError for a source that is none or does not fit its own settings, CheckpointError
@@ -55,13 +55,13 @@ def import_folder(source: Path, folder: Path, say: Say) -> None:
             "architecture is taken over with adopt"
         )
     tensors = TensorFolder(source)
-    model = untied(settings.from_json(described), tensors, say)
+    model = untied(settings.from_json(described), tensors, log)
     rows = described["vocab_size"]
     weights = model_weights(model, rows)
     check_names(tensors, {name: shape for w in weights for name, shape in w.shapes.items()})
     sources = {weight.name: _source(weight, tensors) for weight in weights}
     length = described.get("max_position_embeddings") or 2
-    write_start(source, folder, model, sources, length, say)
+    write_start(source, folder, model, sources, length, log)
 
 
 def check_names(
@@ -89,7 +89,7 @@ def check_names(
         )
 
 
-def untied(model: ModelConfig, tensors: TensorFolder, say: Say) -> ModelConfig:
+def untied(model: ModelConfig, tensors: TensorFolder, log: Log) -> ModelConfig:
     """`model` with an output projection of its own if the folder has one unlike its embedding.
 
     As in transformers, which then does not tie them whatever `tie_word_embeddings` says.
@@ -102,7 +102,7 @@ def untied(model: ModelConfig, tensors: TensorFolder, say: Say) -> ModelConfig:
         embedding, output = (tensors.read(name).to(dtype) for name in names)
         if torch.equal(embedding, output):
             return model
-    say("WARNING: lm_head.weight is not the embedding, so they are not tied")
+    log("WARNING: lm_head.weight is not the embedding, so they are not tied")
     return dataclasses.replace(model, tie_embeddings=False)
 
 
@@ -137,7 +137,7 @@ def write_start(
     model: ModelConfig,
     sources: Mapping[str, Source],
     length: int,
-    say: Say,
+    log: Log,
 ) -> None:
     """A folder with a checkpoint of `sources`, settings for a run from it, and the tokenizer.
 
@@ -148,10 +148,10 @@ def write_start(
     if tokenizer.is_file():
         facts["tokenizer"] = {
             "tokenizer_sha256": sha256_of(tokenizer),
-            "vocab_size": tokenizer_files.check_vocabulary(tokenizer, model.vocab_size or 0, say),
+            "vocab_size": tokenizer_files.check_vocabulary(tokenizer, model.vocab_size or 0, log),
         }
     else:
-        say(f"WARNING: {source} has no {TOKENIZER_NAME}: name the run's with data.tokenizer")
+        log(f"WARNING: {source} has no {TOKENIZER_NAME}: name the run's with data.tokenizer")
     # Weights that are wider than bf16 would be rounded by a run in it.
     types = {s.dtype for name, s in sources.items() if not name.endswith(KEPT_IN_FP32)}
     precision = Precision.bf16 if types == {torch.bfloat16} else Precision.fp32
@@ -160,7 +160,7 @@ def write_start(
 
     def write(target: Path) -> None:
         checkpoint = save_weights(target / "checkpoints", sources, facts)
-        say(f"{len(sources)} tensors in {checkpoint.relative_to(target)}")
+        log(f"{len(sources)} tensors in {checkpoint.relative_to(target)}")
         if tokenizer.is_file():
             tokenizer_files.copy_tokenizer(tokenizer, target)
         freeze(config, target)

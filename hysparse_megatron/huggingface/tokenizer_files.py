@@ -41,12 +41,12 @@ def find_tokenizer(data: DataConfig, identity: dict[str, Any]) -> Path:
 
 
 def check_vocabulary(
-    path: Path, rows: int, say: Callable[[str], None], trained: int | None = None
+    path: Path, rows: int, log: Callable[[str], None], trained: int | None = None
 ) -> int:
     """Ids of the tokenizer, which must fit `rows` of an embedding and be as many as `trained`.
 
     Tokens that somebody added, such as a token to pad with, may lie beyond the rows, as in many
-    published folders: `say` is told, and what holds one is refused where it is read. Those of the
+    published folders: `log` is told, and what holds one is refused where it is read. Those of the
     vocabulary itself, and the one that closes documents, occur in any text.
 
     Raises ConfigError if they do not fit, or the file is no tokenizer.
@@ -71,7 +71,7 @@ def check_vocabulary(
         if loaded.end_of_document >= rows:
             end = f"{loaded.end_name} (id {loaded.end_of_document})"
             raise ConfigError(f"{found}: documents would end with {end}, which is none of them")
-        say(
+        log(
             f"WARNING: {found}: the {len(beyond)} added from {added[beyond[0]].content} on cannot "
             "be used, and data or prompts that hold one are refused"
         )

@@ -45,7 +45,7 @@ def profiled(
     run_path: Path,
     rank: int,
     steps_done: int,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     lost: Callable[[OSError], None],
 ) -> Iterator[Around]:
     """What goes around every step of a start that goes on after `steps_done`, on every rank.
@@ -61,11 +61,11 @@ def profiled(
     first = max(first, steps_done + 1)
     if last < first:
         given = f"debug.profile.step_range: {settings.step_range} lie before step {steps_done + 1}"
-        say(f"WARNING: {given}, where this start goes on: nothing is profiled")
+        log(f"WARNING: {given}, where this start goes on: nothing is profiled")
         yield lambda step: contextlib.nullcontext()
         return
     ranks = ", ".join(map(str, settings.ranks))
-    say(f"profiling {_steps(first, last)} on rank {ranks} with {settings.tool.value}")
+    log(f"profiling {_steps(first, last)} on rank {ranks} with {settings.tool.value}")
     if rank not in settings.ranks:
         yield lambda step: contextlib.nullcontext()
         return

@@ -50,14 +50,14 @@ class Meter:
         *,
         stage: int,
         restarts: int,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
     ) -> None:
         """Collective. `stage` is this rank's place in the pipeline, `restarts` the starts before.
 
         `vocab_size` is the data's; `config.model.vocab_size` overrides it if set.
         """
         self._config, self._clock, self._device = config, clock, device
-        self._say, self._restarts = say, restarts
+        self._log, self._restarts = log, restarts
         self._flops = model_flops_per_token(config, vocab_size)
         places: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(places, Place(socket.gethostname(), stage))
@@ -119,7 +119,7 @@ class Meter:
         factor = self._config.tracking.straggler_factor
         if slowest[0]["medians"] > factor:
             rank = slowest[0]
-            self._say(
+            self._log(
                 f"WARNING: rank {rank['rank']} on {rank['host']} is slow: {rank['seconds']:.3g} s "
                 f"of forward passes a step, {rank['medians']:.1f} times the median of its pipeline "
                 f"stage (mean of steps {step - steps + 1}-{step})"

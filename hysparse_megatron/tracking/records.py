@@ -19,7 +19,7 @@ from hysparse_megatron.tracking.tensorboard import TensorBoard
 from hysparse_megatron.tracking.wandb import Tracker
 
 Row = dict[str, Any]
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 @contextlib.contextmanager
@@ -28,7 +28,7 @@ def recorded(
     directory: RunDirectory | None,
     first_step: int,
     described: dict[str, Any],
-    say: Say,
+    log: Log,
     lost: Callable[[OSError], None],
 ) -> Iterator[list[Callable[[Row], None]]]:
     """What gets the rows of `metrics.jsonl`, on rank 0 alone: the others have no `directory`.
@@ -43,10 +43,10 @@ def recorded(
     metrics = MetricsFile(directory.metrics)
     facts = {**yaml.safe_load(to_yaml(config)), "run": directory.facts, **described}
     trackers: list[Tracker | TensorBoard] = [
-        Tracker(config.tracking, directory.facts["id"], config.name, directory.path, facts, say)
+        Tracker(config.tracking, directory.facts["id"], config.name, directory.path, facts, log)
     ]
     if config.tracking.tensorboard:
-        trackers.append(TensorBoard(directory.path, first_step, say))
+        trackers.append(TensorBoard(directory.path, first_step, log))
     every = config.tracking.steps_between_lines(config.train.steps)
     console = Console(config.train, every)
     exit_code = 1
@@ -61,7 +61,7 @@ def recorded(
         yield [
             lambda row: keep(functools.partial(metrics.write, row), metrics.flush),
             *(tracker.log for tracker in trackers),
-            functools.partial(_print_row, console, say),
+            functools.partial(_print_row, console, log),
             lambda row: keep(lambda: directory.status.write("running", step=row["step"])),
         ]
         exit_code = 0
@@ -86,11 +86,11 @@ def describe_run(config: Config, vocab_size: int, world_size: int) -> dict[str, 
     }
 
 
-def _print_row(console: Console, say: Say, row: Row) -> None:
+def _print_row(console: Console, log: Log, row: Row) -> None:
     if "eval_loss" in row:
         name = evaluation_of(row)
         told = "evaluation" if name == VALIDATION else f"evaluation on {name}:"
-        say(
+        log(
             f"step {row['step']}: {told} loss {row['eval_loss']:.4f}, perplexity "
             f"{row['eval_perplexity']:,.2f} ({row['eval_tokens']:,} tokens)"
         )

@@ -17,21 +17,21 @@ from hysparse_megatron.status import STATES
 from hysparse_megatron.tracking.summary import write_summary
 from hysparse_megatron.training.control import Watch
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
-def open_directory(config: Config, machine: Mapping[str, Any], say: Say) -> RunDirectory | None:
+def open_directory(config: Config, machine: Mapping[str, Any], log: Log) -> RunDirectory | None:
     """Rank 0's run directory, with what runs this start in its record; None on the others."""
     opened: list[RunDirectory] = []
     on_rank_zero(lambda: opened.append(RunDirectory(config, machine)), ConfigError)
     if not opened:
         return None
     if opened[0].former_owner:
-        say(f"note: {opened[0].former_owner} ended without giving up {config.run_path}")
+        log(f"note: {opened[0].former_owner} ended without giving up {config.run_path}")
     for line in opened[0].warnings:
-        say(f"WARNING: {line}")
+        log(f"WARNING: {line}")
     for line in opened[0].changed_keys:
-        say(f"note: changed since the last start in {config.run_path}: {line}")
+        log(f"note: changed since the last start in {config.run_path}: {line}")
     return opened[0]
 
 
@@ -43,7 +43,7 @@ def write_no_meeting(config: Config, error: RankFailure) -> None:
 
 
 def is_finished(
-    config: Config, directory: RunDirectory | None, latest: Path | None, say: Say
+    config: Config, directory: RunDirectory | None, latest: Path | None, log: Log
 ) -> bool:
     """Whether nothing is left to train after `latest`; notes the step that the run begins at."""
     done = 0
@@ -54,8 +54,8 @@ def is_finished(
         if done >= config.train.steps:
             if directory is not None and directory.state() != "finished":
                 directory.write_status("finished", exit_code=0, step=done)  # killed at its very end
-            say(f"{config.run_path} is finished: step {done} of {config.train.steps}, {latest}")
-            say("train on with a larger train.steps, or start anew with another run_dir")
+            log(f"{config.run_path} is finished: step {done} of {config.train.steps}, {latest}")
+            log("train on with a larger train.steps, or start anew with another run_dir")
             return True
     if directory is not None:
         directory.write_status("running", step=done)
@@ -75,14 +75,14 @@ def write_finish(
     tokenizer: str,
     num_ranks: int,
     overrides: Sequence[str],
-    say: Say,
+    log: Log,
 ) -> None:
     """The run has reached its end: its status, and the summary with the next commands."""
     directory.write_status("finished", exit_code=0, step=config.train.steps)
     try:
-        say(write_summary(config, directory, tokenizer, num_ranks, overrides))
+        log(write_summary(config, directory, tokenizer, num_ranks, overrides))
     except (OSError, KeyError) as error:  # the run is done and saved
-        say(f"WARNING: no summary.md: {type(error).__name__}: {error}")
+        log(f"WARNING: no summary.md: {type(error).__name__}: {error}")
 
 
 def write_end(directory: RunDirectory, error: BaseException, watch: Watch) -> None:

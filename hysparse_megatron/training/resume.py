@@ -24,10 +24,10 @@ from hysparse_megatron.runtime.agreement import on_rank_zero
 from hysparse_megatron.training.loop import Progress
 from hysparse_megatron.training.state import TrainingState
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
-def choose_checkpoint(config: Config, checkpoints: Path, say: Say) -> Path | None:
+def choose_checkpoint(config: Config, checkpoints: Path, log: Log) -> Path | None:
     """The checkpoint of this run directory to go on from, if any. Collective."""
     step, content = config.checkpoint.step, config.checkpoint.verify
     if step is not None and not on_rank_zero(
@@ -39,11 +39,11 @@ def choose_checkpoint(config: Config, checkpoints: Path, say: Say) -> Path | Non
             raise CheckpointError(f"checkpoint.step={step}, but there is none in {checkpoints}")
     latest, rejected = choice.latest(checkpoints, content)
     for problem in rejected:
-        say(f"WARNING: a newer checkpoint is damaged and left out: {problem}")
+        log(f"WARNING: a newer checkpoint is damaged and left out: {problem}")
     return latest
 
 
-def resume(state: TrainingState, latest: Path | None, corpus: TrainingData, say: Say) -> Progress:
+def resume(state: TrainingState, latest: Path | None, corpus: TrainingData, log: Log) -> Progress:
     """Load the newest checkpoint of the run, or foreign weights; returns where to go on."""
     if latest is not None:
         facts = on_rank_zero(lambda: store.read_manifest(latest), CheckpointError)
@@ -57,7 +57,7 @@ def resume(state: TrainingState, latest: Path | None, corpus: TrainingData, say:
                     f"{text}. Restore it, go on with it by checkpoint.accept_changed_data=true, or "
                     f"start a new run_dir with checkpoint.load={latest}"
                 )
-            say(f"WARNING: {text}. Going on with the new data as checkpoint.accept_changed_data")
+            log(f"WARNING: {text}. Going on with the new data as checkpoint.accept_changed_data")
         config = state.config
         # Once more, as this may be an older checkpoint than the one that was looked at first.
         on_rank_zero(lambda: check_continuation(config, latest), ConfigError)
@@ -66,19 +66,19 @@ def resume(state: TrainingState, latest: Path | None, corpus: TrainingData, say:
             raise CheckpointError(f"{latest} holds the state after step {step}: was it renamed?")
         checkpoints = latest.parent
         for path in on_rank_zero(lambda: store.set_aside(checkpoints, step), CheckpointError):
-            say(f"WARNING: newer than step {step} and set aside: {path}. Delete it if of no use")
+            log(f"WARNING: newer than step {step} and set aside: {path}. Delete it if of no use")
         progress = progress_of(config, step, facts)
-        say(
+        log(
             f"resuming after step {step} from {latest}: {progress.position.samples:,} samples "
             "consumed"
         )
-        warn_of_past_skips(config, progress, say)
+        warn_of_past_skips(config, progress, log)
         return progress
     checkpoint = state.config.checkpoint
     if checkpoint.load is not None:
         directory = choice.resolve(Path(checkpoint.load), checkpoint.step, checkpoint.verify)
         load_state(state, directory, weights_only=True)
-        say(f"starting from the weights of {directory}")
+        log(f"starting from the weights of {directory}")
     return Progress()
 
 
@@ -102,12 +102,12 @@ def progress_of(config: Config, step: int, manifest: dict[str, Any]) -> Progress
     return Progress(step, Position(samples, left_out, steps), facts)
 
 
-def warn_of_past_skips(config: Config, progress: Progress, say: Say) -> None:
+def warn_of_past_skips(config: Config, progress: Progress, log: Log) -> None:
     """What `data.skip_steps` names before the position can only be left out by going back."""
     named = Skips.parse(config.data.skip_steps).num_before(progress.position.steps)
     trained_on = named - (progress.position.steps - progress.step)
     if trained_on > 0:
-        say(
+        log(
             f"WARNING: data.skip_steps names {trained_on} steps that this run has trained on; go "
             "back before them by checkpoint.step to leave them out"
         )

@@ -56,7 +56,7 @@ class Run:
     device: torch.device
     watch: Watch
     directory: RunDirectory | None
-    say: Callable[[str], None]
+    log: Callable[[str], None]
 
     @property
     def checkpoints(self) -> Path:
@@ -69,8 +69,8 @@ def run(config: Config, rank: Rank, overrides: Sequence[str] = ()) -> None:
 
     `overrides` made `config`; they appear in the commands that the summary suggests.
     """
-    say = functools.partial(print, flush=True) if rank.rank == 0 else _say_nothing
-    device = _join(config, rank, say)
+    log = functools.partial(print, flush=True) if rank.rank == 0 else _log_nothing
+    device = _join(config, rank, log)
     deadline = Deadline(config.train.deadline_minutes)
     watch = Watch(device, Signals(), deadline, config.run_path / STOP_FILE)
     directory: RunDirectory | None = None
@@ -79,8 +79,8 @@ def run(config: Config, rank: Rank, overrides: Sequence[str] = ()) -> None:
         attention_backend(config, device)
         step_profile.refuse_unusable(config.debug.profile, device)
         with _memory_watched(config, rank, device):
-            directory = outcome.open_directory(config, _machine(device, rank), say)
-            _from_start_to_end(Run(config, rank, device, watch, directory, say), overrides)
+            directory = outcome.open_directory(config, _machine(device, rank), log)
+            _from_start_to_end(Run(config, rank, device, watch, directory, log), overrides)
     except BaseException as error:
         told = last_words.explain(error)
         if directory is not None:
@@ -95,26 +95,26 @@ def run(config: Config, rank: Rank, overrides: Sequence[str] = ()) -> None:
 
 
 def _from_start_to_end(run: Run, overrides: Sequence[str]) -> None:
-    config, directory, say = run.config, run.directory, run.say
+    config, directory, log = run.config, run.directory, run.log
     if directory is not None:
         store.remove_leftovers(run.checkpoints)
-    latest = choose_checkpoint(config, run.checkpoints, say)
-    if outcome.is_finished(config, directory, latest, say):
+    latest = choose_checkpoint(config, run.checkpoints, log)
+    if outcome.is_finished(config, directory, latest, log):
         return
     torch.autograd.set_detect_anomaly(config.debug.detect_anomaly)
-    corpus, others = prepare_data(config, run.rank, run.watch, say)
+    corpus, others = prepare_data(config, run.rank, run.watch, log)
     state = build_state(config, corpus.vocab_size, run.device)
-    describe_start(state, corpus, say)
-    progress = resume(state, latest, corpus, say)
+    describe_start(state, corpus, log)
+    progress = resume(state, latest, corpus, log)
     on_rank_zero(lambda: directory.keep_settings() if directory else None, ConfigError)
     batches, evaluations = open_batches(state, corpus, others, run.watch)
-    describe_evaluations(evaluations, config.train.seq_length, say)
+    describe_evaluations(evaluations, config.train.seq_length, log)
 
     saver = _saver(run, state, corpus, latest)
     measure = _meter(run, state, corpus).measure
     described = describe_run(config, corpus.vocab_size, run.rank.world_size)
     lost = run.watch.lose_output
-    with recorded(config, directory, progress.step, described, say, lost) as on_row:
+    with recorded(config, directory, progress.step, described, log, lost) as on_row:
         hooks = Hooks(
             on_row=on_row,
             measure=measure,
@@ -127,7 +127,7 @@ def _from_start_to_end(run: Run, overrides: Sequence[str]) -> None:
             hooks.observe = _architecture_watch(run, state).observe
         try:
             with step_profile.profiled(
-                config.debug.profile, config.run_path, run.rank.rank, progress.step, say, lost
+                config.debug.profile, config.run_path, run.rank.rank, progress.step, log, lost
             ) as hooks.around_step:
                 train(state, batches, evaluations, progress, run.watch, hooks)
         # Raised by all ranks together, so that they can wait for each other's files.
@@ -143,10 +143,10 @@ def _from_start_to_end(run: Run, overrides: Sequence[str]) -> None:
     run.watch.require_output()
     if directory is not None:
         tokenizer, num_ranks = corpus.tokenizer_path, run.rank.world_size
-        outcome.write_finish(config, directory, tokenizer, num_ranks, overrides, say)
+        outcome.write_finish(config, directory, tokenizer, num_ranks, overrides, log)
 
 
-def _say_nothing(text: str) -> None:
+def _log_nothing(text: str) -> None:
     """Ranks other than 0 are silent."""
 
 
@@ -158,12 +158,12 @@ def _memory_watched(
     return memory_history.snapshot_when_full(config.run_path, rank.rank, device)
 
 
-def _join(config: Config, rank: Rank, say: Callable[[str], None]) -> torch.device:
+def _join(config: Config, rank: Rank, log: Callable[[str], None]) -> torch.device:
     """Meet the other ranks; returns this one's device."""
     planned = faults.arm(rank.rank)
     flight_recorder.set_defaults(config.run_path)
     if config.debug.deterministic:
-        say(f"deterministic algorithms only, with {determinism.enforce()}")
+        log(f"deterministic algorithms only, with {determinism.enforce()}")
     try:
         device = runtime_device.start(rank, config.parallel)
     except RankFailure as error:
@@ -172,7 +172,7 @@ def _join(config: Config, rank: Rank, say: Callable[[str], None]) -> torch.devic
         raise
     last_words.prepare()
     for fault in planned:
-        say(f"WARNING: {faults.VARIABLE} asks for {fault}")
+        log(f"WARNING: {faults.VARIABLE} asks for {fault}")
     return device
 
 
@@ -193,7 +193,7 @@ def _saver(run: Run, state: TrainingState, corpus: TrainingData, latest: Path | 
 
     run_id = run.directory.facts["id"] if run.directory else None
     facts = functools.partial(manifest_facts, run.config, corpus, run_id)
-    return Saver(state, run.checkpoints, facts, run.say, published, latest)
+    return Saver(state, run.checkpoints, facts, run.log, published, latest)
 
 
 def _meter(run: Run, state: TrainingState, corpus: TrainingData) -> Meter:
@@ -204,7 +204,7 @@ def _meter(run: Run, state: TrainingState, corpus: TrainingData) -> Meter:
         run.device,
         stage=state.groups.pp.rank(),
         restarts=run.directory.restarts if run.directory else 0,
-        say=run.say,
+        log=run.log,
     )
 
 

@@ -22,11 +22,11 @@ from hysparse_megatron.runtime.launcher import Rank
 from hysparse_megatron.training.control import Watch
 from hysparse_megatron.training.state import TrainingState
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 def prepare_data(
-    config: Config, rank: Rank, watch: Watch, say: Say
+    config: Config, rank: Rank, watch: Watch, log: Log
 ) -> tuple[TrainingData, dict[str, TrainingData]]:
     """The corpus, and the sets of `data.evaluation` by name.
 
@@ -35,8 +35,8 @@ def prepare_data(
 
     def prepare() -> tuple[TrainingData, dict[str, TrainingData]]:
         faults.reach("prepare", 0)
-        corpus = load_data(config.data, config.train.seed, say)
-        return corpus, load_evaluations(config.data, config.train.seed, corpus, say)
+        corpus = load_data(config.data, config.train.seed, log)
+        return corpus, load_evaluations(config.data, config.train.seed, corpus, log)
 
     first = rank.local_rank == 0
     built = _attended(watch, lambda: prepare() if first else None)
@@ -53,7 +53,7 @@ def prepare_data(
                 "out to take the tokenizer's"
             )
     if first and config.data.verify:
-        check = check_content([corpus, *others.values()], say)
+        check = check_content([corpus, *others.values()], log)
         watch.data_problem = lambda: check.problem
     return corpus, others
 

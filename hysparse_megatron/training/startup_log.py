@@ -18,7 +18,7 @@ from hysparse_megatron.model.pipeline import describe_traffic
 from hysparse_megatron.training.data_parallel import describe_overlap
 from hysparse_megatron.training.state import TrainingState, describe_optimizer, rows_per_rank
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 def attention_backend(config: Config, device: torch.device) -> BackendChoice:
@@ -43,47 +43,47 @@ def attention_backend(config: Config, device: torch.device) -> BackendChoice:
 
 
 def describe_evaluations(
-    evaluations: Mapping[str, EvaluationBatches], seq_length: int, say: Say
+    evaluations: Mapping[str, EvaluationBatches], seq_length: int, log: Log
 ) -> None:
     """What is evaluated on, by name; `seq_length` in tokens."""
     told = [f"{batches.num_samples:,} of {name}" for name, batches in evaluations.items()]
     samples = f"samples of {seq_length:,} tokens: {', '.join(told)}"
-    say(f"evaluation on {samples}" if told else "no evaluation: train.eval_batches is 0")
+    log(f"evaluation on {samples}" if told else "no evaluation: train.eval_batches is 0")
 
 
-def _describe_data(corpus: TrainingData, run_tokens: int, say: Say) -> None:
-    say(
+def _describe_data(corpus: TrainingData, run_tokens: int, log: Log) -> None:
+    log(
         f"data: {corpus.train_tokens:,} training and {corpus.validation_tokens:,} validation "
         f"tokens, vocabulary {corpus.vocab_size}, fingerprint {corpus.fingerprint[:12]}"
     )
     times = epochs_of(corpus, run_tokens)
     told = f"the whole run of {run_tokens:,} tokens reads the data {count_of(times)} times"
     warning = "WARNING: " if times > MANY_EPOCHS else ""
-    say(f"{warning}{told}{'; more data would teach more' if warning else ''}")
+    log(f"{warning}{told}{'; more data would teach more' if warning else ''}")
 
 
-def describe_start(state: TrainingState, corpus: TrainingData, say: Say) -> None:
+def describe_start(state: TrainingState, corpus: TrainingData, log: Log) -> None:
     """The start-up log: what runs, on what, and what every pipeline cut sends."""
     config = state.config
     total = parameters_of(config.model, corpus.vocab_size).total
     backend = attention_backend(config, state.device)
     parallel = config.parallel
-    say(
+    log(
         f"{config.name}: layout {config.model.layout}, {total:,} parameters on "
         f"{state.groups.mp.size()} model-parallel ranks (tp {parallel.tp}, pp {parallel.pp}, vpp "
         f"{parallel.vpp or 1}, cp {parallel.cp}, sequence parallel "
         f"{'on' if parallel.sequence_parallel else 'off'}), "
         f"data parallel {state.groups.dp.size()}, device {state.device.type}"
     )
-    say(f"attention backend {backend.name}: {backend.reason}")
-    say(describe_layers(state.layers, config.model))
-    say(f"optimizer: {describe_optimizer(state)}")
+    log(f"attention backend {backend.name}: {backend.reason}")
+    log(describe_layers(state.layers, config.model))
+    log(f"optimizer: {describe_optimizer(state)}")
     if state.groups.dp_cp.size() > 1:
-        say(describe_overlap(state.chunks))
-    _describe_data(corpus, config.train.tokens, say)
-    say(state.megatron.plan.describe())
+        log(describe_overlap(state.chunks))
+    _describe_data(corpus, config.train.tokens, log)
+    log(state.megatron.plan.describe())
     if parallel.cp > 1:
         train = config.train
-        say(describe_context(state.megatron, train.seq_length, train.micro_batch_size))
+        log(describe_context(state.megatron, train.seq_length, train.micro_batch_size))
     if parallel.pp > 1:
-        say(describe_traffic(state.megatron, rows_per_rank(config), config.train.micro_batch_size))
+        log(describe_traffic(state.megatron, rows_per_rank(config), config.train.micro_batch_size))

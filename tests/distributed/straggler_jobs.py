@@ -30,7 +30,7 @@ def measured_steps(
         state.device,
         stage=state.groups.pp.rank(),
         restarts=0,
-        say=told.append,
+        log=told.append,
     )
     rows = []
     for step in range(steps):

@@ -27,11 +27,11 @@ def test_commands_are_understood(command: str) -> None:
 
 def test_commands_of_other_tools_are_understood() -> None:
     [chosen] = re.findall(r"hysparse choose-full-layers (--.*?) It runs the", JOINED)
-    given = choose_full_layers._parser().parse_args(shlex.split(chosen))
-    assert (str(given.run_dir), given.count) == ("starts/windows", 9)
+    args = choose_full_layers._parser().parse_args(shlex.split(chosen))
+    assert (str(args.run_dir), args.count) == ("starts/windows", 9)
     [measured] = re.findall(r"`hysparse measure-adoption (.*?)`", JOINED)
-    given = measure_adoption._parser().parse_args(shlex.split(measured))
-    assert given.seeds == [1, 2, 3]
+    args = measure_adoption._parser().parse_args(shlex.split(measured))
+    assert args.seeds == [1, 2, 3]
 
 
 def test_what_training_brings_back_is_what_was_logged() -> None:

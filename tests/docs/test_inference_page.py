@@ -39,8 +39,8 @@ def test_options_are_those_there_are() -> None:
     (measured,) = re.findall(
         r"^    hysparse benchmark decode (.*)$", TEXT.replace("\\\n", " "), flags=re.M
     )
-    given = benchmark_decode._parser().parse_args(shlex.split(measured))
-    assert given.lengths == (8192, 32768, 131072)
+    args = benchmark_decode._parser().parse_args(shlex.split(measured))
+    assert args.lengths == (8192, 32768, 131072)
     others = {"--nproc-per-node", *re.findall(r"--[a-z]+", measured)}
     named = set(re.findall(r"(?<![\w-])--[a-z]+(?:-[a-z]+)*", TEXT)) - others
     assert named == options - {"-h", "--help"}

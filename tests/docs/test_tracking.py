@@ -46,7 +46,7 @@ def test_all_fields_are_told() -> None:
     config = compose(["tracking.straggler_interval=2"])
     with default_group():
         meter = Meter(
-            config, 100, clock, torch.device("cpu"), stage=0, restarts=0, say=lambda text: None
+            config, 100, clock, torch.device("cpu"), stage=0, restarts=0, log=lambda text: None
         )
         rows = [meter.measure(step, 3000, 1.0, 0.01) for step in (1, 2)]
     source = Path(experts.__file__).read_text()

@@ -28,9 +28,9 @@ from hysparse_megatron.errors import ConfigError
 @command
 def main(argv: Sequence[str]) -> int:
     """Do as `argv` says, the command line without the program's name."""
-    given = _parser().parse_args(list(argv))
+    args = _parser().parse_args(list(argv))
     try:
-        given.action(given)
+        args.action(args)
     except subprocess.CalledProcessError as error:
         print(f"ended with exit code {error.returncode}: {error.cmd}", file=sys.stderr)
         return error.returncode
@@ -65,39 +65,39 @@ def _parser() -> CommandParser:
     return parser
 
 
-def _corpus(given: argparse.Namespace) -> None:
+def _corpus(args: argparse.Namespace) -> None:
     from .corpus import Recipe, write_corpus
 
-    write_corpus(Recipe.read(given.recipe), given.sources, given.output, given.part_bytes)
+    write_corpus(Recipe.read(args.recipe), args.sources, args.output, args.part_bytes)
 
 
-def _run(given: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace) -> None:
     from .plan import read_study
     from .running import Place, run_portion
 
-    deadline = time.monotonic() + 60 * given.minutes
-    study = read_study(given.study)
-    wanted = study.variants if given.only is None else tuple(given.only.split(","))
+    deadline = time.monotonic() + 60 * args.minutes
+    study = read_study(args.study)
+    wanted = study.variants if args.only is None else tuple(args.only.split(","))
     if unknown := set(wanted) - set(study.variants):
         names = ", ".join(study.variants)
         raise ConfigError(f"--only: got {', '.join(sorted(unknown))}; allowed {names}")
     place = Place(
-        data=given.data.resolve(),
-        results=given.results.resolve(),
-        work=given.work.resolve(),
-        jobs=given.jobs,
+        data=args.data.resolve(),
+        results=args.results.resolve(),
+        work=args.work.resolve(),
+        jobs=args.jobs,
         deadline=deadline,
     )
     for run in run_portion(study, place, wanted):
         print(f"not finished: {run.name}")
-    _table(given)
+    _table(args)
 
 
-def _table(given: argparse.Namespace) -> None:
+def _table(args: argparse.Namespace) -> None:
     from .plan import read_study
     from .table import render
 
-    print(render(read_study(given.study), given.results))
+    print(render(read_study(args.study), args.results))
 
 
 if __name__ == "__main__":

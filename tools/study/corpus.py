@@ -228,7 +228,7 @@ class _Parts:
 
 
 def write_corpus(
-    recipe: Recipe, root: Path, output: Path, part_bytes: int, say: Any = print
+    recipe: Recipe, root: Path, output: Path, part_bytes: int, log: Any = print
 ) -> dict[str, Any]:
     """Write all parts and `card.json` into `output`, a new folder; returns the card.
 
@@ -254,7 +254,7 @@ def write_corpus(
                 held_out.setdefault(source.domain, _Parts(output, stem, None)).add(text)
             else:
                 training.append((hashlib.sha256(text.encode()).digest(), text))
-        say(f"{source.name}: {len(seen):,} files so far")
+        log(f"{source.name}: {len(seen):,} files so far")
     parts = _Parts(output, "train", part_bytes)
     written = 0
     for _, text in sorted(training, key=lambda entry: entry[0]):

@@ -57,11 +57,11 @@ class Progress:
 
 
 class Lines(Progress):
-    """Tells everything to `say`, one line at a time: for what is logged."""
+    """Tells everything to `log`, one line at a time: for what is logged."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    def __init__(self, log: Callable[[str], None]) -> None:
         super().__init__(is_quiet=True)
-        self._say = say
+        self._log = log
         self._done = self._told = 0
 
     def start(self, label: str, unit: str, total: int, done: int = 0) -> None:
@@ -78,6 +78,6 @@ class Lines(Progress):
 
     def note(self, line: str) -> None:
         """Tell a line."""
-        self._say(line)
+        self._log(line)
 
     warn = note

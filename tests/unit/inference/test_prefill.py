@@ -84,5 +84,5 @@ def test_a_chunk_of_an_fp8_cache_widens_it_once(
 
 
 def test_the_command_has_the_same_default() -> None:
-    given = _parser().parse_args(["--run-dir", "runs/one"])
-    assert given.prefill_chunk == Settings(max_new_tokens=1).prefill_chunk
+    args = _parser().parse_args(["--run-dir", "runs/one"])
+    assert args.prefill_chunk == Settings(max_new_tokens=1).prefill_chunk

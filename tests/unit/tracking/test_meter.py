@@ -37,7 +37,7 @@ def config(*overrides: str) -> Config:
 
 
 def meter(device: torch.device = CPU, *overrides: str, **more: Any) -> Meter:
-    settings = {"clock": ForwardClock(CPU), "stage": 0, "restarts": 2, "say": print, **more}
+    settings = {"clock": ForwardClock(CPU), "stage": 0, "restarts": 2, "log": print, **more}
     return Meter(config(*overrides), VOCABULARY, device=device, **settings)
 
 
@@ -82,7 +82,7 @@ def test_ranks_tell_at_the_interval_the_mean_of_the_steps_between() -> None:
         CPU,
         "tracking.straggler_interval=3",
         clock=type("Clock", (), {"take": lambda self: next(clock)})(),
-        say=told.append,
+        log=told.append,
     )
     rows = [measured.measure(step, 3000, 1.0, step / 100) for step in range(1, 7)]
     # The first step compiles and does not count.
