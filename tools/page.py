@@ -26,6 +26,7 @@ table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
 th, td {{ padding: 0.2rem 0.9rem 0.2rem 0; text-align: left; vertical-align: top;
   border-bottom: 1px solid var(--rule); overflow-wrap: anywhere; }}
 td:first-child {{ white-space: nowrap; }}
+.text td:last-child {{ white-space: pre-wrap; font-family: ui-monospace, monospace; }}
 .wide {{ overflow-x: auto; }}
 .charts {{ display: grid; gap: 1rem;
   grid-template-columns: repeat(auto-fit, minmax(min(30rem, 100%), 1fr)); }}
@@ -74,6 +75,17 @@ class Page:
         )
         head = f"<tr>{head}</tr>\n" if any(header) else ""
         self._parts.append(f'<div class="wide"><table>{head}{body}</table></div>\n')
+
+    def texts(self, header: Sequence[str], rows: Sequence[tuple[object, str, str]]) -> None:
+        """A table of what names a text, and the text in two parts, the first one in bold."""
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
+        body = "".join(
+            f"<tr><td>{html.escape(str(name))}</td>"
+            f"<td><b>{html.escape(prompt)}</b>{html.escape(text)}</td></tr>\n"
+            for name, prompt, text in rows
+        )
+        self._parts.append(f'<div class="wide"><table class="text"><tr>{head}</tr>\n{body}')
+        self._parts.append("</table></div>\n")
 
     def charts(self, images: Sequence[str]) -> None:
         """Images side by side, as `charts.py` makes them."""

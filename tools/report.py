@@ -42,6 +42,10 @@ MAX_PICTURES = 12
 """Oracles whose selections are drawn: evenly many of a deep model."""
 
 
+MAX_SAMPLES = 6
+"""Evaluations whose texts are shown."""
+
+
 @command
 def main(argv: Sequence[str]) -> int:
     """Do what `argv` says, the command line without the program's name."""
@@ -63,6 +67,7 @@ def write_report(run: RunData, path: Path) -> None:
     page = Page(run.name)
     _overview(page, run)
     _curves(page, run)
+    _samples(page, run)
     _speed(page, run)
     _architecture(page, run)
     _selections(page, run)
@@ -170,6 +175,22 @@ def _curves(page: Page, run: RunData) -> None:
             line_chart("Learning rate", rates, y_label="learning rate"),
         ]
     )
+
+
+def _samples(page: Page, run: RunData) -> None:
+    found = [row for row in run.evaluations if "sample" in row]
+    if not found:
+        return
+    page.heading("What it writes")
+    page.note(
+        "After evaluations, the likeliest token each time; what stands in bold was given "
+        "(tracking.sample_tokens, tracking.sample_prompt)."
+    )
+    # Evenly many of a long run, the last one always.
+    last, count = len(found) - 1, min(len(found), MAX_SAMPLES)
+    shown = [found[last * n // max(count - 1, 1)] for n in range(count - 1)] + [found[last]]
+    rows = [(f"{row['step']:,}", row["sample_prompt"], row["sample"]) for row in shown]
+    page.texts(("step", "text"), rows)
 
 
 def _speed(page: Page, run: RunData) -> None:

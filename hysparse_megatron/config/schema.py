@@ -308,6 +308,12 @@ class TrackingConfig:
     stage; the ranks of a stage do the same work, so that smaller differences are noise."""
     architecture: bool = True
     """Let evaluations also measure selections, gates and sinks, on one micro-batch of theirs."""
+    sample_tokens: int = at_least(0, default=0)
+    """Tokens of text that the model writes after each evaluation on its own split, the likeliest
+    each time, one forward pass over a short sequence each; fewer where `train.seq_length` or the
+    document ends. 0 writes none."""
+    sample_prompt: str | None = None
+    """What that text goes on from; null takes the first 32 tokens that are held out."""
 
     mode: TrackingMode = TrackingMode.off
     """off, offline (files to sync later) or online; a failing tracker never stops a run."""

@@ -6,6 +6,7 @@ The fields of the rows are listed in docs/tracking.md.
 from __future__ import annotations
 
 import contextlib
+import html
 import json
 import sys
 import time
@@ -63,6 +64,12 @@ def chart_values(row: dict[str, Any]) -> dict[str, float | str]:
         for key, value in row.items()
         if key not in ("step", "evaluation") and isinstance(value, bool | int | float | str)
     }
+
+
+def sample_html(row: dict[str, Any]) -> str:
+    """The text that an evaluation's model wrote, after its prompt, for a tracker's panel."""
+    prompt, text = html.escape(row["sample_prompt"]), html.escape(row["sample"])
+    return f"<pre><b>{prompt}</b>{text}</pre>"
 
 
 class MetricsFile:

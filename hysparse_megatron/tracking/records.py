@@ -94,5 +94,7 @@ def _print_row(console: Console, log: Log, row: Row) -> None:
             f"step {row['step']}: {told} loss {row['eval_loss']:.4f}, perplexity "
             f"{row['eval_perplexity']:,.2f} ({row['eval_tokens']:,} tokens)"
         )
+        if "sample" in row:
+            say(f"step {row['step']}: {row['sample_prompt']!r} goes on {row['sample']!r}")
     else:
         console.step(row)

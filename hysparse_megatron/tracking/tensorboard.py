@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hysparse_megatron.tracking.metrics import chart_values
+from hysparse_megatron.tracking.metrics import chart_values, sample_html
 
 FOLDER = "tensorboard"
 """In the run directory; all starts of a run write into it."""
@@ -38,6 +38,8 @@ class TensorBoard:
             for key, value in chart_values(row).items():
                 if not isinstance(value, str):
                     self._writer.add_scalar(key, value, row["step"])
+            if "sample" in row:
+                self._writer.add_text("eval/sample", sample_html(row), row["step"])
         except Exception as error:
             self._warn(f"TensorBoard stopped: {error}. Training goes on, metrics.jsonl is complete")
             self._writer = None

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from hysparse_megatron.config.schema import TrackingConfig, TrackingMode
-from hysparse_megatron.tracking.metrics import chart_values
+from hysparse_megatron.tracking.metrics import chart_values, sample_html
 
 
 class Tracker:
@@ -44,7 +44,7 @@ class Tracker:
         if self._run is None:
             return
         try:
-            self._run.log({**chart_values(row), "train/step": row["step"]})
+            self._run.log({**chart_values(row), **_panels(row), "train/step": row["step"]})
         except Exception as error:
             self._warn(
                 f"W&B stopped: {error}. Training goes on, metrics.jsonl is complete; upload what "
@@ -63,6 +63,15 @@ class Tracker:
 
     def _run_directory(self) -> Path:
         return Path(getattr(self._run, "dir", None) or self._directory / "wandb").parent
+
+
+def _panels(row: dict[str, Any]) -> dict[str, Any]:
+    """What is shown in panels of their own."""
+    if "sample" not in row:
+        return {}
+    import wandb
+
+    return {"eval/sample": wandb.Html(sample_html(row))}
 
 
 def _start(

@@ -37,6 +37,8 @@ class Hooks:
     )
     """Around an evaluation on the run's own split after so many steps; what it gives is called
     after it, on all ranks, for more fields of its row. Collective."""
+    sample: Callable[[], dict[str, Any]] = dict
+    """After an evaluation on the run's own split: text of the model for its row. Collective."""
     measure: Callable[[int, int, float, float], dict[str, Any]] = lambda *measured: {}
     """After every step, with its tokens, its seconds and those for its data: more for its row.
     Collective."""
@@ -195,6 +197,7 @@ def _evaluate(
             "eval_tokens": found.tokens,
             "eval_perplexity": found.perplexity,
             **observed(),
+            **(hooks.sample() if name == VALIDATION else {}),
         }
         row["eval_seconds"] = time.monotonic() - started
         for hook in hooks.on_row:

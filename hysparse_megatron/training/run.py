@@ -14,7 +14,7 @@ import torch
 from hysparse_megatron.checkpoint import store
 from hysparse_megatron.checkpoint.saver import Saver
 from hysparse_megatron.config.frozen import config_hash
-from hysparse_megatron.config.schema import Config
+from hysparse_megatron.config.schema import VALIDATION, Config
 from hysparse_megatron.data.sources import TrainingData
 from hysparse_megatron.errors import ConfigError, NumericalStop, OutputError, Preempted, RankFailure
 from hysparse_megatron.model.probe import Probe
@@ -39,6 +39,7 @@ from hysparse_megatron.training.control import STOP_FILE, Deadline, Signals, Wat
 from hysparse_megatron.training.loop import Hooks, train
 from hysparse_megatron.training.resume import choose_checkpoint, manifest_facts, resume
 from hysparse_megatron.training.run_data import open_batches, prepare_data
+from hysparse_megatron.training.sample import text_sample
 from hysparse_megatron.training.startup_log import (
     attention_backend,
     describe_evaluations,
@@ -125,6 +126,8 @@ def _from_start_to_end(run: Run, overrides: Sequence[str]) -> None:
         )
         if config.tracking.architecture:
             hooks.observe = _architecture_watch(run, state).observe
+        if config.tracking.sample_tokens and VALIDATION in evaluations:
+            hooks.sample = text_sample(state, corpus, evaluations[VALIDATION], say).fields
         try:
             with step_profile.profiled(
                 config.debug.profile, config.run_path, run.rank.rank, progress.step, log, lost

@@ -37,6 +37,7 @@ def settings(corpus: list[str]) -> list[str]:
         f"train.steps={STEPS}",
         "train.eval_interval=10",
         "checkpoint.interval=10",
+        "tracking.sample_tokens=4",
     ]
 
 

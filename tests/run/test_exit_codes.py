@@ -205,6 +205,15 @@ def test_a_vocabulary_smaller_than_the_tokenizers(corpus: list[str], tmp_path: P
     assert "ids up to 299 of the tokenizer" in output
 
 
+@pytest.mark.parametrize("prompt", ["", "a" * 70])
+def test_a_prompt_that_cannot_be_continued(prompt: str, corpus: list[str], tmp_path: Path) -> None:
+    given = ["tracking.sample_tokens=3", f"tracking.sample_prompt='{prompt}'"]
+    of_bytes = ["data.tokenizer_vocab_size=257", "train.steps=8", f"run_dir={tmp_path / 'run'}"]
+    code, output = run([*TINY, *corpus, *of_bytes, *given])
+    assert code == 2, output
+    assert f"tracking.sample_prompt has {len(prompt)} tokens: give 1 to 63" in output
+
+
 def test_a_tokenizer_with_an_id_more_than_the_model_has_rows(
     corpus: list[str], tmp_path: Path
 ) -> None:

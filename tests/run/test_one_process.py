@@ -93,6 +93,10 @@ def test_metrics_of_a_run(finished) -> None:
         assert 0 < row["neighbour_agreement/layer_000"] <= 1
         assert 0 < row["sparse_gate/layer_001"] < 1
         assert "oracle_mass/layer_002" not in row
+        assert row["sample_prompt"] == evaluations[0]["sample_prompt"] != ""
+        assert isinstance(row["sample"], str)
+        assert 0 < row["sample_seconds"] < row["eval_seconds"]
+        assert f"goes on {row['sample']!r}" in finished.output
         assert 0 < row["architecture_seconds"] < row["eval_seconds"]
     assert evaluations[0]["window_sink/layer_001"] == 0 != evaluations[-1]["window_sink/layer_001"]
     selections = read_selections(finished.run_dir)

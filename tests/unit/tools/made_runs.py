@@ -39,6 +39,11 @@ def evaluation_row(step: int, **more: Any) -> dict[str, Any]:
     return {"step": step, "eval_loss": 4.0 - step / 10, "eval_seconds": 0.3, **values, **more}
 
 
+def with_text(row: dict[str, Any]) -> dict[str, Any]:
+    """The row of an evaluation after which the model wrote something."""
+    return {**row, "sample_prompt": "if a <", "sample": f" b & {row['step']}:\n    c"}
+
+
 def rows(steps: int) -> list[dict[str, Any]]:
     """Rows of so many steps, with an evaluation before them and after every fourth."""
     found = [evaluation_row(0)]

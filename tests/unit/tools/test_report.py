@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_runs import evaluation_row, make_run, rows, step_row
+from made_runs import evaluation_row, make_run, rows, step_row, with_text
 
 from tools.report import main
 from tools.run_data import smoothed
@@ -108,6 +108,18 @@ def test_everything_is_told(tmp_path: Path, capsys: Capture) -> None:
         assert expected in page, expected
     assert re.search(r"restarts</span>1<", page)
     assert re.search(r"skipped steps</span>1<", page)
+
+
+def test_what_the_model_wrote_stands_as_it_was(tmp_path: Path, capsys: Capture) -> None:
+    found = [with_text(evaluation_row(step)) for step in range(0, 24, 2)]
+    page = report(make_run(tmp_path / "run", [*rows(4)[1:-1], *found]), capsys)
+    check(page)
+    texts = re.findall(r"<td>(\d+)</td><td><b>if a &lt;</b> b &amp; (\d+):\n    c</td>", page)
+    assert [int(step) for step, _ in texts] == [0, 4, 8, 12, 16, 22]
+    assert all(step == told for step, told in texts)
+    page = report(make_run(tmp_path / "one", [with_text(evaluation_row(0))]), capsys)
+    assert page.count("<b>if a &lt;</b>") == 1
+    assert "What it writes" not in report(make_run(tmp_path / "none", rows(4)), capsys)
 
 
 def test_readers_of_dark_pages_have_colours_of_their_own(tmp_path: Path, capsys: Capture) -> None:

@@ -53,6 +53,19 @@ def test_rows_are_scalars(tmp_path: Path, warnings: list[str]) -> None:
     assert warnings == []
 
 
+def test_texts_are_shown_as_they_are(tmp_path: Path, warnings: list[str]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = TensorBoard(tmp_path, 0, warnings.append)
+    board.log({"step": 4, "eval_loss": 3.5, "sample_prompt": "a <", "sample": " b"})
+    board.close(0)
+    events = EventAccumulator(str(tmp_path / FOLDER)).Reload()
+    (shown,) = events.Tensors("eval/sample/text_summary")
+    assert shown.step == 4
+    assert shown.tensor_proto.string_val[0] == b"<pre><b>a &lt;</b> b</pre>"
+    assert warnings == []
+
+
 def test_a_restart_takes_back_what_it_repeats(tmp_path: Path, warnings: list[str]) -> None:
     board = TensorBoard(tmp_path, 0, warnings.append)
     for step in (1, 2, 3):

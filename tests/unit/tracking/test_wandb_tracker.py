@@ -106,6 +106,15 @@ def test_only_what_can_be_shown_is_sent(fake: Wandb, warnings: list[str], tmp_pa
     ]
 
 
+def test_texts_have_a_panel(fake: Wandb, warnings: list[str], tmp_path: Path) -> None:
+    tracker = start(tmp_path, warnings, "online")
+    tracker.log({"step": 3, "eval_loss": 1.4, "sample_prompt": "a <", "sample": " b"})
+    (row,) = fake.runs[0].rows
+    assert "<pre><b>a &lt;</b> b</pre>" in row.pop("eval/sample").html
+    assert row == {"eval/eval_loss": 1.4, "eval/sample_prompt": "a <", "train/step": 3}
+    assert warnings == []
+
+
 def test_groups_and_tags_for_sweeps(fake: Wandb, warnings: list[str], tmp_path: Path) -> None:
     start(tmp_path, warnings, "offline", group="lr", tags="7b, long  warm-up,")
     start(tmp_path, warnings, "offline")
