@@ -95,6 +95,6 @@ def _print_row(console: Console, log: Log, row: Row) -> None:
             f"{row['eval_perplexity']:,.2f} ({row['eval_tokens']:,} tokens)"
         )
         if "sample" in row:
-            say(f"step {row['step']}: {row['sample_prompt']!r} goes on {row['sample']!r}")
+            log(f"step {row['step']}: {row['sample_prompt']!r} goes on {row['sample']!r}")
     else:
         console.step(row)

@@ -127,7 +127,7 @@ def _from_start_to_end(run: Run, overrides: Sequence[str]) -> None:
         if config.tracking.architecture:
             hooks.observe = _architecture_watch(run, state).observe
         if config.tracking.sample_tokens and VALIDATION in evaluations:
-            hooks.sample = text_sample(state, corpus, evaluations[VALIDATION], say).fields
+            hooks.sample = text_sample(state, corpus, evaluations[VALIDATION], log).fields
         try:
             with step_profile.profiled(
                 config.debug.profile, config.run_path, run.rank.rank, progress.step, log, lost

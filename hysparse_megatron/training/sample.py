@@ -145,7 +145,7 @@ def text_sample(
     state: TrainingState,
     corpus: TrainingData,
     held_out: EvaluationBatches,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> TextSample:
     """What `tracking.sample_tokens` asks for, which is above 0. Collective.
 
@@ -176,7 +176,7 @@ def text_sample(
         decode = load_run_tokenizer(state.config.data, sha256, corpus.tokenizer_path).decode
     num_tokens = min(tracking.sample_tokens, most - len(prompt.ids))
     num_ids = min(filter(None, (corpus.vocab_size, state.config.model.vocab_size)))
-    say(
+    log(
         f"sample: after evaluations {len(prompt.ids)} tokens are continued by up to {num_tokens}, "
         f"a forward pass over {sequence_length(state.config, len(prompt.ids) + num_tokens)} each"
     )
