@@ -26,6 +26,7 @@ from .step_benchmark.report import StepReport, family_lines, memory_lines, time_
 from .step_benchmark.request import Request
 from .step_benchmark.rows import Row
 from .step_benchmark.slices import MEGATRON
+from .step_benchmark.splits import LAYERWISE
 from .step_benchmark.targets import targets
 
 
@@ -86,6 +87,7 @@ def _run(options: Namespace, case: Case) -> dict:
             steps=options.steps,
             budget_seconds=options.case_seconds,
             picks=options.picks,
+            layerwise=case.split.way == LAYERWISE,
             profile=options.profile and not case.again,
             ranks=case.split.ranks,
         )

@@ -32,6 +32,9 @@ class ParallelConfig:
     cp: int = at_least(1, default=1)
     """Context-parallel size: ranks that share one sequence, of which each holds two chunks. Keys
     and values of a hybrid block are gathered once, those of other full layers in every layer."""
+    cp_keep_kv: bool = True
+    """Keep the gathered keys and values of every hybrid block for the backward pass; false: keep
+    this rank's part, and gather once more per block, before its backward pass."""
     ep: int = at_least(1, default=1)
     """Expert-parallel size: ranks that share the experts of a layer; they are taken from the
     tensor- and data-parallel ranks of a stage, so they add nothing to the world size. An expert is

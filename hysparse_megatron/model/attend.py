@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
 import torch
@@ -39,6 +39,7 @@ from hysparse_megatron.model.context_parallel import (
     gather_key_value,
 )
 from hysparse_megatron.model.megatron_config import HySparseConfig
+from hysparse_megatron.model.regather import Regather
 from hysparse_megatron.model.sharing import Shared, SharedAttention
 from hysparse_megatron.runtime.annotations import FULL_ATTENTION, SPARSE_ATTENTION
 from hysparse_megatron.runtime.process_groups import RunGroups
@@ -135,6 +136,8 @@ class TrainingAttend:
     """Whether a backward pass follows that may recompute."""
     again: bool = False
     """Whether whole layers are recomputed in the backward pass, and this is the second time."""
+    regather: Regather = field(default_factory=Regather)
+    """Saves what is gathered for the backward pass as it is, or as this rank's part of it."""
 
     @property
     def _backend(self) -> str:
@@ -161,18 +164,19 @@ class TrainingAttend:
         A selection is made once, so that recompute cannot change it.
         """
         is_read = self.config.plan.is_read(layer)
-        shared = self._whole(SharedAttention(key, value, None))
+        shared = self.whole(SharedAttention(key, value, None))
         attend = functools.partial(self._full, is_read and not self.again, shared.gradients)
         output, indices = self._run(attend, query, shared.key, shared.value)
         return output, shared._replace(block_indices=indices) if is_read else None
 
-    def _whole(self, own: SharedAttention) -> SharedAttention:
-        """With key and value of all tokens, gathered where ranks hold a part of them each."""
+    def whole(self, own: SharedAttention) -> SharedAttention:
+        """`own` with key and value of all tokens, gathered where ranks hold a part of them each."""
         shard = self._shard(own.key)
         if shard.ranks == 1:
             return own
         gradients = KeyValueGradients() if self._accumulates else None
         key, value = gather_key_value(own.key, own.value, shard, self.groups.cp, gradients)
+        self.regather.add((own.key, own.value), (key, value), shard, self.groups.cp)
         return own._replace(key=key, value=value, gradients=gradients)
 
     def _full(
@@ -300,19 +304,32 @@ class TrainingAttend:
 
     def _run(self, attend: Callable[..., Any], *tensors: Tensor | None) -> Any:
         """`attend(again, *tensors)`, recomputed in the backward pass with selective recompute."""
-        if self.training and self.config.recompute_granularity == "selective":
-            return recomputed(attend, *tensors)
-        return attend(self.again, *tensors)
+        with self.regather.saving():
+            if self.training and self.config.recompute_granularity == "selective":
+                return recomputed(attend, *tensors)
+            return attend(self.again, *tensors)
 
     def prepared(self, shared: Shared) -> SharedAttention:
         """With key and value of all tokens, the selection as kernels walk it, and the sum of its
         readers' gradients."""
-        shared = cast(SharedAttention, shared)
+        shared = self.with_lists(cast(SharedAttention, shared))
+        indices = cast(Tensor, shared.block_indices)
+        if shared.key.shape[0] < indices.shape[2] * self.groups.cp.size():
+            shared = self.whole(shared)  # what came over a pipeline cut is this rank's
+        if shared.gradients is not None or not self._accumulates:
+            return shared
+        gradients = KeyValueGradients()
+        # In the kernels' layout, in which the layers will add.
+        key, value = gradients.attach(kernel_layout(shared.key), kernel_layout(shared.value))
+        return shared._replace(
+            key=kernel_layout(key), value=kernel_layout(value), gradients=gradients
+        )
+
+    def with_lists(self, shared: SharedAttention) -> SharedAttention:
+        """`shared` with its selection as kernels walk it."""
         indices = shared.block_indices
         assert indices is not None
         shard = Shard.of(self.groups.cp, indices.shape[2] * self.groups.cp.size())
-        if shared.key.shape[0] < shard.sequence:  # what came over a pipeline cut is this rank's
-            shared = self._whole(shared)
         with record_function(SPARSE_ATTENTION):
             lists = tuple(
                 prepare_selection(
@@ -326,15 +343,7 @@ class TrainingAttend:
                 )
                 for rows, start in shard.chunks
             )
-        shared = shared._replace(lists=lists)
-        if shared.gradients is not None or not self._accumulates:
-            return shared
-        gradients = KeyValueGradients()
-        # In the kernels' layout, in which the layers will add.
-        key, value = gradients.attach(kernel_layout(shared.key), kernel_layout(shared.value))
-        return shared._replace(
-            key=kernel_layout(key), value=kernel_layout(value), gradients=gradients
-        )
+        return shared._replace(lists=lists)
 
 
 def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:

@@ -93,6 +93,15 @@ def gather_key_value(
     return _GatherKeyValue.apply(key, value, shard, group, gradients)
 
 
+def gathered(
+    key: Tensor, value: Tensor, shard: Shard, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor]:
+    """As `gather_key_value`, contiguous, without gradients."""
+    by_rank = all_gather(torch.cat((key, value), dim=-1), group)
+    whole_key, whole_value = by_rank.split((key.shape[-1], value.shape[-1]), dim=-1)
+    return shard.in_order(whole_key), shard.in_order(whole_value)
+
+
 class _GatherKeyValue(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -107,9 +116,7 @@ class _GatherKeyValue(torch.autograd.Function):
         ctx.dtype, ctx.widths = key.dtype, (key.shape[-1], value.shape[-1])
         # Otherwise what readers do not send would arrive as tensors of zeros.
         ctx.set_materialize_grads(False)
-        gathered = all_gather(torch.cat((key, value), dim=-1), group)
-        whole_key, whole_value = gathered.split(ctx.widths, dim=-1)
-        return shard.in_order(whole_key), shard.in_order(whole_value)
+        return gathered(key, value, shard, group)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -245,4 +252,5 @@ def describe_context(config: HySparseConfig, sequence: int, batch: int) -> str:
         f"{sum(kind.is_oracle for kind in kinds)} full layers, for all its readers, and "
         f"{tails * element_bytes:,} bytes before each of "
         f"{sum(Branch.WINDOW in kind.branches for kind in kinds)} windows, per micro-batch"
+        + ("" if config.cp_keep_kv else "; keys and values come once more in the backward pass")
     )

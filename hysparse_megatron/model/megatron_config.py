@@ -22,6 +22,8 @@ class HySparseConfig(TransformerConfig):
     """Kind, oracle and stage of every layer."""
     architecture: ModelConfig = field(kw_only=True)
     """What the layers are."""
+    cp_keep_kv: bool = True
+    """Whether gathered keys and values are kept for the backward pass."""
     init_seed: int = 0
     """Seed from which every layer's initial weights are derived."""
 
@@ -162,5 +164,6 @@ def make_megatron_config(config: Config, layers: LayerChoice = LOCAL) -> HySpars
         **_recompute(config.train.recompute),
         plan=plan,
         architecture=model,
+        cp_keep_kv=parallel.cp_keep_kv,
         init_seed=config.train.seed,
     )

@@ -28,6 +28,7 @@ from hysparse_megatron.architecture.stages import live_oracle
 from hysparse_megatron.model.attend import Attend, TrainingAttend, recomputed
 from hysparse_megatron.model.context_parallel import Shard
 from hysparse_megatron.model.megatron_config import HySparseConfig
+from hysparse_megatron.model.regather import Regather
 from hysparse_megatron.model.sharing import Shared, SharedAttention, pack, unpack
 from hysparse_megatron.runtime.process_groups import RunGroups
 from hysparse_megatron.runtime.random import seed_initialization
@@ -120,7 +121,9 @@ class HySparseStack(MegatronModule):
                 f"HySparse layers are causal and take no masks; got {given or 'a mask'}"
             )
         documents = None if packed_seq_params is None else packed_seq_params.cu_seqlens_q
-        attend = self._training_attend(documents) if attend is None else attend
+        regather = Regather(keeps_all=self.config.cp_keep_kv)
+        if attend is None:
+            attend = self._training_attend(documents, regather)
         plan = self.config.plan
         hidden = cast(Tensor, hidden_states if self.pre_process else self.input_tensor)
         self.input_tensor = None
@@ -138,11 +141,15 @@ class HySparseStack(MegatronModule):
             else contextlib.nullcontext()
         ):
             for index, layer in zip(self.layer_indices, self.layers, strict=True):
-                hidden, shared = self._run(layer, hidden, shared, rotary_pos_emb, documents, attend)
+                hidden, shared = self._run(
+                    layer, hidden, shared, rotary_pos_emb, documents, attend, regather
+                )
                 if live_oracle(plan.layout, index + 1) is None:
                     shared = None  # free key and value with their last reader
+                    regather.forget()
                 elif plan.layout.kinds[index].is_oracle:
                     shared = attend.prepared(cast(Shared, shared))
+        regather.forget()
 
         if self.post_process:
             return cast(torch.nn.Module, self.final_norm)(hidden)
@@ -164,13 +171,16 @@ class HySparseStack(MegatronModule):
         """What this rank holds of sequences of `sequence` tokens."""
         return Shard.of(self.groups.cp, sequence)
 
-    def _training_attend(self, documents: Tensor | None, again: bool = False) -> Attend:
+    def _training_attend(
+        self, documents: Tensor | None, regather: Regather, again: bool = False
+    ) -> Attend:
         return self.attend(
             config=self.config,
             groups=self.groups,
             documents=documents,
             training=self.training,
             again=again,
+            regather=regather,
         )
 
     def _run(
@@ -181,6 +191,7 @@ class HySparseStack(MegatronModule):
         rotary_pos_emb: Tensor | None,
         documents: Tensor | None,
         attend: Attend,
+        regather: Regather,
     ) -> tuple[Tensor, Shared | None]:
         """One layer, recomputed in the backward pass with full recompute.
 
@@ -198,15 +209,17 @@ class HySparseStack(MegatronModule):
             given = None
             if parts[0] is not None:
                 given = SharedAttention(*cast(tuple[Tensor, Tensor, Tensor], parts), lists)
-            hidden, made = layer(hidden, given, rotary, self._training_attend(documents, again))
+            attend = self._training_attend(documents, Regather() if again else regather, again)
+            hidden, made = layer(hidden, given, rotary, attend)
             if made is None or made is given:
                 # What the layer only passes on stays outside of the recomputed function.
                 return hidden
             return hidden, *made.tensors
 
-        outputs = recomputed(
-            run, hidden_states, rotary_pos_emb, *(shared.tensors if shared else [None] * 3)
-        )
+        with regather.saving():
+            outputs = recomputed(
+                run, hidden_states, rotary_pos_emb, *(shared.tensors if shared else [None] * 3)
+            )
         if isinstance(outputs, Tensor):
             return outputs, shared
         return outputs[0], SharedAttention(*outputs[1:])

@@ -125,8 +125,9 @@ def layer_activations(config: Config, plan: PipelinePlan, layer: int) -> Counter
     if plan.is_read(layer):
         kept["selections"] += tokens * groups * model.num_selected_blocks * 4
     if plan.is_read(layer) or (config.parallel.cp > 1 and Branch.FULL in attention.kind.branches):
-        # Of all tokens, wherever they are.
-        kept["shared key and value"] += batch_tokens(config) * key_value_elements(config) * element
+        # Of all tokens, wherever they are, or of this rank's.
+        of = batch_tokens(config) if config.parallel.cp_keep_kv else tokens
+        kept["shared key and value"] += of * key_value_elements(config) * element
     else:
         kept["attention"] += tokens * key_value_elements(config) * element
     kept += _feed_forward_activations(config, layer)
@@ -264,9 +265,8 @@ def rank_memory(
             key_and_value, indices = shared_bytes(config)
             one["shared key and value"] += key_and_value
             one["selections"] += 2 * indices
-            if config.parallel.cp > 1:
-                whole = batch_tokens(config) * key_value_elements(config) * element_bytes(config)
-                one["shared key and value"] += whole
+            if config.parallel.cp > 1 and config.parallel.cp_keep_kv:
+                one["shared key and value"] += _gathered_bytes(config)
     working = _workspace(config, plan, layers)
     if config.train.recompute is Recompute.full:
         working += max(
@@ -295,6 +295,8 @@ def _workspace(config: Config, plan: PipelinePlan, layers: list[int]) -> int:
     model, train, cp = config.model, config.train, config.parallel.cp
     tokens = rank_tokens(config)
     heads = model.num_attention_heads // config.parallel.tp
+    # Gathered again, those of one block at a time.
+    again = 0 if cp == 1 or config.parallel.cp_keep_kv else _gathered_bytes(config)
     # With context parallelism the sums of all tokens, and twice as they are put in order and sent.
     copies = 1 if cp == 1 else 3
     gradients = 4 * (
@@ -304,4 +306,9 @@ def _workspace(config: Config, plan: PipelinePlan, layers: list[int]) -> int:
     if any(plan.is_read(layer) for layer in layers):
         blocks = -(-train.seq_length // model.block_size)
         scores = min(SCORE_CHUNK_BYTES, tokens * heads * blocks * 4)
-    return gradients + scores
+    return gradients + scores + again
+
+
+def _gathered_bytes(config: Config) -> int:
+    """Key and value of one layer, of all tokens of a micro-batch."""
+    return batch_tokens(config) * key_value_elements(config) * element_bytes(config)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from hysparse_megatron.architecture.layers import Branch
 from hysparse_megatron.architecture.model import ModelConfig
 from hysparse_megatron.architecture.parameters import RankParameters
-from hysparse_megatron.architecture.stages import PipelinePlan
+from hysparse_megatron.architecture.stages import PipelinePlan, live_oracle
 from hysparse_megatron.config.schema import Config, Precision, Recompute
 
 
@@ -188,12 +188,18 @@ def _context_bytes(config: Config, plan: PipelinePlan, pp_rank: int) -> float:
     if config.parallel.cp == 1:
         return 0.0
     stages = [plan.stage_index(pp_rank, chunk) for chunk in range(plan.num_chunks)]
-    kinds = [plan.layout.kinds[layer] for stage in stages for layer in plan.stages[stage]]
+    layers = [layer for stage in stages for layer in plan.stages[stage]]
+    kinds = [plan.layout.kinds[layer] for layer in layers]
     passes = _passes(config.train.recompute)
     # What comes over a cut is gathered again.
     again = sum(plan.oracle_into(stage) is not None for stage in stages)
-    gathers = sum(Branch.FULL in kind.branches for kind in kinds) * passes + again
-    sums = sum(Branch.FULL in kind.branches for kind in kinds) + again
+    full = [layer for layer in layers if Branch.FULL in plan.layout.kinds[layer].branches]
+    gathers, sums = len(full) * passes + again, len(full) + again
+    if not config.parallel.cp_keep_kv:
+        # Full recompute saves what layers are handed, not what they make.
+        handed = {layer - 1 for layer in layers if live_oracle(plan.layout, layer) == layer - 1}
+        saved = handed if config.train.recompute is Recompute.full else full
+        gathers += len(saved) + again
     windows = sum(Branch.WINDOW in kind.branches for kind in kinds)
     gathered, summed = gather_bytes(config)
     tail, returned = tail_bytes(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -10,17 +11,21 @@ import torch
 import torch.distributed as dist
 from hysparse_kernels import KeyValueGradients
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from hysparse_megatron.config.schema import Config
-from hysparse_megatron.model import context_parallel
+from hysparse_megatron.model import context_parallel, regather
 from hysparse_megatron.model.context_parallel import Shard, exchange_tails, gather_key_value
 from hysparse_megatron.training.step import train_step
 from tests.distributed.ranks import prepare, share_of
+from tools.step_benchmark.attending import MODEL, replaced
 
 Grads = tuple[np.ndarray, ...]
 
 
-def count_collectives(rank: int, config: Config, tokens: np.ndarray) -> Counter[tuple[str, int]]:
+def count_collectives(
+    rank: int, config: Config, tokens: np.ndarray, layerwise: bool = False
+) -> Counter[tuple[str, int]]:
     """Collectives of one training step over context-parallel ranks: by name and tokens sent."""
     state = prepare(config)
     counted: Counter[tuple[str, int]] = Counter()
@@ -39,9 +44,35 @@ def count_collectives(rank: int, config: Config, tokens: np.ndarray) -> Counter[
     with (
         mock.patch.object(context_parallel, "all_gather", counted_gather),
         mock.patch.object(context_parallel, "reduce_scatter", counted_scatter),
+        replaced(state, MODEL, layerwise),
     ):
         train_step(state, 0, share_of(state, torch.from_numpy(tokens)))
     return counted
+
+
+def step_with_gathered(
+    rank: int, config: Config, tokens: np.ndarray
+) -> tuple[list[int], list[np.ndarray]]:
+    """Gathered tensors that are alive after each gather of a step, and the weights after it."""
+    state = prepare(config)
+    alive: list[int] = []
+    made: list[StorageWeakRef] = []
+    gathered = context_parallel.gathered
+
+    def watched(*arguments: Any) -> tuple[Tensor, Tensor]:
+        whole = gathered(*arguments)
+        made.extend(StorageWeakRef(tensor.untyped_storage()) for tensor in whole)
+        alive.append(sum(not storage.expired() for storage in made))
+        return whole
+
+    with (
+        mock.patch.object(context_parallel, "gathered", watched),
+        mock.patch.object(regather, "gathered", watched),
+    ):
+        train_step(state, 0, share_of(state, torch.from_numpy(tokens)))
+    state.settle()
+    weights = [p.detach().numpy().copy() for chunk in state.chunks for p in chunk.parameters()]
+    return alive, weights
 
 
 def gather_and_sum(rank: int, key: np.ndarray, value: np.ndarray, weights: Grads) -> Grads:

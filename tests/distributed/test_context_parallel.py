@@ -12,11 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hysparse_megatron.architecture.layout import parse_layout
-from hysparse_megatron.config.schema import Config
+from hysparse_megatron.config.schema import Config, Recompute
 from hysparse_megatron.model.context_parallel import Shard, documents_between
 from hysparse_megatron.plan.overview import make_overview
 from tests.distributed.cases import INSIDE, LAYOUT, SHORT, VOCAB, Case, random_tokens
-from tests.distributed.context_jobs import count_collectives, gather_and_sum, tails_and_sum
+from tests.distributed.context_jobs import (
+    count_collectives,
+    gather_and_sum,
+    step_with_gathered,
+    tails_and_sum,
+)
 from tests.distributed.pool import WorkerPool
 
 
@@ -132,3 +137,79 @@ def test_a_block_is_gathered_once(layout: str, pool: WorkerPool, session_seed: i
     for rank, plan in zip(found[::2], planned, strict=True):
         sent = sum(count * of_rows * row_bytes for (_, of_rows), count in rank.items())
         assert sent == micro_batches * plan.traffic.context_bytes
+
+
+@pytest.mark.distributed
+def test_a_benchmark_can_gather_in_every_layer(pool: WorkerPool, session_seed: int) -> None:
+    config = Case("layerwise", LAYOUT, cp=2, train=SHORT).config()
+    tokens = random_tokens(session_seed, sequences=config.train.global_batch_size).numpy()
+    [found, same] = pool.run(2, count_collectives, config=config, tokens=tokens, layerwise=True)
+    assert found == same
+    micro_batches = config.train.global_batch_size // config.train.micro_batch_size
+    rows, layers = config.train.seq_length // 2, len(parse_layout(LAYOUT).kinds)
+    for name in ("gather", "reduce"):
+        assert found[name, rows] == micro_batches * layers
+
+
+BLOCKS = "F S W F S F"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("none", BLOCKS, cp=2, train=SHORT),
+        Case(
+            "selective",
+            INSIDE,
+            cp=2,
+            pp=2,
+            train={**SHORT, "recompute": Recompute.selective},
+        ),
+        Case(
+            "full",
+            "F S W F S F",
+            cp=2,
+            train={**SHORT, "recompute": Recompute.full},
+            documents=True,
+        ),
+    ],
+    ids=lambda case: case.name,
+)
+def test_what_is_gathered_again_need_not_be_kept(
+    case: Case, pool: WorkerPool, session_seed: int
+) -> None:
+    config = case.config()
+    tokens = random_tokens(session_seed, sequences=config.train.global_batch_size).numpy()
+    again = dataclasses.replace(
+        config, parallel=dataclasses.replace(config.parallel, cp_keep_kv=False)
+    )
+    keeping, gathering = (
+        pool.run(case.world_size, step_with_gathered, config=each, tokens=tokens)
+        for each in (config, again)
+    )
+    planned, plans = (
+        make_overview(with_vocabulary(each), case.world_size).ranks for each in (config, again)
+    )
+    rows = 4 * config.model.num_query_groups * (config.model.head_dim + config.model.value_dim)
+    train = config.train
+    whole = rows * train.seq_length * train.micro_batch_size
+    micro_batches = train.global_batch_size // train.micro_batch_size
+    for rank, ((kept, weights), (alive, same)) in enumerate(zip(keeping, gathering, strict=True)):
+        assert all(np.array_equal(*pair) for pair in zip(weights, same, strict=True))
+        # Of one block the key and the value, whatever the number of blocks and micro-batches.
+        assert max(alive) == 2 < max(kept)
+        before, now = planned[rank // 2], plans[rank // 2]
+        more = (len(alive) - len(kept)) * whole / 2 / micro_batches
+        assert now.traffic.context_bytes - before.traffic.context_bytes == more > 0
+        [saved] = {
+            name: before.memory.activations[name] - size
+            for name, size in now.memory.activations.items()
+            if size != before.memory.activations[name]
+        }.items()
+        assert saved[0] == "shared key and value"
+        assert saved[1] % (whole // 2) == 0
+        # Where the loss needs more than attention the block that is gathered again adds nothing.
+        added = now.memory.working_set - before.memory.working_set
+        assert 0 <= added <= whole
+        assert added == whole or train.recompute is not Recompute.full

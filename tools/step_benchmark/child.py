@@ -73,7 +73,7 @@ def measure(request: Request) -> dict[str, Any]:
     from hysparse_megatron.training.state import build_state
     from hysparse_megatron.training.step import train_step
 
-    from . import annotations, picks, reference
+    from . import annotations, attending, reference
 
     config = from_yaml(request.config)
     rank = rank_from_environment()
@@ -94,8 +94,8 @@ def measure(request: Request) -> dict[str, Any]:
     def step() -> None:
         losses.append(train_step(state, next(steps), next(batches)).loss)
 
-    selections = contextlib.ExitStack()
-    selections.enter_context(picks.replaced(state, request.picks))
+    replaced = contextlib.ExitStack()
+    replaced.enter_context(attending.replaced(state, request.picks, request.layerwise))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     for _ in range(request.warmup):
@@ -117,7 +117,7 @@ def measure(request: Request) -> dict[str, Any]:
         except Exception as error:  # the profiler's memory or its trace; the times are good
             traceback.print_exc()
             result["profile_note"] = f"{type(error).__name__}: {_first_line(error)}"
-    selections.close()
+    replaced.close()
     runtime_device.stop()
     return result
 

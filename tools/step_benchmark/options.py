@@ -11,7 +11,7 @@ from hysparse_megatron.command import make_parser
 from hysparse_megatron.config.compose import group_options
 from hysparse_megatron.errors import ConfigError
 
-from .picks import MODEL, PICKS
+from .attending import MODEL, PICKS
 from .slices import LAYOUTS
 from .splits import ONE, read_split
 
@@ -35,7 +35,9 @@ exit codes: 0 measured, whatever the numbers; 1 nothing could be measured; 2 bad
 """
 
 
-_SPLITS = "over how many devices: 1, dp2, cp2, tp2-cp4, ..; each beside the others, default: 1"
+_SPLITS = (
+    "over how many devices: 1, dp2, tp2-cp4, cp2-layerwise, ..; each beside the others; default: 1"
+)
 _SLICE: dict[str, Any] = {"model": "hysparse_80b_a3b", "lengths": [32768]}
 _CURVE: dict[str, Any] = {"model": "tiny_hysparse", "lengths": [512], "vocab": 4096}
 

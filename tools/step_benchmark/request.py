@@ -31,6 +31,8 @@ class Request:
     profile: bool = False
     picks: str = "model"
     """Whose selections sparse layers read; see `picks`."""
+    layerwise: bool = False
+    """Whether keys and values are gathered in every layer; see `splits.LAYERWISE`."""
     same_batch: bool = False
     """Train on one batch over and over, so that even random tokens are learnt."""
     ranks: int = 1

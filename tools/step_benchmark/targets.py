@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 from hysparse_kernels.benchmarking.targets import Target
@@ -10,7 +11,7 @@ from hysparse_megatron.architecture.model import ModelConfig
 
 from .rows import Row
 from .slices import FULL, HYSPARSE, MEGATRON, SWA
-from .splits import ONE
+from .splits import LAYERWISE, ONE
 
 _GEOMETRIES = {(2048, 64, 4): "80B-A3B", (4096, 32, 8): "7B"}
 """Hidden size, query heads and KV groups of the models that have goals."""
@@ -41,7 +42,16 @@ def _of_length(rows: Sequence[Row], length: int) -> Iterator[Target]:
         yield from _of_split([row for row in measured if row.case.split == split], length)
     alone = {row.case.name: row for row in measured if row.case.split == ONE}
     for row in measured:
-        if row.case.split != ONE and row.case.name in alone and not row.case.again:
+        if row.case.again or row.case.split == ONE:
+            continue
+        if row.case.split.way is not None:
+            plain = dataclasses.replace(row.case.split, way=None)
+            for other in measured:
+                if (other.case.name, other.case.split) == (row.case.name, plain):
+                    ratio = _median_ms(row) / _median_ms(other)
+                    yield Target(f"{row.case.label} / {other.case.label} [{length}]", ratio)
+        # Plans know nothing of keys that are gathered in every layer.
+        if row.case.name in alone and row.case.split.way != LAYERWISE:
             one = alone[row.case.name]
             ratio = row.tokens_per_second / one.tokens_per_second
             planned = row.case.planned_tokens_per_second / one.case.planned_tokens_per_second

@@ -4,9 +4,7 @@ import math
 from collections.abc import Iterator
 
 from hysparse_megatron.config.rules.multiples import is_multiple
-from hysparse_megatron.config.schema import (
-    Config,
-)
+from hysparse_megatron.config.schema import Config, Recompute
 from hysparse_megatron.errors import Problem
 
 
@@ -47,6 +45,13 @@ def _context_parallel(config: Config) -> Iterator[Problem]:
             f"hold the {tail} tokens before a window of the next"
         )
         yield Problem("parallel.cp", str(parallel.cp), allowed)
+    copies = config.data.document_mask and train.micro_batch_size > 1
+    if not parallel.cp_keep_kv and copies and train.recompute is Recompute.none:
+        allowed = (
+            "true: with data.document_mask and train.micro_batch_size > 1 kernels keep copies of "
+            "their own; or train.micro_batch_size = 1, or train.recompute"
+        )
+        yield Problem("parallel.cp_keep_kv", "false", allowed)
 
 
 def ranks(config: Config, world_size: int) -> Iterator[Problem]:

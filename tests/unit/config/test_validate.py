@@ -226,6 +226,17 @@ BAD: list[tuple[dict[str, Any], str, str, str]] = [
         "4",
         "at most 3: of 8 chunks of 512 tokens each must hold the 65 tokens before a window",
     ),
+    (
+        {
+            "parallel.cp": 2,
+            "parallel.cp_keep_kv": False,
+            "data.document_mask": True,
+            "train.micro_batch_size": 2,
+        },
+        "parallel.cp_keep_kv",
+        "false",
+        "true: with data.document_mask",
+    ),
     ({"parallel.ep": 2}, "parallel.ep", "2", "dense"),
     ({"model.moe": MoeConfig(num_experts=-1)}, "model.moe.num_experts", "-1", "at least 0"),
     ({"model.moe": experts(4)}, "model.moe.num_active_experts", "8", "num_experts = 4"),

@@ -473,6 +473,8 @@ def test_other_selections_reach_the_sparse_layers_alone(tmp_path: Path) -> None:
         ("dp2", 2, []),
         ("cp4", 4, ["parallel.cp=4"]),
         ("dp4-ep4", 4, ["parallel.ep=4"]),
+        ("cp2-layerwise", 2, ["parallel.cp=2"]),
+        ("dp2-apart", 2, [f"parallel.overlap.{n}=false" for n in ("grad_reduce", "param_gather")]),
         ("tp2-cp4", 8, ["parallel.tp=2", "parallel.cp=4", "parallel.sequence_parallel=true"]),
     ],
 )
@@ -481,16 +483,37 @@ def test_splits_name_their_settings(text: str, ranks: int, overrides: list[str])
     assert (str(split), split.ranks, split.overrides) == (text, ranks, overrides)
 
 
-@pytest.mark.parametrize("text", ["", "cp", "cp1", "xp2", "cp2-", "cp2-cp2", "2cp"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "cp",
+        "cp1",
+        "xp2",
+        "cp2-",
+        "cp2-cp2",
+        "2cp",
+        "dp2-layerwise",
+        "layerwise",
+        "cp2-pp2-layerwise",
+    ],
+)
 def test_other_splits_are_refused(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="allowed"):
         read_split(text)
 
 
-def test_a_case_is_split_over_ranks(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = f"{MINI} --layers 3 --layouts hysparse --splits 1,cp2 --steps 2 --no-profile"
-    assert main([*arguments.split(), "--no-repeat", "--set", "model.layout=F 2*S"]) == 0
+def test_a_case_is_split_over_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = f"{MINI} --layers 3 --layouts hysparse --splits 1,cp2,cp2-layerwise --steps 2"
+    output = tmp_path / "rows.txt"
+    more = ["--no-profile", "--no-repeat", "--output", str(output), "--set", "model.layout=F 2*S"]
+    assert main([*arguments.split(), *more]) == 0
     printed = capsys.readouterr().out
     assert "hysparse cp2 / one device, tokens a second, planned " in printed
+    assert "hysparse cp2-layerwise / hysparse cp2 [" in printed
+    assert "hysparse cp2-layerwise / one device" not in printed
+    one, *others = json.loads(output.with_suffix(".json").read_text())["rows"]
+    for row in others:
+        assert row["measured"]["losses"] == pytest.approx(one["measured"]["losses"], rel=1e-2)
     with pytest.raises(ConfigError, match="run on one device"):
         parse([*arguments.split(), "--reference", "megatron"])

@@ -1,0 +1,102 @@
+"""Gathered keys and values that the backward pass gathers again instead of keeping them.
+
+What attention saves of them is replaced by this rank's part, `parallel.cp_keep_kv=false`: of every
+hybrid block a rank keeps S / P tokens and not S. The first reader whose backward pass comes gathers
+all of them once more, for all readers of the block, and they go with the last one's.
+
+Shapes: as in context_parallel.py.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hysparse_megatron.model.context_parallel import Shard, gathered
+
+
+class Regather:
+    """The tensors that one forward pass of a stage has gathered and still reads.
+
+    With `keeps_all` it knows none, and autograd saves them as they are.
+    """
+
+    def __init__(self, *, keeps_all: bool = True) -> None:
+        self._keeps_all = keeps_all
+        self._known: dict[int, tuple[Tensor, _Block, int]] = {}
+
+    def add(
+        self,
+        own: tuple[Tensor, Tensor],
+        whole: tuple[Tensor, Tensor],
+        shard: Shard,
+        group: dist.ProcessGroup,
+    ) -> None:
+        """Key and value as this rank has them, [R, B, HKV, D or DV], and as they were gathered.
+
+        Nothing else may take the place of `whole` in memory before `forget` lets go of it: that is
+        how it is recognized, whatever views attention saves.
+        """
+        if self._keeps_all:
+            return
+        block = _Block(own[0].detach(), own[1].detach(), shard, group)
+        for index, tensor in enumerate(whole):
+            self._known[_place(tensor)] = (tensor, block, index)
+
+    def forget(self) -> None:
+        """Their last reader is through."""
+        self._known.clear()
+
+    def saving(self) -> AbstractContextManager[object]:
+        """Within, autograd saves `_Saved` in place of what is known."""
+        if self._keeps_all:
+            return nullcontext()
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
+
+    def _pack(self, tensor: Tensor) -> Tensor | _Saved:
+        known = self._known.get(_place(tensor))
+        if known is None:
+            return tensor
+        _, block, index = known
+        return _Saved(block, index, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
+
+
+class _Block:
+    """Key and value of one block: this rank's part, and all of it once it was asked for.
+
+    Autograd frees what a node saved behind its backward pass, and this with the last of them.
+    """
+
+    def __init__(self, key: Tensor, value: Tensor, shard: Shard, group: dist.ProcessGroup) -> None:
+        self._own, self._shard, self._group = (key, value), shard, group
+        self._whole: tuple[Tensor, Tensor] | None = None
+
+    def whole(self) -> tuple[Tensor, Tensor]:
+        if self._whole is None:
+            self._whole = gathered(*self._own, self._shard, self._group)
+        return self._whole
+
+
+class _Saved(NamedTuple):
+    """A view of a block's key (which = 0) or value (1)."""
+
+    block: _Block
+    which: int
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+def _unpack(saved: Tensor | _Saved) -> Tensor:
+    if not isinstance(saved, _Saved):
+        return saved
+    whole = saved.block.whole()[saved.which]
+    return whole.as_strided(saved.size, saved.stride, saved.offset)
+
+
+def _place(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

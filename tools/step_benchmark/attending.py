@@ -1,0 +1,117 @@
+"""Layers that attend in other ways than in training, to be measured beside it.
+
+Selections of a trained model's kind in a model that is not trained: neighbouring tokens of a model
+with random weights select much at random, which is the worst case of the sparse layers; in trained
+models they agree more. The oracle's own selection is still made, and timed; the sparse layers read
+another.
+
+Keys and values that context-parallel ranks gather in every layer that reads them, as they would
+without a block that shares what was gathered once.
+"""
+
+from __future__ import annotations
+
+import functools
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from hysparse_kernels.benchmarking.problem import Problem
+from hysparse_kernels.benchmarking.selections import synthetic
+from torch import Tensor
+
+from hysparse_megatron.config.schema import Config
+from hysparse_megatron.model.attend import Sinks, TrainingAttend
+from hysparse_megatron.model.context_parallel import Shard
+from hysparse_megatron.model.sharing import Shared, SharedAttention
+from hysparse_megatron.model.stack import attending_with
+from hysparse_megatron.training.state import TrainingState
+
+MODEL, CLUSTERED = "model", "clustered"
+PICKS = (MODEL, CLUSTERED)
+
+
+def replaced(
+    state: TrainingState, picks: str, layerwise: bool = False
+) -> AbstractContextManager[None]:
+    """Within, sparse layers read such a selection, the same in every block and step.
+
+    With `layerwise` keys and values are gathered in every layer; one pipeline stage.
+    """
+    if picks == MODEL:
+        return attending_with(state.chunks, Layerwise) if layerwise else nullcontext()
+    made = _SelectedLayerwise if layerwise else _Selected
+    indices = clustered(state.config, state.device)
+    return attending_with(state.chunks, functools.partial(made, indices=indices))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layerwise(TrainingAttend):
+    """Shares this rank's keys and values, of which every reader gathers all for itself."""
+
+    def full(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, SharedAttention | None]:
+        """See `Attend`."""
+        output, shared = super().full(layer, query, key, value)
+        if shared is not None:
+            shared = shared._replace(key=key, value=value, gradients=None)
+        return output, shared
+
+    def prepared(self, shared: Shared) -> SharedAttention:
+        """See `Attend`; nothing is gathered for several layers."""
+        return self.with_lists(cast(SharedAttention, shared))
+
+    def sparse(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        gates: tuple[Tensor, Tensor],
+        shared: Shared,
+        sinks: Sinks,
+    ) -> Tensor:
+        """See `Attend`."""
+        whole = self.whole(cast(SharedAttention, shared))
+        return super().sparse(layer, query, key, value, gates, whole, sinks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Selected(TrainingAttend):
+    """Lets oracles share `indices`, int32 [B, HKV, S, K], in place of what they selected."""
+
+    indices: Tensor
+
+    def full(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, SharedAttention | None]:
+        output, shared = super().full(layer, query, key, value)
+        if shared is None or shared.block_indices is None:
+            return output, shared
+        indices = Shard.of(self.groups.cp, self.indices.shape[2]).take(self.indices, 2)
+        assert shared.block_indices.shape == indices.shape
+        return output, shared._replace(block_indices=indices)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _SelectedLayerwise(_Selected, Layerwise):
+    """Both."""
+
+
+def clustered(config: Config, device: torch.device) -> Tensor:
+    """int32 [B, HKV, S, K], drawn as the kernels' benchmark draws them."""
+    model, train = config.model, config.train
+    problem = Problem(
+        train.seq_length,
+        model.num_attention_heads,
+        model.num_query_groups,
+        model.head_dim,
+        model.value_dim,
+        batch=train.micro_batch_size,
+        block_size=model.block_size,
+        num_selected=model.num_selected_blocks,
+        window=model.window,
+    )
+    return synthetic(problem, device, clustered=True)
