@@ -18,13 +18,13 @@ from torch import Tensor
 
 from hysparse_megatron.architecture.model import ModelConfig
 from hysparse_megatron.config.schema import Config, ParallelConfig, TrainConfig
+from hysparse_megatron.model.initialization import draw_weights
 from hysparse_megatron.model.layers import resolve_layers
 from hysparse_megatron.model.megatron_config import make_megatron_config
 from hysparse_megatron.model.pipeline import PayloadCommunicator
 from hysparse_megatron.model.spec import hysparse_stack_spec
 from hysparse_megatron.runtime import megatron_on_cpu
 from hysparse_megatron.runtime.process_groups import RunGroups
-from hysparse_megatron.runtime.random import seed_initialization
 
 VOCAB, SEQUENCE, BATCH, MICRO_BATCHES = 256, 64, 2, 4
 MODEL = ModelConfig(
@@ -64,13 +64,13 @@ def main() -> None:
     layers = resolve_layers(MODEL, torch.device(torch.cuda.current_device()))
     config = make_megatron_config(CONFIG, layers)
     config.finalize_model_grads_func = distributed.finalize_model_grads
-    seed_initialization(TRAIN.seed, "embedding")  # the decoder's layers seed themselves
     model = HybridModel(
         config, hysparse_stack_spec(layers), VOCAB, SEQUENCE, config.plan.megatron_pattern,
         pre_process=groups.pp.rank() == 0, post_process=groups.pp.rank() == groups.pp.size() - 1,
         position_embedding_type="rope", pg_collection=groups,
         share_embeddings_and_output_weights=MODEL.tie_embeddings,
     )  # fmt: skip
+    draw_weights(model, config, groups)
     ddp_config = distributed.DistributedDataParallelConfig(use_distributed_optimizer=True)
     chunk = distributed.DistributedDataParallel(config, ddp_config, model)
     adam = OptimizerConfig(lr=1e-3, weight_decay=0.0, use_distributed_optimizer=True)

@@ -7,13 +7,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from hysparse_megatron.architecture.parameters import padded_vocab_size
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.errors import ConfigError
+from hysparse_megatron.model.initialization import draw_weights
 from hysparse_megatron.model.language_model import LanguageModel
 from hysparse_megatron.model.layers import LOCAL, LayerChoice
 from hysparse_megatron.model.megatron_config import HySparseConfig
 from hysparse_megatron.model.rotary import rotary_frequencies
 from hysparse_megatron.model.sharing import MAX_PAYLOAD_BLOCKS
 from hysparse_megatron.model.spec import hysparse_stack_spec
-from hysparse_megatron.runtime.random import seed_initialization
 
 
 def build_chunks(
@@ -22,10 +22,12 @@ def build_chunks(
     vocab_size: int,
     groups: ProcessGroupCollection,
     layers: LayerChoice = LOCAL,
+    draw: bool = True,
 ) -> list[LanguageModel]:
     """The model chunks of this pipeline rank, in order (one without interleaving).
 
-    Initial weights depend on `config.train.seed` alone, not on the parallel layout.
+    Initial weights depend on `config.train.seed` alone, not on the parallel layout. Without `draw`
+    they are any, for those who load them.
     """
     num_blocks = -(-config.train.seq_length // config.model.block_size)
     largest = MAX_PAYLOAD_BLOCKS[megatron.pipeline_dtype.itemsize]
@@ -40,7 +42,6 @@ def build_chunks(
     chunks: list[LanguageModel] = []
     for chunk in range(plan.num_chunks):
         stage = plan.stage_index(groups.pp.rank(), chunk)
-        seed_initialization(config.train.seed, "embedding")
         model = LanguageModel(
             num_ids=vocab_size,
             loss_chunk=config.train.loss_chunk,
@@ -59,5 +60,8 @@ def build_chunks(
         model.rotary_pos_emb.inv_freq = rotary_frequencies(config.model)
         # The stack takes this rank's positions itself: megatron-core pins memory for it.
         model.rotary_pos_emb.cp_group = None
+        if draw:
+            draw_weights(model, megatron, groups)
+        model.clear_padding()
         chunks.append(model)
     return chunks

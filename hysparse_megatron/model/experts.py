@@ -1,26 +1,18 @@
-"""Mixture of experts: megatron-core's layer, with weights that no parallel size changes.
+"""Mixture of experts: megatron-core's layer, whose load is measured.
 
-Router, all-to-all dispatch and experts are megatron-core's. Ours is what it lacks: every expert is
-drawn from a random stream of its own, and the load of the experts is measured.
+Router, all-to-all dispatch and experts are megatron-core's.
 Shapes: S sequence, B batch, E experts.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.mlp import MLPSubmodules
-from megatron.core.transformer.moe.experts import (
-    GroupedMLPSubmodules,
-    SequentialMLP,
-    TEGroupedMLP,
-)
+from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.router import TopKRouter
@@ -30,86 +22,6 @@ from torch import Tensor
 
 from hysparse_megatron.model.layers import LayerModules
 from hysparse_megatron.model.megatron_config import HySparseConfig
-from hysparse_megatron.runtime.random import seed_initialization
-
-
-class SeededExperts(SequentialMLP):
-    """The experts of one rank, one after another; each has the same weights at every EP size."""
-
-    def __init__(
-        self,
-        num_local_experts: int,
-        config: HySparseConfig,
-        submodules: MLPSubmodules,
-        pg_collection: ProcessGroupCollection,
-        name: str | None = None,
-    ) -> None:
-        stream = _stream_of_the_experts()
-        first = pg_collection.ep.rank() * num_local_experts
-        experts = itertools.count(first)
-
-        def first_projection(*arguments, **options):
-            """An expert begins with its first projection; the second draws on."""
-            seed_initialization(stream, "expert", next(experts))
-            return submodules.linear_fc1(*arguments, **options)
-
-        super().__init__(
-            num_local_experts,
-            config,
-            MLPSubmodules(linear_fc1=first_projection, linear_fc2=submodules.linear_fc2),
-            pg_collection=pg_collection,
-            name=name,
-        )
-        seed_initialization(stream, "after the experts")
-        _own_optimizer(self)
-
-
-class SeededGroupedExperts(TEGroupedMLP):
-    """The same experts with the same weights, as one grouped matrix product per projection."""
-
-    def __init__(
-        self,
-        num_local_experts: int,
-        config: HySparseConfig,
-        submodules: GroupedMLPSubmodules,
-        pg_collection: ProcessGroupCollection,
-        name: str | None = None,
-    ) -> None:
-        stream = _stream_of_the_experts()
-        first = pg_collection.ep.rank() * num_local_experts
-        super().__init__(num_local_experts, config, submodules, pg_collection, name=name)
-        # Transformer Engine drew all first projections before any second one: draw again.
-        for expert in range(num_local_experts):
-            seed_initialization(stream, "expert", first + expert)
-            for linear, method in (
-                (self.linear_fc1, config.init_method),
-                (self.linear_fc2, config.output_layer_init_method),
-            ):
-                _draw(getattr(linear, f"weight{expert}"), method)
-        seed_initialization(stream, "after the experts")
-        _own_optimizer(self)
-
-
-def _stream_of_the_experts() -> int:
-    """Where the layer's own stream stands, equal on all ranks, names this layer's experts."""
-    return int(torch.randint(2**31, (), device="cpu"))
-
-
-def _draw(weight: Tensor, method: Callable[[Tensor], object]) -> None:
-    """Initial values of a whole weight, drawn in fp32 as megatron-core's own layers draw them."""
-    if weight.is_meta:
-        return
-    drawn = torch.empty(weight.shape, dtype=torch.float32)
-    method(drawn)
-    with torch.no_grad():
-        weight.copy_(drawn)
-
-
-def _own_optimizer(experts: torch.nn.Module) -> None:
-    """megatron-core gives experts an optimizer of their own unless EP and TP are 1. Here always, so
-    that checkpoints of any size have the same parts."""
-    for parameter in experts.parameters():
-        parameter.allreduce = False  # type: ignore[attr-defined]
 
 
 class _OneRankDispatcher(MoEAlltoAllTokenDispatcher):
@@ -149,6 +61,10 @@ class _MoELayer(MoELayer):
         if dispatcher.ep_size == dispatcher.tp_size == 1:
             # All state is the same, also what its constructor may come to be given.
             dispatcher.__class__ = _OneRankDispatcher
+        # megatron-core gives experts an optimizer of their own unless EP and TP are 1. Here always,
+        # so that checkpoints of any size have the same parts.
+        for parameter in self.experts.parameters():
+            parameter.allreduce = False  # type: ignore[attr-defined]
 
     def forward(self, *arguments: Any, **options: Any) -> Any:
         result = super().forward(*arguments, **options)
@@ -160,9 +76,9 @@ def moe_layer(modules: LayerModules) -> Callable[..., MoELayer]:
     """What builds the feed-forward part of a layer with experts, for a layer's `mlp` submodule."""
     experts: Callable[..., torch.nn.Module]
     if modules.grouped_experts is not None:
-        experts = functools.partial(SeededGroupedExperts, submodules=modules.grouped_experts)
+        experts = functools.partial(TEGroupedMLP, submodules=modules.grouped_experts)
     else:
-        experts = functools.partial(SeededExperts, submodules=modules.expert_linears)
+        experts = functools.partial(SequentialMLP, submodules=modules.expert_linears)
     return functools.partial(
         _MoELayer,
         submodules=MoESubmodules(

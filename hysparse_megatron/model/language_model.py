@@ -54,11 +54,13 @@ class LanguageModel(HybridModel):
         super().__init__(*args, **kwargs)
         self.num_ids = num_ids
         self.loss_chunk = loss_chunk
+
+    def clear_padding(self) -> None:
+        """Set to zero what stands for no token; nothing will ever change it."""
         tables = [getattr(self, "output_layer", None)]
         tables.append(self.embedding.word_embeddings if self.pre_process else None)
         for table in tables:
             if table is not None and table.weight is not None:
-                # Nothing will ever change them.
                 with torch.no_grad():
                     self._padding(table.weight.transpose(0, 1)).zero_()
 

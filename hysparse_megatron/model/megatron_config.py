@@ -25,7 +25,7 @@ class HySparseConfig(TransformerConfig):
     cp_keep_kv: bool = True
     """Whether gathered keys and values are kept for the backward pass."""
     init_seed: int = 0
-    """Seed from which every layer's initial weights are derived."""
+    """Seed from which all initial weights are derived."""
 
     def is_moe_layer(self, index: int) -> bool:
         """Whether the layer with this index from 0 has experts."""
@@ -111,12 +111,12 @@ def _experts(model: ModelConfig, num_layers: int) -> dict[str, object]:
     }
 
 
-def _normal(std: float):
-    return lambda tensor: torch.nn.init.normal_(tensor, mean=0.0, std=std)
-
-
 def make_megatron_config(config: Config, layers: LayerChoice = LOCAL) -> HySparseConfig:
-    """The configuration that all layers of all stages are built from."""
+    """The configuration that all layers of all stages are built from.
+
+    Layers are built without initial weights, on the CUDA device if `layers` are for one: draw them
+    with `initialization.draw_weights`, or load them.
+    """
     model: ModelConfig = config.model
     parallel = config.parallel
     dtype = torch.bfloat16 if config.train.precision is Precision.bf16 else torch.float32
@@ -138,8 +138,6 @@ def make_megatron_config(config: Config, layers: LayerChoice = LOCAL) -> HySpars
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
         add_qkv_bias=model.qkv_bias,
-        init_method=_normal(model.init_std),
-        output_layer_init_method=_normal(model.init_std / (2 * num_layers) ** 0.5),
         init_method_std=model.init_std,
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
@@ -155,8 +153,9 @@ def make_megatron_config(config: Config, layers: LayerChoice = LOCAL) -> HySpars
         bf16=dtype is torch.bfloat16,
         calculate_per_token_loss=True,
         deallocate_pipeline_outputs=True,
-        # Weights drawn on the CPU from one stream per layer are equal in every parallel layout.
-        use_cpu_initialization=True,
+        # `initialization.draw_weights` does it, where they are built.
+        perform_initialization=False,
+        use_cpu_initialization=not layers.on_cuda,
         masked_softmax_fusion=False,
         deterministic_mode=config.debug.deterministic,
         **fusions(layers, model, config.debug.deterministic),

@@ -17,7 +17,6 @@ drawn, rows stand where they do without tensor parallelism.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -62,7 +61,7 @@ class GroupedProjection(MegatronModule):
             config.hidden_size,
             self.num_groups * self.ranks_per_group * sum(self.widths()),
             config=config,
-            init_method=self._drawn_by(config.init_method),
+            init_method=config.init_method,
             bias=config.add_qkv_bias,
             skip_bias_add=False,
             gather_output=False,
@@ -85,17 +84,6 @@ class GroupedProjection(MegatronModule):
             found.append(slice(start + member * width, start + (member + 1) * width))
             start += self.ranks_per_group * width
         return found
-
-    def _drawn_by(self, draw: Callable[[Tensor], object]) -> Callable[[Tensor], object]:
-        """`draw` a whole weight, and put its rows in the order of the slices of all ranks."""
-
-        def drawn(weight: Tensor) -> None:
-            draw(weight)
-            slices = self.num_groups * self.ranks_per_group
-            places = [place for rank in range(slices) for place in self._places(rank)]
-            weight.copy_(torch.cat([weight[place] for place in places]))
-
-        return drawn if self.ranks_per_group > 1 else draw
 
     def forward(self, hidden_states: Tensor) -> dict[str, Tensor]:
         """The parts by name: [S, B, heads or groups of this rank, width].

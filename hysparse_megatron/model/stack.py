@@ -31,7 +31,6 @@ from hysparse_megatron.model.megatron_config import HySparseConfig
 from hysparse_megatron.model.regather import Regather
 from hysparse_megatron.model.sharing import Shared, SharedAttention, pack, unpack
 from hysparse_megatron.runtime.process_groups import RunGroups
-from hysparse_megatron.runtime.random import seed_initialization
 
 EXTRA_STATE = "_extra_state"
 """In the names of what Transformer Engine's layers would store beside their weights."""
@@ -74,7 +73,6 @@ class HySparseStack(MegatronModule):
 
         self.layers = torch.nn.ModuleList()
         for index in self.layer_indices:
-            seed_initialization(config.init_seed, "layer", index)
             kind = plan.layout.kinds[index]
             self.layers.append(
                 build_module(
@@ -90,8 +88,6 @@ class HySparseStack(MegatronModule):
             self.final_norm = submodules.final_norm(
                 config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
             )
-        # HybridModel draws the output projection right after building its decoder.
-        seed_initialization(config.init_seed, "output")
 
     def set_input_tensor(self, input_tensor: Tensor) -> None:
         """Take what the previous stage sent; called by megatron-core's schedules."""

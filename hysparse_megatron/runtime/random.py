@@ -2,7 +2,7 @@
 
 Every training step seeds its streams anew. A resumed run therefore continues bit-exactly without
 any generator state in the checkpoint, and a run resumed on another layout has defined streams too.
-Weights are drawn from one stream per global layer, so all parallel layouts start from equal values.
+Initial weights are functions of seed and place: see normal.py.
 """
 
 from __future__ import annotations
@@ -20,11 +20,6 @@ def derive_seed(*parts: int | str) -> int:
     """A seed in [0, 2**31) that depends on every part and is the same on every machine."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:4], "little") >> 1
-
-
-def seed_initialization(seed: int, *parts: int | str) -> None:
-    """Make the next weights drawn from the CPU generator those of the named part of the model."""
-    torch.manual_seed(derive_seed(seed, "weights", *parts))
 
 
 def seed_step(seed: int, step: int, groups: ProcessGroupCollection) -> None:

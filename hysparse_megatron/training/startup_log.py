@@ -77,6 +77,10 @@ def describe_start(state: TrainingState, corpus: TrainingData, log: Log) -> None
     )
     log(f"attention backend {backend.name}: {backend.reason}")
     log(describe_layers(state.layers, config.model))
+    log(
+        f"initial weights: {state.num_parameters():,} parameters of rank 0 built and drawn in "
+        f"{state.build_seconds:.1f} s"
+    )
     log(f"optimizer: {describe_optimizer(state)}")
     if state.groups.dp_cp.size() > 1:
         log(describe_overlap(state.chunks))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -47,6 +48,8 @@ class TrainingState:
     """How busy the experts are; None in a dense model."""
     clock: ForwardClock
     """How long this rank's forward passes of training take."""
+    build_seconds: float
+    """What building the model and drawing its weights took."""
 
     @property
     def models(self) -> list[MegatronModule]:
@@ -95,7 +98,10 @@ def build_state(
     groups = build_process_groups(config.parallel, config.model.num_query_groups)
     layers = resolve_layers(config.model, device)
     megatron = make_megatron_config(config, layers)
+    started = time.monotonic()
     models = [model.to(device) for model in build(config, megatron, vocab_size, groups, layers)]
+    torch.cuda.synchronize()
+    build_seconds = time.monotonic() - started
     for model in models:
         fuse_weight_gradients(layers, model)
     clock = ForwardClock(device)
@@ -120,4 +126,5 @@ def build_state(
         layers=layers,
         loads=ExpertLoads(megatron, chunks) if config.model.moe.num_experts else None,
         clock=clock,
+        build_seconds=build_seconds,
     )

@@ -8,9 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from hysparse_megatron.config.schema import Recompute
+from hysparse_megatron.config.schema import Precision, Recompute
 from hysparse_megatron.runtime import megatron_on_cpu
-from tests.distributed.cases import HALF_BATCH, INSIDE, LAYOUT, Case, random_tokens, without_cuts
+from tests.distributed.cases import (
+    EXPERTS,
+    HALF_BATCH,
+    INSIDE,
+    LAYOUT,
+    Case,
+    random_tokens,
+    without_cuts,
+)
 from tests.distributed.jobs import DropoutRun, dropout_in_steps, initial_weights, installed_twice
 from tests.distributed.pool import WorkerPool
 from tests.distributed.ranks import train
@@ -124,6 +132,8 @@ def test_recompute_drops_the_same(case: Case, pool: WorkerPool, session_seed: in
     assert results[0] == results[1] == results[2]
 
 
+BF16 = {"precision": Precision.bf16}
+
 LAYOUTS = [
     Case("tp2", tp=2),
     Case("tp4", tp=4),
@@ -133,12 +143,16 @@ LAYOUTS = [
     Case("tp2-pp2-sp", INSIDE, tp=2, pp=2, sp=True),
     Case("tp2-pp2-tied", INSIDE, tp=2, pp=2, model={"tie_embeddings": True}),
     Case("tp2-mqa-wide", tp=2, model={"num_query_groups": 1, "value_head_dim": 12}),
+    Case("dp2-ep2", dp=2, ep=2, model=EXPERTS),
+    Case(
+        "tp2-sp-ep2-bf16", tp=2, sp=True, ep=2, model=EXPERTS, train={"precision": Precision.bf16}
+    ),
 ]
 
 
 @pytest.mark.parametrize("case", LAYOUTS, ids=lambda case: case.name)
 def test_all_layouts_start_from_the_same_weights(case: Case, pool: WorkerPool) -> None:
-    alone = Case("one-process", without_cuts(case.layout), model=case.model)
+    alone = Case("one-process", without_cuts(case.layout), model=case.model, train=case.train)
     expected = whole(pool.run(1, initial_weights, config=alone.config()))
     parts = pool.run(case.world_size, initial_weights, config=case.config())
     actual = whole(parts, tolerance=0.0)

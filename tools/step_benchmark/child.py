@@ -7,17 +7,16 @@ case that runs out of memory or is refused has a note in it instead of numbers.
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import json
 import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from hysparse_kernels import BackendUnavailable
@@ -30,11 +29,6 @@ from hysparse_megatron.runtime.launcher import rank_from_environment
 from hysparse_megatron.runtime.quiet import quiet_libraries
 
 from .request import Request
-
-if TYPE_CHECKING:
-    from megatron.core.transformer.module import MegatronModule
-
-    from hysparse_megatron.model.megatron_config import HySparseConfig
 
 _MOST_BATCHES = 8
 """Different batches made in advance; more steps take them in turns."""
@@ -68,6 +62,7 @@ def answer(request: Request) -> dict[str, Any]:
 
 def measure(request: Request) -> dict[str, Any]:
     """Build, warm up, time, and look at one more step with the profiler."""
+    from hysparse_megatron.model.builder import build_chunks
     from hysparse_megatron.runtime import device as runtime_device
     from hysparse_megatron.training.startup_log import attention_backend
     from hysparse_megatron.training.state import build_state
@@ -82,7 +77,8 @@ def measure(request: Request) -> dict[str, Any]:
     facts = {"attention": reference.describe() if request.reference else f"{backend.name} backend"}
     began = time.perf_counter()
     assert config.model.vocab_size is not None
-    state = build_state(config, config.model.vocab_size, device, _builder(request, device))
+    build = reference.build_reference_chunks if request.reference else build_chunks
+    state = build_state(config, config.model.vocab_size, device, build)
     build_seconds = time.perf_counter() - began
     number = 1 if request.same_batch else min(request.warmup + request.steps, _MOST_BATCHES)
     replica, replicas = state.groups.dp.rank(), state.groups.dp.size()
@@ -141,35 +137,6 @@ def random_batch(config: Config, seed: int, replicas: int = 1) -> list[dict[str,
             }
         )
     return microbatches
-
-
-def _builder(request: Request, device: torch.device) -> Callable[..., Sequence[MegatronModule]]:
-    """What builds the model of this request; all else of a training state stays."""
-    from hysparse_megatron.model.builder import build_chunks
-
-    from .reference import build_reference_chunks
-
-    build = build_reference_chunks if request.reference else build_chunks
-    if device.type != "cuda" or request.exact_weights:
-        return build
-
-    def with_weights_of_the_gpu(config: Config, megatron: HySparseConfig, *rest: Any) -> Any:
-        std = megatron.init_method_std
-        megatron.init_method = functools.partial(_normal_on_device, std=std)
-        megatron.embedding_init_method = megatron.init_method
-        megatron.output_layer_init_method = functools.partial(
-            _normal_on_device, std=std / (2 * megatron.num_layers) ** 0.5
-        )
-        return build(config, megatron, *rest)
-
-    return with_weights_of_the_gpu
-
-
-def _normal_on_device(tensor: torch.Tensor, std: float) -> torch.Tensor:
-    """Fill with normal numbers drawn on the GPU: billions of them take a CPU minutes."""
-    with torch.no_grad():
-        drawn = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda").normal_(0.0, std)
-        return tensor.copy_(drawn)
 
 
 def _memory(device: torch.device) -> dict[str, int] | None:

@@ -82,6 +82,7 @@ def _as_by_default(megatron: HySparseConfig) -> HySparseConfig:
     own = copy.copy(megatron)
     on_gpu = not megatron_on_cpu.is_active()
     own.use_cpu_initialization = not on_gpu
+    own.perform_initialization = True
     own.bias_activation_fusion = on_gpu
     own.bias_dropout_fusion = on_gpu
     own.apply_rope_fusion = has_transformer_engine()

@@ -37,8 +37,6 @@ class Request:
     """Train on one batch over and over, so that even random tokens are learnt."""
     ranks: int = 1
     """Processes that run the case together, each on a device of its own."""
-    exact_weights: bool = False
-    """Draw the weights on the CPU as training does, not faster on the device."""
 
 
 def run(request: Request) -> dict[str, Any]:

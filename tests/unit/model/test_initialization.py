@@ -6,6 +6,9 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from tiny_models import VOCABULARY, tiny_config, tiny_model
 
+from hysparse_megatron.model.builder import build_chunks
+from hysparse_megatron.model.initialization import draw_weights
+from hysparse_megatron.model.megatron_config import make_megatron_config
 from tests.unit.single_process import DEVICE
 
 LAYOUT = "model.layout=F S S W F"
@@ -94,3 +97,41 @@ def test_tied_embeddings_are_one_parameter(groups: ProcessGroupCollection) -> No
 def test_the_vocabulary_is_padded_to_whole_multiples(groups: ProcessGroupCollection) -> None:
     model = tiny_model(tiny_config("model.layout=F"), groups)
     assert model.embedding.word_embeddings.weight.shape == (128, 24)
+
+
+def test_all_that_is_built_without_values_gets_some(groups: ProcessGroupCollection) -> None:
+    settings = (
+        "model.layout=F S W F", "model.moe.num_experts=3", "model.moe.num_active_experts=2",
+        "model.moe.expert_ffn_hidden_size=12", "model.moe.shared_expert_ffn_hidden_size=8",
+        "model.moe.num_dense_first_layers=1", "model.qk_norm=true", "model.qkv_bias=true",
+    )  # fmt: skip
+    config = tiny_config(*settings)
+    megatron = make_megatron_config(config)
+    (model,) = build_chunks(config, megatron, VOCABULARY, groups, draw=False)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+    draw_weights(model, megatron, groups)
+    weights = dict(model.named_parameters())
+    left = {name for name, weight in weights.items() if weight.isnan().any()}
+    assert left == {name for name in weights if "norm" in name or name.endswith("_sink")}
+    assert {name.rsplit(".", 1)[1] for name in weights.keys() - left} == {"weight", "bias"}
+    for name in weights.keys() - left:
+        assert bool((weights[name] == 0).all()) == name.endswith("bias"), name
+
+
+def test_experts_differ(groups: ProcessGroupCollection) -> None:
+    settings = (
+        "model.layout=F F", "model.moe.num_experts=3", "model.moe.num_active_experts=2",
+        "model.moe.expert_ffn_hidden_size=15", "model.moe.shared_expert_ffn_hidden_size=8",
+    )  # fmt: skip
+    weights = dict(tiny_model(tiny_config(*settings), groups).named_parameters())
+    for part in ("linear_fc1", "linear_fc2"):
+        drawn = [
+            weights[f"decoder.layers.{layer}.mlp.experts.local_experts.{expert}.{part}.weight"]
+            for layer in range(2)
+            for expert in range(3)
+        ]
+        # The first numbers of an expert are nowhere among those of another.
+        for one, two in itertools.combinations(drawn, 2):
+            assert not torch.isin(one.flatten()[:20], two).any()
