@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from datetime import timedelta
 
@@ -39,10 +40,17 @@ def build_process_groups(parallel: ParallelConfig, num_query_groups: int) -> Run
 
 
 def destroy_process_groups() -> None:
-    """Undo `build_process_groups`, for tests that build several layouts in one process."""
+    """Undo `build_process_groups`, for who builds several layouts in one process.
+
+    Else torch keeps the groups as long as the default one, with the threads of each.
+    """
     # It is sized for the layers of the first model that records a loss.
     destroy_moe_metrics_tracker()
+    _default, *groups = parallel_state._global_process_group_list or [None]
     parallel_state.destroy_model_parallel()
+    for group in groups:
+        with contextlib.suppress(ValueError):  # megatron-core has destroyed some of them itself
+            dist.destroy_process_group(group)
 
 
 def _build_sharing_group(
