@@ -1,4 +1,8 @@
-"""An overview as one SVG picture: layers and stages, memory of every rank, the key-value cache."""
+"""An overview as one SVG picture: layers and stages, memory of every rank, the key-value cache.
+
+It is light or dark as its reader's browser is, like reports of runs (tools/page.py); viewers that
+know no style sheets show it light.
+"""
 
 from __future__ import annotations
 
@@ -15,25 +19,39 @@ STRIP_TOP, PANEL_TOP, PANEL_HEIGHT = 80, 210, 270
 COLORS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Okabe and Ito's, told apart by most colour-blind people."""
 KIND_COLORS = dict(zip(KINDS, COLORS, strict=False))
-BAR_COLORS = ("#0072b2", "#56b4e9", "#009e73", "#e69f00", "#d55e00", "#8a8a8a")
+BAR_COLORS = ("#0072b2", "#cc79a7", "#009e73", "#e69f00", "#d55e00", "#8a8a8a")
 CACHES: tuple[tuple[str, str, Callable[[CacheRow], int]], ...] = (
     ("this layout", "#d55e00", lambda row: row.ours),
     ("all full", "#0072b2", lambda row: row.all_full),
     ("windows for sparse", "#009e73", lambda row: row.hybrid_window),
 )
 
+INK, PAGE, GRID, LIMIT = "#1a1a1a", "#ffffff", "#dddddd", "#c92a2a"
+_IN_THE_DARK = {
+    INK: "#e4e4e4",
+    PAGE: "#17191c",
+    GRID: "#3a3d42",
+    LIMIT: "#ff8787",
+    "#0072b2": "#4aa8e0",
+}
+"""What replaces them, and the one line colour that is hard to see there."""
+
+_FAR_ABOVE = 6
+"""With a limit so many times the largest peak the axis ends at the peak: bars would be flat."""
+
 
 def draw(overview: Overview) -> str:
     """The SVG text of a plan."""
-    parameters = overview.parameters
+    parameters, ranks = overview.parameters, overview.groups.world_size
     title = (
         f"{overview.config.model.layout}: {_count(parameters.total)} parameters, "
-        f"{_count(parameters.active)} active, {overview.groups.world_size} ranks"
+        f"{_count(parameters.active)} active, {ranks} rank{'s' if ranks > 1 else ''}"
     )
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
         f'font-family="sans-serif" font-size="12">',
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
+        _dark_style(),
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="{PAGE}"/>',
         _text(MARGIN, 30, title, size=16),
         *_layers(overview),
         *_memory(overview),
@@ -43,10 +61,28 @@ def draw(overview: Overview) -> str:
     return "\n".join(parts) + "\n"
 
 
+def _dark_style() -> str:
+    rules = "".join(
+        f'[{name}="{light}"]{{{name}:{dark}}}'
+        for light, dark in _IN_THE_DARK.items()
+        for name in ("fill", "stroke")
+    )
+    return f"<style>@media (prefers-color-scheme:dark){{{rules}}}</style>"
+
+
 def _text(x: float, y: float, text: str, anchor: str = "start", size: int = 12) -> str:
     return (
-        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}">'
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" fill="{INK}">'
         f"{escape(text)}</text>"
+    )
+
+
+def _axis_name(x: float, text: str) -> str:
+    """The name of an upright axis, beside its panel."""
+    y = PANEL_TOP + PANEL_HEIGHT / 2
+    return (
+        f'<text transform="translate({x:.1f} {y:.1f}) rotate(-90)" text-anchor="middle" '
+        f'fill="{INK}">{escape(text)}</text>'
     )
 
 
@@ -95,11 +131,14 @@ def _parts_of(memory: RankMemory) -> tuple[tuple[str, int], ...]:
 def _memory(overview: Overview) -> list[str]:
     """A stacked bar per pipeline rank, and a line at the accelerator's memory."""
     limit = overview.config.cluster.memory_gib
-    highest = max(overview.peak_bytes, (limit or 0) * GIB)
+    is_near = limit is not None and limit * GIB < _FAR_ABOVE * overview.peak_bytes
+    highest = max(overview.peak_bytes, limit * GIB if limit and is_near else 0)
     scale = (PANEL_HEIGHT - 20) / highest
     bottom = PANEL_TOP + PANEL_HEIGHT
     step = 300 / len(overview.ranks)
-    parts = [_text(MARGIN, PANEL_TOP - 4, "GiB at the peak, by pipeline rank", size=14)]
+    parts = [_text(MARGIN, PANEL_TOP - 10, "Memory at the peak", size=14)]
+    parts.append(_axis_name(MARGIN - 38, "GiB"))
+    parts.append(_text(MARGIN + 150, bottom + 32, "pipeline rank", "middle"))
     for mark in _round_marks(highest / GIB):
         parts += _mark(MARGIN, MARGIN + 300, bottom - mark * GIB * scale, f"{mark:g}")
     for rank, held in enumerate(overview.ranks):
@@ -111,14 +150,18 @@ def _memory(overview: Overview) -> list[str]:
                 f'height="{size * scale:.3f}" fill="{color}"><title>{part}: '
                 f"{size / GIB:.2f} GiB</title></rect>"
             )
-        parts.append(_text(x, bottom + 16, f"pp {rank}"))
-        parts.append(_text(x, y - 4, f"{held.memory.total / GIB:.1f}"))
-    if limit is not None:
+        middle = x + step * 0.35
+        parts.append(_text(middle, bottom + 16, f"pp {rank}", "middle"))
+        parts.append(_text(middle, y - 4, f"{held.memory.total / GIB:.1f}", "middle"))
+    if limit is None or not is_near:
+        told = "not known (cluster.memory_gib)" if limit is None else f"{limit:g} GiB, far above"
+        parts.append(_text(MARGIN + 315, PANEL_TOP + 12, f"limit: {told}"))
+    else:
         height = limit * GIB * scale
         y = bottom - height
         parts.append(
             f'<line class="limit" data-height="{height:.3f}" x1="{MARGIN}" x2="{MARGIN + 300}" '
-            f'y1="{y:.1f}" y2="{y:.1f}" stroke="#c92a2a" stroke-dasharray="6 4"/>'
+            f'y1="{y:.1f}" y2="{y:.1f}" stroke="{LIMIT}" stroke-dasharray="6 4"/>'
         )
         parts.append(_text(MARGIN + 306, y + 4, f"limit {limit:g} GiB"))
     for place, (part, _) in enumerate(_parts_of(overview.ranks[0].memory)):
@@ -133,7 +176,9 @@ def _memory(overview: Overview) -> list[str]:
 
 def _mark(left: float, right: float, y: float, label: str) -> list[str]:
     """A line across a panel, with its value before it."""
-    line = f'<line class="grid" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>'
+    line = (
+        f'<line class="grid" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" stroke="{GRID}"/>'
+    )
     return [line, _text(left - 6, y + 4, label, "end")]
 
 
@@ -158,6 +203,11 @@ def _size(number: float) -> str:
     return f"{number / unit:.3g} {name}"
 
 
+def _length(tokens: int) -> str:
+    """Tokens as models are named by: `32k`, `1M`."""
+    return f"{tokens >> 20}M" if tokens >= 1 << 20 else f"{tokens >> 10}k"
+
+
 def _cache(rows: Sequence[CacheRow]) -> list[str]:
     """Bytes by context length on logarithmic axes, beside both baselines."""
     left, right = MARGIN + 500, WIDTH - MARGIN
@@ -172,10 +222,11 @@ def _cache(rows: Sequence[CacheRow]) -> list[str]:
         y = bottom - 10 - (log10(size) - min(sizes)) / high * (PANEL_HEIGHT - 90)
         return x, y
 
-    parts = [_text(left, PANEL_TOP - 4, "KV cache of one sequence in bf16, by context", size=14)]
+    parts = [_text(left, PANEL_TOP - 10, "KV cache of one sequence in bf16", size=14)]
+    parts.append(_axis_name(left - 64, "size"))
     for power in range(ceil(min(sizes)), floor(max(sizes)) + 1):
         parts += _mark(left, right, point(rows[0], 10**power)[1], _size(10.0**power))
-    parts.append(_text(right, bottom + 32, "tokens of context", "end"))
+    parts.append(_text((left + right) / 2, bottom + 32, "tokens of context", "middle"))
     for place, (name, color, read) in enumerate(CACHES):
         points = [point(row, read(row)) for row in rows]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
@@ -193,5 +244,5 @@ def _cache(rows: Sequence[CacheRow]) -> list[str]:
         parts.append(_text(left + 18, PANEL_TOP + 20 + 18 * place, last))
     for row in rows:
         x, _ = point(row, row.ours)
-        parts.append(_text(x, bottom + 16, f"{row.context_length // 1024}k", "middle"))
+        parts.append(_text(x, bottom + 16, _length(row.context_length), "middle"))
     return parts

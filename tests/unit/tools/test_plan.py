@@ -107,7 +107,17 @@ def test_the_picture_shows_stages_memory_and_cache(
     curves = [item for item in picture.iter() if item.get("class") == "cache"]
     assert len(curves) == 3
     # Both axes have round values, and the limit its number.
-    for value in ("20", "40", "60", "limit 79 GiB", "1 GB", "10 GB", "tokens of context"):
+    for value in (
+        "20",
+        "40",
+        "60",
+        "limit 79 GiB",
+        "1 GB",
+        "10 GB",
+        "tokens of context",
+        "pipeline rank",
+        "GiB",
+    ):
         assert value in texts, value
 
 
@@ -122,6 +132,36 @@ def test_the_picture_of_a_small_model_has_no_zeros(
     assert re.search(r": [1-9][\d.]*M parameters", " ".join(texts))
     assert any(re.fullmatch(r"10+ [kM]B", text) for text in texts)
     assert not [text for text in texts if re.search(r"\b0\.0", text)]
+
+
+def test_bars_of_a_small_model_are_not_flat_under_a_large_limit(tmp_path: Path) -> None:
+    path = tmp_path / "plan.svg"
+    tall = {}
+    for cluster, told in (
+        ("h100", "limit: 79 GiB, far above"),
+        ("this_machine", "limit: not known"),
+    ):
+        assert main(["--plot", str(path), "experiment=quickstart", f"cluster={cluster}"]) == 0
+        picture = ElementTree.parse(path).getroot()
+        assert told in "".join(picture.itertext())
+        assert not [item for item in picture.iter() if item.get("class") == "limit"]
+        bars = [item for item in picture.iter() if item.get("data-rank") == "0"]
+        tall[cluster] = sum(float(item.get("height", 0)) for item in bars)
+    assert min(tall.values()) > 200
+
+
+def test_readers_of_dark_pages_have_colours_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "plan.svg"
+    assert main(["--plot", str(path), "experiment=quickstart"]) == 0
+    text = path.read_text()
+    [rules] = re.findall(r"<style>@media \(prefers-color-scheme:dark\)\{(.*)\}</style>", text)
+    changed = dict(re.findall(r'\[(fill|stroke)="(#\w+)"\]', rules))
+    assert changed.keys() == {"fill", "stroke"}
+    replaced = set(re.findall(r'="(#\w+)"\]', rules))
+    shapes = text.replace(rules, "")
+    assert {"#1a1a1a", "#ffffff", "#dddddd"} <= replaced & set(re.findall(r'"(#\w+)"', shapes))
+    assert 'fill="white"' not in text
+    assert not re.findall(r"<text(?![^>]*fill=)", text), "text that stays black"
 
 
 def head(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
