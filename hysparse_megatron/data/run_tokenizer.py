@@ -55,10 +55,10 @@ def load_run_tokenizer(data: DataConfig, sha256: str | None, given: str | None =
             raise DataError(
                 "the checkpoint does not say its tokenizer; name its file with --tokenizer"
             )
-        return _load(_file_of(named))
+        return load_file(_file_of(named))
     path = find_run_tokenizer(data, sha256) if given is None else _file_of(given)
     if path is not None and path.is_file() and sha256_of(path) == sha256:
-        return _load(path)
+        return load_file(path)
     if given is not None:
         raise DataError(
             f"{given} is not the tokenizer that this run was trained with: its file has another "
@@ -92,7 +92,8 @@ def _file_of(given: str) -> Path:
     return Path(path)
 
 
-def _load(path: Path) -> Encoder:
+def load_file(path: Path) -> Encoder:
+    """The tokenizer of a file. Raises DataError if it is none, or cannot close documents."""
     tokenizer = choose_tokenizer(str(path)).load()
     # Beside prepared data a card knows what closed the documents, whatever it is called.
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):

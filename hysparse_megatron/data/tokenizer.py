@@ -6,6 +6,7 @@ ordinary characters, so it cannot forge the end of a document.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -26,6 +27,14 @@ from hysparse_megatron.packages import require_package
 BYTES = "bytes"
 """In place of a path: one id per byte of UTF-8, without a file."""
 END_OF_DOCUMENT = "<|endoftext|>"
+PUBLISHED_WITH = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+"""Files that a published tokenizer may have beside it: special tokens, and how chats are written.
+They travel with it, and no id of a text depends on them."""
 MIN_VOCAB_SIZE = 257
 """The 256 bytes and the end-of-document token."""
 
@@ -259,6 +268,14 @@ class TokenizerChoice:
         if self.path is None:
             return bytes_tokenizer().to_str(pretty=True).encode()
         return _read(self.path)
+
+    def published_with(self) -> dict[str, bytes]:
+        """By name, what lies beside the file that a model's users need: see `PUBLISHED_WITH`."""
+        folder, found = os.path.dirname(self.path or ""), {}
+        for name in PUBLISHED_WITH if self.path else ():
+            with contextlib.suppress(DataError):
+                found[name] = _read(f"{folder}/{name}")
+        return found
 
     def sha256(self) -> str:
         """Of `contents`."""

@@ -12,13 +12,11 @@ from tokenizers import Tokenizer
 
 from hysparse_megatron.config.schema import DataConfig
 from hysparse_megatron.data.card import SENTENCEPIECE_NAME, TOKENIZER_NAME
-from hysparse_megatron.data.run_tokenizer import find_run_tokenizer
-from hysparse_megatron.data.tokenizer import load_tokenizer
+from hysparse_megatron.data.run_tokenizer import find_run_tokenizer, load_file
+from hysparse_megatron.data.tokenizer import PUBLISHED_WITH, load_tokenizer
 from hysparse_megatron.errors import ConfigError, DataError
 
 CONFIG_NAME = "tokenizer_config.json"
-_BESIDE = (CONFIG_NAME, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
-"""Files that a published tokenizer may have beside `tokenizer.json`."""
 
 
 def find_tokenizer(data: DataConfig, identity: dict[str, Any]) -> Path:
@@ -81,7 +79,7 @@ def check_vocabulary(
 def copy_tokenizer(path: Path, folder: Path) -> None:
     """Copy a `tokenizer.json`, and what was published with it."""
     shutil.copyfile(path, folder / TOKENIZER_NAME)
-    for name in _BESIDE:
+    for name in PUBLISHED_WITH:
         if (path.parent / name).is_file():
             shutil.copyfile(path.parent / name, folder / name)
 
@@ -104,7 +102,7 @@ def write_tokenizer(path: Path, folder: Path, model_max_length: int) -> None:
 
 def end_of_document(path: Path) -> int:
     """The id that closed every document in training."""
-    return load_tokenizer(str(path)).end_of_document
+    return load_file(path).end_of_document
 
 
 def write_object(path: Path, content: dict[str, Any]) -> None:

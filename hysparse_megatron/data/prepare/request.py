@@ -94,6 +94,8 @@ def place_tokenizer(
     name = given.kept_name
     if request.tokenizer is not None:
         folder.write(name, given.contents())
+        for beside, contents in given.published_with().items():
+            folder.write(beside, contents)
     elif name not in folder.names():
         note(f"training a tokenizer of {request.vocab_size} ids")
         trained = train_tokenizer(_sample(request), request.vocab_size)

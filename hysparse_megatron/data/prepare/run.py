@@ -250,6 +250,8 @@ class _Run:
                 )
         name, contents = work.tokenizer.kept_name, work.tokenizer.contents()
         target.write(name, contents)
+        for beside, published in work.tokenizer.published_with().items():
+            target.write(beside, published)
         files = dict(made.files)
         files[name] = {"bytes": len(contents), "sha256": hashlib.sha256(contents).hexdigest()}
         for file, entry in files.items() if target.is_local else ():

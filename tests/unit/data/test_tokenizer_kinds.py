@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from pathlib import Path
 
@@ -10,12 +11,22 @@ import pytest
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prepared_corpora import documents, make_texts, prepare, save_tokenizer, write_lines
+from prepared_corpora import (
+    documents,
+    make_texts,
+    prepare,
+    request,
+    save_tokenizer,
+    write_lines,
+)
 from tokenizers import Tokenizer
 
 from hysparse_megatron.config.schema import DataConfig
 from hysparse_megatron.data.prepare.cached import prepare_corpus
+from hysparse_megatron.data.prepare.run import prepare as run_request
+from hysparse_megatron.data.run_tokenizer import load_file
 from hysparse_megatron.data.tokenizer import (
+    END_OF_DOCUMENT,
     ByteTokenizer,
     bytes_tokenizer,
     choose_tokenizer,
@@ -58,6 +69,31 @@ def test_training_reads_what_bytes_prepared(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(made.tokenizer_path)
     assert (tokenizer.vocab_size, tokenizer.end_of_document) == (257, 256)
     assert prepare_corpus(DataConfig(path=str(tmp_path / "out")), 1) == made
+
+
+def test_what_was_published_with_a_tokenizer_travels_with_it(tmp_path: Path) -> None:
+    folder = tmp_path / "published"
+    folder.mkdir()
+    save_tokenizer(folder / "tokenizer.json")
+    source = write_lines(tmp_path / "a.jsonl", TEXTS)
+    plain = prepare(tmp_path / "plain", source, tokenizer=folder)
+    assert not (tmp_path / "plain" / "tokenizer_config.json").exists()
+    beside = {
+        "tokenizer_config.json": b'{"eos_token": "a", "chat_template": "{{ 1 }}"}',
+        "chat_template.jinja": "{{ messages }}\u00e9".encode(),
+    }
+    for name, contents in {**beside, "notes.txt": b"mine"}.items():
+        (folder / name).write_bytes(contents)
+    options = {"tokenizer": choose_tokenizer(str(folder), END_OF_DOCUMENT)}
+    made = run_request(dataclasses.replace(request(tmp_path / "out", source), **options))
+    assert made is not None
+    assert made.fingerprint == plain.fingerprint, "no id depends on it"
+    for name, contents in beside.items():
+        assert (tmp_path / "out" / name).read_bytes() == contents
+    assert not (tmp_path / "out" / "notes.txt").exists()
+    # What closed the documents counts, not what was published.
+    assert load_tokenizer(made.tokenizer_path).end_name == "a"
+    assert load_file(Path(made.tokenizer_path)).end_of_document == plain.end_of_document
 
 
 def test_sentencepiece(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFas
 from hysparse_megatron.config.frozen import load_frozen
 from hysparse_megatron.huggingface.model_card import model_card
 from tests.unit.huggingface.exports import IDS, load, random_run
+from tools import prepare_data
 from tools.convert import main
 
 DATA = {
@@ -33,13 +34,20 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory, session_seed: int) -> Path:
-    """A run with evaluations, and a chat template beside its tokenizer, exported after step 0."""
+    """A run with evaluations, and data prepared with a published tokenizer that has a
+    chat template, exported after step 0."""
     torch.manual_seed(session_seed)
     folder = tmp_path_factory.mktemp("card")
     run = random_run(folder / "run", "model.layout=F 2*S | F W", "name=small", identity=DATA)
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in EVALUATIONS))
-    (run / "chat_template.jinja").write_text(TEMPLATE)
-    tokenizer = ["--tokenizer", str(run / "tokenizer.json")]
+    published = folder / "published"
+    published.mkdir()
+    shutil.copyfile(run / "tokenizer.json", published / "tokenizer.json")
+    (published / "chat_template.jinja").write_text(TEMPLATE)
+    (folder / "text.txt").write_text("some words " * 500)
+    options = ["--tokenizer", str(published), "--output", str(folder / "data")]
+    assert prepare_data.main([*options, str(folder / "text.txt")]) == 0
+    tokenizer = ["--tokenizer", str(folder / "data" / "tokenizer.json")]
     given = ["--run-dir", str(run), *tokenizer, "--license", "apache-2.0", str(folder / "out")]
     assert main(["export", *given]) == 0
     return folder / "out"
