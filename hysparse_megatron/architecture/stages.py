@@ -57,6 +57,10 @@ class PipelinePlan:
         """The stages in megatron-core's hybrid pattern: `*` for each layer, `|` for each cut."""
         return "|".join("*" * len(stage) for stage in self.stages)
 
+    def place_of(self, layer: int) -> int:
+        """The place of a layer in its stage, both from 0."""
+        return layer - max(stage.start for stage in self.stages if stage.start <= layer)
+
     def describe(self) -> str:
         """One line per stage: where it runs, its layers, what enters it."""
         lines = []

@@ -152,6 +152,8 @@ def _describe(annotation: Any) -> str:
         return "a list of texts, [a,b]"
     if annotation == list[int]:
         return "a list of integers, [1,2]"
+    if get_origin(annotation) is list:
+        return f"a list, [a,b], of {', '.join(member.name for member in get_args(annotation)[0])}"
     if is_dataclass(annotation):
         return f"a section with {', '.join(item.name for item in fields(annotation))}"
     if issubclass(annotation, Enum):

@@ -82,6 +82,15 @@ class Recompute(Enum):
     full = "full"
 
 
+class RecomputeModule(Enum):
+    """A part of a layer that selective recompute makes again."""
+
+    attention = "attention"
+    norm = "norm"
+    feed_forward = "feed_forward"
+    experts = "experts"
+
+
 class TrackingMode(Enum):
     """Where metrics go besides `metrics.jsonl`."""
 
@@ -196,7 +205,15 @@ class TrainConfig:
     precision: Precision = Precision.fp32
     """fp32 runs anywhere and is exact to compare; bf16 is for accelerators."""
     recompute: Recompute = Recompute.none
-    """none keeps all activations, selective recomputes attention only, full whole layers."""
+    """none keeps all activations, selective recomputes parts of layers, full whole layers."""
+    recompute_modules: list[RecomputeModule] = field(
+        default_factory=lambda: [RecomputeModule.attention], hash=False
+    )
+    """What selective recomputes: attention (from query, key and value to its output), norm (outputs
+    of the layers' two norms), feed_forward (dense ones), experts (with router and shared expert).
+    """
+    recompute_layers: int | None = at_least(1, default=None)
+    """Layers of every pipeline stage, the first ones, that full recomputes; null all of them."""
     loss_chunk: int | None = at_least(1, default=None)
     """Tokens of a sequence, on one context-parallel rank, whose logits are made at a time, and made
     again in the backward pass, so that never all are there; null makes all at once."""
@@ -210,6 +227,24 @@ class TrainConfig:
     end of the Slurm job, where there is one."""
     guard: GuardConfig = field(default_factory=GuardConfig)
     """Bad steps."""
+
+    def recomputes(self, module: RecomputeModule) -> bool:
+        """Whether this part alone is made again in the backward pass."""
+        return self.recompute is Recompute.selective and module in self.recompute_modules
+
+    def recomputes_layer(self, place: int) -> bool:
+        """Whether all of a layer is, by its place from 0 in its pipeline stage."""
+        layers = self.recompute_layers
+        return self.recompute is Recompute.full and (layers is None or place < layers)
+
+    @property
+    def recompute_text(self) -> str:
+        """What is recomputed, in words."""
+        if self.recompute is Recompute.selective:
+            return f"selective ({', '.join(module.value for module in self.recompute_modules)})"
+        if self.recompute_layers is not None:
+            return f"{self.recompute.value} ({self.recompute_layers} layers a stage)"
+        return self.recompute.value
 
     @property
     def num_eval_samples(self) -> int:

@@ -95,6 +95,7 @@ RULES: tuple[Rule, ...] = (
     experts.dense_ranks,
     optim.schedule,
     train.ramp,
+    train.recompute,
     optim.muon,
     tracking.tensorboard,
     debug.profile,

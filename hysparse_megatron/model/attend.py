@@ -149,7 +149,8 @@ class TrainingAttend:
 
         Recompute detaches both from their producer: autograd has to add them up.
         """
-        recomputes = self.config.recompute_granularity is not None
+        full = self.config.recompute_granularity == "full"
+        recomputes = full or self.config.recomputes_attention
         return self.training and torch.is_grad_enabled() and not recomputes
 
     def _shard(self, own: Tensor) -> Shard:
@@ -303,9 +304,9 @@ class TrainingAttend:
         return self.config.architecture.window
 
     def _run(self, attend: Callable[..., Any], *tensors: Tensor | None) -> Any:
-        """`attend(again, *tensors)`, recomputed in the backward pass with selective recompute."""
+        """`attend(again, *tensors)`, recomputed in the backward pass where that is set."""
         with self.regather.saving():
-            if self.training and self.config.recompute_granularity == "selective":
+            if self.training and self.config.recomputes_attention:
                 return recomputed(attend, *tensors)
             return attend(self.again, *tensors)
 

@@ -9,8 +9,15 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from hysparse_megatron.architecture.model import Balancing, ModelConfig
 from hysparse_megatron.architecture.stages import PipelinePlan, plan_pipeline
-from hysparse_megatron.config.schema import Config, Precision, Recompute
-from hysparse_megatron.model.layers import LOCAL, LayerChoice, fusions
+from hysparse_megatron.config.schema import (
+    Config,
+    Precision,
+    Recompute,
+    RecomputeModule,
+    TrainConfig,
+)
+from hysparse_megatron.errors import ConfigError
+from hysparse_megatron.model.layers import LOCAL, LayerChoice, LayerModules, fusions
 from hysparse_megatron.model.sharing import SharedWidths
 
 
@@ -26,6 +33,21 @@ class HySparseConfig(TransformerConfig):
     """Whether gathered keys and values are kept for the backward pass."""
     init_seed: int = 0
     """Seed from which all initial weights are derived."""
+
+    recomputes_norms: bool = False
+    """Whether the backward pass makes the outputs of the layers' norms again."""
+
+    @property
+    def recomputes_attention(self) -> bool:
+        """Whether it runs attention alone again."""
+        modules = self.recompute_modules or ()
+        return self.recompute_granularity == "selective" and "core_attn" in modules
+
+    def recomputes_layer(self, place: int) -> bool:
+        """Whether it runs all of a layer again, by its place in its stage."""
+        if self.recompute_granularity != "full":
+            return False
+        return self.recompute_method == "uniform" or place < int(self.recompute_num_layers or 0)
 
     def is_moe_layer(self, index: int) -> bool:
         """Whether the layer with this index from 0 has experts."""
@@ -65,16 +87,36 @@ def _point_to_point(vpp: int | None) -> dict[str, bool]:
     return {"overlap_p2p_comm": interleaved, "batch_p2p_comm": not interleaved}
 
 
-def _recompute(recompute: Recompute) -> dict[str, object]:
-    if recompute is Recompute.full:
+_MODULES = {
+    RecomputeModule.attention: "core_attn",
+    RecomputeModule.feed_forward: "mlp",
+    RecomputeModule.experts: "moe",
+}
+"""megatron-core's names; for its recompute of norms it needs Transformer Engine and a compiler."""
+
+
+def _recompute(train: TrainConfig, layers: LayerChoice) -> dict[str, object]:
+    """Raises ConfigError for norms that are part of linear layers."""
+    if train.recompute is Recompute.full:
+        some = train.recompute_layers
         return {
             "recompute_granularity": "full",
-            "recompute_method": "uniform",
-            "recompute_num_layers": 1,
+            "recompute_method": "uniform" if some is None else "block",
+            "recompute_num_layers": 1 if some is None else some,
         }
-    if recompute is Recompute.selective:
-        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
-    return {}
+    if train.recompute is Recompute.none:
+        return {}
+    is_fused = LayerModules.of(layers).norm_and_column_linear is not None
+    if is_fused and train.recomputes(RecomputeModule.norm):
+        raise ConfigError(
+            "train.recompute_modules: norm, but Transformer Engine's norms are part of its linear "
+            "layers; leave it out, or take model.layers=local"
+        )
+    chosen = [_MODULES[module] for module in train.recompute_modules if module in _MODULES]
+    return {
+        "recompute_granularity": "selective",
+        "recompute_modules": chosen,
+    }
 
 
 _BALANCING = {
@@ -160,7 +202,8 @@ def make_megatron_config(config: Config, layers: LayerChoice = LOCAL) -> HySpars
         deterministic_mode=config.debug.deterministic,
         **fusions(layers, model, config.debug.deterministic),
         **_point_to_point(parallel.vpp),
-        **_recompute(config.train.recompute),
+        **_recompute(config.train, layers),
+        recomputes_norms=config.train.recomputes(RecomputeModule.norm),
         plan=plan,
         architecture=model,
         cp_keep_kv=parallel.cp_keep_kv,

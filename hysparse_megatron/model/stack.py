@@ -189,12 +189,13 @@ class HySparseStack(MegatronModule):
         attend: Attend,
         regather: Regather,
     ) -> tuple[Tensor, Shared | None]:
-        """One layer, recomputed in the backward pass with full recompute.
+        """One layer, recomputed in the backward pass if it is one of those that are.
 
         What is shared enters and leaves the recomputed function as tensors, never by other ways,
         or the oracle's key and value would silently lose the gradient of their readers.
         """
-        if not (self.training and self.config.recompute_granularity == "full"):
+        place = cast(TransformerLayer, layer).layer_number - 1 - self.layer_indices.start
+        if not (self.training and self.config.recomputes_layer(place)):
             with get_fp8_context(self.config, cast(TransformerLayer, layer).layer_number - 1):
                 return layer(hidden_states, shared, rotary_pos_emb, attend)
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from hysparse_megatron.architecture.layers import Branch, LayerKind
 from hysparse_megatron.architecture.model import ModelConfig
-from hysparse_megatron.architecture.parameters import count_parameters
-from hysparse_megatron.config.schema import Recompute
+from hysparse_megatron.architecture.parameters import ModelParameters, count_parameters
+from hysparse_megatron.architecture.stages import PipelinePlan
+from hysparse_megatron.config.schema import Config, Recompute, RecomputeModule
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,33 @@ def forward_flops(model: ModelConfig, layout: Sequence[LayerKind], sequence: int
     )
 
 
-def training_flops(forward: ForwardFlops, recompute: Recompute) -> float:
-    """FLOPs per token that the hardware does in one training step, recompute included.
+def training_flops(forward: ForwardFlops, recomputed: float = 0.0) -> float:
+    """FLOPs per token that the hardware does in one training step.
 
-    The backward pass counts two forward passes.
+    The backward pass counts two forward passes, and what of `recomputed_flops` it makes again.
     """
-    again = {
-        Recompute.none: 0.0,
-        Recompute.selective: forward.attention,
-        Recompute.full: forward.total,
-    }
-    return 3 * forward.total + again[recompute]
+    return 3 * forward.total + recomputed
+
+
+def recomputed_flops(
+    config: Config, plan: PipelinePlan, counted: ModelParameters, forward: ForwardFlops
+) -> float:
+    """FLOPs per token of the forward pass that the backward pass does again."""
+    train, model = config.train, config.model
+    if train.recompute is Recompute.full:
+        if train.recompute_layers is None:
+            return forward.total
+        layers = range(plan.layout.num_layers)
+        count = sum(train.recomputes_layer(plan.place_of(layer)) for layer in layers)
+        return (forward.linear + forward.attention) * count / len(layers)
+    again = forward.attention if train.recomputes(RecomputeModule.attention) else 0.0
+    for index, layer in enumerate(counted.layers):
+        if train.recomputes(feed_forward_of(model, index)):
+            again += 2.0 * (layer.matrices - layer.attention)
+    return again
+
+
+def feed_forward_of(model: ModelConfig, layer: int) -> RecomputeModule:
+    """What selective recompute calls the part of a layer after its attention."""
+    has_experts = model.is_moe_layer(layer)
+    return RecomputeModule.experts if has_experts else RecomputeModule.feed_forward

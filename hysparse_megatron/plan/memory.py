@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from hysparse_megatron.architecture.layers import Branch, LayerKind
 from hysparse_megatron.architecture.parameters import RankParameters, padded_vocab_size
 from hysparse_megatron.architecture.stages import PipelinePlan
-from hysparse_megatron.config.schema import Config, OptimizerName, Precision, Recompute
+from hysparse_megatron.config.schema import Config, OptimizerName, Precision, RecomputeModule
+from hysparse_megatron.plan.flops import feed_forward_of
 from hysparse_megatron.plan.traffic import (
     batch_tokens,
     element_bytes,
@@ -180,33 +181,59 @@ def _gradient_of_activation(config: Config, layer: int) -> int:
 def _kept_activations(config: Config, plan: PipelinePlan, layer: int) -> Counter[str]:
     """Bytes that one layer keeps of one micro-batch under the configured recompute."""
     kept = layer_activations(config, plan, layer)
-    if config.train.recompute is Recompute.none:
-        return kept
-    model, tp = config.model, config.parallel.tp
-    tokens = rank_tokens(config)
-    element = element_bytes(config)
-    heads = model.num_attention_heads // tp
-    if config.train.recompute is Recompute.selective:
-        # Made again: what attention and its gates keep for themselves, except the last output.
-        branches = len(plan.layout.kinds[layer].branches)
-        again = branches * tokens * (heads * model.value_dim * element + heads * 4)
-        if branches == 1:
-            again -= tokens * heads * model.value_dim * element  # the output projection reads it
-        kept["attention"] -= again
-        return kept
-    # Full: the layer's input alone, and what it shares with other layers.
+    if not config.train.recomputes_layer(plan.place_of(layer)):
+        return kept - _parts_again(config, plan, layer)
+    # The layer's input alone, and what it shares with other layers.
     shared = ("shared key and value", "selections") if plan.is_read(layer) else ()
     outputs = Counter({name: kept[name] for name in shared if name in kept})
-    outputs["residual stream and norms"] = token_rows(config) * model.hidden_size * element
+    outputs["residual stream and norms"] = _residual_bytes(config)
     return outputs
+
+
+def _residual_bytes(config: Config) -> int:
+    return token_rows(config) * config.model.hidden_size * element_bytes(config)
+
+
+def _parts_again(config: Config, plan: PipelinePlan, layer: int) -> Counter[str]:
+    """Bytes of a layer that selective recompute makes again, by what they are."""
+    model, train = config.model, config.train
+    tokens, element = rank_tokens(config), element_bytes(config)
+    heads = model.num_attention_heads // config.parallel.tp
+    again: Counter[str] = Counter()
+    if train.recomputes(RecomputeModule.attention):
+        # What attention and its gates keep for themselves, except the last output.
+        branches = len(plan.layout.kinds[layer].branches)
+        again["attention"] += branches * tokens * (heads * model.value_dim * element + heads * 4)
+        if branches == 1:  # the output projection reads it
+            again["attention"] -= tokens * heads * model.value_dim * element
+    if train.recomputes(RecomputeModule.norm):
+        again["residual stream and norms"] += 2 * _residual_bytes(config)
+    if train.recomputes(feed_forward_of(config.model, layer)):
+        parts = _feed_forward_activations(config, layer)
+        del parts["residual stream and norms"]  # its input
+        again += parts
+    return again
+
+
+def _working_again(config: Config, plan: PipelinePlan, layer: int) -> int:
+    """Bytes that the backward pass of one layer makes again, with what it holds beside them."""
+    if config.train.recomputes_layer(plan.place_of(layer)):
+        whole = sum(layer_activations(config, plan, layer).values())
+        return whole + _gradient_of_activation(config, layer)
+    if not config.train.recomputes(feed_forward_of(config.model, layer)):
+        # A norm's output, or less than is counted as the kernels' workspace.
+        return _residual_bytes(config) if config.train.recomputes(RecomputeModule.norm) else 0
+    parts = _feed_forward_activations(config, layer)
+    return sum(parts.values()) + _gradient_of_activation(config, layer)
 
 
 def _alike(config: Config, plan: PipelinePlan, layers: list[int]) -> dict[int, int]:
     """One layer of every sort among `layers`, and how many there are of it."""
-    found: dict[tuple[LayerKind, bool, bool], tuple[int, int]] = {}
+    found: dict[tuple[LayerKind, bool, bool, bool], tuple[int, int]] = {}
     for layer in layers:
         kind = plan.layout.kinds[layer]
-        sort = (kind, plan.is_read(layer), config.model.is_moe_layer(layer))
+        again = config.train.recomputes_layer(plan.place_of(layer))
+        sort = (kind, plan.is_read(layer), config.model.is_moe_layer(layer), again)
         first, count = found.get(sort, (layer, 0))
         found[sort] = (first, count + 1)
     return dict(found.values())
@@ -268,12 +295,7 @@ def rank_memory(
             if config.parallel.cp > 1 and config.parallel.cp_keep_kv:
                 one["shared key and value"] += _gathered_bytes(config)
     working = _workspace(config, plan, layers)
-    if config.train.recompute is Recompute.full:
-        working += max(
-            sum(layer_activations(config, plan, layer).values())
-            + _gradient_of_activation(config, layer)
-            for layer in _alike(config, plan, layers)
-        )
+    working += max(_working_again(config, plan, layer) for layer in _alike(config, plan, layers))
     if len(plan.stages) - 1 in stages:
         working = max(working, head_bytes(config))
     weights, gradients, optimizer = state_bytes(

@@ -26,6 +26,7 @@ from hysparse_megatron.config.schema import Config, Precision
 from hysparse_megatron.plan.flops import (
     ForwardFlops,
     forward_flops,
+    recomputed_flops,
     training_flops,
 )
 from hysparse_megatron.plan.memory import GIB, RankMemory, rank_memory
@@ -150,6 +151,7 @@ def make_overview(config: Config, world_size: int) -> Overview:
     counted = count_parameters(model, kinds)
     flops = forward_flops(model, kinds, config.train.seq_length)
     stages = _stages(config, plan, counted, flops)
+    per_step = training_flops(flops, recomputed_flops(config, plan, counted, flops))
     ranks = tuple(_rank(config, plan, counted, groups, rank) for rank in range(plan.pp))
     return Overview(
         config=config,
@@ -157,7 +159,7 @@ def make_overview(config: Config, world_size: int) -> Overview:
         groups=groups,
         parameters=counted,
         flops=flops,
-        training_flops_per_token=training_flops(flops, config.train.recompute),
+        training_flops_per_token=per_step,
         stages=stages,
         ranks=ranks,
         time=_step_time(
@@ -166,7 +168,7 @@ def make_overview(config: Config, world_size: int) -> Overview:
             stages,
             ranks,
             groups,
-            training_flops(flops, config.train.recompute) / flops.total,
+            per_step / flops.total,
         ),
     )
 

@@ -143,7 +143,7 @@ def _head(overview: Overview) -> str:
         f"sequence parallel {'on' if parallel.sequence_parallel else 'off'}\n"
         f"{train.global_batch_size} sequences of {train.seq_length} tokens a step{ramp}, "
         f"{groups.num_microbatches} micro-batches of {train.micro_batch_size} on each rank, "
-        f"{train.precision.value}, recompute {train.recompute.value}"
+        f"{train.precision.value}, recompute {train.recompute_text}"
     )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from hysparse_megatron.architecture.layout import LayoutError, parse_layout
 from hysparse_megatron.config.problems import as_error
-from hysparse_megatron.config.schema import Config, ParallelConfig, Recompute
+from hysparse_megatron.config.schema import Config, ParallelConfig, Recompute, RecomputeModule
 from hysparse_megatron.config.validate import plan_problems, validate
 from hysparse_megatron.errors import ConfigError, Problem
 from hysparse_megatron.plan.memory import GIB
@@ -164,7 +164,7 @@ def _candidates(config: Config, world_size: int) -> Iterator[Config]:
         if tp * pp * cp > world_size or ep * pp > world_size:
             continue
         for vpp in {None, config.parallel.vpp if pp > 1 else None, 2 if pp > 1 else None}:
-            for recompute in Recompute:
+            for recompute in _recomputes(config):
                 yield dataclasses.replace(
                     config,
                     parallel=dataclasses.replace(
@@ -180,6 +180,13 @@ def _candidates(config: Config, world_size: int) -> Iterator[Config]:
                         config.train, micro_batch_size=micro_batch, recompute=recompute
                     ),
                 )
+
+
+def _recomputes(config: Config) -> list[Recompute]:
+    """All kinds, unless somebody has chosen parts or layers of one."""
+    train = config.train
+    chosen = train.recompute_modules != [RecomputeModule.attention] or train.recompute_layers
+    return [train.recompute] if chosen else list(Recompute)
 
 
 def _divisors(number: int) -> list[int]:

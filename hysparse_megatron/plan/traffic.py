@@ -12,7 +12,8 @@ from hysparse_megatron.architecture.layers import Branch
 from hysparse_megatron.architecture.model import ModelConfig
 from hysparse_megatron.architecture.parameters import RankParameters
 from hysparse_megatron.architecture.stages import PipelinePlan, live_oracle
-from hysparse_megatron.config.schema import Config, Precision, Recompute
+from hysparse_megatron.config.schema import Config, Precision
+from hysparse_megatron.plan.flops import feed_forward_of
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def collectives(
     shared = held.dense * _ring(dp_cp) + held.experts * _ring(edp)
     return Collectives(
         tensor_bytes=sum(_tensor_bytes(config, plan, layer) for layer in layers),
-        expert_bytes=sum(_expert_bytes(config, layer) for layer in layers),
+        expert_bytes=sum(_expert_bytes(config, plan, layer) for layer in layers),
         context_bytes=_context_bytes(config, plan, pp_rank),
         gradient_bytes=gradient_element_bytes(config) * shared,
         weight_bytes=element_bytes(config) * shared,
@@ -135,23 +136,31 @@ def _ring(ranks: int) -> float:
     return (ranks - 1) / ranks
 
 
-def _passes(recompute: Recompute) -> int:
-    """Forward passes of one micro-batch in training."""
-    return 2 if recompute is Recompute.full else 1
+def _passes(config: Config, plan: PipelinePlan, layer: int) -> int:
+    """Forward passes of a layer and one micro-batch in training."""
+    return 2 if config.train.recomputes_layer(plan.place_of(layer)) else 1
+
+
+def _feed_forward_passes(config: Config, plan: PipelinePlan, layer: int) -> int:
+    """The same of its feed-forward part."""
+    again = config.train.recomputes(feed_forward_of(config.model, layer))
+    return 2 if again else _passes(config, plan, layer)
 
 
 def _tensor_bytes(config: Config, plan: PipelinePlan, layer: int) -> float:
-    model, train, parallel = config.model, config.train, config.parallel
+    model, parallel = config.model, config.parallel
     if parallel.tp == 1:
         return 0.0
     tokens = rank_tokens(config)
     whole = tokens * model.hidden_size * element_bytes(config) * _ring(parallel.tp)
     has_dense = not model.is_moe_layer(layer) or model.moe.shared_expert_ffn_hidden_size > 0
-    blocks = 2 if has_dense else 1
+    passes = [_passes(config, plan, layer)]
+    if has_dense:
+        passes.append(_feed_forward_passes(config, plan, layer))
     # Two operations of this size per block and direction: all-gather and reduce-scatter with
     # sequence parallelism, which gathers once more for the weight gradient; else one all-reduce.
     backward = 3 if parallel.sequence_parallel else 2
-    total = blocks * whole * (2 * _passes(train.recompute) + backward)
+    total = sum(whole * (2 * count + backward) for count in passes)
     return total + _sharing_bytes(config, plan, layer)
 
 
@@ -164,7 +173,7 @@ def _sharing_bytes(config: Config, plan: PipelinePlan, layer: int) -> float:
     tokens = rank_tokens(config)
     # Key and value are gathered forward and summed backward.
     total = tokens * key_value_elements(config) * element_bytes(config)
-    total *= _passes(train.recompute) + 1
+    total *= _passes(config, plan, layer) + 1
     if plan.is_read(layer):
         # All must agree on the blocks: fp32 scores are max-reduced.
         total += 2 * tokens * -(-train.seq_length // model.block_size) * 4
@@ -189,28 +198,27 @@ def _context_bytes(config: Config, plan: PipelinePlan, pp_rank: int) -> float:
         return 0.0
     stages = [plan.stage_index(pp_rank, chunk) for chunk in range(plan.num_chunks)]
     layers = [layer for stage in stages for layer in plan.stages[stage]]
-    kinds = [plan.layout.kinds[layer] for layer in layers]
-    passes = _passes(config.train.recompute)
+    passes = {layer: _passes(config, plan, layer) for layer in layers}
     # What comes over a cut is gathered again.
     again = sum(plan.oracle_into(stage) is not None for stage in stages)
     full = [layer for layer in layers if Branch.FULL in plan.layout.kinds[layer].branches]
-    gathers, sums = len(full) * passes + again, len(full) + again
+    gathers, sums = sum(passes[layer] for layer in full) + again, len(full) + again
     if not config.parallel.cp_keep_kv:
-        # Full recompute saves what layers are handed, not what they make.
+        # Layers that are recomputed save what they are handed, not what they make.
         handed = {layer - 1 for layer in layers if live_oracle(plan.layout, layer) == layer - 1}
-        saved = handed if config.train.recompute is Recompute.full else full
-        gathers += len(saved) + again
-    windows = sum(Branch.WINDOW in kind.branches for kind in kinds)
+        gathers += len(handed.union(layer for layer in full if passes[layer] == 1)) + again
+    windows = [layer for layer in layers if Branch.WINDOW in plan.layout.kinds[layer].branches]
     gathered, summed = gather_bytes(config)
     tail, returned = tail_bytes(config)
-    return gathers * gathered + sums * summed + windows * (passes * tail + returned)
+    tails = sum(passes[layer] * tail + returned for layer in windows)
+    return gathers * gathered + sums * summed + tails
 
 
-def _expert_bytes(config: Config, layer: int) -> float:
+def _expert_bytes(config: Config, plan: PipelinePlan, layer: int) -> float:
     model, parallel = config.model, config.parallel
     if not model.is_moe_layer(layer) or parallel.ep == 1:
         return 0.0
     routed = token_rows(config) * model.moe.num_active_experts * model.hidden_size
     sent = routed * element_bytes(config) * _ring(parallel.ep)
     # Dispatch and combine, in every forward pass and in the backward pass.
-    return 2 * sent * (1 + _passes(config.train.recompute))
+    return 2 * sent * (1 + _feed_forward_passes(config, plan, layer))

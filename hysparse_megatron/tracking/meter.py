@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from hysparse_megatron.architecture.layout import parse_layout
 from hysparse_megatron.architecture.parameters import with_vocabulary
-from hysparse_megatron.config.schema import Config, Recompute
+from hysparse_megatron.config.schema import Config
 from hysparse_megatron.plan.flops import forward_flops, training_flops
 from hysparse_megatron.runtime.clock import ForwardClock
 
@@ -161,7 +161,7 @@ def model_flops_per_token(config: Config, vocab_size: int) -> float:
     """
     model = with_vocabulary(config.model, vocab_size)
     forward = forward_flops(model, parse_layout(model.layout).kinds, config.train.seq_length)
-    return training_flops(forward, Recompute.none)
+    return training_flops(forward)
 
 
 def known_peak_tflops(device: torch.device) -> float | None:

@@ -8,7 +8,7 @@ import torch
 from hysparse_kernels import BackendChoice, BackendUnavailable, resolve_backend
 
 from hysparse_megatron.architecture.parameters import parameters_of
-from hysparse_megatron.config.schema import Config, Precision
+from hysparse_megatron.config.schema import Config, Precision, Recompute
 from hysparse_megatron.data.read.held_out import EvaluationBatches
 from hysparse_megatron.data.sources import MANY_EPOCHS, TrainingData, count_of, epochs_of
 from hysparse_megatron.errors import ConfigError
@@ -81,6 +81,8 @@ def describe_start(state: TrainingState, corpus: TrainingData, log: Log) -> None
         f"initial weights: {state.num_parameters():,} parameters of rank 0 built and drawn in "
         f"{state.build_seconds:.1f} s"
     )
+    if config.train.recompute is not Recompute.none:
+        log(f"the backward pass recomputes: {config.train.recompute_text}")
     log(f"optimizer: {describe_optimizer(state)}")
     if state.groups.dp_cp.size() > 1:
         log(describe_overlap(state.chunks))

@@ -27,6 +27,7 @@ from hysparse_megatron.config.schema import (
     OptimizerName,
     ParallelConfig,
     Recompute,
+    RecomputeModule,
     TrainConfig,
 )
 from hysparse_megatron.config.validate import check
@@ -165,7 +166,13 @@ def reference_of(config: Config) -> Config:
         config,
         optim=dataclasses.replace(config.optim, muon=muon),
         model=dataclasses.replace(config.model, layout=without_cuts(config.model.layout)),
-        train=dataclasses.replace(config.train, recompute=Recompute.none, loss_chunk=None),
+        train=dataclasses.replace(
+            config.train,
+            recompute=Recompute.none,
+            recompute_modules=[RecomputeModule.attention],
+            recompute_layers=None,
+            loss_chunk=None,
+        ),
         parallel=ParallelConfig(),
     )
 

@@ -12,7 +12,7 @@ import pytest
 
 from hysparse_megatron.architecture.layers import FullGate, GateKind, SinkKind
 from hysparse_megatron.architecture.model import Balancing, MoeConfig, RouterScore
-from hysparse_megatron.config.schema import MuonTensorParallel, Recompute
+from hysparse_megatron.config.schema import MuonTensorParallel, Recompute, RecomputeModule
 from tests.distributed.cases import (
     FEW,
     INSIDE,
@@ -43,6 +43,20 @@ HYBRID_INTERLEAVED = "F S | W S | F W | F"
 
 SHORT_FULL = {**SHORT, "recompute": Recompute.full}
 SHORT_SELECTIVE = {**SHORT, "recompute": Recompute.selective}
+SHORT_PARTS = {
+    **SHORT_SELECTIVE,
+    "recompute_modules": [RecomputeModule.norm, RecomputeModule.feed_forward],
+}
+SHORT_EXPERTS = {
+    **SHORT_SELECTIVE,
+    "recompute_modules": [
+        RecomputeModule.attention,
+        RecomputeModule.norm,
+        RecomputeModule.experts,
+    ],
+}
+SHORT_SOME = {**SHORT_FULL, "recompute_layers": 2}
+"""Of the stages INSIDE, an oracle with one of its readers, and two readers of what was sent."""
 MQA = {"num_query_groups": 1}
 WIDE = {"gate": GateKind.channel, "value_head_dim": 12}
 FORCED = {"num_selected_blocks": 3, "forced_first_blocks": 1, "forced_recent_blocks": 1}
@@ -108,6 +122,8 @@ CASES = [
     Case("recompute-full", train=SHORT_FULL),
     Case("recompute-selective", train=SHORT_SELECTIVE),
     Case("recompute-full-tp2-pp2-sp-inside", INSIDE, tp=2, pp=2, sp=True, train=SHORT_FULL),
+    Case("recompute-parts-tp2-pp2-sp", INSIDE, tp=2, pp=2, sp=True, train=SHORT_PARTS),
+    Case("recompute-some-tp2-pp2-sp", INSIDE, tp=2, pp=2, sp=True, train=SHORT_SOME),
     Case("recompute-selective-tp2-pp2-sp", INSIDE, tp=2, pp=2, sp=True, train=SHORT_SELECTIVE),
     Case("tied-pp2", INSIDE, pp=2, model={**TIED, **PADDED}, train=IN_CHUNKS),
     Case("qk-norm-tp2-sp", tp=2, sp=True, model={"qk_norm": True}, train=SHORT),
@@ -122,6 +138,7 @@ CASES = [
     Case("moe-shared-tp2-dp2-ep2", tp=2, sp=True, dp=2, ep=2, model=SHARED, train=SHORT),
     Case("moe-bias-tp2-dp2-ep4", tp=2, sp=True, dp=2, ep=4, model=BIASED, train=SHORT),
     Case("moe-dense-first-pp2-vpp2-ep2", INTERLEAVED, pp=2, vpp=2, dp=2, ep=2, **DENSE_FIRST),
+    Case("moe-recompute-parts-tp2-ep2", tp=2, sp=True, ep=2, model=SOFTMAX, train=SHORT_EXPERTS),
     Case("moe-recompute-full-tp2-ep2", tp=2, sp=True, ep=2, model=SOFTMAX, train=SHORT_FULL),
     Case("documents-tp2-pp2-sp", INSIDE, tp=2, pp=2, sp=True, train=SHORT_FULL, documents=True),
     Case("documents-tp2-mqa", tp=2, model=MQA, train=SHORT_SELECTIVE, documents=True),

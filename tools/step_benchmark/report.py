@@ -37,7 +37,7 @@ class StepReport(Report):
         self.log()
         self.log(
             f"{row.case.length} tokens: hidden {model.hidden_size}{experts}, vocabulary "
-            f"{model.vocab_size}, {train.precision.value}, recompute {train.recompute.value}, "
+            f"{model.vocab_size}, {train.precision.value}, recompute {train.recompute_text}, "
             f"{number} micro-batches of {train.micro_batch_size} a step"
         )
         self.log(_TIMES)

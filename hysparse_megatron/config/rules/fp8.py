@@ -9,6 +9,7 @@ from hysparse_megatron.config.schema import (
     Config,
     Precision,
     Recompute,
+    RecomputeModule,
 )
 from hysparse_megatron.errors import Problem
 
@@ -28,6 +29,9 @@ def fp8(config: Config) -> Iterator[Problem]:
         yield Problem("train.precision", train.precision.value, f"bf16 with {fp8}")
     if train.recompute is Recompute.full:
         yield Problem("train.recompute", "full", f"none or selective with {fp8}")
+    elif train.recompute is Recompute.selective:
+        for module in set(train.recompute_modules) - {RecomputeModule.attention}:
+            yield Problem("train.recompute_modules", module.value, f"[attention] with {fp8}")
     tokens = train.seq_length * train.micro_batch_size
     if not is_multiple(tokens, FP8_UNIT):
         got = f"{train.seq_length} (x train.micro_batch_size = {train.micro_batch_size})"

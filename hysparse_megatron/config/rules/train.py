@@ -2,9 +2,12 @@
 
 from collections.abc import Iterator
 
+from hysparse_megatron.architecture.layout import LayoutError, parse_layout
 from hysparse_megatron.config.rules.multiples import is_multiple
 from hysparse_megatron.config.schema import (
     Config,
+    Recompute,
+    RecomputeModule,
 )
 from hysparse_megatron.errors import Problem
 
@@ -20,6 +23,45 @@ def ramp(config: Config) -> Iterator[Problem]:
     elif size > 0 and (ramp[0] >= size or (size - ramp[0]) % ramp[1]):
         allowed = f"a start below train.global_batch_size = {size} and increments that lead there"
         yield Problem("train.batch_ramp", str(ramp), allowed)
+
+
+def recompute(config: Config) -> Iterator[Problem]:
+    """Parts and layers are named where they are recomputed, and there are such parts and layers."""
+    train, chosen = config.train, config.train.recompute_modules
+    told = f"[{','.join(module.value for module in chosen)}]"
+    key = "train.recompute_modules"
+    if train.recompute is not Recompute.selective:
+        if chosen != [RecomputeModule.attention]:
+            yield Problem(key, told, "[attention], the default, unless train.recompute=selective")
+    elif not chosen or len(set(chosen)) < len(chosen):
+        yield Problem(key, told, "at least one of its values, each once")
+    else:
+        kinds = _feed_forwards(config)
+        for module in chosen:
+            if kinds is not None and module not in (*kinds, *_OF_EVERY_LAYER):
+                yield Problem(key, told, f"without {module.value}: no layer of the model has it")
+    if train.recompute_layers is None:
+        return
+    if train.recompute is not Recompute.full:
+        got = str(train.recompute_layers)
+        yield Problem("train.recompute_layers", got, "null unless train.recompute=full")
+
+
+_OF_EVERY_LAYER = (RecomputeModule.attention, RecomputeModule.norm)
+
+
+def _feed_forwards(config: Config) -> set[RecomputeModule] | None:
+    """Which there are; None with a layout of which its own rule complains."""
+    try:
+        num_layers = parse_layout(config.model.layout).num_layers
+    except LayoutError:
+        return None
+    return {
+        RecomputeModule.experts
+        if config.model.is_moe_layer(layer)
+        else RecomputeModule.feed_forward
+        for layer in range(num_layers)
+    }
 
 
 def batches(config: Config, world_size: int) -> Iterator[Problem]:

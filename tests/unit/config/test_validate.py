@@ -19,6 +19,7 @@ from hysparse_megatron.config.schema import (
     OptimizerName,
     Precision,
     Recompute,
+    RecomputeModule,
     Schedule,
     TrackingMode,
 )
@@ -79,6 +80,10 @@ def experts(num_experts: int, **settings: Any) -> MoeConfig:
 
 def profiled(**settings: Any) -> dict[str, Any]:
     return {"debug.profile": ProfileConfig(**settings)}
+
+
+def parts(*modules: RecomputeModule) -> dict[str, Any]:
+    return {"train.recompute": Recompute.selective, "train.recompute_modules": list(modules)}
 
 
 FP8 = {"model.fp8": Fp8.tensorwise, "train.precision": Precision.bf16}
@@ -151,6 +156,37 @@ BAD: list[tuple[dict[str, Any], str, str, str]] = [
     ({"data.blend": "1 .", "data.tokenizer": "."}, "data.tokenizer", ".", "null with data.blend"),
     ({"data.blend": "1 .; 2 nowhere"}, "data.blend", "nowhere", "hysparse prepare-data"),
     ({"data.skip_steps": "9-3"}, "data.skip_steps", "9-3", "comes after the last"),
+    (
+        {**FP8, **parts(RecomputeModule.norm)},
+        "train.recompute_modules",
+        "norm",
+        "[attention] with model.fp8",
+    ),
+    (
+        {"train.recompute_modules": [RecomputeModule.norm]},
+        "train.recompute_modules",
+        "[norm]",
+        "[attention], the default, unless train.recompute=selective",
+    ),
+    (parts(), "train.recompute_modules", "[]", "at least one"),
+    (
+        parts(RecomputeModule.norm, RecomputeModule.norm),
+        "train.recompute_modules",
+        "[norm,norm]",
+        "each once",
+    ),
+    (
+        parts(RecomputeModule.norm, RecomputeModule.experts),
+        "train.recompute_modules",
+        "[norm,experts]",
+        "without experts: no layer",
+    ),
+    (
+        {"train.recompute_layers": 2},
+        "train.recompute_layers",
+        "2",
+        "null unless train.recompute=full",
+    ),
     ({**FP8, "train.precision": Precision.fp32}, "train.precision", "fp32", "bf16 with model.fp8"),
     ({**FP8, "train.recompute": Recompute.full}, "train.recompute", "full", "none or selective"),
     ({**FP8, "model.layers": Layers.local}, "model.layers", "local", "te or auto"),

@@ -230,7 +230,25 @@ def test_nothing_stays_on_a_module_between_calls(groups: ProcessGroupCollection)
     assert contents() == before
 
 
-@pytest.mark.parametrize("recompute", ["selective", "full"])
+EXPERTS = (
+    "model.moe.num_experts=4 model.moe.num_active_experts=2 model.moe.expert_ffn_hidden_size=24 "
+    "model.moe.shared_expert_ffn_hidden_size=16 model.moe.num_dense_first_layers=1"
+)
+
+
+@pytest.mark.parametrize(
+    "recompute",
+    [
+        "selective",
+        "full",
+        "selective train.recompute_modules=[norm]",
+        "selective train.recompute_modules=[norm,feed_forward]",
+        "selective train.recompute_modules=[attention,norm,experts] " + EXPERTS,
+        "selective train.recompute_modules=[feed_forward,experts] " + EXPERTS,
+        "full train.recompute_layers=1",
+        "full train.recompute_layers=3",
+    ],
+)
 def test_recompute_changes_no_bit(
     recompute: str, groups: ProcessGroupCollection, seed: int
 ) -> None:
@@ -238,8 +256,11 @@ def test_recompute_changes_no_bit(
     losses = []
     tokens = random_tokens()
     weights = None
-    for kind in ("none", recompute):
-        model = tiny_model(tiny_config("model.layout=F S W F S", f"train.recompute={kind}"), groups)
+    experts = EXPERTS if EXPERTS in recompute else ""
+    for kind in (f"none {experts}", recompute):
+        settings = f"model.layout=F_S_W_F_S train.recompute={kind}".split()
+        settings[0] = settings[0].replace("_", " ")
+        model = tiny_model(tiny_config(*settings), groups)
         if weights is None:
             randomize(model)
             weights = model.state_dict()

@@ -1,6 +1,8 @@
 """The planner's bytes against tensors that a training step really keeps."""
 
 import itertools
+from collections.abc import Callable
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +13,9 @@ from hysparse_megatron.architecture.stages import plan_pipeline
 from hysparse_megatron.checkpoint.moments import distributed_parts
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.config.schema import OptimizerName, Precision
+from hysparse_megatron.config.validate import validate
 from hysparse_megatron.model.language_model import LanguageModel
+from hysparse_megatron.model.remade import Remade
 from hysparse_megatron.plan.memory import in_flight, state_bytes
 from hysparse_megatron.plan.overview import make_overview
 from hysparse_megatron.runtime.process_groups import destroy_process_groups
@@ -49,9 +53,17 @@ def kept_bytes(state: TrainingState) -> int:
         kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
         return tensor
 
+    pack = Remade._pack
+
+    def packed(remade: Remade, tensor: Tensor) -> Tensor | Callable[[], Tensor]:
+        """Hooks within others are asked in their place."""
+        found = pack(remade, tensor)
+        return keep(found) if isinstance(found, Tensor) else found
+
     tokens = torch.randint(0, VOCAB, (1, SEQUENCE))
     chunk.train()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    watched = mock.patch.object(Remade, "_pack", packed)
+    with watched, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         chunk(tokens, torch.arange(SEQUENCE)[None], None, labels=tokens)
     return sum(
         tensor.untyped_storage().nbytes()
@@ -60,13 +72,24 @@ def kept_bytes(state: TrainingState) -> int:
     )
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+HYBRID = "F S S S S F"
+RECOMPUTE = [
+    *itertools.product(["F F F F F F", "W W W W W W", HYBRID], ["none", "selective", "full"]),
+    (HYBRID, "full train.recompute_layers=2"),
+    (HYBRID, "selective train.recompute_modules=[norm]"),
+    (HYBRID, "selective train.recompute_modules=[attention,norm,FEED_FORWARD]"),
+]
+
+
+@pytest.mark.parametrize(("layout", "recompute"), RECOMPUTE)
 @pytest.mark.parametrize("experts", [[], EXPERTS], ids=["dense", "experts"])
-@pytest.mark.parametrize("layout", ["F F F F F F", "W W W W W W", "F S S S S F"])
 def test_activations_are_those_that_autograd_keeps(
     layout: str, experts: list[str], recompute: str
 ) -> None:
-    config = compose([f"model.layout={layout}", *SMALL, *experts, f"train.recompute={recompute}"])
+    chosen = recompute.replace("FEED_FORWARD", "experts" if experts else "feed_forward")
+    settings = f"train.recompute={chosen}".split()
+    config = compose([f"model.layout={layout}", *SMALL, *experts, *settings])
+    assert validate(config, world_size=1) == []
     with default_group():
         try:
             measured = kept_bytes(build_state(config, VOCAB, torch.device("cpu")))
@@ -76,7 +99,9 @@ def test_activations_are_those_that_autograd_keeps(
     # The head, which the planner counts as working set: norm, projection, softmax.
     measured -= 2 * rows + SEQUENCE * VOCAB * 4
     # On a CPU a norm keeps its normalised input besides; on a GPU it is one kernel.
-    measured -= rows * (1 if recompute == "full" else 1 + 2 * 6)
+    whole = 0 if recompute != "full" else 6
+    whole = config.train.recompute_layers or whole
+    measured -= rows * (1 + 2 * (6 - whole))
     planned = make_overview(config, 1).ranks[0].memory.activation_bytes
     # One table of rotary angles and a few index tensors, whatever the depth, are left out.
     table = SEQUENCE * config.model.rotary_dim * 4 + 8192

@@ -128,3 +128,28 @@ def test_suggestions_fit_and_the_fastest_comes_first(model: str) -> None:
 
 def test_without_a_known_memory_nothing_is_refused_for_it() -> None:
     check(compose([*LARGE, "cluster=this_machine", "parallel.ep=1"]), GPUS)
+
+
+def test_parts_that_are_recomputed_stay_those_that_were_chosen() -> None:
+    chosen = ["train.recompute=selective", "train.recompute_modules=[norm,feed_forward]"]
+    plans = suggest(compose(["model=hysparse_7b", *BASE, *chosen]), 8, 3)
+    assert plans
+    for plan in plans:
+        assert "train.recompute=selective" in plan.overrides
+        assert validate(plan.overview.config, world_size=8) == []
+
+
+def test_flops_of_what_is_recomputed() -> None:
+    def extra(*settings: str) -> float:
+        overview = make_overview(compose([*LARGE, "parallel.ep=8", *settings]), GPUS)
+        return overview.training_flops_per_token / overview.flops.total - 3
+
+    def of(*modules: str) -> tuple[str, str]:
+        return "train.recompute=selective", f"train.recompute_modules=[{','.join(modules)}]"
+
+    attention, experts = extra(*of("attention")), extra(*of("experts"))
+    assert extra(*of("norm")) == 0 < attention < experts
+    assert extra(*of("attention", "norm", "experts")) == pytest.approx(attention + experts)
+    some, most = (extra("train.recompute=full", f"train.recompute_layers={n}") for n in (7, 14))
+    assert most == pytest.approx(2 * some)
+    assert 0 < most < extra("train.recompute=full") == pytest.approx(1)
