@@ -76,6 +76,10 @@ class Page:
         head = f"<tr>{head}</tr>\n" if any(header) else ""
         self._parts.append(f'<div class="wide"><table>{head}{body}</table></div>\n')
 
+    def text(self, text: str) -> None:
+        """A text as it stands, line by line."""
+        self._parts.append(f"<pre>{html.escape(text)}</pre>\n")
+
     def texts(self, header: Sequence[str], rows: Sequence[tuple[object, str, str]]) -> None:
         """A table of what names a text, and the text in two parts, the first one in bold."""
         head = "".join(f"<th>{html.escape(name)}</th>" for name in header)

@@ -122,7 +122,7 @@ def _what_ran(run: RunData) -> list[tuple[str, str]]:
     told = [f"{name.replace('_', ' ')} {model[name]}" for name in sizes if name in model]
     split = [f"{name} {parallel.get(name) or 1}" for name in ("tp", "pp", "vpp", "cp", "ep")]
     if (start.get("ranks") or 0) > 0:
-        split.insert(0, f"{start['ranks']} ranks")
+        split.insert(0, f"{start['ranks']} rank{'s' if start['ranks'] > 1 else ''}")
     versions = ", ".join(f"{name} {found}" for name, found in start.get("versions", {}).items())
     return [
         ("layout", str(model.get("layout", "unknown"))),
@@ -182,15 +182,19 @@ def _samples(page: Page, run: RunData) -> None:
     if not found:
         return
     page.heading("What it writes")
+    prompt = found[-1]["sample_prompt"]
     page.note(
-        "After evaluations, the likeliest token each time; what stands in bold was given "
-        "(tracking.sample_tokens, tracking.sample_prompt)."
+        "After evaluations, the likeliest token each time (tracking.sample_tokens). Given was:"
     )
+    page.text(prompt)
     # Evenly many of a long run, the last one always.
     last, count = len(found) - 1, min(len(found), MAX_SAMPLES)
     shown = [found[last * n // max(count - 1, 1)] for n in range(count - 1)] + [found[last]]
-    rows = [(f"{row['step']:,}", row["sample_prompt"], row["sample"]) for row in shown]
-    page.texts(("step", "text"), rows)
+    # Another prompt, of an earlier start, stands before its text.
+    others = [row["sample_prompt"] if row["sample_prompt"] != prompt else "" for row in shown]
+    steps = [f"{row['step']:,}" for row in shown]
+    texts = [row["sample"] for row in shown]
+    page.texts(("step", "text"), list(zip(steps, others, texts, strict=True)))
 
 
 def _speed(page: Page, run: RunData) -> None:

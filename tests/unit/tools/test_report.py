@@ -1,6 +1,7 @@
 """`python -m tools.report`: one page with everything, for runs in any state, in a real browser."""
 
 import base64
+import io
 import re
 import shutil
 import subprocess
@@ -13,6 +14,10 @@ import numpy as np
 import pytest
 from made_runs import evaluation_row, make_run, rows, step_row, with_text
 
+from hysparse_megatron.config.compose import compose
+from hysparse_megatron.plan.overview import make_overview
+from hysparse_megatron.plan.picture import draw
+from tools import screenshots
 from tools.report import main
 from tools.run_data import smoothed
 
@@ -114,11 +119,14 @@ def test_what_the_model_wrote_stands_as_it_was(tmp_path: Path, capsys: Capture) 
     found = [with_text(evaluation_row(step)) for step in range(0, 24, 2)]
     page = report(make_run(tmp_path / "run", [*rows(4)[1:-1], *found]), capsys)
     check(page)
-    texts = re.findall(r"<td>(\d+)</td><td><b>if a &lt;</b> b &amp; (\d+):\n    c</td>", page)
+    assert page.count("<pre>if a &lt;</pre>") == 1
+    texts = re.findall(r"<td>(\d+)</td><td><b></b> b &amp; (\d+):\n    c</td>", page)
     assert [int(step) for step, _ in texts] == [0, 4, 8, 12, 16, 22]
     assert all(step == told for step, told in texts)
-    page = report(make_run(tmp_path / "one", [with_text(evaluation_row(0))]), capsys)
-    assert page.count("<b>if a &lt;</b>") == 1
+    before = {**with_text(evaluation_row(0)), "sample_prompt": "else"}
+    page = report(make_run(tmp_path / "one", [before, with_text(evaluation_row(4))]), capsys)
+    assert page.count("<td><b>else</b> b &amp; 0:") == 1
+    assert page.count("<td><b></b> b &amp; 4:") == 1
     assert "What it writes" not in report(make_run(tmp_path / "none", rows(4)), capsys)
 
 
@@ -261,3 +269,26 @@ def test_in_a_browser(scheme: str, tmp_path: Path, capsys: Capture) -> None:
     for band in np.array_split(pixels[:2400], 8):
         ink = band > 120 if scheme == "dark" else band < 200
         assert ink.sum() > 300
+
+
+def test_without_a_browser_no_pictures_are_taken(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert screenshots.main([str(tmp_path), str(tmp_path), "--output", str(tmp_path / "to")]) == 2
+    assert "apt-get install chromium" in capsys.readouterr().err
+    assert not (tmp_path / "to").exists()
+
+
+@pytest.mark.thorough
+def test_pictures_are_of_what_readers_see(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    page = tmp_path / "plan.svg"
+    settings = compose(["experiment=quickstart", "model.vocab_size=1000"])
+    page.write_text(draw(make_overview(settings, 4)))
+    corners = []
+    for scheme in screenshots.SCHEMES:
+        picture = image.open(io.BytesIO(screenshots.take(browser(), page, scheme)))
+        assert picture.size == screenshots.SIZES["plan"]
+        corners.append(picture.convert("L").getpixel((2, 2)))
+    assert corners[0] > 240 > 60 > corners[1]
