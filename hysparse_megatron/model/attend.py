@@ -34,8 +34,8 @@ from torch.profiler import record_function
 from hysparse_megatron.architecture.model import ModelConfig
 from hysparse_megatron.model.context_parallel import (
     Shard,
+    Windows,
     documents_between,
-    exchange_tails,
     gather_key_value,
 )
 from hysparse_megatron.model.megatron_config import HySparseConfig
@@ -237,7 +237,7 @@ class TrainingAttend:
         block_indices: Tensor,
         sparse_sink: Tensor | None,
         window_sink: Tensor | None,
-        *windows: Tensor,
+        *windows: Tensor | Windows,
     ) -> Tensor:
         parts = []
         with record_function(SPARSE_ATTENTION):
@@ -267,18 +267,28 @@ class TrainingAttend:
         windows = self._windows(layer, key, value)
         return self._run(functools.partial(self._window, layer), query, sink, *windows)
 
-    def _windows(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        """Key and value, of each chunk, of all tokens that its windows see."""
+    def _windows(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor | Windows, ...]:
+        """Key and value, of each chunk, of all tokens that its windows see, or on their way."""
         shard = self._shard(key)
         if shard.ranks == 1:
             return key, value
-        return exchange_tails(key, value, self.window_of(layer) - 1, shard, self.groups.cp)
+        windows = Windows(key, value, self.window_of(layer) - 1, shard, self.groups.cp)
+        # What is recomputed takes tensors alone.
+        return windows.received() if self._recomputes_attention else (windows,)
 
     def _window(
-        self, layer: int, again: bool, query: Tensor, sink: Tensor | None, *windows: Tensor
+        self,
+        layer: int,
+        again: bool,
+        query: Tensor,
+        sink: Tensor | None,
+        *windows: Tensor | Windows,
     ) -> Tensor:
         shard = self._shard(query)
-        pairs = zip(windows[::2], windows[1::2], strict=True)
+        if isinstance(windows[0], Windows):
+            windows = windows[0].received()
+        tensors = cast(tuple[Tensor, ...], windows)
+        pairs = zip(tensors[::2], tensors[1::2], strict=True)
         parts = []
         with record_function(SPARSE_ATTENTION):
             for (rows, start), (key, value) in zip(shard.chunks, pairs, strict=True):
@@ -303,11 +313,15 @@ class TrainingAttend:
         """Tokens that a query of this layer sees in its window."""
         return self.config.architecture.window
 
-    def _run(self, attend: Callable[..., Any], *tensors: Tensor | None) -> Any:
+    @property
+    def _recomputes_attention(self) -> bool:
+        return self.training and self.config.recomputes_attention
+
+    def _run(self, attend: Callable[..., Any], *tensors: Tensor | Windows | None) -> Any:
         """`attend(again, *tensors)`, recomputed in the backward pass where that is set."""
         with self.regather.saving():
-            if self.training and self.config.recomputes_attention:
-                return recomputed(attend, *tensors)
+            if self._recomputes_attention:
+                return recomputed(attend, *cast(tuple[Tensor | None, ...], tensors))
             return attend(self.again, *tensors)
 
     def prepared(self, shared: Shared) -> SharedAttention:

@@ -97,7 +97,7 @@ def gathered(
     key: Tensor, value: Tensor, shard: Shard, group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor]:
     """As `gather_key_value`, contiguous, without gradients."""
-    by_rank = all_gather(torch.cat((key, value), dim=-1), group)
+    by_rank = start_all_gather(torch.cat((key, value), dim=-1), group).done()
     whole_key, whole_value = by_rank.split((key.shape[-1], value.shape[-1]), dim=-1)
     return shard.in_order(whole_key), shard.in_order(whole_value)
 
@@ -134,58 +134,94 @@ class _GatherKeyValue(torch.autograd.Function):
         given = [part.to(_sum_dtype(ctx.dtype)) for part in parts if part is not None]
         assert len(given) == 2, "attention always reads both key and value"
         wide = torch.cat(given, dim=-1)
-        own = reduce_scatter(ctx.shard.by_rank(wide), ctx.group).to(ctx.dtype)
+        own = start_reduce_scatter(ctx.shard.by_rank(wide), ctx.group).done().to(ctx.dtype)
         return *own.split(ctx.widths, dim=-1), None, None, None
 
 
-def exchange_tails(
-    key: Tensor, value: Tensor, tail: int, shard: Shard, group: dist.ProcessGroup
-) -> tuple[Tensor, ...]:
-    """Key and value of the rank's chunks, each with the `tail` tokens before it.
+class Windows:
+    """Key and value of the rank's chunks, each with the `tail` tokens before it, on their way.
 
-    From [R, B, HKV, D] and [R, B, HKV, DV] to key and value of the first chunk, then of the second:
-    [N + R / 2, B, HKV, D or DV], where N is `tail`, and 0 for the sequence's first chunk. The tails
-    of all ranks travel in one all-gather, their gradients in one reduce-scatter. Nothing for 0.
+    From [R, B, HKV, D] and [R, B, HKV, DV]. The tails of all ranks travel in one all-gather, their
+    gradients in one reduce-scatter; none for a `tail` of 0. The all-gather begins with the object
+    and ends with `received`; the reduce-scatter begins with the backward pass of what `received`
+    returned and ends behind that of all that was computed between the two: autograd takes first
+    what was made last.
     """
-    if tail == 0:
-        return tuple(part[rows] for rows, _ in shard.chunks for part in (key, value))
-    return _ExchangeTails.apply(key, value, tail, shard, group)
+
+    def __init__(
+        self, key: Tensor, value: Tensor, tail: int, shard: Shard, group: dist.ProcessGroup
+    ) -> None:
+        self.tail, self.shard, self.group = tail, shard, group
+        self.dtype, self.widths = key.dtype, (key.shape[-1], value.shape[-1])
+        self.tails: Pending | None = None
+        self.own_gradients: list[Tensor] = []
+        self._own = (key, value) if tail == 0 else _SendTails.apply(key, value, self)
+
+    def received(self) -> tuple[Tensor, ...]:
+        """Key and value of the first chunk, then of the second: [N + R / 2, B, HKV, D or DV].
+
+        N is the tail, and 0 for the sequence's first chunk. To be called once.
+        """
+        if self.tail == 0:
+            return tuple(part[rows] for rows, _ in self.shard.chunks for part in self._own)
+        return _ReceiveTails.apply(*self._own, self)
 
 
-class _ExchangeTails(torch.autograd.Function):
+class _SendTails(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, key: Tensor, value: Tensor, tail: int, shard: Shard, group: dist.ProcessGroup
-    ) -> tuple[Tensor, ...]:
-        ctx.tail, ctx.shard, ctx.group = tail, shard, group
-        ctx.dtype, ctx.widths = key.dtype, (key.shape[-1], value.shape[-1])
+    def forward(ctx: Any, key: Tensor, value: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
+        ctx.windows = windows
+        ctx.set_materialize_grads(False)
         chunks = torch.cat((key, value), dim=-1).unflatten(0, (2, -1))
-        tails = shard.in_order(all_gather(chunks[:, chunks.shape[1] - tail :].flatten(0, 1), group))
+        own = chunks[:, chunks.shape[1] - windows.tail :].flatten(0, 1)
+        windows.tails = start_all_gather(own, windows.group)
+        return key.view_as(key), value.view_as(value)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *_none: None) -> tuple[Tensor | None, ...]:
+        windows = ctx.windows
+        own, windows.own_gradients = windows.own_gradients, []
+        returned = windows.tails.done().unflatten(0, (2, -1))
+        windows.tails = None
+        for chunk, gradient in zip(own, returned, strict=True):
+            chunk[chunk.shape[0] - windows.tail :] += gradient
+        key, value = torch.cat(own).to(windows.dtype).split(windows.widths, dim=-1)
+        return key, value, None
+
+
+class _ReceiveTails(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, key: Tensor, value: Tensor, windows: Windows) -> tuple[Tensor, ...]:
+        ctx.windows = windows
+        tail, shard = windows.tail, windows.shard
+        assert windows.tails is not None
+        tails, windows.tails = shard.in_order(windows.tails.done()), None
+        chunks = torch.cat((key, value), dim=-1).unflatten(0, (2, -1))
         found = []
         for chunk, number in zip(chunks, _numbers(shard), strict=True):
             before = tails[max(number - 1, 0) * tail : number * tail]
-            found += torch.cat((before, chunk)).split(ctx.widths, dim=-1)
+            found += torch.cat((before, chunk)).split(windows.widths, dim=-1)
         return tuple(found)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *sent: Tensor) -> tuple[Tensor | None, ...]:
-        tail, shard = ctx.tail, ctx.shard
-        dtype = _sum_dtype(ctx.dtype)
-        own, tails = [], None
+        windows = ctx.windows
+        tail, shard = windows.tail, windows.shard
+        dtype = _sum_dtype(windows.dtype)
+        tails = None
         for index, number in enumerate(_numbers(shard)):
             wide = torch.cat([part.to(dtype) for part in sent[2 * index : 2 * index + 2]], dim=-1)
             if tails is None:
                 tails = wide.new_zeros(2 * shard.ranks * tail, *wide.shape[1:])
             if number:
                 tails[(number - 1) * tail : number * tail] = wide[:tail]
-            own.append(wide[tail if number else 0 :])
+            # Kept in full precision for the other node, which adds what the other ranks send.
+            windows.own_gradients.append(wide[tail if number else 0 :])
         assert tails is not None
-        returned = reduce_scatter(shard.by_rank(tails), ctx.group).unflatten(0, (2, -1))
-        for chunk, gradient in zip(own, returned, strict=True):
-            chunk[chunk.shape[0] - tail :] += gradient
-        key, value = torch.cat(own).to(ctx.dtype).split(ctx.widths, dim=-1)
-        return key, value, None, None, None
+        windows.tails = start_reduce_scatter(shard.by_rank(tails), windows.group)
+        return None, None, None
 
 
 def rows_before(own: Tensor, dim: int, shard: Shard, group: dist.ProcessGroup) -> Tensor:
@@ -197,7 +233,7 @@ def rows_before(own: Tensor, dim: int, shard: Shard, group: dist.ProcessGroup) -
     if shard.ranks == 1:
         return torch.cat((rows[:1], rows[:-1])).transpose(0, dim)
     chunks = rows.unflatten(0, (2, -1))
-    last = shard.in_order(all_gather(chunks[:, -1], group))
+    last = shard.in_order(start_all_gather(chunks[:, -1], group).done())
     parts = []
     for chunk, number in zip(chunks, _numbers(shard), strict=True):
         parts += [last[number - 1 : number] if number else chunk[:1], chunk[:-1]]
@@ -213,18 +249,34 @@ def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
-def all_gather(own: Tensor, group: dist.ProcessGroup) -> Tensor:
+@dataclass(frozen=True)
+class Pending:
+    """A collective under way."""
+
+    result: Tensor
+    sent: Tensor
+    """Must stay until the end."""
+    work: dist.Work
+
+    def done(self) -> Tensor:
+        """The result, once it is there: on a GPU for what is launched from now on."""
+        self.work.wait()
+        return self.result
+
+
+def start_all_gather(own: Tensor, group: dist.ProcessGroup) -> Pending:
     """[R, ...] of every rank as [P, R, ...]."""
+    own = own.contiguous()
     gathered = own.new_empty(group.size() * own.shape[0], *own.shape[1:])
-    dist.all_gather_into_tensor(gathered, own.contiguous(), group=group)
-    return gathered.unflatten(0, (group.size(), -1))
+    work = dist.all_gather_into_tensor(gathered, own, group=group, async_op=True)
+    return Pending(gathered.unflatten(0, (group.size(), -1)), own, work)
 
 
-def reduce_scatter(by_rank: Tensor, group: dist.ProcessGroup) -> Tensor:
+def start_reduce_scatter(by_rank: Tensor, group: dist.ProcessGroup) -> Pending:
     """Sum over the ranks of [P, R, ...], of which each gets its own [R, ...]."""
-    own = torch.empty_like(by_rank[0])
-    dist.reduce_scatter_tensor(own, by_rank.flatten(0, 1).contiguous(), group=group)
-    return own
+    own, parts = torch.empty_like(by_rank[0]), by_rank.flatten(0, 1).contiguous()
+    work = dist.reduce_scatter_tensor(own, parts, group=group, async_op=True)
+    return Pending(own, parts, work)
 
 
 def documents_between(offsets: Tensor, batch: int, sequence: int, first: int, stop: int) -> Tensor:

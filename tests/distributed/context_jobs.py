@@ -9,13 +9,13 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.distributed as dist
-from hysparse_kernels import KeyValueGradients
+from hysparse_kernels import KeyValueGradients, block_sparse_attention
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from hysparse_megatron.config.schema import Config
-from hysparse_megatron.model import context_parallel, regather
-from hysparse_megatron.model.context_parallel import Shard, exchange_tails, gather_key_value
+from hysparse_megatron.model import attend, context_parallel, regather
+from hysparse_megatron.model.context_parallel import Pending, Shard, Windows, gather_key_value
 from hysparse_megatron.training.step import train_step
 from tests.distributed.ranks import prepare, share_of
 from tools.step_benchmark.attending import MODEL, replaced
@@ -29,21 +29,22 @@ def count_collectives(
     """Collectives of one training step over context-parallel ranks: by name and tokens sent."""
     state = prepare(config)
     counted: Counter[tuple[str, int]] = Counter()
-    gather, scatter = context_parallel.all_gather, context_parallel.reduce_scatter
+    gather = context_parallel.start_all_gather
+    scatter = context_parallel.start_reduce_scatter
 
-    def counted_gather(own: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def counted_gather(own: Tensor, group: dist.ProcessGroup) -> Pending:
         assert group is state.groups.cp
         counted["gather", own.shape[0]] += 1
         return gather(own, group)
 
-    def counted_scatter(by_rank: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def counted_scatter(by_rank: Tensor, group: dist.ProcessGroup) -> Pending:
         assert by_rank.dtype is torch.float32, "sums travel as such"
         counted["reduce", by_rank.shape[1]] += 1
         return scatter(by_rank, group)
 
     with (
-        mock.patch.object(context_parallel, "all_gather", counted_gather),
-        mock.patch.object(context_parallel, "reduce_scatter", counted_scatter),
+        mock.patch.object(context_parallel, "start_all_gather", counted_gather),
+        mock.patch.object(context_parallel, "start_reduce_scatter", counted_scatter),
         replaced(state, MODEL, layerwise),
     ):
         train_step(state, 0, share_of(state, torch.from_numpy(tokens)))
@@ -73,6 +74,45 @@ def step_with_gathered(
     state.settle()
     weights = [p.detach().numpy().copy() for chunk in state.chunks for p in chunk.parameters()]
     return alive, weights
+
+
+def order_of_a_step(rank: int, config: Config, tokens: np.ndarray) -> list[str]:
+    """What is sent and computed one after the other, of tails and of sparse branches alone."""
+    state = prepare(config)
+    tail_rows = 2 * (config.model.window - 1)
+    order: list[str] = []
+    done = Pending.done
+
+    def started(name: str) -> Any:
+        start = getattr(context_parallel, f"start_{name}")
+
+        def watched(tensor: Tensor, group: dist.ProcessGroup) -> Pending:
+            pending = start(tensor, group)
+            if pending.result.shape[-4] == tail_rows:
+                order.append(f"{name} begins")
+            return pending
+
+        return mock.patch.object(context_parallel, f"start_{name}", watched)
+
+    def ended(pending: Pending) -> Tensor:
+        if pending.result.shape[-4] == tail_rows:
+            order.append("is waited for")
+        return done(pending)
+
+    def sparse(*tensors: Tensor, **options: Any) -> Tensor:
+        order.append("sparse branch")
+        output = block_sparse_attention(*tensors, **options)
+        output.register_hook(lambda _gradient: order.append("its backward pass"))
+        return output
+
+    with (
+        started("all_gather"),
+        started("reduce_scatter"),
+        mock.patch.object(Pending, "done", ended),
+        mock.patch.object(attend, "block_sparse_attention", sparse),
+    ):
+        train_step(state, 0, share_of(state, torch.from_numpy(tokens)))
+    return order
 
 
 def gather_and_sum(rank: int, key: np.ndarray, value: np.ndarray, weights: Grads) -> Grads:
@@ -107,7 +147,7 @@ def tails_and_sum(rank: int, key: np.ndarray, value: np.ndarray, tail: int) -> G
     whole_key, whole_value = torch.from_numpy(key), torch.from_numpy(value)
     shard = Shard.of(group, key.shape[0])
     own = [shard.take(whole).requires_grad_() for whole in (whole_key, whole_value)]
-    parts = exchange_tails(own[0], own[1], tail, shard, group)
+    parts = Windows(own[0], own[1], tail, shard, group).received()
     loss = torch.zeros((), dtype=torch.float64)
     for index, (rows, start) in enumerate(shard.chunks):
         before = min(tail, start)

@@ -19,6 +19,7 @@ from tests.distributed.cases import INSIDE, LAYOUT, SHORT, VOCAB, Case, random_t
 from tests.distributed.context_jobs import (
     count_collectives,
     gather_and_sum,
+    order_of_a_step,
     step_with_gathered,
     tails_and_sum,
 )
@@ -149,6 +150,21 @@ def test_a_benchmark_can_gather_in_every_layer(pool: WorkerPool, session_seed: i
     rows, layers = config.train.seq_length // 2, len(parse_layout(LAYOUT).kinds)
     for name in ("gather", "reduce"):
         assert found[name, rows] == micro_batches * layers
+
+
+@pytest.mark.distributed
+def test_tails_travel_beside_the_sparse_branch(pool: WorkerPool, session_seed: int) -> None:
+    config = Case("order", "F S", cp=2, train={**SHORT, "global_batch_size": 2}).config()
+    tokens = random_tokens(session_seed, sequences=2).numpy()
+    for order in pool.run(2, order_of_a_step, config=config, tokens=tokens):
+        assert order == [
+            "all_gather begins",
+            *["sparse branch"] * 2,
+            "is waited for",
+            "reduce_scatter begins",
+            *["its backward pass"] * 2,
+            "is waited for",
+        ]
 
 
 BLOCKS = "F S W F S F"
