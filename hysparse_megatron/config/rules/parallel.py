@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 
 from hysparse_megatron.config.rules.multiples import is_multiple
-from hysparse_megatron.config.schema import Config, Recompute
+from hysparse_megatron.config.schema import Config, Recompute, RecomputeModule
 from hysparse_megatron.errors import Problem
 
 
@@ -46,10 +46,12 @@ def _context_parallel(config: Config) -> Iterator[Problem]:
         )
         yield Problem("parallel.cp", str(parallel.cp), allowed)
     copies = config.data.document_mask and train.micro_batch_size > 1
-    if not parallel.cp_keep_kv and copies and train.recompute is Recompute.none:
+    whole_layers = train.recompute is Recompute.full and train.recompute_layers is None
+    recomputed = whole_layers or train.recomputes(RecomputeModule.attention)
+    if not parallel.cp_keep_kv and copies and not recomputed:
         allowed = (
             "true: with data.document_mask and train.micro_batch_size > 1 kernels keep copies of "
-            "their own; or train.micro_batch_size = 1, or train.recompute"
+            "their own; or train.micro_batch_size = 1, or a train.recompute of all attention"
         )
         yield Problem("parallel.cp_keep_kv", "false", allowed)
 
