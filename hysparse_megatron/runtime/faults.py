@@ -22,7 +22,8 @@ evaluation before the first. Without the variable nothing here does anything.
 
 Kinds that do not touch numbers happen at a place, by default in the middle of the forward pass;
 `arg` may name another: `sigusr1@1:4:evaluation`, `sigterm@0:4:save`, `slow@0:0:prepare/30`. At
-`write` and `prune`, where files of a checkpoint are written or deleted, the step is that one's.
+`write` and `prune`, where files of a checkpoint are written or deleted, the step is that one's; at
+`read` the one whose batches are read.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from hysparse_megatron.errors import ConfigError
 
 VARIABLE = "HYSPARSE_FAULT"
 
-PLACES = ("forward", "evaluation", "save", "write", "manifest", "prune", "prepare")
+PLACES = ("read", "forward", "evaluation", "save", "write", "manifest", "prune", "prepare")
 """Where the program passes by: see the calls of `reach`."""
 
 _SIGNALS = {

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hysparse_megatron.config.schema import VALIDATION
+from hysparse_megatron.data.read.ahead import ReadAhead
 from hysparse_megatron.data.read.batches import BatchSource
 from hysparse_megatron.data.read.held_out import EvaluationBatches
 from hysparse_megatron.data.read.order import Position
@@ -64,7 +65,7 @@ class Progress:
 
 def train(
     state: TrainingState,
-    batches: BatchSource,
+    batches: BatchSource | ReadAhead,
     evaluations: Mapping[str, EvaluationBatches],
     progress: Progress,
     watch: Watch,

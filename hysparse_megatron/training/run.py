@@ -15,6 +15,7 @@ from hysparse_megatron.checkpoint import store
 from hysparse_megatron.checkpoint.saver import Saver
 from hysparse_megatron.config.frozen import config_hash
 from hysparse_megatron.config.schema import VALIDATION, Config
+from hysparse_megatron.data.read.ahead import ReadAhead
 from hysparse_megatron.data.sources import TrainingData
 from hysparse_megatron.errors import ConfigError, NumericalStop, OutputError, Preempted, RankFailure
 from hysparse_megatron.model.probe import Probe
@@ -129,10 +130,14 @@ def _from_start_to_end(run: Run, overrides: Sequence[str]) -> None:
         if config.tracking.sample_tokens and VALIDATION in evaluations:
             hooks.sample = text_sample(state, corpus, evaluations[VALIDATION], log).fields
         try:
-            with step_profile.profiled(
-                config.debug.profile, config.run_path, run.rank.rank, progress.step, log, lost
-            ) as hooks.around_step:
-                train(state, batches, evaluations, progress, run.watch, hooks)
+            steps = range(progress.step + 1, config.train.steps + 1)
+            with (
+                ReadAhead(batches, progress.position, steps, run.device) as ahead,
+                step_profile.profiled(
+                    config.debug.profile, config.run_path, run.rank.rank, progress.step, log, lost
+                ) as hooks.around_step,
+            ):
+                train(state, ahead, evaluations, progress, run.watch, hooks)
         # Raised by all ranks together, so that they can wait for each other's files.
         except (Preempted, OutputError):
             saver.finish()

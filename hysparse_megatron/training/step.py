@@ -203,12 +203,10 @@ def _forward_step(
 ):
     given = next(data_iterator)
     shard = Shard.of(state.groups.cp, given["tokens"].shape[1])
-    batch = {
-        name: (tensor if name == "cu_seqlens" else shard.take(tensor, 1)).to(
-            state.device, non_blocking=True
-        )
-        for name, tensor in given.items()
-    }
+    # Moved whole: what is cut out of pinned memory would not be pinned.
+    batch = {name: part.to(state.device, non_blocking=True) for name, part in given.items()}
+    for name in batch.keys() - {"cu_seqlens"}:
+        batch[name] = shard.take(batch[name], 1)
     with contextlib.nullcontext() if step is None else state.clock.running():
         output = model(
             batch["tokens"],

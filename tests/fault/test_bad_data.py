@@ -15,7 +15,7 @@ from hysparse_megatron.data.read.dataset import TokenSamples
 from hysparse_megatron.data.sources import load_data
 from hysparse_megatron.data.tokenizer import train_tokenizer
 from tests.fault.faulty_runs import STEPS, FaultyRun, short
-from tests.run.run_commands import contents, processes_naming, read_json, run, write_text
+from tests.run.run_commands import contents, processes_naming, read_json, rows, run, write_text
 
 NewRun = Callable[..., FaultyRun]
 
@@ -196,3 +196,22 @@ def test_empty_and_huge_documents_are_no_fault(new_run: NewRun, tmp_path: Path) 
     overrides = [f"data.path={source}", f"data.cache_dir={tmp_path}/cache"]
     output = new_run().run(*overrides, *short(2), code=0)
     assert "in 43 documents (2 empty and 0 bad left out)" in output
+
+
+def test_batches_are_read_beside_the_step_before(new_run: NewRun) -> None:
+    """Step 5 waits for nothing; the read of step 9, which has no end, holds no stop up."""
+    run = new_run()
+    forward, read = "slow@0:4:forward/2.5", "slow@0:5:read/2"
+    run.run(code=3, fault=f"{forward},{read},sigterm@1:8,slow@0:9:read/1000")
+    run.assert_ended("preempted", 3, 1, "SIGTERM on rank 1 after step 8; saved at step 8")
+    assert run.row(4)["step_seconds"] > 2.5
+    assert run.row(5)["data_seconds"] < 1
+
+
+def test_a_read_that_fails_ends_the_run_at_its_step(new_run: NewRun) -> None:
+    run = new_run()
+    output = run.run(code=1, fault="io_error@1:3:read")
+    assert "a fault was asked for at step 3" in output
+    run.assert_ended("failed", 1, 1, "a fault was asked for at step 3")
+    assert run.row(2)
+    assert not [row for row in rows(run.run_dir) if row["step"] == 3]
