@@ -83,6 +83,8 @@ def _default(item: Field) -> str:
         value = make()
     if isinstance(value, Enum):
         value = value.name
+    if isinstance(value, list):
+        value = f"[{','.join(one.name if isinstance(one, Enum) else str(one) for one in value)}]"
     named = {None: "null", True: "true", False: "false", "": "empty"}
     return f"`{named[value] if value in (None, '') or value is True or value is False else value}`"
 

@@ -60,6 +60,7 @@ def test_the_site_asks_nothing_of_the_network() -> None:
 
 def test_every_setting_is_listed_with_what_it_may_be() -> None:
     page = settings_reference.page()
+    assert "| `[attention]` | What selective recomputes" in page
     rows = re.findall(r"^\| `([\w.]+)` \| (.+?) \| (.+?) \| (.+) \|$", page, flags=re.M)
     listed = {key: (allowed, default, text) for key, allowed, default, text in rows}
     assert set(all_keys()) <= set(listed)
