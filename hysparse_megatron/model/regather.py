@@ -60,7 +60,7 @@ class Regather:
     def _pack(self, tensor: Tensor) -> Tensor | _Saved:
         known = self._known.get(_place(tensor))
         if known is None:
-            return tensor
+            return tensor.detach()  # itself, an output would hold what holds it
         _, block, index = known
         return _Saved(block, index, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 

@@ -41,9 +41,9 @@ class Remade:
     def _pack(self, saved: Tensor) -> Tensor | Callable[[], Tensor]:
         storage, make = self._storage, self._make
         if storage is None or make is None:
-            return saved
+            return saved.detach()  # itself, an output would hold what holds it
         if saved.untyped_storage().data_ptr() != storage.data_ptr():
-            return saved
+            return saved.detach()
         size, stride, offset = saved.size(), saved.stride(), saved.storage_offset()
 
         def again() -> Tensor:

@@ -75,8 +75,9 @@ def keep_and_send(rank: int, config: Config) -> tuple[int, float]:
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
-        return tensor
+        # Detached: neither the graph nor this function, which it holds, may hold the graph.
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor.detach())
+        return tensor.detach()
 
     rows = SEQUENCE // (config.parallel.tp if config.parallel.sequence_parallel else 1)
     hidden = torch.randn(rows, 1, HIDDEN, requires_grad=True)

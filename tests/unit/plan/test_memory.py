@@ -50,8 +50,9 @@ def kept_bytes(state: TrainingState) -> int:
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
-        return tensor
+        # Detached: neither the graph nor this function, which it holds, may hold the graph.
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor.detach())
+        return tensor.detach()
 
     pack = Remade._pack
 
