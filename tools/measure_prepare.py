@@ -4,14 +4,17 @@ For each size: makes a corpus of JSON lines in a temporary folder, prepares it w
 `hysparse prepare-data`, and prints the rate in MB of text a second and the peak memory of all its
 processes together; beside them the rate of the tokenizers library alone, texts in memory, on the
 same cores. Rates by CPU seconds too: they hold on a machine that does other work as well. Needs
-about 4 times the largest size on disk.
+about 4 times the largest size on disk. With --copies N the corpus is N compressed files that are
+one on disk, as a stream of N times the size would be: the disk holds the tokens alone, twice.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -27,6 +30,7 @@ from tokenizers import Tokenizer
 
 from hysparse_megatron.command import command, make_parser
 from hysparse_megatron.data.tokenizer import train_tokenizer
+from hysparse_megatron.packages import require_package
 
 _SAMPLE_BYTES = 20_000_000
 _BATCH_TEXTS = 2000
@@ -39,6 +43,8 @@ def main(argv: Sequence[str]) -> int:
     parser = make_parser("hysparse measure-prepare", __doc__)
     parser.add_argument("--megabytes", type=int, nargs="+", default=[20, 100], metavar="MB")
     parser.add_argument("--vocab-size", type=int, default=32000, metavar="N")
+    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="default: one trained here")
+    parser.add_argument("--copies", type=int, metavar="N", help="of the corpus, as .jsonl.zst")
     parser.add_argument("--repeat", type=int, default=1, metavar="N", help="times, in turns")
     parser.add_argument("--options", default="", help="more options of prepare_data, one string")
     args = parser.parse_args(list(argv))
@@ -46,12 +52,13 @@ def main(argv: Sequence[str]) -> int:
         folder = Path(name)
         for megabytes in args.megabytes:
             corpus = write_corpus(folder / "corpus.jsonl", megabytes * 1_000_000)
-            tokenizer = folder / "tokenizer.json"
+            tokenizer = args.tokenizer or folder / "tokenizer.json"
             if not tokenizer.exists():
                 sample = islice(_texts(corpus), 20_000)
                 train_tokenizer(sample, args.vocab_size).save(str(tokenizer))
+            given = corpus if args.copies is None else _copies(corpus, args.copies)
             for _ in range(args.repeat):
-                _report(corpus, tokenizer, args.options.split())
+                _report(corpus, given, args.copies or 1, tokenizer, args.options.split())
     return 0
 
 
@@ -74,27 +81,42 @@ def write_corpus(path: Path, size_bytes: int, seed: int = 0) -> Path:
     return path
 
 
+def _copies(corpus: Path, count: int) -> Path:
+    """A folder of so many compressed files with the corpus, which are one file of the disk."""
+    zstd = require_package("backports.zstd", "--copies")
+    folder = corpus.parent / "copies"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    first = folder / "00000.jsonl.zst"
+    with corpus.open("rb") as source, zstd.open(first, "wb") as target:
+        shutil.copyfileobj(source, target, 1 << 20)
+    for number in range(1, count):
+        (folder / f"{number:05d}.jsonl.zst").hardlink_to(first)
+    return folder
+
+
 def peak_tree_bytes(process: subprocess.Popen[bytes]) -> int:
-    """Wait for a process; returns the largest sum of resident memory of it and its children."""
-    peak = 0
+    """Wait for a process; returns what it and all its children had resident at most, added up.
+
+    The kernel keeps the peak of each, so that none is missed between two looks.
+    """
+    peaks: dict[int, int] = {}
     root = psutil.Process(process.pid)
     while process.poll() is None:
-        total = 0
-        try:
+        with contextlib.suppress(psutil.NoSuchProcess, OSError):  # it ended in between
             for member in (root, *root.children(recursive=True)):
-                total += member.memory_info().rss
-        except psutil.NoSuchProcess:  # it ended in between
-            pass
-        peak = max(peak, total)
+                status = Path(f"/proc/{member.pid}/status").read_text()
+                if found := re.search(r"VmHWM:\s+(\d+) kB", status):
+                    peaks[member.pid] = int(found[1]) * 1024
         time.sleep(_POLL_SECONDS)
-    return peak
+    return sum(peaks.values())
 
 
-def _report(corpus: Path, tokenizer: Path, options: list[str]) -> None:
-    text_bytes = sum(len(text.encode()) for text in _texts(corpus))
+def _report(corpus: Path, given: Path, copies: int, tokenizer: Path, options: list[str]) -> None:
+    text_bytes = sum(len(text.encode()) for text in _texts(corpus)) * copies
     output = corpus.parent / "output"
     command = [sys.executable, "-m", "hysparse_megatron.main", "prepare-data", *options]
-    command += ["--quiet", "--tokenizer", str(tokenizer), "--output", str(output), str(corpus)]
+    command += ["--quiet", "--tokenizer", str(tokenizer), "--output", str(output), str(given)]
     start, cpu_start = time.perf_counter(), _children_seconds()
     process = subprocess.Popen(command)
     peak = peak_tree_bytes(process)
@@ -102,7 +124,7 @@ def _report(corpus: Path, tokenizer: Path, options: list[str]) -> None:
     if process.returncode:
         raise SystemExit(process.returncode)
     shutil.rmtree(output)
-    raw, raw_cpu = _library_seconds(corpus, tokenizer)
+    raw, raw_cpu = (copies * seconds for seconds in _library_seconds(corpus, tokenizer))
     print(
         f"{text_bytes / 1e6:.0f} MB of text: {text_bytes / seconds / 1e6:.2f} MB/s prepared, "
         f"{text_bytes / raw / 1e6:.2f} MB/s by the library alone, ratio {raw / seconds:.2f}; "
