@@ -45,10 +45,14 @@ def test_every_module_of_a_command_is_there_and_has_its_name() -> None:
         assert f"hysparse {name}" in text
 
 
+NO_COMMANDS = {"requeue.py", "screenshots.py"}
+"""Of job scripts, and for the pictures of this repository's pages."""
+
+
 def test_every_tool_is_a_command() -> None:
     named = {f"{module.replace('.', '/')}.py" for module, _ in COMMANDS.values()}
     for path in (*ROOT.glob("tools/*.py"), *ROOT.glob("launch/*.py")):
-        if "def main(argv" in path.read_text() and path.name != "requeue.py":  # of job scripts
+        if "def main(argv" in path.read_text() and path.name not in NO_COMMANDS:
             assert str(path.relative_to(ROOT)) in named
 
 
