@@ -22,6 +22,9 @@ from tools import choose_full_layers, convert, evaluate, generate, prepare_data
 pytestmark = pytest.mark.thorough
 
 IDS, LENGTH, LAYERS = 300, 64, 4
+NOISE = 3e-3
+"""In nats. A random model is badly conditioned: rounding moves its loss by 1e-5, now and then by
+4e-4; another layer that sees everything, by some 1e-2."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -33,8 +36,9 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def original(tmp_path_factory: pytest.TempPathFactory, session_seed: int) -> Path:
     """A random Llama with a tokenizer of bytes."""
+    torch.manual_seed(session_seed)
     folder = tmp_path_factory.mktemp("llama")
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -49,10 +53,11 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def text(tmp_path_factory: pytest.TempPathFactory, session_seed: int) -> Path:
+    draw = random.Random(session_seed)
     folder = tmp_path_factory.mktemp("text")
     for number in range(200):
-        (folder / f"{number}.txt").write_text("".join(random.choices(string.printable, k=500)))
+        (folder / f"{number}.txt").write_text("".join(draw.choices(string.printable, k=500)))
     return folder
 
 
@@ -86,10 +91,10 @@ def test_layers_are_chosen_and_the_layout_adopted(
         assert evaluate.main(arguments) == 0
         return json.loads(scores.read_text())["loss"][0]["all"]["loss"]
 
-    assert found["full"] == pytest.approx(loss_of("full", f"{LAYERS}*F"), abs=3e-4)
+    assert found["full"] == pytest.approx(loss_of("full", f"{LAYERS}*F"), abs=NOISE)
     letters = "".join("F" if n in (0, choice["layer"]) else "W" for n in range(LAYERS))
     best = min(choice["losses"].values())
-    assert best == pytest.approx(loss_of("two", letters), abs=3e-4)
+    assert best == pytest.approx(loss_of("two", letters), abs=NOISE)
     assert math.isfinite(found["first_alone"])
 
 
