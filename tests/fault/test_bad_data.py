@@ -169,8 +169,9 @@ def test_a_token_that_one_rank_alone_reads(new_run: NewRun, tmp_path: Path) -> N
     corpus = load_data(config.data, config.train.seed)
     assert isinstance(corpus, PreparedCorpus)
     samples = TokenSamples(corpus.train_prefix, config.train.seq_length)
-    # The last of step 3, in the second half of its batch, which is rank 1's.
-    position = 3 * config.train.global_batch_size - 1
+    # The last of step 4, which is read when step 3 begins, behind the slow one; in the second half
+    # of its batch, which is rank 1's.
+    position = 4 * config.train.global_batch_size - 1
     [sample] = samples.sample_ids(
         np.array([position]), seed=config.train.seed, fingerprint=corpus.fingerprint
     )
