@@ -3,6 +3,7 @@
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -20,7 +21,9 @@ def one_number(key: int, row: int, column: int, num_columns: int) -> float:
     bits = ((bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9) & word
     bits = ((bits ^ (bits >> 27)) * 0x94D049BB133111EB) & word
     bits ^= bits >> 31
-    distance = math.sqrt(-2 * math.log(((bits & 0xFFFFFFFF) + 1) / 2**32))
+    # In fp32, whose rounding decides how near to the origin a number next to it lies.
+    uniform = float(np.float32(bits & 0xFFFFFFFF) + np.float32(1))
+    distance = math.sqrt(-2 * math.log(uniform / 2**32))
     angle = math.pi * (((bits >> 32) ^ 2**31) - 2**31) / 2**31
     return distance * (math.sin(angle) if row % 2 else math.cos(angle))
 
