@@ -98,6 +98,7 @@ RULES: tuple[Rule, ...] = (
     train.recompute,
     optim.muon,
     tracking.tensorboard,
+    tracking.sample,
     debug.profile,
     paths.run_directory,
     paths.inputs,

@@ -34,9 +34,11 @@ class Remade:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """What is computed within may save the output."""
-        with torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack):
-            yield
-        self._make = self._storage = None
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack):
+                yield
+        finally:
+            self._make = self._storage = None
 
     def _pack(self, saved: Tensor) -> Tensor | Callable[[], Tensor]:
         storage, make = self._storage, self._make

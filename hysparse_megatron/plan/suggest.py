@@ -173,6 +173,7 @@ def _candidates(config: Config, world_size: int) -> Iterator[Config]:
                         pp=pp,
                         vpp=vpp,
                         cp=cp,
+                        cp_keep_kv=config.parallel.cp_keep_kv or cp == 1,
                         ep=ep,
                         sequence_parallel=tp > 1,
                     ),

@@ -13,6 +13,9 @@ def parallel(config: Config) -> Iterator[Problem]:
     parallel, seq_length = config.parallel, config.train.seq_length
     if parallel.cp > 1:
         yield from _context_parallel(config)
+    elif not parallel.cp_keep_kv:
+        allowed = "true while parallel.cp = 1, which gathers nothing"
+        yield Problem("parallel.cp_keep_kv", "false", allowed)
     if parallel.vpp is not None and parallel.pp == 1:
         yield Problem("parallel.vpp", str(parallel.vpp), "null while parallel.pp = 1")
     if parallel.overlap.param_gather and not parallel.overlap.grad_reduce:

@@ -23,6 +23,14 @@ def tensorboard(config: Config) -> Iterator[Problem]:
         yield Problem("tracking.tensorboard", got, allowed)
 
 
+def sample(config: Config) -> Iterator[Problem]:
+    """A prompt is for text that is written."""
+    tracking = config.tracking
+    if tracking.sample_prompt is not None and tracking.sample_tokens == 0:
+        allowed = "null while tracking.sample_tokens = 0, which writes no text"
+        yield Problem("tracking.sample_prompt", tracking.sample_prompt, allowed)
+
+
 def has_wandb_key() -> bool:
     """Whether W&B would find a key on this machine."""
     if os.environ.get("WANDB_API_KEY"):

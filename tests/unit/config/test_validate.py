@@ -273,6 +273,13 @@ BAD: list[tuple[dict[str, Any], str, str, str]] = [
         "false",
         "true: with data.document_mask",
     ),
+    ({"parallel.cp_keep_kv": False}, "parallel.cp_keep_kv", "false", "while parallel.cp = 1"),
+    (
+        {"tracking.sample_prompt": "if", "tracking.sample_tokens": 0},
+        "tracking.sample_prompt",
+        "if",
+        "sample_tokens = 0",
+    ),
     ({"parallel.ep": 2}, "parallel.ep", "2", "dense"),
     ({"model.moe": MoeConfig(num_experts=-1)}, "model.moe.num_experts", "-1", "at least 0"),
     ({"model.moe": experts(4)}, "model.moe.num_active_experts", "8", "num_experts = 4"),
