@@ -78,14 +78,13 @@ class WorkerPool:
         WorkerError with each failing rank's traceback, or the ranks that were not done in
         `timeout` seconds.
         """
-        limit = self._limit(world_size, timeout)
-        self._jobs += 1
-        return self._run(
-            [
-                _Job(function, arguments, rank, world_size, self._store.port, self._jobs, limit)
-                for rank in range(world_size)
-            ]
-        )
+        try:
+            return self._run_together(world_size, function, timeout, arguments)
+        except WorkerError as error:
+            # On a busy machine a rank of gloo may close a connection that another still makes.
+            if _join_process_group.__name__ not in str(error):
+                raise
+            return self._run_together(world_size, function, timeout, arguments)
 
     def run_apart(
         self,
@@ -101,6 +100,22 @@ class WorkerPool:
             self._jobs += 1
             jobs.append(_Job(function, own | arguments, 0, 1, self._store.port, self._jobs, limit))
         return self._run(jobs)
+
+    def _run_together(
+        self,
+        world_size: int,
+        function: Callable[..., Any],
+        timeout: float,
+        arguments: dict[str, Any],
+    ) -> list[Any]:
+        limit = self._limit(world_size, timeout)
+        self._jobs += 1
+        return self._run(
+            [
+                _Job(function, arguments, rank, world_size, self._store.port, self._jobs, limit)
+                for rank in range(world_size)
+            ]
+        )
 
     def _limit(self, workers: int, timeout: float) -> float:
         """Seconds that a job of so many workers, which are started, may take."""

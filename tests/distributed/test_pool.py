@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -37,6 +39,27 @@ def test_failure_is_reported_with_rank_and_traceback(own_pool: WorkerPool) -> No
         own_pool.run(2, pool_jobs.fail_on, bad_rank=1)
     assert own_pool.pids() == []
     assert own_pool.run(2, pool_jobs.sum_of_ranks, factor=3)[0][0] == 3
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_ranks_that_did_not_find_one_another_try_once_more(
+    own_pool: WorkerPool, monkeypatch: pytest.MonkeyPatch, failures: int
+) -> None:
+    """Under another number: the store still holds the addresses of those that failed."""
+    numbers = []
+    run = own_pool._run
+
+    def late(jobs: list[Any]) -> list[Any]:
+        numbers.append(jobs[0].number)
+        if len(numbers) <= failures:
+            own_pool.close()
+            raise WorkerError("rank 0: ... in _join_process_group\nConnection closed by peer")
+        return run(jobs)
+
+    monkeypatch.setattr(own_pool, "_run", late)
+    with contextlib.nullcontext() if failures == 1 else pytest.raises(WorkerError, match="closed"):
+        assert own_pool.run(2, pool_jobs.sum_of_ranks, factor=3)[0][0] == 3
+    assert len(set(numbers)) == 2
 
 
 def test_dead_process_is_reported(own_pool: WorkerPool) -> None:
