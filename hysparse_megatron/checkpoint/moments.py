@@ -80,13 +80,15 @@ def _parameter_state(
     del use_gloo_comm, return_on_all_ranks
     assert not empty_data, "for saving alone"
     group = part.data_parallel_group
+    # Other instances of the optimizer hold the same, and write nothing.
+    is_first = part.distributed_optimizer_instance_id == 0
     state: dict[Any, Any] = {"buckets_coalesced": True}
     for number, ranges in enumerate(part.gbuf_ranges):
         [(dtype, buckets)] = ranges.items()
         buffer = part.buffers[number]
         keys = ("param", *part.optimizer_state_keys)
-        pieces = {key: _Pieces(group.rank() == 0) for key in keys}
-        for bucket, ours in zip(buffer.buckets, buckets, strict=True):
+        pieces = {key: _Pieces(is_first and group.rank() == 0) for key in keys}
+        for bucket, ours in zip(buffer.buckets, buckets, strict=True) if is_first else ():
             for key, found in pieces.items():
                 if group.size() == 1:
                     for parameter, place in ours["param_map"].items():

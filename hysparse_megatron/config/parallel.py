@@ -50,4 +50,8 @@ class ParallelConfig:
     grad_reduce_in_fp32: bool = True
     """Sum gradients over micro-batches and ranks in fp32; false: in `train.precision`, which halves
     their memory and traffic with bf16 and rounds each addition."""
+    num_distributed_optimizer_instances: int = at_least(1, default=1)
+    """Groups of data-parallel ranks that each hold a whole optimizer state. Gradients are
+    reduce-scattered and parameters gathered within a group; between groups a rank's share of the
+    gradients is all-reduced and nothing else: for groups with fast links inside, as of a rack."""
     overlap: OverlapConfig = field(default_factory=OverlapConfig)

@@ -43,7 +43,8 @@ class RankMemory:
     gradients: int
     """fp32, accumulated over micro-batches."""
     optimizer: int
-    """fp32 main weights (with bf16 training) and moments, split over data-parallel ranks."""
+    """fp32 main weights (with bf16 training) and moments, split over data-parallel ranks (of an
+    instance of the optimizer)."""
     activations: dict[str, int]
     """Kept for the backward pass by all micro-batches in flight, by what they are."""
     micro_batches_in_flight: float
@@ -298,8 +299,14 @@ def rank_memory(
     working += max(_working_again(config, plan, layer) for layer in _alike(config, plan, layers))
     if len(plan.stages) - 1 in stages:
         working = max(working, head_bytes(config))
+    instances = config.parallel.num_distributed_optimizer_instances
     weights, gradients, optimizer = state_bytes(
-        held, config.train.precision, dp_cp, edp, config.optim.name, gradient_element_bytes(config)
+        held,
+        config.train.precision,
+        dp_cp // instances,
+        edp // instances,
+        config.optim.name,
+        gradient_element_bytes(config),
     )
     return RankMemory(
         weights=weights,

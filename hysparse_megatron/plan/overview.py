@@ -248,10 +248,11 @@ def _step_time(
         stage_seconds.append(seconds)
     seconds, waited = pipeline_time(stage_seconds, plan.pp, groups.num_microbatches)
     slowest = max(sum(stage_seconds[rank :: plan.pp]) for rank in range(plan.pp))
-    reducing, gathering = (
-        max(getattr(rank.traffic, name) for rank in ranks) / across
-        for name in ("gradient_bytes", "weight_bytes")
+    near = bandwidth(groups.world_size // plan.pp // parallel.num_distributed_optimizer_instances)
+    reducing = max(
+        rank.traffic.gradient_bytes / near + rank.traffic.instance_bytes / across for rank in ranks
     )
+    gathering = max(rank.traffic.weight_bytes for rank in ranks) / near
     hidden = parallel.overlap.grad_reduce and parallel.overlap.param_gather
     data = exposed_seconds(reducing, gathering, slowest, passes, hidden)
     return StepTime(seconds, data, waited)

@@ -128,6 +128,8 @@ def _head(overview: Overview) -> str:
     kinds = ", ".join(f"{layout.kinds.count(kind)} {kind.label}" for kind in LayerKind)
     experts = "" if config.model.moe.num_experts == 0 else f", ep {parallel.ep}"
     context = "" if parallel.cp == 1 else f", cp {parallel.cp}"
+    instances = parallel.num_distributed_optimizer_instances
+    optimizers = "" if instances == 1 else f" ({instances} instances of the optimizer)"
     ramp = ""
     if train.ramp is not None:
         ramp = (
@@ -139,7 +141,7 @@ def _head(overview: Overview) -> str:
         f"vocabulary: {config.model.vocab_size:,} token ids ({overview.vocabulary})\n"
         f"parameters: {counted.total:,} in total, {counted.active:,} active\n"
         f"{groups.world_size} ranks: tp {parallel.tp}, pp {parallel.pp}, "
-        f"vpp {parallel.vpp or 1}{experts}{context}, dp {groups.dp}, "
+        f"vpp {parallel.vpp or 1}{experts}{context}, dp {groups.dp}{optimizers}, "
         f"sequence parallel {'on' if parallel.sequence_parallel else 'off'}\n"
         f"{train.global_batch_size} sequences of {train.seq_length} tokens a step{ramp}, "
         f"{groups.num_microbatches} micro-batches of {train.micro_batch_size} on each rank, "

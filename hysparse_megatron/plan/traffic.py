@@ -43,14 +43,16 @@ class Collectives:
     context_bytes: float
     """Keys and values of other ranks' tokens, and their gradients, of one micro-batch."""
     gradient_bytes: float
-    """Gradients, once per step."""
+    """Gradients within an instance of the optimizer, once per step."""
+    instance_bytes: float
+    """The same of a rank's share, between instances."""
     weight_bytes: float
     """Updated weights, once per step."""
 
     @property
     def data_bytes(self) -> float:
         """All that data parallelism sends in a step."""
-        return self.gradient_bytes + self.weight_bytes
+        return self.gradient_bytes + self.instance_bytes + self.weight_bytes
 
 
 def element_bytes(config: Config) -> int:
@@ -118,12 +120,16 @@ def collectives(
 ) -> Collectives:
     """What one rank of pipeline rank `pp_rank` sends, with `held` parameters."""
     layers = [layer for chunk in range(plan.num_chunks) for layer in _stage(plan, pp_rank, chunk)]
+    instances = config.parallel.num_distributed_optimizer_instances
+    dp_cp, edp = dp_cp // instances, edp // instances
     shared = held.dense * _ring(dp_cp) + held.experts * _ring(edp)
+    shares = 2 * _ring(instances) * (held.dense / dp_cp + held.experts / edp)
     return Collectives(
         tensor_bytes=sum(_tensor_bytes(config, plan, layer) for layer in layers),
         expert_bytes=sum(_expert_bytes(config, plan, layer) for layer in layers),
         context_bytes=_context_bytes(config, plan, pp_rank),
         gradient_bytes=gradient_element_bytes(config) * shared,
+        instance_bytes=gradient_element_bytes(config) * shares,
         weight_bytes=element_bytes(config) * shared,
     )
 

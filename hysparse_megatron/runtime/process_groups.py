@@ -30,6 +30,7 @@ def build_process_groups(parallel: ParallelConfig, num_query_groups: int) -> Run
         context_parallel_size=parallel.cp,
         expert_model_parallel_size=parallel.ep,
         expert_tensor_parallel_size=1,
+        num_distributed_optimizer_instances=parallel.num_distributed_optimizer_instances,
         # Replaced by the short one after the first step, as in all other groups.
         distributed_timeout_minutes=max(1, math.ceil(parallel.setup_timeout_seconds / 60)),
     )

@@ -43,6 +43,7 @@ def wrap(
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=config.parallel.grad_reduce_in_fp32,
         use_distributed_optimizer=True,
+        num_distributed_optimizer_instances=config.parallel.num_distributed_optimizer_instances,
         overlap_grad_reduce=overlap.grad_reduce and not alone,
         overlap_param_gather=overlap.param_gather and not alone,
         # All stages send at once: a stage that computes would wait for one that sends.
@@ -116,8 +117,7 @@ def describe_overlap(chunks: Sequence[DistributedDataParallel]) -> str:
         "parameters beside the forward pass": ddp_config.overlap_param_gather,
     }
     beside = [name for name, on in told.items() if on]
-    return (
-        f"data parallel: sends {' and '.join(beside)}, in {buckets} buckets"
-        if beside
-        else "data parallel: sends between steps"
-    )
+    how = f"sends {' and '.join(beside)}, in {buckets} buckets" if beside else "sends between steps"
+    instances = ddp_config.num_distributed_optimizer_instances
+    several = f", with {instances} instances of the optimizer" if instances > 1 else ""
+    return f"data parallel: {how}{several}"

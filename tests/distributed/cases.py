@@ -107,6 +107,7 @@ class Case:
     dp: int = 1
     cp: int = 1
     ep: int = 1
+    instances: int = 1
     sp: bool = False
     model: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
@@ -140,6 +141,7 @@ class Case:
                 vpp=self.vpp,
                 cp=self.cp,
                 ep=self.ep,
+                num_distributed_optimizer_instances=self.instances,
                 sequence_parallel=self.sp,
                 overlap=self.overlap,
             ),

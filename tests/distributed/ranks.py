@@ -17,6 +17,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
@@ -166,13 +167,20 @@ def whole_gradients(state: TrainingState, into: dict[str, Piece]) -> Iterator[No
         patches.enter_context(put(state.megatron, "finalize_model_grads_func", finalize))
         for chunk in state.chunks:
             for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
-                start = partial(_all_reduce, group.start_grad_sync)
+                start = partial(_all_reduce, group, group.start_grad_sync)
                 patches.enter_context(put(group, "start_grad_sync", start))
         yield
 
 
-def _all_reduce(start: Callable[..., None], force_all_reduce: bool = False) -> None:
+def _all_reduce(group: Any, start: Callable[..., None], force_all_reduce: bool = False) -> None:
     start(force_all_reduce=True)
+    if group.ddp_config.num_distributed_optimizer_instances == 1:
+        return
+    # Between instances of the optimizer megatron-core sums a rank's share alone.
+    within = group.intra_distributed_optimizer_instance_group
+    for bucket in group.buckets:
+        share = bucket.grad_data.chunk(within.size())[within.rank()].clone()
+        dist.all_gather_into_tensor(bucket.grad_data, share, group=within)
 
 
 class SelectionRecorder:

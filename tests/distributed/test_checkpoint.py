@@ -59,6 +59,7 @@ LOADED = [
     Case("cp2", cp=2, model=QKV_BIAS, train=SHORT),
     SAVED,
 ]
+INSTANCES = Case("dp2-cp2-2-instances", dp=2, cp=2, instances=2, model=QKV_BIAS, train=SHORT)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def saved(
     return run_dir, tokens, runs[0]
 
 
-@pytest.mark.parametrize("case", LOADED, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*LOADED, INSTANCES], ids=lambda case: case.name)
 def test_any_layout_continues(
     case: Case, pool: WorkerPool, saved: tuple[Path, list[np.ndarray], Continuation]
 ) -> None:
@@ -96,16 +97,31 @@ def test_any_layout_continues(
         assert run.first_step == SAVE_AFTER
         assert abs(run.eval_loss - original.eval_loss) <= EVAL_TOLERANCE
         np.testing.assert_allclose(run.losses, original.losses, rtol=0, atol=LOSS_TOLERANCE)
+    if case.instances > 1:
+        each_instance_is_whole(runs, case.instances)
 
 
+def each_instance_is_whole(runs: list[Continuation], instances: int) -> None:
+    """Main parameters, two moments and a step count of every parameter, alike in all instances."""
+    per_instance = len(runs) // instances
+    first = runs[:per_instance]
+    whole = 3 * sum(piece.value.size for piece in first[0].parameters.values())
+    counts = sum(len(run.optimizer) for run in first) // 4
+    assert sum(tensor.size for run in first for tensor in run.optimizer) == whole + counts
+    for one, other in zip(runs[:-per_instance], runs[per_instance:], strict=True):
+        for mine, theirs in zip(one.optimizer, other.optimizer, strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+
+
+@pytest.mark.parametrize("case", [LOADED[2], INSTANCES], ids=lambda case: case.name)
 def test_chain_of_layouts_returns_to_the_first(
+    case: Case,
     pool: WorkerPool,
     saved: tuple[Path, list[np.ndarray], Continuation],
     tmp_path: Path,
 ) -> None:
-    """TP 2 x PP 2 -> saved again by PP 2 x VPP 2 without a step between -> TP 2 x PP 2."""
+    """TP 2 x PP 2 -> saved again by another without a step between -> TP 2 x PP 2."""
     run_dir, tokens, original = saved
-    case = LOADED[2]
     pool.run(
         case.world_size,
         load_and_train,

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 
 from hysparse_megatron.config.rules.multiples import is_multiple
-from hysparse_megatron.config.schema import Config, Recompute, RecomputeModule
+from hysparse_megatron.config.schema import Config, OptimizerName, Recompute, RecomputeModule
 from hysparse_megatron.errors import Problem
 
 
@@ -23,6 +23,12 @@ def parallel(config: Config) -> Iterator[Problem]:
             "parallel.overlap.param_gather",
             "true",
             "false while parallel.overlap.grad_reduce is false, which makes no buckets",
+        )
+    if parallel.num_distributed_optimizer_instances > 1 and config.optim.name is OptimizerName.muon:
+        yield Problem(
+            "parallel.num_distributed_optimizer_instances",
+            str(parallel.num_distributed_optimizer_instances),
+            "1 with optim.name = muon, which deals whole matrices out to all ranks",
         )
     if parallel.sequence_parallel and parallel.tp == 1:
         yield Problem("parallel.sequence_parallel", "true", "false while parallel.tp = 1")
@@ -72,3 +78,19 @@ def ranks(config: Config, world_size: int) -> Iterator[Problem]:
         got = f"ep {parallel.ep} x pp {parallel.pp} = {ranks} ranks"
         allowed = f"a divisor of the world size, which is {world_size}"
         yield Problem("parallel.ep", got, allowed)
+    yield from _instances(config, world_size)
+
+
+def _instances(config: Config, world_size: int) -> Iterator[Problem]:
+    """Each holds as many of the ranks with the same parameters."""
+    parallel = config.parallel
+    instances = parallel.num_distributed_optimizer_instances
+    for name, ranks in (
+        ("parameters", world_size // (parallel.tp * parallel.pp)),
+        ("experts", world_size // (parallel.ep * parallel.pp)),
+    ):
+        if not is_multiple(ranks, instances):
+            allowed = f"a divisor of the {ranks} ranks with the same {name}"
+            key = "parallel.num_distributed_optimizer_instances"
+            yield Problem(key, str(instances), allowed)
+            return

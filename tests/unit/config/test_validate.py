@@ -26,6 +26,8 @@ from hysparse_megatron.config.schema import (
 from hysparse_megatron.config.validate import check, validate, warnings
 from hysparse_megatron.errors import ConfigError
 
+INSTANCES = "parallel.num_distributed_optimizer_instances"
+
 
 @pytest.fixture(scope="module")
 def base() -> Config:
@@ -280,6 +282,15 @@ BAD: list[tuple[dict[str, Any], str, str, str]] = [
         "if",
         "sample_tokens = 0",
     ),
+    ({INSTANCES: 0}, INSTANCES, "0", "at least 1"),
+    ({INSTANCES: 2}, INSTANCES, "2", "a divisor of the 1 ranks with the same parameters"),
+    ({INSTANCES: 2, "optim.name": OptimizerName.muon}, INSTANCES, "2", "1 with optim.name = muon"),
+    (
+        {"model.moe": experts(8), "parallel.pp": 1, "parallel.ep": 4, INSTANCES: 2},
+        INSTANCES,
+        "2",
+        "a divisor of the 1 ranks with the same experts",
+    ),
     ({"parallel.ep": 2}, "parallel.ep", "2", "dense"),
     ({"model.moe": MoeConfig(num_experts=-1)}, "model.moe.num_experts", "-1", "at least 0"),
     ({"model.moe": experts(4)}, "model.moe.num_active_experts", "8", "num_experts = 4"),
@@ -374,6 +385,13 @@ def test_every_rule(
     assert f"{key}:" in message
     assert got in message
     assert allowed in message
+
+
+def test_instances_of_the_optimizer_are_equal_parts(base: Config) -> None:
+    for instances in (1, 2, 4):
+        assert validate(changed(base, {INSTANCES: instances}), world_size=16) == []
+    (problem,) = validate(changed(base, {INSTANCES: 3}), world_size=16)
+    assert problem.allowed == "a divisor of the 4 ranks with the same parameters"
 
 
 def test_a_group_may_be_shared_by_ranks(base: Config) -> None:

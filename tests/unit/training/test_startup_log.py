@@ -1,10 +1,12 @@
-"""What the start-up log says about the data."""
+"""What the start-up log says about the data, and what data-parallel ranks send when."""
 
 from types import SimpleNamespace
 
 import pytest
+from megatron.core.distributed import DistributedDataParallelConfig
 
 from hysparse_megatron.data.sources import BlendedCorpus
+from hysparse_megatron.training.data_parallel import describe_overlap
 from hysparse_megatron.training.startup_log import _describe_data
 
 
@@ -38,3 +40,28 @@ def test_how_often_the_data_are_read(data, tokens: int, told: str) -> None:
     assert said[0].startswith(f"data: {data.train_tokens:,} training")
     assert told in said[1]
     assert said[1].startswith("WARNING") == told.startswith("WARNING")
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({}, "sends between steps"),
+        ({"overlap_grad_reduce": True}, "sends gradients beside the backward pass, in 6 buckets"),
+        (
+            {
+                "overlap_grad_reduce": True,
+                "overlap_param_gather": True,
+                "num_distributed_optimizer_instances": 4,
+            },
+            "sends gradients beside the backward pass and parameters beside the forward pass, in 6 "
+            "buckets, with 4 instances of the optimizer",
+        ),
+    ],
+)
+def test_what_data_parallel_ranks_send(settings: dict, told: str) -> None:
+    chunk = SimpleNamespace(
+        ddp_config=DistributedDataParallelConfig(**settings),
+        bucket_groups=[object()] * 2,
+        expert_parallel_bucket_groups=[object()],
+    )
+    assert describe_overlap([chunk, chunk]) == f"data parallel: {told}"  # type: ignore[list-item]
