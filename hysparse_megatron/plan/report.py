@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hysparse_megatron.architecture.layers import LayerKind
+from hysparse_megatron.plan.balance import balance_by_document
 from hysparse_megatron.plan.memory import GIB, RankMemory
 from hysparse_megatron.plan.overview import Overview, PipelineRank
 
@@ -47,6 +48,10 @@ def as_values(overview: Overview) -> dict[str, Any]:
         "peak_bytes": overview.peak_bytes,
         "checkpoint_bytes": overview.checkpoint_bytes,
         "fits": overview.fits,
+        "context_balance": [
+            {"document_tokens": length, "slowest_over_mean": ratio}
+            for length, ratio in balance_by_document(config).items()
+        ],
         "step": _step_values(overview),
         "kv_cache": [
             {
@@ -241,8 +246,12 @@ def _step(overview: Overview) -> str:
     else:
         per_gpu = values["tokens_per_second_per_gpu"]
         speed = f"about {overview.seconds:.3g} s at 40% of the peak, {per_gpu:,.0f} tokens/s/GPU"
+    balance = balance_by_document(overview.config)
+    slowest = ", ".join(f"{ratio:.2f} of {length:,} tokens" for length, ratio in balance.items())
+    uneven = f"full layers of the slowest rank, in the mean's, with documents: {slowest}\n"
     return (
         f"a step: {speed}; ranks wait {values['bubble_share']:.1%} of the pipeline's time\n"
+        f"{uneven if balance else ''}"
         f"a checkpoint: {_size(overview.checkpoint_bytes)} on disk"
     )
 
