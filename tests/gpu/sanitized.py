@@ -13,7 +13,8 @@ import sys
 
 import torch
 
-from tests.kernels.triton_cases import Case, compare, compare_lists, several_passes
+from tests.kernels.drawn_cases import Case
+from tests.kernels.triton_cases import compare, compare_lists, several_passes
 
 CASES = (
     Case(2, 203, 16, 1, 128, 128, 64, 2, 70),

@@ -27,8 +27,8 @@ from hysparse_kernels.decode import launch
 from torch import Tensor
 
 from tests.kernels import rounding
+from tests.kernels.drawn_cases import poisoned_memory
 from tests.kernels.rounding import Variances, assert_within
-from tests.kernels.triton_cases import poisoned_memory
 
 FORWARD_RESULTS = ("output", "lse", "scores")
 

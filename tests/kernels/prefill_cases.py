@@ -32,8 +32,8 @@ from torch import Tensor
 
 from tests.kernels import rounding
 from tests.kernels.cases import blocks_of, causal_keys, selected_keys, window_keys
+from tests.kernels.drawn_cases import poisoned_memory
 from tests.kernels.rounding import assert_within
-from tests.kernels.triton_cases import poisoned_memory
 
 
 @dataclass(frozen=True)

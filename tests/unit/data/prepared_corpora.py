@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+from backports import zstd
 from tiny_corpora import WORDS
 
 from hysparse_megatron.data.card import PreparedCorpus
@@ -93,3 +97,48 @@ def all_texts(prepared: PreparedCorpus) -> list[str]:
 
 def contents(folder: Path | str) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
+
+
+def write_arrow(folder: Path, texts: list[str]) -> Path:
+    """As `datasets.save_to_disk` lays it out, in two files whose names do not sort."""
+    folder.mkdir()
+    names = ["data-b.arrow", "data-a.arrow"]
+    for name, half in zip(names, (texts[:120], texts[120:]), strict=True):
+        table = pa.table({"id": list(range(len(half))), "text": half})
+        with (
+            pa.OSFile(str(folder / name), "wb") as sink,
+            pa.ipc.new_stream(sink, table.schema) as writer,
+        ):
+            writer.write_table(table, max_chunksize=17)
+    (folder / "dataset_info.json").write_text("{}")
+    (folder / "state.json").write_text(
+        json.dumps({"_data_files": [{"filename": name} for name in names]})
+    )
+    return folder
+
+
+def write_parquet(
+    path: Path,
+    texts: list[str | None],
+    row_group_size: int = 40,
+    kind: pa.DataType = pa.string(),  # noqa: B008
+) -> Path:
+    column = pa.array(texts, pa.string())
+    column = column.dictionary_encode() if pa.types.is_dictionary(kind) else column.cast(kind)
+    table = pa.table({"text": column, "other": ["x"] * len(texts)})
+    pa.parquet.write_table(table, path, row_group_size=row_group_size)
+    return path
+
+
+def write_gzip(path: Path, texts: list[str]) -> Path:
+    """Two members, as `cat a.gz b.gz` makes."""
+    plain = write_lines(path.parent / "plain", texts).read_bytes()
+    path.write_bytes(gzip.compress(plain[:5000]) + gzip.compress(plain[5000:]))
+    return path
+
+
+def write_zstd(path: Path, texts: list[str]) -> Path:
+    """Two frames."""
+    plain = write_lines(path.parent / "plain", texts).read_bytes()
+    path.write_bytes(zstd.compress(plain[:5000]) + zstd.compress(plain[5000:]))
+    return path

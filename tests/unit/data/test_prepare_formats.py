@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import os
 import random
-import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from backports import zstd
-from moto.server import ThreadedMotoServer
 from prepared_corpora import (
     all_texts,
     byte_texts,
@@ -27,7 +23,11 @@ from prepared_corpora import (
     prepare,
     request,
     save_tokenizer,
+    write_arrow,
+    write_gzip,
     write_lines,
+    write_parquet,
+    write_zstd,
 )
 
 from hysparse_megatron import packages
@@ -35,57 +35,11 @@ from hysparse_megatron.data.prepare import run, tokenize
 from hysparse_megatron.data.prepare.assemble import held_out
 from hysparse_megatron.data.prepare.shards import Work
 from hysparse_megatron.data.prepare.sources import list_sources
-from hysparse_megatron.data.prepare.verify import verify_prepared
 from hysparse_megatron.data.tokenizer import load_tokenizer
 from hysparse_megatron.errors import ConfigError, DataError
 from tests.token_files import write_indexed
 
 TEXTS = make_texts(300)
-
-
-def write_arrow(folder: Path, texts: list[str]) -> Path:
-    """As `datasets.save_to_disk` lays it out, in two files whose names do not sort."""
-    folder.mkdir()
-    names = ["data-b.arrow", "data-a.arrow"]
-    for name, half in zip(names, (texts[:120], texts[120:]), strict=True):
-        table = pa.table({"id": list(range(len(half))), "text": half})
-        with (
-            pa.OSFile(str(folder / name), "wb") as sink,
-            pa.ipc.new_stream(sink, table.schema) as writer,
-        ):
-            writer.write_table(table, max_chunksize=17)
-    (folder / "dataset_info.json").write_text("{}")
-    (folder / "state.json").write_text(
-        json.dumps({"_data_files": [{"filename": name} for name in names]})
-    )
-    return folder
-
-
-def write_parquet(
-    path: Path,
-    texts: list[str | None],
-    row_group_size: int = 40,
-    kind: pa.DataType = pa.string(),  # noqa: B008
-) -> Path:
-    column = pa.array(texts, pa.string())
-    column = column.dictionary_encode() if pa.types.is_dictionary(kind) else column.cast(kind)
-    table = pa.table({"text": column, "other": ["x"] * len(texts)})
-    pa.parquet.write_table(table, path, row_group_size=row_group_size)
-    return path
-
-
-def write_gzip(path: Path, texts: list[str]) -> Path:
-    """Two members, as `cat a.gz b.gz` makes."""
-    plain = write_lines(path.parent / "plain", texts).read_bytes()
-    path.write_bytes(gzip.compress(plain[:5000]) + gzip.compress(plain[5000:]))
-    return path
-
-
-def write_zstd(path: Path, texts: list[str]) -> Path:
-    """Two frames."""
-    plain = write_lines(path.parent / "plain", texts).read_bytes()
-    path.write_bytes(zstd.compress(plain[:5000]) + zstd.compress(plain[5000:]))
-    return path
 
 
 WRITERS: dict[str, Callable[[Path], Path]] = {
@@ -407,116 +361,3 @@ def test_ten_thousand_small_files(tmp_path: Path) -> None:
     assert all_texts(made) == sorted(texts)
     card = json.loads((tmp_path / "out" / "dataset.json").read_text())
     assert len(card["sources"]) + card["sources_not_listed"] == 10_000
-
-
-class Stream(io.RawIOBase):
-    """JSON lines that are made as they are read."""
-
-    line = json.dumps({"text": "a line of a stream that nobody stores " * 25}).encode() + b"\n"
-
-    def __init__(self, size: int) -> None:
-        self.size, self.place = size // len(self.line) * len(self.line), 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, place: int, whence: int = 0) -> int:
-        self.place = place
-        return place
-
-    def tell(self) -> int:
-        return self.place
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        count = min(len(buffer), self.size - self.place)
-        first = self.place % len(self.line)
-        data = self.line * (2 + count // len(self.line))
-        buffer[:count] = data[first : first + count]
-        self.place += count
-        return count
-
-
-class Streams(fsspec.AbstractFileSystem):
-    """stream://SIZE.jsonl"""
-
-    protocol = "stream"
-
-    def info(self, path: str, **options: object) -> dict:
-        size = int(self._strip_protocol(path).partition(".")[0])
-        return {"name": path, "size": Stream(size).size, "type": "file"}
-
-    def find(self, path: str, **options: object) -> dict:
-        return {}
-
-    def _open(self, path: str, mode: str = "rb", **options: object) -> Stream:
-        return Stream(int(self._strip_protocol(path).partition(".")[0]))
-
-
-def test_a_stream_that_is_never_stored(tmp_path: Path) -> None:
-    """The shape of a corpus of any size, `stream://20000000000.jsonl`: many units of one file,
-    whose memory does not grow with it."""
-    fsspec.register_implementation("stream", Streams, clobber=True)
-    peaks = []
-    for size in (5_000_000, 20_000_000):
-        tracemalloc.start()
-        options = {"unit_bytes": 1 << 20, "validation_fraction": 0.0}
-        made = prepare(tmp_path / str(size), f"stream://{size}.jsonl", **options)
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
-        assert made.train_documents == size // len(Stream.line)
-    assert peaks[1] < 1.3 * peaks[0], peaks
-
-
-def test_memory_of_another_file_system_is_read_and_written(tmp_path: Path) -> None:
-    here = write_lines(tmp_path / "a.jsonl", TEXTS)
-    (tmp_path / "b.txt").write_text("text " * 100)
-    wanted = prepare(tmp_path / "out", here, tmp_path / "b.txt")
-    memory = fsspec.filesystem("memory")
-    for name in ("a.jsonl", "b.txt"):
-        memory.pipe(f"/in/{name}", (tmp_path / name).read_bytes())
-    assert run.prepare(request("memory://made", "memory://in/a.jsonl", "memory://in/b.txt")) is None
-    compare_remote(memory, "/made", wanted.directory)
-    copied = prepare(tmp_path / "copied", "memory://in")
-    assert copied.fingerprint == wanted.fingerprint
-
-
-def compare_remote(fs: fsspec.AbstractFileSystem, made: str, wanted: str) -> None:
-    """Assert that a folder elsewhere, copied here, is the one that was prepared here."""
-    copy = Path(wanted).parent / "copy"
-    fs.get(f"{made}/", f"{copy}/", recursive=True)
-    for name in ("train.bin", "train.idx", "validation.bin", "validation.idx", "tokenizer.json"):
-        assert (copy / name).read_bytes() == Path(wanted, name).read_bytes(), name
-    verify_prepared(str(copy), lambda line: None)
-    assert not fs.exists(f"{made}.work")
-
-
-@pytest.mark.thorough
-def test_s3_is_read_and_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server that speaks its language, on this machine; what was begun goes on there too."""
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "x")
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    try:
-        _, port = server.get_host_and_port()
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-        s3 = fsspec.filesystem("s3", skip_instance_cache=True)
-        s3.mkdir("bucket")
-        here = write_lines(tmp_path / "a.jsonl", TEXTS)
-        s3.put(str(here), "bucket/in/a.jsonl")
-        wanted = prepare(tmp_path / "out", here)
-        asked = request("s3://bucket/made", "s3://bucket/in")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(run, "assemble", lambda *a: 1 / 0)
-            with pytest.raises(ZeroDivisionError):
-                run.prepare(asked)
-        assert s3.exists("bucket/made.work/00000003.shard")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tokenize, "_tokenize_unit", None)  # nothing is done again
-            run.prepare(asked)
-        compare_remote(s3, "bucket/made", wanted.directory)
-    finally:
-        server.stop()

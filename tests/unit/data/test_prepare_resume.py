@@ -20,9 +20,10 @@ from prepared_corpora import (
     prepare,
     request,
     save_tokenizer,
+    write_gzip,
     write_lines,
+    write_parquet,
 )
-from test_prepare_formats import write_gzip, write_parquet
 
 from hysparse_megatron.data.prepare import run
 from hysparse_megatron.data.prepare.executors import Executor, LocalProcesses

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 from hysparse_megatron.runtime.process_groups import destroy_process_groups
 from hysparse_megatron.training.state import TrainingState
 from tests.unit.huggingface.adopted import logits, start
-from tests.unit.huggingface.drawn_folders import FLAWS, Folder, draw
+from tests.unit.huggingface.drawn_folders import Folder, draw
+from tests.unit.huggingface.folder_flaws import FLAWS
 from tests.unit.single_process import default_group
 from tools.convert import main
 
