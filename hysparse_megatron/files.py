@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import secrets
@@ -12,7 +13,12 @@ from typing import IO
 
 from hysparse_megatron.errors import ConfigError, DataError
 
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What file systems without locks answer to `flock`, such as Lustre mounted without."""
+
 _TEMPORARY = ".tmp"
+_NO_SYNC = (errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What file systems answer that write the names in folders by themselves, or cannot be told to."""
 
 
 def require_writable(path: Path | None, option: str) -> None:
@@ -86,9 +92,12 @@ def remove_temporaries(directory: Path) -> None:
 
 
 def sync_folder(directory: str | os.PathLike[str]) -> None:
-    """Make the names in a folder survive a loss of power."""
+    """Make the names in a folder survive a loss of power, where the file system can be told to."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
     finally:
         os.close(descriptor)

@@ -95,8 +95,8 @@ def assemble(
     """
     corpus = _Corpus(work, records, encoder)
     targets = corpus.targets(splitting)
-    duplicates = int(np.count_nonzero(targets == _DROPPED))
     corpus.cut_if_needed(splitting.validation_fraction, targets)
+    duplicates = int(np.count_nonzero(targets == _DROPPED))
     if corpus.cut is not None:
         targets[targets == _VALIDATION] = _TRAIN
         targets = np.insert(targets, corpus.cut.document + 1, _VALIDATION)
@@ -219,7 +219,7 @@ class _Corpus:
         """Cut the longest document of a corpus of which one split would get nothing.
 
         Its end is held out, as much as makes `validation_fraction` of the corpus but no more than
-        half of the document.
+        half of the document. Copies of it are dropped: they hold that end too.
         """
         used = targets[targets != _DROPPED]
         if not validation_fraction or len(np.unique(used)) != 1:
@@ -230,6 +230,10 @@ class _Corpus:
         length = int(kept[document]) - 1  # without the token that closes it
         if length < 2:
             return
+        keys = np.concatenate([table["key"] for table in self._tables()])
+        copies = np.flatnonzero((keys == keys[document]).all(axis=1))
+        copies = copies[copies != document]
+        targets[copies], kept[copies] = _DROPPED, 0
         share = min(validation_fraction * int(kept.sum()) / length, 0.5)
         place = min(max(round(length * (1 - share)), 1), length - 1)
         reach = min(_REACH, (length - place) // 2)

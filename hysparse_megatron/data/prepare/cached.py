@@ -18,7 +18,7 @@ from hysparse_megatron.errors import DataError
 from hysparse_megatron.files import naming, sha256_of
 
 _LOCK_TIMEOUT_SECONDS = 3600.0
-"""Longest wait for another process that prepares the same."""
+"""Longest wait for another process that prepares the same and gets no further."""
 _HASHED_BYTES = 1_000_000_000
 """Of a larger corpus the times of modification are compared, not the contents."""
 

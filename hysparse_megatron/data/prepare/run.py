@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -21,7 +22,7 @@ from hysparse_megatron.data.prepare.executors import Executor
 from hysparse_megatron.data.prepare.progress import Progress
 from hysparse_megatron.data.prepare.request import PrepareRequest, hash_of, place_tokenizer
 from hysparse_megatron.data.prepare.shards import MAX_SAMPLES, UNWRITABLE, Folder, Record, Work
-from hysparse_megatron.data.prepare.sources import cut_units
+from hysparse_megatron.data.prepare.sources import cut_units, is_local
 from hysparse_megatron.data.prepare.tokenize import tokenize_share, too_many_bad
 from hysparse_megatron.errors import ConfigError, DataError
 from hysparse_megatron.files import naming, sync_folder
@@ -51,7 +52,8 @@ def prepare(
         overwrite: prepare even if the output is there, or an unfinished preparation of another
             request, and replace it.
         repair: prepare again what is there and damaged.
-        lock_timeout_seconds: longest wait for another process that makes the same output.
+        lock_timeout_seconds: longest wait for another process that makes the same output and gets
+            no further.
         progress: shows how far it is.
 
     Returns:
@@ -68,13 +70,18 @@ def prepare(
         raise ConfigError(
             f"validation fraction {request.validation_fraction} is not between 0 and 1"
         )
-    output = Folder(request.output)
+    output = Folder(_own_place(request.output))
     progress = progress or Progress(is_quiet=True)
     with naming(output.path, UNWRITABLE):
         lock: AbstractContextManager[bool] = nullcontext(True)
         if output.is_local:
             os.makedirs(os.path.dirname(output.path), exist_ok=True)
-            lock = locked(f"{output.path}.lock", lock_timeout_seconds, progress.note)
+            lock = locked(
+                f"{output.path}.lock",
+                lock_timeout_seconds,
+                progress.note,
+                functools.partial(_last_change, f"{output.path}.work"),
+            )
         with lock as is_locked:
             # Without locks two processes may do the same, each in a folder of its own.
             suffix = ".work" if is_locked else f".work-{secrets.token_hex(4)}"
@@ -83,6 +90,28 @@ def prepare(
             if not run.is_done():
                 run.prepare(executor)
     return load_prepared(output.path, check_tokens=False) if output.is_local else None
+
+
+def _last_change(folder: str) -> int | None:
+    """When something began or was done in a work folder, in ns; None if it is not there."""
+    try:
+        return os.stat(folder).st_mtime_ns
+    except OSError:
+        return None
+
+
+def _own_place(output: str) -> str:
+    """The folder that a link may stand for: no other one can be put in the place of a link.
+
+    Raises ConfigError: nor in the place of a file system.
+    """
+    if not is_local(output):
+        return output
+    path = os.path.abspath(output)
+    path = os.path.realpath(path) if os.path.islink(path) else path
+    if os.path.ismount(path):
+        raise ConfigError(f"{path}: is where a file system begins; name a folder in it")
+    return path
 
 
 @dataclass
@@ -237,7 +266,7 @@ class _Run:
         if made.cut is not None:
             self.progress.note(
                 "too few documents for two splits: the longest is cut after "
-                f"{made.cut.place:,} tokens, and what follows is held out"
+                f"{made.cut.place:,} tokens, and what follows is held out; its copies are left out"
             )
         for split in SPLITS:
             if not made.documents[split] and (split == "train" or self.request.validation_fraction):
@@ -260,7 +289,8 @@ class _Run:
         facts = {"vocab_size": encoder.vocab_size, "end_of_document": encoder.end_of_document}
         card = card_of(self._facts(work, records, made) | facts, files)
         text = json.dumps(card, indent=2, ensure_ascii=False) + "\n"
-        target.write(CARD_NAME, text.encode())
+        # JSON writes the same for bytes of a file's name that are no UTF-8.
+        target.write(CARD_NAME, text.encode(errors="backslashreplace"))
         if target.is_local:
             self._put_in_place(target.path)
         self.progress.note(

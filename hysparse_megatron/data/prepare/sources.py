@@ -243,7 +243,7 @@ def cut_units(sources: Sequence[Source], unit_bytes: int | None = None) -> list[
         step = unit_bytes if is_cut else max(1, source.size_bytes)
         for start in range(0, max(1, source.size_bytes), step):
             size = min(step, source.size_bytes - start)
-            if size > room:
+            if size > room or not units:  # an empty file may be the first
                 units.append([])
                 room = unit_bytes
             units[-1].append(Piece(number, start, start + size))

@@ -160,6 +160,11 @@ class _Unit:
                             f"{source.path}: read as one text, but every line is a JSON object; "
                             "name it .jsonl, or give --format jsonl"
                         )
+                    if source.kind == "text" and "\0" in text:
+                        self._record.warnings.append(
+                            f"{source.path}: holds NUL characters, as UTF-16 and files that were "
+                            "copied in part do"
+                        )
                     yield text
 
     def _count_bad(self, error: DataError) -> None:

@@ -309,6 +309,22 @@ def test_only_a_corpus_of_too_few_documents_is_cut(tmp_path: Path, seed: int) ->
     assert (nothing.train_documents, nothing.validation_documents) == (3, 0)
 
 
+def test_copies_of_what_is_cut_are_not_trained_on(tmp_path: Path) -> None:
+    """They hold the end that is held out."""
+    folder = tmp_path / "books"
+    folder.mkdir()
+    words = [f"word{number} " for number in range(400)]
+    for name in ("book.txt", "copy of book.txt", "third.txt"):
+        (folder / name).write_text("".join(words))
+    (folder / "short.txt").write_text("a preface")
+    found = prepare(folder, tmp_path / "cache", validation_fraction=1e-9, tokenizer_path="bytes")
+    [cut, preface] = texts(found, found.train_prefix)
+    [end] = texts(found, found.validation_prefix)
+    assert (cut + end, preface) == ("".join(words), "a preface")
+    card = json.loads(Path(found.directory, "dataset.json").read_text())
+    assert card["duplicate_documents"] == 2
+
+
 def test_too_little_text_to_cut(tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("x")
     with pytest.raises(DataError, match=r"one\.txt: none of 1 document.*train\.eval_batches=0"):

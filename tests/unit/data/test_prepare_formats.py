@@ -31,6 +31,7 @@ from prepared_corpora import (
 )
 
 from hysparse_megatron import packages
+from hysparse_megatron.data.card import load_prepared
 from hysparse_megatron.data.prepare import run, tokenize
 from hysparse_megatron.data.prepare.assemble import held_out
 from hysparse_megatron.data.prepare.shards import Work
@@ -288,6 +289,29 @@ def test_files_without_a_document_add_nothing(tmp_path: Path) -> None:
     assert prepared.empty_documents == 1
 
 
+@pytest.mark.parametrize("name", ["_SUCCESS", "empty.jsonl"])
+def test_an_empty_file_may_be_the_first(tmp_path: Path, name: str) -> None:
+    """As in what Spark writes."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / name).touch()
+    write_lines(folder / "part-0000.jsonl", TEXTS[:30])
+    assert all_texts(prepare(tmp_path / "out", folder)) == sorted(TEXTS[:30])
+
+
+def test_names_that_are_no_text(tmp_path: Path) -> None:
+    """A file may have any bytes for a name: here e with an accent in Latin-1."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number, text in enumerate(TEXTS[:20]):
+        (folder / os.fsdecode(b"caf\xe9 %02d.txt" % number)).write_text(text)
+    prepared = prepare(tmp_path / "out", folder)
+    assert all_texts(prepared) == sorted(TEXTS[:20])
+    card = json.loads((tmp_path / "out" / "dataset.json").read_bytes())
+    assert os.fsencode(card["sources"][0]["name"]) == b"in/caf\xe9 00.txt"
+    assert load_prepared(prepared.directory) == prepared
+
+
 def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
     """Also where they lead back."""
     folder, elsewhere = tmp_path / "in", tmp_path / "elsewhere"
@@ -324,6 +348,17 @@ def test_json_lines_under_another_name_are_told(
     assert "a.txt: read as one text, but every line is a JSON object" in line
     made = prepare(tmp_path / "lines", tmp_path / "a.txt", kind="jsonl")
     assert all_texts(made) == sorted(TEXTS[:9])
+
+
+def test_text_that_holds_what_no_text_holds_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """ASCII in UTF-16 is UTF-8 as well, with a NUL after every letter."""
+    (tmp_path / "a.txt").write_bytes(" ".join(["letters"] * 99).encode("utf-16-le"))
+    (tmp_path / "b.txt").write_text("\n".join(TEXTS))
+    prepare(tmp_path / "out", tmp_path / "a.txt", tmp_path / "b.txt")
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "WARNING" in line]
+    assert "a.txt: holds NUL characters, as UTF-16 and files that were copied in part do" in line
 
 
 class Telling:

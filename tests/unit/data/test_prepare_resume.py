@@ -274,6 +274,21 @@ def test_a_folder_of_other_files_is_never_touched(tmp_path: Path) -> None:
     assert (tmp_path / "other.work" / "out" / "thesis.tex").read_text() == "mine"
 
 
+def test_an_output_may_be_a_link_and_no_file_system(tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "a.jsonl", make_texts(20))
+    plain = prepare(tmp_path / "plain", source)
+    for name, exists in (("there", True), ("not yet", False)):
+        target = tmp_path / "large disk" / name
+        (target if exists else target.parent).mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).symlink_to(target)
+        made = prepare(tmp_path / name, source)
+        assert (made.directory, made.fingerprint) == (str(target), plain.fingerprint)
+        assert prepare(tmp_path / name, source) == made
+        assert (tmp_path / name).is_symlink()
+    with pytest.raises(ConfigError, match="/proc: is where a file system begins; name a folder"):
+        prepare(Path("/proc"), source)
+
+
 def test_two_preparations_of_one_output_cannot_run_at_once(tmp_path: Path) -> None:
     source = write_lines(tmp_path / "a.jsonl", make_texts(50))
     with open(tmp_path / "out.lock", "w") as stream:
