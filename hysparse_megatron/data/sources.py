@@ -39,6 +39,11 @@ class BlendedCorpus:
         return self.parts[0].vocab_size
 
     @property
+    def end_of_document(self) -> int:
+        """Of all parts."""
+        return self.parts[0].end_of_document
+
+    @property
     def num_ids(self) -> int:
         """Largest id that occurs in any part, + 1."""
         return max(part.num_ids for part in self.parts)
@@ -106,12 +111,14 @@ def count_of(epochs: float) -> str:
 
 
 def changed_fields(before: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
-    """Lines `field: old -> new` for the fields of `identity()` that differ."""
-    return [
-        f"{name}: {before.get(name, 'unset')} -> {now.get(name, 'unset')}"
-        for name in {**before, **now}
-        if before.get(name) != now.get(name)
-    ]
+    """Lines `field: old -> new` for the fields of `identity()` that differ.
+
+    None for the same tokens made of files that lie elsewhere now.
+    """
+    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if changed == ["source"]:
+        return []
+    return [f"{name}: {before.get(name, 'unset')} -> {now.get(name, 'unset')}" for name in changed]
 
 
 def load_blend(text: str) -> BlendedCorpus:
@@ -130,7 +137,17 @@ def load_blend(text: str) -> BlendedCorpus:
                 f"({part.tokenizer_sha256[:12]}, not {parts[0].tokenizer_sha256[:12]}): prepare one"
                 " of them anew"
             )
+        _require_end(path, part, paths[0], parts[0])
     return BlendedCorpus(parts, weights)
+
+
+def _require_end(path: str, own: TrainingData, other: str, first: TrainingData) -> None:
+    """Refuse a dataset whose documents end with another token than those of the first one."""
+    if own.end_of_document != first.end_of_document:
+        raise DataError(
+            f"{path}: its documents end with token {own.end_of_document}, those of {other} with "
+            f"{first.end_of_document}: prepare one of them anew, with --end-of-document"
+        )
 
 
 def load_data(data: DataConfig, seed: int, progress: Progress | None = None) -> TrainingData:
@@ -164,6 +181,7 @@ def load_evaluations(
                 f"data.evaluation.{name}: {path} was prepared with another tokenizer than the "
                 f"run's; prepare it with {corpus.tokenizer_path}"
             )
+        _require_end(f"data.evaluation.{name}: {path}", own, "the run's data", corpus)
         found[name] = own
     return found
 

@@ -19,7 +19,7 @@ import numpy as np
 import tokenizers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from hysparse_megatron.data.card import SENTENCEPIECE_NAME, TOKENIZER_NAME
+from hysparse_megatron.data.card import CARD_NAME, SENTENCEPIECE_NAME, TOKENIZER_NAME
 from hysparse_megatron.errors import DataError
 from hysparse_megatron.files import naming
 from hysparse_megatron.packages import require_package
@@ -285,6 +285,8 @@ class TokenizerChoice:
 def choose_tokenizer(given: str, end_of_document: str | None = None) -> TokenizerChoice:
     """The tokenizer meant by `given`: a file, a folder of Hugging Face's, or `bytes`.
 
+    Without an `end_of_document` that counts which a prepared folder with the file was given.
+
     Raises:
         DataError: a folder that holds neither tokenizer.json nor tokenizer.model.
     """
@@ -299,7 +301,17 @@ def choose_tokenizer(given: str, end_of_document: str | None = None) -> Tokenize
                 "writes the first: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
             )
         path = os.path.join(path, held[0])
-    return TokenizerChoice(path, end_of_document)
+    return TokenizerChoice(path, end_of_document or _recorded_end(path))
+
+
+def _recorded_end(path: str) -> str | None:
+    """What `--end-of-document` named when the folder of the file was prepared."""
+    try:
+        with open(os.path.join(os.path.dirname(path), CARD_NAME), "rb") as stream:
+            found = json.load(stream)["options"]["end_of_document"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return found if isinstance(found, str) else None
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:

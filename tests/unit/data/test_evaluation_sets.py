@@ -6,11 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from prepared_corpora import documents, request, save_tokenizer
+from prepared_corpora import prepare as prepare_folder
 from tiny_corpora import prepare, write_json_lines
 
 from hysparse_megatron.config.schema import DataConfig
 from hysparse_megatron.data.card import PreparedCorpus
-from hysparse_megatron.data.sources import load_evaluations
+from hysparse_megatron.data.prepare import run
+from hysparse_megatron.data.sources import load_blend, load_evaluations
+from hysparse_megatron.data.tokenizer import choose_tokenizer
 from hysparse_megatron.errors import DataError
 
 SEED = 7
@@ -37,6 +41,32 @@ def test_text_and_prepared_folders(
     again = load_evaluations(replace(settings, evaluation=sets), SEED, shared_corpus)
     assert again == found
     assert load_evaluations(settings, SEED, shared_corpus) == {}
+
+
+def test_all_documents_end_alike(settings: DataConfig, tmp_path: Path) -> None:
+    """Also where `--end-of-document` named another token than the one that would be found."""
+    given = save_tokenizer(tmp_path / "tokenizer.json")
+    source = write_json_lines(tmp_path / "train.jsonl", 30)
+    plain = prepare_folder(tmp_path / "plain", source, tokenizer=given)
+    named = choose_tokenizer(str(given), "a")
+    corpus = run.prepare(replace(request(tmp_path / "named", source), tokenizer=named))
+    assert corpus is not None
+    assert corpus.end_of_document != plain.end_of_document
+
+    text = write_json_lines(tmp_path / "other.jsonl", 30, seed=2)
+    settings = replace(settings, evaluation={"other": str(text)})
+    other = load_evaluations(settings, SEED, corpus)["other"]
+    assert other.end_of_document == corpus.end_of_document
+    assert isinstance(other, PreparedCorpus)
+    ends = [tokens[-1] for tokens in documents(other.train_prefix)]
+    assert set(ends) == {corpus.end_of_document}
+
+    ended = rf"documents end with token {plain.end_of_document}, those of .* with "
+    settings = replace(settings, evaluation={"plain": plain.directory})
+    with pytest.raises(DataError, match=rf"data\.evaluation\.plain: .*{ended}"):
+        load_evaluations(settings, SEED, corpus)
+    with pytest.raises(DataError, match=rf"{plain.directory}: its {ended}"):
+        load_blend(f"1 {corpus.directory}; 1 {plain.directory}")
 
 
 def test_mistakes_name_the_set(
