@@ -37,6 +37,11 @@ def choose_checkpoint(config: Config, checkpoints: Path, log: Log) -> Path | Non
             return choice.resolve(checkpoints.parent, step, content)
         if config.checkpoint.load is None:
             raise CheckpointError(f"checkpoint.step={step}, but there is none in {checkpoints}")
+    elif step is not None and config.checkpoint.load is None:
+        log(
+            f"note: checkpoint.step={step}: an earlier start went there, and this one goes on from "
+            "what it has saved since. To go there once more, rename the newer checkpoints"
+        )
     latest, rejected = choice.latest(checkpoints, content)
     for problem in rejected:
         log(f"WARNING: a newer checkpoint is damaged and left out: {problem}")
@@ -77,9 +82,36 @@ def resume(state: TrainingState, latest: Path | None, corpus: TrainingData, log:
     checkpoint = state.config.checkpoint
     if checkpoint.load is not None:
         directory = choice.resolve(Path(checkpoint.load), checkpoint.step, checkpoint.verify)
+        facts = on_rank_zero(lambda: store.read_manifest(directory), CheckpointError)
+        for line in check_tokenizer(state.config, directory, facts, corpus):
+            log(f"WARNING: {line}")
         load_state(state, directory, weights_only=True)
         log(f"starting from the weights of {directory}")
     return Progress()
+
+
+def check_tokenizer(
+    config: Config, directory: Path, manifest: dict[str, Any], corpus: TrainingData
+) -> list[str]:
+    """Refuse data whose ids mean other text than those that the weights in `directory` know.
+
+    Returns a warning where `checkpoint.accept_changed_data` is set. Raises DataError.
+    """
+    known = store.tokenizer_facts(manifest).get("tokenizer_sha256")
+    found = corpus.identity()["tokenizer_sha256"]
+    if known in (None, found):
+        return []
+    text = (
+        f"the weights of {directory} were trained with another tokenizer (SHA-256 "
+        f"{str(known)[:12]}...) than {corpus.tokenizer_path} ({str(found)[:12]}...)"
+    )
+    if config.checkpoint.accept_changed_data:
+        return [f"{text}. Going on as checkpoint.accept_changed_data says"]
+    raise DataError(
+        f"{text}: ids would mean other text. Name theirs by data.tokenizer, or prepare the data "
+        "with it; where all ids are the same, or are to be learnt anew, set "
+        "checkpoint.accept_changed_data=true"
+    )
 
 
 def progress_of(config: Config, step: int, manifest: dict[str, Any]) -> Progress:

@@ -112,6 +112,7 @@ def test_going_back_to_a_step(copy_of_finished: Copy, finished) -> None:
     # A scheduler that starts the same command again goes on, and not back once more.
     code, output = run(back)
     assert code == 0, output
+    assert "note: checkpoint.step=20: an earlier start went there, and this one goes on" in output
     assert "is finished: step 40 of 40" in output
 
 

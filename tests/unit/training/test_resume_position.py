@@ -1,7 +1,11 @@
 """Where a run goes on in the order of its samples, by what a manifest says."""
 
+import dataclasses
 import random
+import re
 from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,9 +13,10 @@ import pytest
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.data.read.order import Position
-from hysparse_megatron.errors import CheckpointError
+from hysparse_megatron.data.sources import changed_fields
+from hysparse_megatron.errors import CheckpointError, DataError
 from hysparse_megatron.training.loop import Progress
-from hysparse_megatron.training.resume import progress_of, warn_of_past_skips
+from hysparse_megatron.training.resume import check_tokenizer, progress_of, warn_of_past_skips
 
 
 @pytest.fixture(scope="module")
@@ -55,3 +60,33 @@ def test_skips_that_come_too_late_are_told(
     warn_of_past_skips(config, Progress(step, Position(steps=steps)), told.append)
     assert len(told) == (trained_on > 0)
     assert all(f"names {trained_on} steps that this run has trained on" in text for text in told)
+
+
+def test_weights_of_another_tokenizer(config: Config, tmp_path: Path) -> None:
+    """Ids of one say other text than those of another, and nothing else would tell."""
+    corpus: Any = SimpleNamespace(
+        tokenizer_path="/data/tokenizer.json", identity=lambda: {"tokenizer_sha256": "a" * 64}
+    )
+    accepting = dataclasses.replace(
+        config, checkpoint=dataclasses.replace(config.checkpoint, accept_changed_data=True)
+    )
+    for known in ({}, {"data": {}}, {"data": {"tokenizer_sha256": "a" * 64}}):
+        assert check_tokenizer(config, tmp_path, known, corpus) == []
+    for key in ("data", "tokenizer"):  # of a run, and of weights from elsewhere
+        other = {key: {"tokenizer_sha256": "b" * 64}}
+        told = r"another tokenizer \(SHA-256 bbb.* than /data/tokenizer\.json \(aaa"
+        with pytest.raises(DataError, match=told) as caught:
+            check_tokenizer(config, tmp_path, other, corpus)
+        assert "data.tokenizer" in str(caught.value)
+        (warning,) = check_tokenizer(accepting, tmp_path, other, corpus)
+        assert re.search(told, warning)
+
+
+def test_the_same_tokens_made_elsewhere_are_the_same_data() -> None:
+    before = {"fingerprint": "f", "source": "/old/text", "train_tokens": 7}
+    assert changed_fields(before, {**before, "source": "/new/text"}) == []
+    now = {"fingerprint": "g", "source": "/new/text", "train_tokens": 7}
+    assert changed_fields(before, now) == [
+        "fingerprint: f -> g",
+        "source: /old/text -> /new/text",
+    ]
