@@ -78,7 +78,7 @@ def train(
     """
     train_config, checkpoint = state.config.train, state.config.checkpoint
     guard = Guard(train_config.guard, progress.facts.get("guard"))
-    saved, position = progress.step, progress.position
+    saves, position = _Saves(checkpoint.interval, progress.step), progress.position
 
     def decide(finite_here: bool, loss: float, grad_norm: float) -> str | None:
         return reason(watch.poll(guard.judge(finite_here, loss, grad_norm)))
@@ -100,6 +100,7 @@ def train(
         before, position = position.samples, batches.after(position)
         passed = (before, position.samples)
         _report(state, done, passed, result, seconds, data_seconds, guard, ids, hooks)
+        saves.saw_step(done, result.skipped)
         if not result.skipped:
             hooks.on_good_step()
         hooks.poll()
@@ -112,16 +113,43 @@ def train(
             _evaluate(state, evaluations, done, hooks)
         elif train_config.eval_interval and done % train_config.eval_interval == 0:
             evaluation_due = not _evaluate(state, evaluations, done, hooks, watch)
-        # Never over a run of bad steps: the newest checkpoint stays one from before them.
-        if last or (not guard.in_a_row and (watch.stopping or done % checkpoint.interval == 0)):
+        if last or saves.is_time(watch.stopping is not None):
             started = time.monotonic()
             faults.reach("save", done)
             facts = {"guard": guard.facts(), "evaluation_due": evaluation_due}
             hooks.save(done, {**facts, "position": dataclasses.asdict(position)})
             watch.deadline.saw_save(time.monotonic() - started)
-            saved = done
+            saves.saw_save()
         if watch.stopping and not last:
-            raise watch.ending(f"after step {done}; saved at step {saved}")
+            raise watch.ending(f"after step {done}; saved at step {saves.saved}")
+
+
+class _Saves:
+    """When a checkpoint is written: after every `interval` steps, and before a stop.
+
+    Amid bad steps one that is due waits for a good one, as the weights may be why they are bad. A
+    stop does not wait, where weights were made that are in no checkpoint.
+    """
+
+    def __init__(self, interval: int, step: int) -> None:
+        self._interval = interval
+        self.saved = self._done = self._newest_good = step
+        self._is_due = False
+
+    def saw_step(self, done: int, is_bad: bool) -> None:
+        """`done` steps are done, the last one of which may have been left out."""
+        self._done = done
+        self._newest_good = self._newest_good if is_bad else done
+        self._is_due = self._is_due or done % self._interval == 0
+
+    def is_time(self, is_stopping: bool) -> bool:
+        """Whether to save now."""
+        is_good = self._done == self._newest_good
+        return self._newest_good > self.saved and (is_stopping or (self._is_due and is_good))
+
+    def saw_save(self) -> None:
+        """All steps so far are in a checkpoint."""
+        self.saved, self._is_due = self._done, False
 
 
 def _lost(guard: Guard, done: int, result: StepResult, ids: list[int]) -> NumericalStop:

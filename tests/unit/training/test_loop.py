@@ -315,6 +315,21 @@ def test_a_signal_amid_bad_steps_keeps_the_checkpoint_before_them(
     assert [event for event in found.events if event.startswith("save")] == ["save 2", "save 4"]
 
 
+def test_a_stop_loses_no_good_step_to_a_bad_one(script: Callable[..., Script]) -> None:
+    found = script(steps=9, interval=100, bad=(6,), stop_at=6)
+    with pytest.raises(Preempted, match="after step 6; saved at step 6"):
+        found.run()
+    assert found.events[-1] == "save 6"
+
+
+def test_a_checkpoint_that_is_due_at_a_bad_step_comes_after_it(
+    script: Callable[..., Script],
+) -> None:
+    found = script(steps=12, interval=4, bad=(4, 5, 8)).run()
+    saves = [event for event in found.events if event.startswith("save")]
+    assert saves == ["save 6", "save 9", "save 12"]
+
+
 def test_a_bad_last_step_does_not_end_without_a_checkpoint(script: Callable[..., Script]) -> None:
     """A skipped update leaves the weights of the step before; the run must not lose those."""
     found = script(steps=5, interval=100, bad=(5,)).run()
