@@ -75,7 +75,7 @@ def sample_html(row: dict[str, Any]) -> str:
 class MetricsFile:
     """Appends rows to `metrics.jsonl`; each is on disk before the call returns to the loop.
 
-    After a resume rows of repeated steps stand twice; the last one counts. What cannot be written
+    After a resume rows of repeated steps stand twice; see `standing`. What cannot be written
     is kept, and goes first the next time, from where it was cut.
     """
 
@@ -103,9 +103,29 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All rows, the last one of each step and evaluation on a set only, in the order of steps."""
-    rows = {(row["step"], evaluation_of(row)): row for row in read_rows(path)}
+    """The rows of the run as it stands, in the order of steps: see `standing`.
+
+    Of each step, and each evaluation on a set, the last row.
+    """
+    rows = {(row["step"], evaluation_of(row)): row for row in standing(read_rows(path))}
     return [rows[key] for key in sorted(rows)]
+
+
+def standing(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without what an earlier start did beyond the step at which a later one went on.
+
+    That one may go another way, and not as far, or evaluate after other steps.
+    """
+    kept: list[dict[str, Any]] = []
+    newest = 0
+    for row in rows:
+        # Steps of training ascend, and each comes before the evaluations after it.
+        if not evaluation_of(row):
+            if row["step"] <= newest:
+                kept = [before for before in kept if before["step"] < row["step"]]
+            newest = row["step"]
+        kept.append(row)
+    return kept
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 One line an evaluation: `step`, `block_size`, `positions` of the queries in their sequence,
 `document_starts` from which their blocks count, and `layers`, by oracle layer the blocks of each
-query. As in `metrics.jsonl` the last line of a step counts.
+query. As in `metrics.jsonl` what a start went back from does not count.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hysparse_megatron.files import open_lines
-from hysparse_megatron.tracking.metrics import read_rows
+from hysparse_megatron.tracking.metrics import read_rows, standing
 
 SELECTIONS_FILE = "selections.jsonl"
 """In the run directory."""
@@ -25,12 +25,12 @@ def write_selections(run_path: Path, line: dict[str, Any]) -> None:
 
 
 def read_selections(run_path: Path) -> dict[int, dict[str, Any]]:
-    """All lines by step, their layers as numbers; empty where there is no file."""
+    """The lines by step, their layers as numbers; empty where there is no file."""
     path = run_path / SELECTIONS_FILE
     if not path.exists():
         return {}
     found = {}
-    for row in read_rows(path):
+    for row in standing(read_rows(path)):
         row["layers"] = {int(layer): rows for layer, rows in row["layers"].items()}
         found[row["step"]] = row
     return found

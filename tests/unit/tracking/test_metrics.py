@@ -71,13 +71,23 @@ def test_a_row_is_on_disk_before_the_file_is_closed(tmp_path: Path) -> None:
 
 def test_the_last_row_of_a_step_wins(tmp_path: Path) -> None:
     write(tmp_path / "m", [row(1, 1.0), row(2, 2.0), evaluation(2, 9.0), row(3, 3.0)])
-    write(tmp_path / "m", [row(2, 2.5), evaluation(2, 9.5)])
-    assert read_metrics(tmp_path / "m") == [
-        row(1, 1.0),
-        row(2, 2.5),
-        evaluation(2, 9.5),
-        row(3, 3.0),
-    ]
+    again = [row(2, 2.5), evaluation(2, 9.5), row(3, 3.5)]
+    write(tmp_path / "m", again)
+    assert read_metrics(tmp_path / "m") == [row(1, 1.0), *again]
+
+
+def test_what_a_start_went_back_from_is_no_part_of_the_run(tmp_path: Path) -> None:
+    """As after `checkpoint.step=2` with a shorter run and other evaluations."""
+    rows = [evaluation(0, 5.0), row(1), row(2), evaluation(2, 4.0), row(3), row(4)]
+    write(tmp_path / "m", [*rows, evaluation(4, 8.0), row(5), row(6), evaluation(6, 9.0)])
+    write(tmp_path / "m", [row(3, 3.5)])
+    assert read_metrics(tmp_path / "m") == [*rows[:4], row(3, 3.5)]
+    write(tmp_path / "m", [row(4, 3.4), row(5, 3.3), evaluation(5, 3.0)])
+    again = [row(3, 3.5), row(4, 3.4), row(5, 3.3), evaluation(5, 3.0)]
+    assert read_metrics(tmp_path / "m") == [*rows[:4], *again]
+    # A start that makes up for an evaluation has gone back by its first step.
+    write(tmp_path / "m", [evaluation(4, 3.2), row(5, 3.1)])
+    assert read_metrics(tmp_path / "m")[4:] == [*again[:2], evaluation(4, 3.2), row(5, 3.1)]
 
 
 def test_every_set_keeps_its_rows(tmp_path: Path) -> None:
