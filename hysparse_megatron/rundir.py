@@ -17,7 +17,7 @@ import os
 import platform
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,7 +30,7 @@ from hysparse_megatron.config.frozen import CONFIG_FILE, config_hash, freeze, lo
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.continuation import check_continuation
 from hysparse_megatron.errors import ConfigError, HySparseError
-from hysparse_megatron.files import remove_temporaries
+from hysparse_megatron.files import NO_LOCKS, remove_temporaries
 from hysparse_megatron.reserve import Reserve
 from hysparse_megatron.run_record import open_record, write_record
 from hysparse_megatron.runtime.flight_recorder import LOG_FOLDER
@@ -62,7 +62,8 @@ class RunDirectory:
         self.path = config.run_path
         accepted = refuse_start(config)
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock, self.former_owner = lock(self.path)
+        no_locks: list[str] = []
+        self._lock, self.former_owner = lock(self.path, no_locks.append)
         (self.path / LOG_FOLDER).mkdir(exist_ok=True)
         self.changed_keys = _changed_keys(self.path / CONFIG_FILE, config)
         self.config_hash = config_hash(config)
@@ -72,7 +73,7 @@ class RunDirectory:
         remove_temporaries(self.path)
         self.reserve = Reserve(self.path)
         self.facts, damaged = self._open_record(config, machine or {})
-        self.warnings = [*damaged, *accepted]
+        self.warnings = [*no_locks, *damaged, *accepted]
         self.status = Status(self.path, restarts=self.restarts)
 
     def keep_settings(self) -> None:
@@ -153,12 +154,15 @@ def prepare_run(config: Config) -> tuple[list[str], list[str]]:
     return changed, [*damaged, *accepted]
 
 
-def lock(run_path: Path) -> tuple[IO[str], str | None]:
+def lock(
+    run_path: Path, warn: Callable[[str], None] = lambda text: None
+) -> tuple[IO[str], str | None]:
     """Own the directory as long as the returned file is open in this process.
 
     The system gives the lock back when its process ends or the machine restarts, so one that is
     held is never stale; the second result is the owner that ended without giving it up, if one did.
-    Raises ConfigError when another run holds it.
+    On a file system without locks everybody owns it, and `warn` is told. Raises ConfigError when
+    another run holds it.
     """
     file = (run_path / ".lock").open("a+")
     try:
@@ -170,6 +174,14 @@ def lock(run_path: Path) -> tuple[IO[str], str | None]:
         raise ConfigError(
             f"run_dir: {run_path} is locked by {owner}; stop it or choose another run_dir"
         ) from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            file.close()
+            raise
+        warn(
+            f"the file system of {run_path} has no locks ({error.strerror}): make sure that no "
+            "other run writes there"
+        )
     file.seek(0)
     former = file.read().strip() or None
     file.truncate(0)

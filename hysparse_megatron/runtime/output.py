@@ -19,7 +19,8 @@ class LastingOutput(io.TextIOWrapper):
         """Take the place of `stream`. `whatever`: also a full disk, as a run has other records."""
         facts: dict[str, Any] = {
             "encoding": stream.encoding,
-            "errors": stream.errors,
+            # A terminal may not know every character that a model writes.
+            "errors": "backslashreplace" if stream.errors == "strict" else stream.errors,
             "line_buffering": stream.line_buffering,
             "write_through": stream.write_through,
         }

@@ -1,8 +1,10 @@
 """Checkpoint directories: written whole, judged by their manifest, pruned."""
 
+import errno
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -252,6 +254,24 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file where a folder should be")
     with pytest.raises(CheckpointError, match="checkpoints"):
         write(tmp_path / "checkpoints", 1)
+
+
+def test_a_file_system_that_cannot_sync_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some answer that they cannot; what a disk answers that fails is an error."""
+    fsync, failure = os.fsync, [errno.EINVAL]
+
+    def fail_for_folders(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(failure[0], os.strerror(failure[0]))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail_for_folders)
+    assert problems_of(write(tmp_path, 4)) == []
+    failure[0] = errno.EIO
+    with pytest.raises(CheckpointError, match=r"step-00000008 was not written; rank 0: .*Input"):
+        write(tmp_path, 8)
 
 
 def test_an_existing_checkpoint_is_never_written_into(tmp_path: Path) -> None:

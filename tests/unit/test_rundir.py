@@ -1,5 +1,6 @@
 """The run directory: its lock, its records, and how they survive restarts."""
 
+import errno
 import json
 import os
 import shutil
@@ -69,6 +70,23 @@ def test_closing_gives_the_directory_up(config: Config) -> None:
         RunDirectory(config)
     first.close()
     RunDirectory(config).close()
+
+
+def test_a_file_system_without_locks_is_warned_of(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(file: object, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(rundir.fcntl, "flock", refuse)
+    assert prepare_run(config) == ([], [])
+    directory = RunDirectory(config)
+    directory.write_status("running", step=1)
+    directory.close()
+    assert directory.warnings == [
+        f"the file system of {config.run_path} has no locks (Function not implemented): make sure "
+        "that no other run writes there"
+    ]
 
 
 def test_records_of_several_starts(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,9 +30,13 @@ def run_directory(config: Config) -> Iterator[Problem]:
 def inputs(config: Config) -> Iterator[Problem]:
     """What the run is told to read must be there."""
     path, tokenizer, load = config.data.path, config.data.tokenizer, config.checkpoint.load
-    # A prepared dataset is named by the common stem of its .bin and .idx files.
-    if path is not None and not (os.path.exists(path) or os.path.exists(f"{path}.idx")):
-        yield Problem("data.path", path, "a file or directory that exists, or null")
+    if path is not None and not os.path.exists(path):
+        allowed = "a file or directory that exists, or null"
+        if os.path.exists(f"{path}.idx"):  # the common stem of Megatron's files
+            allowed = (
+                "text, or a folder that hysparse prepare-data made: its card says the tokenizer"
+            )
+        yield Problem("data.path", path, allowed)
     for folder in _blended(config.data.blend):
         if not os.path.isdir(folder):
             yield Problem("data.blend", folder, "folders that hysparse prepare-data made")

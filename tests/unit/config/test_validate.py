@@ -168,9 +168,13 @@ def test_checking_a_run_directory_leaves_no_trace(base: Config, tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_prepared_dataset_is_named_by_its_stem(base: Config, tmp_path: Path) -> None:
+def test_a_dataset_without_a_card_is_none(base: Config, tmp_path: Path) -> None:
+    """Megatron names its pairs of files by their stem."""
     (tmp_path / "corpus.idx").write_bytes(b"")
-    assert validate(changed(base, {"data.path": str(tmp_path / "corpus")}), world_size=4) == []
+    stem = str(tmp_path / "corpus")
+    (problem,) = validate(changed(base, {"data.path": stem}), world_size=4)
+    assert (problem.key, problem.got) == ("data.path", stem)
+    assert "a folder that hysparse prepare-data made" in problem.allowed
 
 
 def test_online_tracking_without_a_key_is_a_warning(

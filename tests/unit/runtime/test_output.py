@@ -43,6 +43,14 @@ def test_a_full_disk_ends_no_run_but_a_command_whose_output_is_lost() -> None:
     assert done.stderr == "error: standard output is not complete: No space left on device\n"
 
 
+def test_characters_that_a_terminal_does_not_know() -> None:
+    program = PROGRAM.replace('"line", number', '"a \\u6771 b \\udce9"').replace("5000", "1")
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    command = [sys.executable, "-c", program.format(is_run=True)]
+    done = subprocess.run(command, capture_output=True, env=environment, check=False)
+    assert (done.returncode, done.stdout) == (7, b"a \\u6771 b \\udce9\n")
+
+
 @pytest.mark.parametrize("closed", [1, 2])
 def test_no_file_takes_the_place_of_a_closed_output(closed: int, tmp_path) -> None:
     """Where standard output is closed, the next file opened would get what is printed."""
