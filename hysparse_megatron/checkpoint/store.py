@@ -134,12 +134,15 @@ def problems_of(directory: Path, content: bool = True) -> list[str]:
     problems = []
     for name, entry in files.items():
         path = directory / name
-        if not path.is_file():
-            problems.append(f"{path} is missing")
-        elif not path.resolve().is_relative_to(home):
-            problems.append(f"{path} is a link to {path.resolve()}, outside of the checkpoint")
-        elif (found := path.stat().st_size) != entry["bytes"]:
-            problems.append(f"{path} has {found} bytes; the manifest says {entry['bytes']} bytes")
+        try:
+            if not path.is_file():
+                problems.append(f"{path} is missing")
+            elif not path.resolve().is_relative_to(home):
+                problems.append(f"{path} is a link to {path.resolve()}, outside of the checkpoint")
+            elif (found := path.stat().st_size) != (told := entry["bytes"]):
+                problems.append(f"{path} has {found} bytes; the manifest says {told} bytes")
+        except OSError as error:
+            problems.append(f"{path} cannot be read: {error}")
     if content and not problems:
         digests = {name: entry["sha256"] for name, entry in files.items()}
         problems = changed_files(directory, digests)

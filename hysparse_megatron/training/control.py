@@ -192,7 +192,8 @@ class Watch:
         yield from (Flag[signal.Signals(number).name] for number in set(self._signals.received))
         if self.deadline.is_near():
             yield Flag.DEADLINE
-        if dist.get_rank() == 0 and self._stop_file.exists():
+        # Not Path.exists, which raises what a file system that is away for a moment answers.
+        if dist.get_rank() == 0 and os.path.exists(self._stop_file):
             yield Flag.STOP_FILE
         if self._lost_output:
             yield Flag.LOST_OUTPUT

@@ -10,7 +10,13 @@ from typing import Any
 
 from hysparse_megatron.checkpoint import store
 from hysparse_megatron.config.schema import Config
-from hysparse_megatron.errors import ConfigError, HySparseError, Preempted, RankFailure
+from hysparse_megatron.errors import (
+    CheckpointError,
+    ConfigError,
+    HySparseError,
+    Preempted,
+    RankFailure,
+)
 from hysparse_megatron.rundir import RunDirectory, amend_status
 from hysparse_megatron.runtime.agreement import on_rank_zero
 from hysparse_megatron.status import STATES
@@ -63,10 +69,10 @@ def is_finished(
 
 
 def note_checkpoint(directory: RunDirectory, checkpoint: Path) -> None:
-    """A checkpoint is whole: `status.json` names its step and time."""
-    manifest = checkpoint / store.MANIFEST
-    step = store.read_manifest(checkpoint)["step"]
-    directory.status.saw_checkpoint(step, manifest.stat().st_mtime)
+    """A checkpoint is whole: `status.json` names its step and time, if they can be read now."""
+    with contextlib.suppress(OSError, CheckpointError):
+        step = store.read_manifest(checkpoint)["step"]
+        directory.status.saw_checkpoint(step, (checkpoint / store.MANIFEST).stat().st_mtime)
 
 
 def write_finish(

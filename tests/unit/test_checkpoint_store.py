@@ -155,6 +155,7 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
     "a file above": with_file("../elsewhere"),
     "a file above, by a detour": with_file("common/../../elsewhere"),
     "an absolute path": with_file("{parent}/elsewhere"),
+    "a name that no file can have": with_file("x" * 300),
     "a link to elsewhere": link_elsewhere,
     "a pipe in place of the manifest": make_a_pipe,
     "a huge manifest": manifest_of(" " * (LARGEST_BYTES + 1)),

@@ -58,6 +58,16 @@ def test_nobody_asked(watch: Watch) -> None:
     assert watch.stopping is None
 
 
+def test_a_stop_file_that_cannot_be_looked_for_is_none(
+    group: None, signals: Signals, tmp_path: Path
+) -> None:
+    unreadable = tmp_path / ("s" * 300)
+    with pytest.raises(OSError, match="File name too long"):
+        unreadable.exists()
+    watch = Watch(DEVICE, signals, Deadline(None, {}), unreadable)
+    assert watch.poll() == {}
+
+
 def test_changed_data_end_the_run(watch: Watch) -> None:
     problems: list[DataError] = []
     watch.data_problem = lambda: problems[0] if problems else None
