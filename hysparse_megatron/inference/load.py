@@ -15,13 +15,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from hysparse_megatron.architecture.layers import LayerKind
 from hysparse_megatron.architecture.layout import parse_layout
-from hysparse_megatron.architecture.model import Fp8
+from hysparse_megatron.architecture.model import Backend, Fp8, Layers, ModelConfig
 from hysparse_megatron.checkpoint import choice, store
 from hysparse_megatron.checkpoint.state import load_weights
 from hysparse_megatron.compatibility import require_same_model
 from hysparse_megatron.config.frozen import CONFIG_FILE, load_frozen
 from hysparse_megatron.config.problems import as_error
-from hysparse_megatron.config.schema import Config, Recompute
+from hysparse_megatron.config.schema import Config, OptimizerName, Recompute
 from hysparse_megatron.config.validate import plan_problems
 from hysparse_megatron.data.run_tokenizer import with_own_tokenizer
 from hysparse_megatron.errors import CheckpointError, HySparseError
@@ -71,14 +71,21 @@ def inference_config(run_dir: Path, world_size: int) -> Config:
     config = load_frozen(run_dir / CONFIG_FILE)
     experts = config.model.moe.num_experts
     spread = world_size if experts and experts % world_size == 0 else 1
-    layout = parse_layout(config.model.layout).letters
     config = dataclasses.replace(
         config,
         data=with_own_tokenizer(config.data, run_dir),
-        model=dataclasses.replace(config.model, layout=layout, fp8=Fp8.none),
+        model=_anywhere(config.model),
         train=dataclasses.replace(config.train, recompute=Recompute.none),
+        optim=dataclasses.replace(config.optim, name=OptimizerName.adamw),
         parallel=dataclasses.replace(
-            config.parallel, tp=world_size, pp=1, vpp=None, cp=1, ep=spread, sequence_parallel=False
+            config.parallel,
+            tp=world_size,
+            pp=1,
+            vpp=None,
+            cp=1,
+            cp_keep_kv=True,
+            ep=spread,
+            sequence_parallel=False,
         ),
     )
     problems = [
@@ -90,6 +97,18 @@ def inference_config(run_dir: Path, world_size: int) -> Config:
     if problems:
         raise as_error(problems)
     return config
+
+
+def _anywhere(model: ModelConfig) -> ModelConfig:
+    """The same model on any device: auto takes what was asked for by name where that can run."""
+    is_triton, is_te = model.backend is Backend.triton, model.layers is Layers.te
+    return dataclasses.replace(
+        model,
+        layout=parse_layout(model.layout).letters,
+        fp8=Fp8.none,
+        backend=Backend.auto if is_triton else model.backend,
+        layers=Layers.auto if is_te else model.layers,
+    )
 
 
 @contextlib.contextmanager

@@ -48,6 +48,33 @@ def test_experts_are_spread_if_they_can_be(tmp_path: Path) -> None:
     assert inference_config(tmp_path, 4).parallel.ep == 1
 
 
+@pytest.mark.parametrize(
+    "trained",
+    [
+        ["parallel.cp=2", "parallel.cp_keep_kv=false"],
+        ["parallel.vpp=2", "parallel.overlap.param_gather=false", "train.micro_batch_size=1"],
+        ["optim=muon", *EXPERTS, "parallel.ep=2"],
+        ["train.recompute_modules=[norm]", "train.global_batch_size=8"],
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_how_a_run_was_trained_refuses_no_rank_of_generation(
+    trained: list[str], ranks: int, tmp_path: Path
+) -> None:
+    parallel = inference_config(frozen(tmp_path, *trained), ranks).parallel
+    assert (parallel.tp, parallel.cp, parallel.cp_keep_kv) == (ranks, 1, True)
+
+
+def test_what_a_run_computed_with_is_no_condition(tmp_path: Path) -> None:
+    """A run of a GPU generates on a CPU; what runs anywhere stays as it was asked for."""
+    for asked, found in (("triton te", "auto auto"), ("reference local", "reference local")):
+        backend, layers = asked.split()
+        run_dir = frozen(tmp_path, f"model.backend={backend}", f"model.layers={layers}")
+        model = inference_config(run_dir, 1).model
+        assert f"{model.backend.value} {model.layers.value}" == found
+
+
 def test_a_split_that_cannot_be_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"heads: got 4; +allowed a multiple of parallel.tp = 3"):
         inference_config(frozen(tmp_path), 3)
