@@ -13,6 +13,12 @@ from math import inf
 
 from hysparse_megatron.architecture.layout import Layout, LayoutError, parse_layout
 
+MAX_PAYLOAD_BLOCKS = {2: 0x7F7F, 4: 0x7F7FFFFF}
+"""Largest block count that can cross a cut, per payload element size (bytes).
+
+Indices travel as the bits of index + 1. Below these limits no such pattern is an Inf or NaN in
+bf16 (or fp32), so a scan of the payload for bad numbers stays meaningful."""
+
 
 @dataclass(frozen=True)
 class PipelinePlan:

@@ -91,6 +91,7 @@ RULES: tuple[Rule, ...] = (
     data.data,
     _cluster,
     parallel.parallel,
+    parallel.payload,
     experts.experts,
     experts.dense_ranks,
     optim.schedule,
@@ -109,7 +110,9 @@ PLAN_RULES: tuple[Rule, ...] = (
     model.layout,
     model.heads,
     model.widths,
+    fp8.fp8,
     parallel.parallel,
+    parallel.payload,
     experts.experts,
     experts.dense_ranks,
 )

@@ -6,13 +6,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from hysparse_megatron.architecture.parameters import padded_vocab_size
 from hysparse_megatron.config.schema import Config
-from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.model.initialization import draw_weights
 from hysparse_megatron.model.language_model import LanguageModel
 from hysparse_megatron.model.layers import LOCAL, LayerChoice
 from hysparse_megatron.model.megatron_config import HySparseConfig
 from hysparse_megatron.model.rotary import rotary_frequencies
-from hysparse_megatron.model.sharing import MAX_PAYLOAD_BLOCKS
 from hysparse_megatron.model.spec import hysparse_stack_spec
 
 
@@ -29,13 +27,6 @@ def build_chunks(
     Initial weights depend on `config.train.seed` alone, not on the parallel layout. Without `draw`
     they are any, for those who load them.
     """
-    num_blocks = -(-config.train.seq_length // config.model.block_size)
-    largest = MAX_PAYLOAD_BLOCKS[megatron.pipeline_dtype.itemsize]
-    if config.parallel.pp > 1 and num_blocks > largest:
-        raise ConfigError(
-            f"train.seq_length: {num_blocks} blocks do not fit into the {largest} that a block "
-            "index can name across a pipeline cut; raise model.block_size"
-        )
     spec = hysparse_stack_spec(layers)
     plan = megatron.plan
     last = len(plan.stages) - 1

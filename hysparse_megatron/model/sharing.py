@@ -90,13 +90,6 @@ def index_bits(dtype: torch.dtype) -> torch.dtype:
     return torch.int16 if dtype.itemsize == 2 else torch.int32
 
 
-MAX_PAYLOAD_BLOCKS = {2: 0x7F7F, 4: 0x7F7FFFFF}
-"""Largest block count per payload element size (bytes).
-
-Indices travel as the bits of index + 1. Below these limits no such pattern is an Inf or NaN in
-bf16 (or fp32), so a scan of the payload for bad numbers stays meaningful."""
-
-
 def pack(hidden_states: Tensor, shared: SharedAttention) -> Tensor:
     """One new tensor [S / T, B, C + key + value + index columns] that can cross a cut.
 

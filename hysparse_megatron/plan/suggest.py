@@ -32,11 +32,13 @@ class Suggestion:
     """A plan that works, as overrides of the configuration it was made for."""
 
     overview: Overview
+    asked: Config
+    """The configuration it was made for."""
 
     @property
     def overrides(self) -> str:
         """What to write on the command line."""
-        config = self.overview.config
+        config, asked = self.overview.config, self.asked.parallel
         parallel = config.parallel
         found = {
             "parallel.tp": parallel.tp,
@@ -44,9 +46,11 @@ class Suggestion:
             "parallel.vpp": "null" if parallel.vpp is None else parallel.vpp,
             "parallel.sequence_parallel": str(parallel.sequence_parallel).lower(),
         }
-        if parallel.cp > 1:
+        if max(parallel.cp, asked.cp) > 1:
             found["parallel.cp"] = parallel.cp
-        if config.model.moe.num_experts:
+        if parallel.cp_keep_kv is not asked.cp_keep_kv:
+            found["parallel.cp_keep_kv"] = str(parallel.cp_keep_kv).lower()
+        if config.model.moe.num_experts or asked.ep > 1:
             found["parallel.ep"] = parallel.ep
         found |= {
             "train.micro_batch_size": config.train.micro_batch_size,
@@ -107,7 +111,7 @@ def _has_a_plan(config: Config) -> bool:
     except LayoutError:
         return False
     simplest = ParallelConfig(pp=len(layout.cuts) + 1)
-    train = dataclasses.replace(config.train, micro_batch_size=1)
+    train = dataclasses.replace(config.train, micro_batch_size=1, recompute=_recomputes(config)[0])
     alone = dataclasses.replace(config, parallel=simplest, train=train)
     return not plan_problems(alone, world_size=simplest.pp)
 
@@ -137,7 +141,7 @@ def _working(config: Config, world_size: int) -> Iterator[Suggestion]:
             continue
         overview = make_overview(candidate, world_size)
         if overview.fits:
-            yield Suggestion(overview)
+            yield Suggestion(overview, config)
 
 
 def _candidates(config: Config, world_size: int) -> Iterator[Config]:

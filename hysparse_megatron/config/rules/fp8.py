@@ -1,8 +1,9 @@
 """Rules of FP8 matrix products."""
 
+import contextlib
 from collections.abc import Iterator
 
-from hysparse_megatron.architecture.layers import LayerKind
+from hysparse_megatron.architecture.layout import LayoutError, parse_layout
 from hysparse_megatron.architecture.model import Fp8, Layers
 from hysparse_megatron.config.rules.multiples import is_multiple
 from hysparse_megatron.config.schema import (
@@ -33,20 +34,28 @@ def fp8(config: Config) -> Iterator[Problem]:
         for module in set(train.recompute_modules) - {RecomputeModule.attention}:
             yield Problem("train.recompute_modules", module.value, f"[attention] with {fp8}")
     tokens = train.seq_length * train.micro_batch_size
-    if not is_multiple(tokens, FP8_UNIT):
-        got = f"{train.seq_length} (x train.micro_batch_size = {train.micro_batch_size})"
+    if not is_multiple(tokens, FP8_UNIT * max(parallel.cp, 1)):
+        got = f"{train.seq_length} (x train.micro_batch_size = {train.micro_batch_size}"
+        got += f" / parallel.cp = {parallel.cp})" if parallel.cp > 1 else ")"
         yield Problem("train.seq_length", got, f"a multiple of {FP8_UNIT} tokens with {fp8}")
-    widths = {
-        "model.hidden_size": model.hidden_size,
-        "model.ffn_hidden_size": model.ffn_hidden_size // max(parallel.tp, 1),
-        "model.moe.expert_ffn_hidden_size": model.expert_width if model.moe.num_experts else 0,
-        "model.num_attention_heads": _fused_width(config),
-    }
-    for key, width in widths.items():
+    for key, width in _columns(config):
         if not is_multiple(width, FP8_UNIT):
             yield Problem(key, f"{width} columns a rank", f"a multiple of {FP8_UNIT} with {fp8}")
 
 
-def _fused_width(config: Config) -> int:
-    """Columns per rank of a sparse layer's input projection: queries, gates, key and value."""
-    return config.model.attention(LayerKind.SPARSE).projection_rows // max(config.parallel.tp, 1)
+def _columns(config: Config) -> Iterator[tuple[str, int]]:
+    """What linear layers read and make on one rank, by the setting that it follows from."""
+    model, tp = config.model, max(config.parallel.tp, 1)
+    yield "model.hidden_size", model.hidden_size
+    yield "model.ffn_hidden_size", model.ffn_hidden_size // tp
+    if model.moe.num_experts > 0:
+        yield "model.moe.expert_ffn_hidden_size", model.expert_width
+        shared = model.moe.shared_expert_ffn_hidden_size // tp
+        yield "model.moe.shared_expert_ffn_hidden_size", shared
+    with contextlib.suppress(LayoutError):  # of which its own rule complains
+        kinds = dict.fromkeys(parse_layout(model.layout).kinds)
+        attentions = [model.attention(kind) for kind in kinds]
+        # Queries, gates, keys and values of a layer are one projection.
+        for width in dict.fromkeys(one.projection_rows // tp for one in attentions):
+            yield "model.num_attention_heads", width
+        yield "model.value_head_dim", attentions[0].output_width // tp

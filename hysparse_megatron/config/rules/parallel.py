@@ -3,8 +3,16 @@
 import math
 from collections.abc import Iterator
 
+from hysparse_megatron.architecture.layout import LayoutError
+from hysparse_megatron.architecture.stages import MAX_PAYLOAD_BLOCKS, plan_pipeline
 from hysparse_megatron.config.rules.multiples import is_multiple
-from hysparse_megatron.config.schema import Config, OptimizerName, Recompute, RecomputeModule
+from hysparse_megatron.config.schema import (
+    Config,
+    OptimizerName,
+    Precision,
+    Recompute,
+    RecomputeModule,
+)
 from hysparse_megatron.errors import Problem
 
 
@@ -63,6 +71,23 @@ def _context_parallel(config: Config) -> Iterator[Problem]:
             "their own; or train.micro_batch_size = 1, or a train.recompute of all attention"
         )
         yield Problem("parallel.cp_keep_kv", "false", allowed)
+
+
+def payload(config: Config) -> Iterator[Problem]:
+    """Block indices that cross a pipeline cut inside a hybrid block travel as few bits."""
+    model, parallel, seq_length = config.model, config.parallel, config.train.seq_length
+    num_blocks = -(-seq_length // max(model.block_size, 1))
+    most = MAX_PAYLOAD_BLOCKS[2 if config.train.precision is Precision.bf16 else 4]
+    if num_blocks <= most or parallel.pp < 1 or (parallel.vpp or 1) < 1:
+        return
+    try:
+        plan = plan_pipeline(model.layout, parallel.pp, parallel.vpp)
+    except LayoutError:
+        return  # `model.layout` has said so
+    if any(plan.oracle_into(stage) is not None for stage in range(len(plan.stages))):
+        got = f"{model.block_size} ({num_blocks:,} blocks of train.seq_length = {seq_length:,})"
+        allowed = f"{most:,} blocks at most with a pipeline cut inside a hybrid block"
+        yield Problem("model.block_size", got, allowed)
 
 
 def ranks(config: Config, world_size: int) -> Iterator[Problem]:

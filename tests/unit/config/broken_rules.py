@@ -140,6 +140,26 @@ BAD: list[tuple[dict[str, Any], str, str, str]] = [
     ({**FP8, "model.layers": Layers.local}, "model.layers", "local", "te or auto"),
     ({**FP8, "train.seq_length": 250}, "train.seq_length", "250", "a multiple of 16 tokens"),
     ({**FP8, "model.hidden_size": 136}, "model.hidden_size", "136", "a multiple of 16"),
+    (
+        {**FP8, "parallel.cp": 4, "train.seq_length": 528, "model.window": 8},
+        "train.seq_length",
+        "528 (x train.micro_batch_size = 2 / parallel.cp = 4)",
+        "a multiple of 16 tokens",
+    ),
+    # Of full layers; those of sparse ones, with their gates, are 120.
+    (
+        {**FP8, "model.head_dim": 28, "model.value_head_dim": 32},
+        "model.num_attention_heads",
+        "116 columns a rank",
+        "a multiple of 16",
+    ),
+    ({**FP8, "model.value_head_dim": 36}, "model.value_head_dim", "72 columns", "multiple of 16"),
+    (
+        {**FP8, "model.moe": experts(8, shared_expert_ffn_hidden_size=48)},
+        "model.moe.shared_expert_ffn_hidden_size",
+        "24 columns",
+        "a multiple of 16",
+    ),
     ({"model.layout": "F 3*x"}, "model.layout", "F 3*x", "unknown layer 'x'"),
     ({"model.layout": "F|S|S"}, "model.layout", "F|S|S", "parallel.pp = 2"),
     ({"model.layout": "F"}, "model.layout", "F", "1 layers cannot fill 2"),
@@ -202,6 +222,12 @@ BAD: list[tuple[dict[str, Any], str, str, str]] = [
         "model.forced_first_blocks",
         "5 + 4",
         "model.num_selected_blocks = 8",
+    ),
+    (
+        {"model.block_size": 1, "train.seq_length": 32896, "train.precision": Precision.bf16},
+        "model.block_size",
+        "1 (32,896 blocks of train.seq_length = 32,896)",
+        "32,639 blocks at most with a pipeline cut inside a hybrid block",
     ),
     ({"parallel.cp": 3}, "train.seq_length", "512", "a multiple of 6, such as 510 or 516"),
     (

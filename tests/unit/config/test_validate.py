@@ -9,15 +9,17 @@ from typing import Any
 
 import pytest
 
+from hysparse_megatron.architecture.layers import SinkKind
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.config.schema import (
     Config,
     OptimizerName,
+    Precision,
     TrackingMode,
 )
 from hysparse_megatron.config.validate import check, validate, warnings
 from hysparse_megatron.errors import ConfigError
-from tests.unit.config.broken_rules import BAD, INSTANCES, experts, profiled
+from tests.unit.config.broken_rules import BAD, FP8, INSTANCES, experts, profiled
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +90,20 @@ def test_instances_of_the_optimizer_are_equal_parts(base: Config) -> None:
         assert validate(changed(base, {INSTANCES: instances}), world_size=16) == []
     (problem,) = validate(changed(base, {INSTANCES: 3}), world_size=16)
     assert problem.allowed == "a divisor of the 4 ranks with the same parameters"
+
+
+def test_many_blocks_cross_no_cut_between_hybrid_blocks(base: Config) -> None:
+    many = {"model.block_size": 1, "train.seq_length": 32896, "train.precision": Precision.bf16}
+    assert validate(changed(base, {**many, "model.layout": "F S S | F S"}), world_size=4) == []
+    assert validate(changed(base, {**many, "train.precision": Precision.fp32}), world_size=4) == []
+
+
+def test_fp8_looks_at_the_layers_that_there_are(base: Config) -> None:
+    """Gates of sparse layers, of which a baseline has none, make odd widths of few heads."""
+    settings = {**FP8, "model.layout": "3*F 2*W", "model.sink": SinkKind.none}
+    assert validate(changed(base, settings), world_size=4) == []
+    (problem,) = validate(changed(base, FP8), world_size=4)
+    assert problem.got == "132 columns a rank"
 
 
 def test_a_group_may_be_shared_by_ranks(base: Config) -> None:

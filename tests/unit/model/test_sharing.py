@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from hysparse_megatron.architecture.stages import MAX_PAYLOAD_BLOCKS
 from hysparse_megatron.model.sharing import (
-    MAX_PAYLOAD_BLOCKS,
     SharedAttention,
     SharedWidths,
     index_bits,
