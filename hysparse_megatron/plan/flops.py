@@ -14,7 +14,7 @@ from hysparse_megatron.architecture.layers import Branch, LayerKind
 from hysparse_megatron.architecture.model import ModelConfig
 from hysparse_megatron.architecture.parameters import ModelParameters, count_parameters
 from hysparse_megatron.architecture.stages import PipelinePlan
-from hysparse_megatron.config.schema import Config, Recompute, RecomputeModule
+from hysparse_megatron.config.schema import Config, RecomputeModule
 
 
 @dataclass(frozen=True)
@@ -64,17 +64,20 @@ def training_flops(forward: ForwardFlops, recomputed: float = 0.0) -> float:
 def recomputed_flops(
     config: Config, plan: PipelinePlan, counted: ModelParameters, forward: ForwardFlops
 ) -> float:
-    """FLOPs per token of the forward pass that the backward pass does again."""
+    """FLOPs per token of the forward pass that the backward pass does again.
+
+    The output projection is outside of all layers: it is done again with `train.loss_chunk` alone.
+    """
     train, model = config.train, config.model
-    if train.recompute is Recompute.full:
-        if train.recompute_layers is None:
-            return forward.total
-        layers = range(plan.layout.num_layers)
-        count = sum(train.recomputes_layer(plan.place_of(layer)) for layer in layers)
-        return (forward.linear + forward.attention) * count / len(layers)
-    again = forward.attention if train.recomputes(RecomputeModule.attention) else 0.0
+    again = 0.0 if train.loss_chunk is None else forward.output
     for index, layer in enumerate(counted.layers):
-        if train.recomputes(feed_forward_of(model, index)):
+        is_whole = train.recomputes_layer(plan.place_of(index))
+        if is_whole or train.recomputes(RecomputeModule.attention):
+            attention = model.attention(plan.layout.kinds[index])
+            again += sum(attention.flops(train.seq_length).values())
+        if is_whole:
+            again += 2.0 * layer.matrices
+        elif train.recomputes(feed_forward_of(model, index)):
             again += 2.0 * (layer.matrices - layer.attention)
     return again
 

@@ -2,18 +2,22 @@
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
 
+from hysparse_megatron.architecture.layers import Branch, LayerKind
 from hysparse_megatron.architecture.stages import plan_pipeline
 from hysparse_megatron.checkpoint.moments import distributed_parts
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.config.schema import OptimizerName, Precision
 from hysparse_megatron.config.validate import validate
+from hysparse_megatron.model import attend
 from hysparse_megatron.model.language_model import LanguageModel
 from hysparse_megatron.model.remade import Remade
 from hysparse_megatron.plan.memory import in_flight, state_bytes
@@ -107,6 +111,69 @@ def test_activations_are_those_that_autograd_keeps(
     # One table of rotary angles and a few index tensors, whatever the depth, are left out.
     table = SEQUENCE * config.model.rotary_dim * 4 + 8192
     assert abs(planned - measured) <= max(0.05 * measured, table)
+
+
+BRANCHES = {
+    "oracle_attention": Branch.FULL,
+    "block_sparse_attention": Branch.SELECTED,
+    "sliding_window_attention": Branch.WINDOW,
+}
+
+
+@pytest.mark.parametrize(
+    "recompute",
+    [
+        "none",
+        "none train.loss_chunk=60",
+        "full",
+        "full train.loss_chunk=60",
+        "full train.recompute_layers=2",
+        "selective",
+        "selective train.recompute_modules=[norm,feed_forward]",
+    ],
+)
+def test_what_is_planned_to_be_recomputed_is(
+    recompute: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FLOPs of all that is computed forwards in a step, in its backward pass too."""
+    config = compose([f"model.layout={HYBRID} W", *SMALL, *f"train.recompute={recompute}".split()])
+    done: list[float] = []
+
+    def projected(module: torch.nn.Module, given: Any, result: Any) -> None:
+        done.append(2.0 * module.weight.numel() * given[0].shape[0] / SEQUENCE)
+
+    def watched(name: str) -> None:
+        real, branch = getattr(attend, name), BRANCHES[name]
+        kinds = (kind for kind in LayerKind if branch in kind.branches)
+        flops = config.model.attention(next(kinds)).flops(SEQUENCE)[branch]
+
+        def counted(*given: Any, **options: Any) -> Any:
+            done.append(flops)
+            return real(*given, **options)
+
+        monkeypatch.setattr(attend, name, counted)
+
+    for name in BRANCHES:
+        watched(name)
+    with default_group():
+        try:
+            (chunk,) = build_state(config, VOCAB, torch.device("cpu")).chunks
+            chunk.train()
+            for module in chunk.modules():
+                if isinstance(module, ColumnParallelLinear | RowParallelLinear):
+                    module.register_forward_hook(projected)
+            tokens = torch.randint(0, VOCAB, (1, SEQUENCE))
+            loss = chunk(tokens, None, None, labels=tokens).sum()
+            forward = sum(done)
+            done.clear()
+            loss.backward()
+        finally:
+            destroy_process_groups()
+    overview = make_overview(config, 1)
+    # Sinks are counted like weights.
+    assert forward == pytest.approx(overview.flops.total, rel=1e-3)
+    planned = overview.training_flops_per_token - 3 * overview.flops.total
+    assert sum(done) == pytest.approx(planned, rel=1e-3, abs=1)
 
 
 def test_logits_are_those_of_one_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

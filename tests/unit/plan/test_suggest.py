@@ -126,6 +126,27 @@ def test_suggestions_fit_and_the_fastest_comes_first(model: str) -> None:
         check(compose([f"model={model}", *BASE, *plan.overrides.split()]), GPUS)
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ["parallel.cp=3"],
+        ["parallel.cp=4", "parallel.cp_keep_kv=false", "train.seq_length=65536"],
+        ["parallel.ep=2"],
+        ["model.fp8=tensorwise", "train.seq_length=32768"],
+    ],
+    ids=" ".join,
+)
+def test_what_a_suggestion_says_is_the_plan_that_it_means(asked: list[str]) -> None:
+    """Typed behind what it was asked with, whatever of that is in its way."""
+    given = ["model=hysparse_7b", *BASE, *asked]
+    plans = [*suggest(compose(given), 8, 8), *nearest(compose(given), 8, 3)]
+    assert len(plans) > 3
+    for plan in plans:
+        meant, typed = plan.overview.config, compose([*given, *plan.overrides.split()])
+        assert (typed.parallel, typed.train) == (meant.parallel, meant.train)
+        check(typed, 8)
+
+
 def test_without_a_known_memory_nothing_is_refused_for_it() -> None:
     check(compose([*LARGE, "cluster=this_machine", "parallel.ep=1"]), GPUS)
 
@@ -150,6 +171,9 @@ def test_flops_of_what_is_recomputed() -> None:
     attention, experts = extra(*of("attention")), extra(*of("experts"))
     assert extra(*of("norm")) == 0 < attention < experts
     assert extra(*of("attention", "norm", "experts")) == pytest.approx(attention + experts)
-    some, most = (extra("train.recompute=full", f"train.recompute_layers={n}") for n in (7, 14))
+    # One hybrid block, and two.
+    some, most = (extra("train.recompute=full", f"train.recompute_layers={n}") for n in (12, 24))
     assert most == pytest.approx(2 * some)
-    assert 0 < most < extra("train.recompute=full") == pytest.approx(1)
+    flops = make_overview(compose([*LARGE, "parallel.ep=8"]), GPUS).flops
+    assert 0 < most < extra("train.recompute=full") == pytest.approx(1 - flops.output / flops.total)
+    assert extra("train.loss_chunk=1024") == pytest.approx(flops.output / flops.total)
