@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shlex
 from collections.abc import Sequence
 from typing import Any
@@ -95,7 +96,7 @@ def _suggestions(
         also = " and set optim.accept_schedule_change: true" if rates else ""
         return f"""    # train on: raise train.steps{also} in the file, then
     {hysparse()} launch --nproc {num_ranks} \\
-        --config {directory.path}/config.yaml
+        --config {shlex.quote(f"{directory.path}/config.yaml")}
 """
     local = f"{hysparse()} launch --nproc {num_ranks}"
     own = ("name=", "run_dir=", "checkpoint.load=")
@@ -110,6 +111,9 @@ def _suggestions(
         shlex.quote(f"model.layout={layout.replace('S', kind)}") for kind in ("F", "W")
     )
     single = shlex.quote(f"model.layout={layout.replace('|', '')}")
+    kept = "" if config.parallel.cp_keep_kv else " parallel.cp_keep_kv=true"
+    weights = _override("checkpoint.load", str(directory.path))
+    tokenizer = _override("data.tokenizer", tokenizer_path)
     told, accept = "", ""
     if rates:
         told = f"; its learning rate goes from {rates[0]:.3g} to {rates[1]:.3g}"
@@ -122,6 +126,14 @@ def _suggestions(
     # start from these weights in one process, on your own text
     {hysparse()} train {elsewhere} name={config.name}-tuned {single} \\
         parallel.tp=1 parallel.pp=1 parallel.vpp=null parallel.cp=1 parallel.ep=1 \\
-        parallel.sequence_parallel=false \\
-        checkpoint.load={directory.path} data.path=FILE_OR_FOLDER data.tokenizer={tokenizer_path}
+        parallel.sequence_parallel=false{kept} \\
+        {weights} data.path=FILE_OR_FOLDER {tokenizer}
 """
+
+
+def _override(key: str, path: str) -> str:
+    """A path as a setting, in quotes of the settings' grammar and of the shell where it needs."""
+    if re.fullmatch(r"[\w./-]+", path):
+        return f"{key}={path}"
+    escaped = path.replace("'", "\\'")
+    return shlex.quote(f"{key}='{escaped}'")

@@ -236,6 +236,12 @@ OVERRIDES = {
         "data.blend='1 {tmp_path}; 2 {tmp_path}'",
         "data.skip_steps='3-4'",
     ],
+    "context parallel": [
+        "train.steps=100",
+        "optim.decay_steps=20",
+        "parallel.cp=2",
+        "parallel.cp_keep_kv=false",
+    ],
     "quickstart": ["experiment=quickstart", "train.steps=100", "optim.decay_steps=20"],
     "interleaved": [
         "model.layout=2*(F S | S) F",
@@ -325,6 +331,25 @@ def test_the_summary_names_what_a_model_is_used_with(tmp_path: Path) -> None:
     ):
         assert parser.parse_args(given).run_dir == run_dir
     assert words[3][1:] == [str(run_dir)]
+
+
+@pytest.mark.parametrize("name", ["my run, 2", "it's (1) = {x}"])
+def test_suggested_commands_name_any_path(name: str, tmp_path: Path) -> None:
+    place = tmp_path / name
+    place.mkdir()
+    given = str(place / "run").replace("'", "\\'")
+    overrides = ["train.steps=3", f"run_dir='{given}'"]
+    config, text = summary_of(overrides, 1, place)
+    tuned = load(parse_arguments(commands(text)[-1][len(shlex.split(hysparse())) + 1 :]))
+    assert tuned.checkpoint.load == str(place / "run") == str(config.run_path)
+    assert tuned.data.tokenizer == str(place / "tokenizer.json")
+    directory: Any = SimpleNamespace(
+        path=config.run_path,
+        metrics=config.run_path / "metrics.jsonl",
+        checkpoints=config.run_path / "checkpoints",
+    )
+    (command,) = commands(write_summary(config, directory, "t.json", 1, []))
+    assert command[-2:] == ["--config", f"{config.run_path}/config.yaml"]
 
 
 def test_a_run_whose_rate_stands_where_it_would_is_prolonged_without_more(tmp_path: Path) -> None:
