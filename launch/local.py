@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import errno
 import functools
 import os
@@ -55,6 +56,11 @@ _FORCED = 128
 @functools.partial(command, is_run=True)
 def main(argv: Sequence[str]) -> int:
     """Run with `argv`, the command line without the program's name; returns the exit code."""
+    return launch(argv).code
+
+
+def launch(argv: Sequence[str]) -> Ending:
+    """As `main`. Raises ConfigError for a run that is not started."""
     parser = run_parser("hysparse launch", "Train with several processes on this machine.")
     parser.add_argument(
         "--nproc",
@@ -75,7 +81,7 @@ def main(argv: Sequence[str]) -> int:
         _look_at_the_disk(config, num_ranks)
     module = ["-m", "hysparse_megatron", *parsed.words]
     if parsed.show:
-        return subprocess.run([sys.executable, *module], check=False).returncode
+        return Ending(subprocess.run([sys.executable, *module], check=False).returncode)
     ranks = Ranks([sys.executable, *module], num_ranks)
     ending = ranks.wait()
     # After Ctrl-C the rank has said so.
@@ -90,7 +96,7 @@ def main(argv: Sequence[str]) -> int:
             exit_code=ending.code,
             rank=ending.rank,
         )
-    return ending.code
+    return dataclasses.replace(ending, told=ranks.told)
 
 
 def _look_at_the_disk(config: Config, num_ranks: int) -> None:
@@ -114,6 +120,8 @@ class Ending:
     rank: int | None = None
     cause: str | None = None
     """What that rank could not tell, because it was killed."""
+    told: bool = False
+    """Whether a signal asked it to stop."""
 
 
 class Ranks:
@@ -130,6 +138,7 @@ class Ranks:
         }
         defaults = {"OMP_NUM_THREADS": threads, **loopback_interface()}
         self.processes: list[subprocess.Popen[bytes]] = []
+        self.told = False
         for number in signals_to_handle():
             signal.signal(number, self._pass_on)
         for rank in range(num_ranks):
@@ -150,6 +159,7 @@ class Ranks:
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         del frame
+        self.told = True
         for process in self.processes:
             if process.poll() is None:
                 process.send_signal(number)

@@ -10,7 +10,7 @@ at packages, data, disk and run directory, freezes the run directory, and submit
 
 --dry-run   prints all of it and changes nothing
 -m          one job per point of the overrides that list values (`a=1,2`, `a=range(1,4)`), each in a
-            run directory of its own
+            run directory of its own; here one after the other, and none after Ctrl-C
 
 Exit codes: 0 submitted, finished, or only looked; 2 nothing was started: bad configuration, a
 failed check, no sbatch, or the run's last job is still in the queue; of a run here, the run's.
@@ -22,6 +22,7 @@ import argparse
 import functools
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -32,17 +33,19 @@ from hysparse_megatron.config.cli import arguments_of, load, settings_parser
 from hysparse_megatron.config.cluster import Scheduler
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.config.validate import warnings
-from hysparse_megatron.errors import ConfigError
+from hysparse_megatron.errors import ConfigError, HySparseError
 from hysparse_megatron.files import write_whole
 from hysparse_megatron.plan.ranks import num_ranks
 from hysparse_megatron.plan.report import as_text
 from hysparse_megatron.plan.suggest import check, overview_of
 from hysparse_megatron.run_record import add_job, submitted_jobs
 from hysparse_megatron.rundir import prepare_run, refuse_start
+from hysparse_megatron.runtime.signals import STOP_SIGNALS
 
-from . import findings, local
+from . import findings
 from .checks import login_checks
 from .job import SCRIPT_NAME, render_job
+from .local import Ending, launch
 from .snapshot import make_snapshot, snapshot_folder
 from .sweep import Point, points
 
@@ -59,7 +62,13 @@ def main(argv: Sequence[str]) -> int:
     runs = _runs(args)
     for point in runs:
         _check(point)
-    codes = [_launch(point, args.dry_run, len(runs) > 1) for point in runs]
+    codes = []
+    for number, point in enumerate(runs, start=1):
+        ending = _launch(point, args.dry_run, len(runs) > 1)
+        codes.append(ending.code)
+        if ending.told and number < len(runs):
+            print(f"told to stop: {len(runs) - number} more are not started", file=sys.stderr)
+            break
     if args.multirun:
         print(_table(runs))
     return max(codes)
@@ -82,8 +91,8 @@ def _check(point: Point) -> None:
         raise ConfigError(f"{where}{error}", error.problems) from error
 
 
-def _launch(point: Point, dry_run: bool, is_one_of_many: bool) -> int:
-    """Show, check, freeze and start one run; returns its exit code."""
+def _launch(point: Point, dry_run: bool, is_one_of_many: bool) -> Ending:
+    """Show, check, freeze and start one run."""
     config = point.config
     slurm = config.cluster.scheduler is Scheduler.slurm
     if slurm and not dry_run:
@@ -102,22 +111,35 @@ def _launch(point: Point, dry_run: bool, is_one_of_many: bool) -> int:
         print(script)
     if findings.has_failed(found):
         print(f"{'would not be' if dry_run else 'not'} started: a check failed", file=sys.stderr)
-        return 2
+        return Ending(ConfigError.exit_code)
     command = _command(config)
     if dry_run:
         print(f"would run: {shlex.join(command)}")
-        return 0
+        return Ending(0)
     if slurm and shutil.which("sbatch") is None:
         print(f"not submitted: no sbatch here; would run: {shlex.join(command)}", file=sys.stderr)
-        return 2
+        return Ending(ConfigError.exit_code)
     changed, warned = prepare_run(config)
     for line in changed:
         print(f"note: changed since the last start in {config.run_path}: {line}")
     for line in warned:
         print(f"WARNING: {line}")
     if not slurm:
-        return local.main(_launch_words(config))
-    return _submit(config, script, command)
+        return _run_here(config)
+    return Ending(_submit(config, script, command))
+
+
+def _run_here(config: Config) -> Ending:
+    """Signals are for the run as long as it lasts."""
+    former = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        return launch(_launch_words(config))
+    except HySparseError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return Ending(error.exit_code)
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 def _command(config: Config) -> list[str]:
@@ -152,18 +174,29 @@ def _refuse_queued(config: Config) -> None:
     if shutil.which("squeue") is None:
         return
     for job in submitted_jobs(config.run_path):
-        told = subprocess.run(
+        told = _state_in_queue(job)
+        if told:
+            raise ConfigError(
+                f"run_dir: job {job} of {config.run_path} is in the queue ({told.lower()}); "
+                f"scancel {job}, or choose another run_dir"
+            )
+
+
+def _state_in_queue(job: str) -> str:
+    """As squeue tells it; empty for a job that is in the queue no more."""
+    try:
+        return subprocess.run(
             ["squeue", "--noheader", f"--jobs={job}", "--format=%T"],
             capture_output=True,
             text=True,
             check=False,
             timeout=_QUEUE_SECONDS,
         ).stdout.strip()
-        if told:
-            raise ConfigError(
-                f"run_dir: job {job} of {config.run_path} is in the queue ({told.lower()}); "
-                f"scancel {job}, or choose another run_dir"
-            )
+    except subprocess.TimeoutExpired as error:
+        raise ConfigError(
+            f"squeue gave no answer within {_QUEUE_SECONDS} s, so that job {job} of this run may "
+            "be in the queue: try again when it does"
+        ) from error
 
 
 def _table(runs: Sequence[Point]) -> str:

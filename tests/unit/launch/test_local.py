@@ -1,7 +1,9 @@
 """What the launcher of one machine finds out before any rank starts."""
 
 import errno
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import psutil
 import pytest
 
 from hysparse_megatron.errors import ConfigError
+from hysparse_megatron.runtime.signals import STOP_SIGNALS
 from launch import checks, local
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -74,6 +77,8 @@ def test_the_disk_is_looked_at_before_training(
     started = []
 
     class NoRanks:
+        told = False
+
         def __init__(self, command: list[str], num_ranks: int) -> None:
             started.append(num_ranks)
 
@@ -94,3 +99,17 @@ def test_the_disk_is_looked_at_before_training(
     else:
         assert f"warning: {numbers}. checkpoint.keep=3 needs room for 4" in told.out
         assert started == [1]
+
+
+def test_ranks_that_are_told_to_stop_say_so() -> None:
+    former = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        for told in (False, True):
+            ranks = local.Ranks([sys.executable, "-c", f"import time; time.sleep({60 * told})"], 2)
+            if told:
+                os.kill(os.getpid(), signal.SIGTERM)
+            ending = ranks.wait()
+            assert (ending.code, ranks.told) == (int(told), told)
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)

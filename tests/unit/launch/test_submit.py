@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,8 @@ import pytest
 from hysparse_megatron.compatibility import compared_settings
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.config.frozen import load_frozen
+from launch import submit
+from launch.local import Ending
 from launch.submit import main
 from tests.checkpoints import write_step
 from tests.run.run_commands import children_seconds
@@ -209,6 +212,46 @@ def test_a_sweep_submits_a_job_for_each_point(
     assert [line.split()[:2] for line in table[1:]] == [[str(path), "41"] for path in folders]
     rates = [load_frozen(path / "config.yaml").optim.learning_rate for path in folders]
     assert rates == [1e-3, 2e-3]
+
+
+def test_a_sweep_that_is_told_to_stop_starts_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One run is interrupted, the points after it are not; of those before it one has failed."""
+    endings = [Ending(1), Ending(0), Ending(3, told=True)]
+    started = []
+
+    def launch(words: list[str]) -> Ending:
+        started.append(words[-1])
+        # As a run leaves it.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        return endings[len(started) - 1]
+
+    monkeypatch.setattr(submit, "launch", launch)
+    before = signal.getsignal(signal.SIGTERM)
+    sweep = ["model=tiny_hysparse", f"run_dir={tmp_path}", "train.seed=1,2,3,4,5"]
+    assert main(["-m", *sweep]) == 3
+    assert started == [f"{tmp_path}/seed_{seed}/config.yaml" for seed in (1, 2, 3)]
+    assert signal.getsignal(signal.SIGTERM) is before
+    told = capsys.readouterr()
+    assert "told to stop: 2 more are not started" in told.err
+    assert f"{tmp_path}/seed_5" in told.out
+
+
+def test_a_queue_that_does_not_answer(
+    slurm: Slurm,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked = slurm()
+    arguments = [*SMALL, f"run_dir={tmp_path / 'run'}"]
+    assert main(arguments) == 0
+    (tmp_path / "bin" / "squeue").write_text("#!/bin/sh\nexec sleep 60\n")
+    monkeypatch.setattr(submit, "_QUEUE_SECONDS", 0.2)
+    assert main(arguments) == 2
+    assert "squeue gave no answer within 0.2 s, so that job 41" in capsys.readouterr().err
+    assert len(asked.read_text().splitlines()) == 1
 
 
 def test_one_bad_point_submits_none(

@@ -2,6 +2,8 @@
 
 import itertools
 import random
+import re
+from pathlib import Path
 
 import pytest
 
@@ -32,6 +34,34 @@ def test_run_directories_lie_below_a_given_one() -> None:
         "/data/sweep/learning_rate_0.001",
         "/data/sweep/learning_rate_0.002",
     ]
+
+
+def test_so_they_do_below_that_of_a_preset(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    preset = "# @package _global_\nrun_dir: /scratch/mine\n"
+    (tmp_path / "experiment" / "mine.yaml").write_text(preset)
+    found = points([f"--config-dir={tmp_path}", "experiment=mine", "train.seed=1,2"])
+    assert [p.config.run_dir for p in found] == ["/scratch/mine/seed_1", "/scratch/mine/seed_2"]
+
+
+LONG = "the same long beginning of a text that many would like to try out, which is cut off " * 2
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.layout='F S | S','F S S'",
+        "data.path=/data/a_b,/data/a/b,/data/a-b",
+        f"tracking.sample_prompt='{LONG}1','{LONG}2'",
+    ],
+)
+def test_values_that_no_name_tells_apart_have_places_of_their_own(override: str) -> None:
+    found = points([override, "name=s", "train.seed=1,2"])
+    again = points([override, "name=s", "train.seed=1,2"])
+    names = [point.config.name for point in found]
+    assert len(set(names)) == len(names) == len({point.config.run_dir for point in found}) >= 4
+    assert names == [point.config.name for point in again]
+    assert all(re.fullmatch(r"s-[\w.-]{1,120}", name) for name in names)
 
 
 def test_groups_and_layouts_can_be_swept() -> None:
