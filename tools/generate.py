@@ -129,11 +129,20 @@ def _number(text: str, is_allowed: Callable[[float], bool], allowed: str) -> flo
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
-    """Those that are given, else an empty one. Raises ConfigError if the file cannot be read."""
+    """Those that are given, else an empty one.
+
+    Raises ConfigError if the file cannot be read, or for texts and settings that cannot be meant.
+    """
     prompts = list(args.prompt)
+    for option, texts in (("--prompt", prompts), ("--stop", args.stop)):
+        for text in texts:
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise ConfigError(f"{option}: got {text!r}; allowed text in UTF-8")
     if args.prompts_file is not None:
         try:
-            prompts += args.prompts_file.read_text(encoding="utf-8-sig").splitlines()
+            text = args.prompts_file.read_text(encoding="utf-8-sig")
+            # Not `splitlines`, for which a form feed and others within a line end it too.
+            prompts += text.removesuffix("\n").split("\n") if text else []
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(
                 f"--prompts-file: cannot read {args.prompts_file}: {error}"
@@ -142,6 +151,8 @@ def _prompts(args: argparse.Namespace) -> list[str]:
             raise ConfigError(f"--prompts-file: {args.prompts_file} has no line to continue")
     if "" in args.stop:
         raise ConfigError("--stop: got an empty text, which would end everything at once")
+    if args.top_p < 1 and args.temperature == 0:
+        raise ConfigError("--top-p: nothing is drawn at --temperature 0; give one above 0")
     return prompts or [""]
 
 

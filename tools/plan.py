@@ -34,9 +34,11 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--gpus", type=positive, metavar="N", help=text)
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    parser.add_argument("--suggest", type=int, default=0, metavar="N", help="N plans, best first")
+    parser.add_argument("--suggest", type=positive, metavar="N", help="N plans, best first")
     parser.add_argument("--plot", metavar="FILE.svg", help="also draw the plan")
     args = parser.parse_intermixed_args(list(argv))
+    if args.suggest and args.plot:
+        raise ConfigError("--plot draws one plan: give it with the settings of a suggested one")
     return _print_plan(load(arguments_of(args)), args)
 
 

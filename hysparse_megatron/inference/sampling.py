@@ -43,6 +43,8 @@ class Sampler:
         logits = logits[:, : self._vocab_size].double()
         if self._sampling.temperature == 0:
             return logits.argmax(-1)
+        # The largest is 0 then, and stays it however small the temperature is.
+        logits = logits - logits.amax(-1, keepdim=True)
         probability = torch.softmax(logits / self._sampling.temperature, dim=-1)
         ordered, ids = probability.sort(dim=-1, descending=True, stable=True)
         reached = ordered.cumsum(-1)

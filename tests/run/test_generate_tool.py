@@ -110,6 +110,18 @@ def test_several_prompts_are_continued_together(generate, tmp_path: Path) -> Non
     assert parts == ["", *alone]
 
 
+def test_a_prompt_is_a_line_of_the_file(generate, tmp_path: Path) -> None:
+    """Whatever else ends lines for Python, such as the form feeds of old source files."""
+    lines = ["a\x0cb\x1cc", "d\u2028e", "f"]
+    (tmp_path / "prompts.txt").write_text("\r\n".join(lines), newline="")
+    code, text, told = generate(
+        "--prompts-file", str(tmp_path / "prompts.txt"), "--max-new-tokens", "1"
+    )
+    assert code == 0, told
+    shown = re.findall(r"^== prompt \d: (.*)\n", text, flags=re.M)
+    assert shown == list(map(repr, lines))
+
+
 def test_any_checkpoint_by_name(generate, finished) -> None:
     settings = ("--prompt", PROMPT, "--max-new-tokens", "16", "--ignore-end")
     newest = generate(*settings)[1]
@@ -165,6 +177,9 @@ def test_what_cannot_be_is_said(generate, finished, tmp_path: Path) -> None:
         ["--temperature", "warm"],
         ["--top-p", "0"],
         ["--top-p", "1.5"],
+        ["--top-p", "0.9"],
+        ["--prompt", "\udcff"],
+        ["--stop", "\udcff"],
         ["--prefill-chunk", "none"],
         ["--cache-dtype", "fp4"],
     ],

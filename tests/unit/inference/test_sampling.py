@@ -65,7 +65,7 @@ def test_what_a_sequence_draws_does_not_depend_on_the_others(seed: int) -> None:
     assert alone == together[:, 2].tolist()
 
 
-@pytest.mark.parametrize("temperature", [1e-6, 0.01])
+@pytest.mark.parametrize("temperature", [5e-324, 1e-310, 1e-6, 0.01])
 def test_cold_draws_are_greedy(temperature: float, seed: int) -> None:
     logits = random_logits(2)
     logits[:, 3] = 20.0
