@@ -19,6 +19,7 @@ from hysparse_megatron.architecture.rope import PARAMETERS, RopeType
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.config.frozen import schema_node
 from hysparse_megatron.config.problems import as_error
+from hysparse_megatron.config.schema import ParallelConfig
 from hysparse_megatron.config.validate import validate
 from hysparse_megatron.errors import ConfigError
 
@@ -214,8 +215,8 @@ def model_config(tree: dict[str, Any]) -> ModelConfig:
         model = cast(ModelConfig, OmegaConf.to_object(node))
     except OmegaConfBaseException as error:
         raise ConfigError(f"model: {str(error).splitlines()[0]}") from error
-    # In a run of one process whose other settings are the defaults.
-    config = dataclasses.replace(compose([]), model=model)
+    # In a run of one process, whatever the user's own presets split runs into.
+    config = dataclasses.replace(compose([]), model=model, parallel=ParallelConfig())
     train = dataclasses.replace(config.train, seq_length=max(2, model.block_size))
     problems = validate(dataclasses.replace(config, train=train), world_size=1)
     found = [problem for problem in problems if problem.key.startswith("model.")]

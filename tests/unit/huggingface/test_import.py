@@ -16,6 +16,7 @@ from hysparse_megatron.config import compose
 from hysparse_megatron.config.frozen import load_frozen
 from hysparse_megatron.config.validate import validate
 from hysparse_megatron.errors import CheckpointError
+from hysparse_megatron.huggingface import settings
 from hysparse_megatron.training.resume import resume
 from tests.unit.huggingface.exports import IDS, MOE, Run, load, random_run, saved_run
 from tests.unit.model.tiny_models import SEQUENCE
@@ -41,6 +42,19 @@ HEAVY = [
 def group() -> Iterator[None]:
     with default_group():
         yield
+
+
+def test_how_a_user_splits_runs_is_no_matter_of_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Presets of one's own in the working directory: three ranks share none of the heads."""
+    (tmp_path / "conf" / "local").mkdir(parents=True)
+    (tmp_path / "conf" / "local" / "local.yaml").write_text("parallel: {tp: 3, cp: 2}\n")
+    monkeypatch.chdir(tmp_path)
+    assert compose.compose([]).parallel.tp == 3
+    sizes = {"hidden_size": 64, "ffn_hidden_size": 128, "head_dim": 16, "vocab_size": 100}
+    tree = {"layout": "F S F", **sizes, "num_attention_heads": 4, "num_query_groups": 2}
+    assert settings.model_config(tree).num_attention_heads == 4
 
 
 def import_folder(source: Path, folder: Path) -> Path:
