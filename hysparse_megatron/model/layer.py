@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
+import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from hysparse_megatron.model.attend import Attend
 from hysparse_megatron.model.megatron_config import HySparseConfig
-from hysparse_megatron.model.remade import Remade
+from hysparse_megatron.model.remade import remade
 from hysparse_megatron.model.sharing import Shared
 
 
@@ -29,26 +29,18 @@ class HySparseLayer(TransformerLayer):
         attend: Attend,
     ) -> tuple[Tensor, Shared | None]:
         """[S / T or S, B, C] and what the last oracle shared -> the same pair after this layer."""
-        with self._norm_remade() as apply:
-            normed = apply(self.input_layernorm, hidden_states)
+        with self._remade(self.input_layernorm):
+            normed = self.input_layernorm(hidden_states)
             attention, shared = self.self_attention(normed, shared, rotary_pos_emb, attend)
         with self.bias_dropout_add_exec_handler():
             add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
             hidden_states = add(attention, hidden_states, self.hidden_dropout)
-        with self._norm_remade() as self._apply_norm:
+        with self._remade(self.pre_mlp_layernorm):
             output = self._forward_mlp(hidden_states)
-        del self._apply_norm
         return output, shared
 
-    def _forward_pre_mlp_layernorm(self, hidden_states: Tensor) -> Tensor:
-        return self._apply_norm(self.pre_mlp_layernorm, hidden_states)
-
-    @contextlib.contextmanager
-    def _norm_remade(self) -> Iterator[Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]]:
-        """What applies the norm of what is computed within, whose output is kept or made again."""
-        if not (cast(HySparseConfig, self.config).recomputes_norms and self.training):
-            yield lambda norm, hidden: norm(hidden)
-            return
-        remade = Remade()
-        with remade.watching():
-            yield remade.apply
+    def _remade(self, norm: torch.nn.Module) -> AbstractContextManager[None]:
+        """Within, what reads the output of `norm` keeps it, or nothing that is made again."""
+        if cast(HySparseConfig, self.config).recomputes_norms and self.training:
+            return remade(norm)
+        return nullcontext()

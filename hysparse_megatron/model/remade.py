@@ -13,32 +13,38 @@ import torch
 from torch import Tensor
 
 
-class Remade:
-    """Inside `watching`, whoever saves the output of `apply` for the backward pass keeps nothing.
+@contextmanager
+def remade(norm: torch.nn.Module) -> Iterator[None]:
+    """Within, whoever saves what `norm` made of its input for the backward pass keeps nothing.
 
     It is made again for each that reads it, by the same operations: equal to the last bit.
     """
+    watched = Remade()
+    hook = norm.register_forward_hook(watched.made)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(watched._pack, _unpack):
+            yield
+    finally:
+        hook.remove()
+        watched.forget()
+
+
+class Remade:
+    """What a norm has made, and how it is made again, until `forget`."""
 
     def __init__(self) -> None:
         self._make: Callable[[], Tensor] | None = None
         self._storage: torch.UntypedStorage | None = None
 
-    def apply(self, norm: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-        """`norm(hidden)`; the one output that is not saved."""
-        output = norm(hidden)
-        kept = hidden.detach()
-        self._make = lambda: norm(kept)
+    def made(self, norm: torch.nn.Module, given: tuple[Tensor], output: Tensor) -> None:
+        """A forward hook: this is the output that is not saved."""
+        kept = given[0].detach()
+        self._make = lambda: norm.forward(kept)
         self._storage = output.untyped_storage()
-        return output
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """What is computed within may save the output."""
-        try:
-            with torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack):
-                yield
-        finally:
-            self._make = self._storage = None
+    def forget(self) -> None:
+        """What is saved from now on is kept."""
+        self._make = self._storage = None
 
     def _pack(self, saved: Tensor) -> Tensor | Callable[[], Tensor]:
         storage, make = self._storage, self._make
