@@ -114,6 +114,9 @@ def _layers(overview: Overview) -> list[str]:
             f'fill="{KIND_COLORS[kind]}"/>'
         )
         parts.append(_text(left + 18, STRIP_TOP + 94, KINDS[kind].label))
+    if len(overview.stages) > 1:
+        note = "at cuts: sent by each rank per micro-batch and direction"
+        parts.append(_text(WIDTH - MARGIN, STRIP_TOP + 94, note, "end"))
     return parts
 
 

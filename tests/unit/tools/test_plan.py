@@ -108,6 +108,7 @@ def test_the_picture_shows_stages_memory_and_cache(
     assert len(curves) == 3
     # Both axes have round values, and the limit its number.
     for value in (
+        "at cuts: sent by each rank per micro-batch and direction",
         "20",
         "40",
         "60",
@@ -214,6 +215,8 @@ def test_a_machine_of_unknown_speed_is_promised_no_time(
 BAD = [
     (["--gpus", "128", "--plot", "/nowhere/plan.svg"], "cannot write /nowhere/plan.svg"),
     (["--gpus", "0"], "--gpus"),
+    (["--suggest", "-3"], "allowed a whole number from 1"),
+    (["--suggest", "3", "--plot", "plan.svg"], "--plot draws one plan"),
     (["parallel.ep=3", "--gpus", "128"], "nearest plans that work"),
     (["modle=tiny"], "modle"),
 ]
