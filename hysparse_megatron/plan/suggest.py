@@ -52,6 +52,9 @@ class Suggestion:
             found["parallel.cp_keep_kv"] = str(parallel.cp_keep_kv).lower()
         if config.model.moe.num_experts or asked.ep > 1:
             found["parallel.ep"] = parallel.ep
+        instances = parallel.num_distributed_optimizer_instances
+        if instances != asked.num_distributed_optimizer_instances:
+            found["parallel.num_distributed_optimizer_instances"] = instances
         found |= {
             "train.micro_batch_size": config.train.micro_batch_size,
             "train.recompute": config.train.recompute.value,
@@ -167,6 +170,10 @@ def _candidates(config: Config, world_size: int) -> Iterator[Config]:
     ):
         if tp * pp * cp > world_size or ep * pp > world_size:
             continue
+        # As many as asked for, where they can be.
+        instances = config.parallel.num_distributed_optimizer_instances
+        if world_size // (tp * pp) % instances or world_size // (ep * pp) % instances:
+            instances = 1
         for vpp in {None, config.parallel.vpp if pp > 1 else None, 2 if pp > 1 else None}:
             for recompute in _recomputes(config):
                 yield dataclasses.replace(
@@ -178,6 +185,7 @@ def _candidates(config: Config, world_size: int) -> Iterator[Config]:
                         vpp=vpp,
                         cp=cp,
                         cp_keep_kv=config.parallel.cp_keep_kv or cp == 1,
+                        num_distributed_optimizer_instances=instances,
                         ep=ep,
                         sequence_parallel=tp > 1,
                     ),

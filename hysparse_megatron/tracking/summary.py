@@ -111,7 +111,11 @@ def _suggestions(
         shlex.quote(f"model.layout={layout.replace('S', kind)}") for kind in ("F", "W")
     )
     single = shlex.quote(f"model.layout={layout.replace('|', '')}")
-    kept = "" if config.parallel.cp_keep_kv else " parallel.cp_keep_kv=true"
+    reset = "".join(
+        f" parallel.{name}={str(default).lower()}"
+        for name, default in (("cp_keep_kv", True), ("num_distributed_optimizer_instances", 1))
+        if getattr(config.parallel, name) != default
+    )
     weights = _override("checkpoint.load", str(directory.path))
     tokenizer = _override("data.tokenizer", tokenizer_path)
     told, accept = "", ""
@@ -126,7 +130,7 @@ def _suggestions(
     # start from these weights in one process, on your own text
     {hysparse()} train {elsewhere} name={config.name}-tuned {single} \\
         parallel.tp=1 parallel.pp=1 parallel.vpp=null parallel.cp=1 parallel.ep=1 \\
-        parallel.sequence_parallel=false{kept} \\
+        parallel.sequence_parallel=false{reset} \\
         {weights} data.path=FILE_OR_FOLDER {tokenizer}
 """
 

@@ -53,6 +53,7 @@ def test_experts_are_spread_if_they_can_be(tmp_path: Path) -> None:
     [
         ["parallel.cp=2", "parallel.cp_keep_kv=false"],
         ["parallel.vpp=2", "parallel.overlap.param_gather=false", "train.micro_batch_size=1"],
+        ["parallel.num_distributed_optimizer_instances=3", "parallel.timeout_seconds=77"],
         ["optim=muon", *EXPERTS, "parallel.ep=2"],
         ["train.recompute_modules=[norm]", "train.global_batch_size=8"],
     ],

@@ -129,9 +129,8 @@ def test_suggestions_fit_and_the_fastest_comes_first(model: str) -> None:
 @pytest.mark.parametrize(
     "asked",
     [
-        ["parallel.cp=3"],
+        ["parallel.cp=3", "parallel.ep=2", "parallel.num_distributed_optimizer_instances=3"],
         ["parallel.cp=4", "parallel.cp_keep_kv=false", "train.seq_length=65536"],
-        ["parallel.ep=2"],
         ["model.fp8=tensorwise", "train.seq_length=32768"],
     ],
     ids=" ".join,

@@ -241,6 +241,7 @@ OVERRIDES = {
         "optim.decay_steps=20",
         "parallel.cp=2",
         "parallel.cp_keep_kv=false",
+        "parallel.num_distributed_optimizer_instances=2",
     ],
     "quickstart": ["experiment=quickstart", "train.steps=100", "optim.decay_steps=20"],
     "interleaved": [
