@@ -24,6 +24,8 @@ from tools.step_benchmark.trace import (
     SPARSE_ATTENTION,
 )
 
+pytestmark = pytest.mark.thorough
+
 
 def test_a_case_without_memory_becomes_a_note_and_the_rest_goes_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
