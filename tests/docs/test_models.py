@@ -31,6 +31,7 @@ def test_all_six_models_are_there() -> None:
     assert [row[0] for row in ROWS] == [f"{k}_{size}" for size in ("7b", "80b_a3b") for k in kinds]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
 def test_rows_are_what_the_planner_says(row: tuple[str, ...]) -> None:
     model, layout, total, active, short, long = row

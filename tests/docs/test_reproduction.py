@@ -5,6 +5,8 @@ import re
 import shlex
 from pathlib import Path
 
+import pytest
+
 from tools.prepare_data import _parser as prepare_parser
 from tools.study.__main__ import _parser
 from tools.study.plan import read_study
@@ -16,6 +18,7 @@ STUDY = ROOT / "tools" / "study"
 TEXT = (ROOT / "docs" / "reproduction.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.thorough
 def test_losses_and_counts_are_those_of_the_results() -> None:
     study = read_study(STUDY / "ablations.yaml")
     results = STUDY / "results" / study.name

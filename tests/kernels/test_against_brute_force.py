@@ -193,6 +193,7 @@ def operations(case: Case, rng: random.Random) -> dict[str, tuple[Attend, Tensor
     }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("operation", ["oracle", "block_sparse", "window"])
 def test_gradcheck(operation: str, rng: random.Random) -> None:
     case = Case(2, 7, 4, 2, 3, 2, 3, 2, 3, 4, None)

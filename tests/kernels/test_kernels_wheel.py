@@ -11,6 +11,8 @@ from pathlib import Path
 import hysparse_kernels
 import pytest
 
+pytestmark = pytest.mark.thorough
+
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import sys

@@ -80,6 +80,7 @@ ATTENTION = {
 """And what they compute."""
 
 
+@pytest.mark.thorough
 def test_new_kinds_are_added_in_one_file_and_the_attention_body(tmp_path: Path) -> None:
     package = tmp_path / "hysparse_megatron"
     shutil.copytree(CHECKOUT / "hysparse_megatron", package)

@@ -13,6 +13,7 @@ def epoch_ids(num_samples: int, epoch: int, seed: int = 0, fingerprint: str = "f
     return sample_ids(positions, seed=seed, fingerprint=fingerprint, num_samples=num_samples)
 
 
+@pytest.mark.thorough
 @settings(deadline=None, max_examples=150)
 @given(
     num_samples=st.integers(1, 5000),

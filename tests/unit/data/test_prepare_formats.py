@@ -385,6 +385,7 @@ def test_progress_within_a_file_that_is_one_unit(tmp_path: Path, name: str, seed
     assert max(here.told) < 0.7 * size
 
 
+@pytest.mark.thorough
 def test_ten_thousand_small_files(tmp_path: Path) -> None:
     """They share units: no file for each of them."""
     texts = [f"file {number}" for number in range(10_000)]

@@ -69,6 +69,7 @@ class Streams(fsspec.AbstractFileSystem):
         return Stream(int(self._strip_protocol(path).partition(".")[0]))
 
 
+@pytest.mark.thorough
 def test_a_stream_that_is_never_stored(tmp_path: Path) -> None:
     """The shape of a corpus of any size, `stream://20000000000.jsonl`: many units of one file,
     whose memory does not grow with it."""

@@ -117,6 +117,7 @@ def test_any_chunk_of_the_prompt(chunk: int, groups: ProcessGroupCollection, see
     assert_equal(found, expected)
 
 
+@pytest.mark.thorough
 def test_a_long_text_in_the_paper_s_proportions(groups: ProcessGroupCollection, seed: int) -> None:
     """Windows of two blocks, many more blocks than are selected, room to spare in the cache."""
     overrides = ["model.layout=F S S F S", "model.window=8", "model.num_selected_blocks=4"]

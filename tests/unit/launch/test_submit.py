@@ -279,6 +279,7 @@ def test_one_point_over_the_run_of_another_model_submits_none(
     assert sorted(tmp_path.rglob("*.yaml")) == []
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("forks_for_commands")
 def test_without_a_scheduler_it_runs_here(tmp_path: Path) -> None:
     done = subprocess.run(

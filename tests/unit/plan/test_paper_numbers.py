@@ -178,6 +178,7 @@ def test_layouts_are_the_papers() -> None:
     assert small[-1] is LayerKind.FULL
 
 
+@pytest.mark.thorough
 def test_minis_keep_layout_and_heads_per_group() -> None:
     for family in ("hysparse", "full", "hybrid_swa"):
         for size in ("7b", "80b_a3b"):

@@ -207,6 +207,7 @@ def test_recompute_repeats_the_random_numbers_of_both_streams(seed: int) -> None
     assert torch.equal(torch.get_rng_state(), after), "the backward pass must not shift the stream"
 
 
+@pytest.mark.thorough
 def test_the_kernels_of_installed_packages_are_left_alone() -> None:
     """As if megatron-core had found Transformer Engine, whose kernels take CUDA tensors only."""
     code = """

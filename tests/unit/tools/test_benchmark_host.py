@@ -9,6 +9,7 @@ from tools.step_benchmark.cases import make_cases
 from tools.step_benchmark.options import parse
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("part", PARTS)
 def test_the_commands_of_a_part_are_valid(part: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([part, "--gpus", "4", "--dry-run", "--output", "logs"]) == 0

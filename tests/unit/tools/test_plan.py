@@ -74,6 +74,7 @@ def test_json_holds_what_the_overview_holds(capsys: pytest.CaptureFixture[str]) 
     assert round(cache[32768]["full_bytes"] / cache[32768]["bytes"], 2) == 9.47
 
 
+@pytest.mark.thorough
 def test_suggestions(capsys: pytest.CaptureFixture[str]) -> None:
     free = [item for item in LARGE if not item.startswith(("parallel", "model.layout"))]
     assert main(["--gpus", "128", "--suggest", "3", *free]) == 0

@@ -115,6 +115,7 @@ def test_everything_is_told(tmp_path: Path, capsys: Capture) -> None:
     assert re.search(r"skipped steps</span>1<", page)
 
 
+@pytest.mark.thorough
 def test_what_the_model_wrote_stands_as_it_was(tmp_path: Path, capsys: Capture) -> None:
     found = [with_text(evaluation_row(step)) for step in range(0, 24, 2)]
     page = report(make_run(tmp_path / "run", [*rows(4)[1:-1], *found]), capsys)
@@ -194,6 +195,7 @@ def test_text_is_escaped(tmp_path: Path, capsys: Capture) -> None:
     assert "<b>" not in report(run, capsys)
 
 
+@pytest.mark.thorough
 def test_a_long_run_of_a_deep_model_stays_small(tmp_path: Path, capsys: Capture) -> None:
     noise = np.random.default_rng(0).normal(size=20_000)
     made = [step_row(step + 1, loss=float(value)) for step, value in enumerate(noise)]

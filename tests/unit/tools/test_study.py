@@ -120,6 +120,7 @@ def test_a_page_is_read_as_its_words() -> None:
     assert page_text(page).split() == ["One", "two", "&", "three", "four"]
 
 
+@pytest.mark.thorough
 def test_the_committed_studies_and_recipe_are_whole() -> None:
     assert len(read_study(CLAIMS.with_name("ablations.yaml")).variants) == 12
     study = read_study(CLAIMS)
