@@ -1,6 +1,7 @@
 """Settings of how a model is split over ranks, and of what these send each other when."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from hysparse_megatron.architecture.bounds import at_least
 
@@ -55,3 +56,15 @@ class ParallelConfig:
     reduce-scattered and parameters gathered within a group; between groups a rank's share of the
     gradients is all-reduced and nothing else: for groups with fast links inside, as of a rack."""
     overlap: OverlapConfig = field(default_factory=OverlapConfig)
+
+
+_OF_ANY_SPLIT = ("timeout_seconds", "setup_timeout_seconds", "grad_reduce_in_fp32", "overlap")
+
+
+def resized(parallel: ParallelConfig, **sizes: Any) -> ParallelConfig:
+    """Another split of the same run. Of `parallel` stays what fits any; all else has its default.
+
+    A setting is listed here when it can be with any sizes, so that a new one is left out first.
+    """
+    kept = {name: getattr(parallel, name) for name in _OF_ANY_SPLIT}
+    return ParallelConfig(**kept, **sizes)

@@ -20,8 +20,9 @@ from hysparse_megatron.checkpoint import choice, store
 from hysparse_megatron.checkpoint.state import load_weights
 from hysparse_megatron.compatibility import require_same_model
 from hysparse_megatron.config.frozen import CONFIG_FILE, load_frozen
+from hysparse_megatron.config.parallel import resized
 from hysparse_megatron.config.problems import as_error
-from hysparse_megatron.config.schema import Config, OptimizerName, ParallelConfig, Recompute
+from hysparse_megatron.config.schema import Config, OptimizerName, Recompute
 from hysparse_megatron.config.validate import plan_problems
 from hysparse_megatron.data.run_tokenizer import with_own_tokenizer
 from hysparse_megatron.errors import CheckpointError, HySparseError
@@ -77,13 +78,7 @@ def inference_config(run_dir: Path, world_size: int) -> Config:
         model=_anywhere(config.model),
         train=dataclasses.replace(config.train, recompute=Recompute.none),
         optim=dataclasses.replace(config.optim, name=OptimizerName.adamw),
-        # The defaults, but for what holds on any layout: others may not fit these sizes.
-        parallel=ParallelConfig(
-            tp=world_size,
-            ep=spread,
-            timeout_seconds=config.parallel.timeout_seconds,
-            setup_timeout_seconds=config.parallel.setup_timeout_seconds,
-        ),
+        parallel=resized(config.parallel, tp=world_size, ep=spread),
     )
     problems = [
         problem

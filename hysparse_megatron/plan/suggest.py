@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from hysparse_megatron.architecture.layout import LayoutError, parse_layout
+from hysparse_megatron.config.overrides import changes, written
 from hysparse_megatron.config.problems import as_error
 from hysparse_megatron.config.schema import Config, ParallelConfig, Recompute, RecomputeModule
 from hysparse_megatron.config.validate import plan_problems, validate
@@ -16,6 +17,9 @@ from hysparse_megatron.errors import ConfigError, Problem
 from hysparse_megatron.plan.memory import GIB
 from hysparse_megatron.plan.overview import Overview, make_overview
 from hysparse_megatron.plan.vocabulary import with_run_vocabulary
+
+SIZES = ("tp", "pp", "vpp", "cp", "ep")
+"""Settings of `parallel` that count ranks or their chunks."""
 
 RECOMPUTE_COST = {Recompute.none: 0, Recompute.selective: 1, Recompute.full: 2}
 
@@ -37,28 +41,13 @@ class Suggestion:
 
     @property
     def overrides(self) -> str:
-        """What to write on the command line."""
-        config, asked = self.overview.config, self.asked.parallel
-        parallel = config.parallel
-        found = {
-            "parallel.tp": parallel.tp,
-            "parallel.pp": parallel.pp,
-            "parallel.vpp": "null" if parallel.vpp is None else parallel.vpp,
-            "parallel.sequence_parallel": str(parallel.sequence_parallel).lower(),
-        }
-        if max(parallel.cp, asked.cp) > 1:
-            found["parallel.cp"] = parallel.cp
-        if parallel.cp_keep_kv is not asked.cp_keep_kv:
-            found["parallel.cp_keep_kv"] = str(parallel.cp_keep_kv).lower()
-        if config.model.moe.num_experts or asked.ep > 1:
-            found["parallel.ep"] = parallel.ep
-        instances = parallel.num_distributed_optimizer_instances
-        if instances != asked.num_distributed_optimizer_instances:
-            found["parallel.num_distributed_optimizer_instances"] = instances
-        found |= {
-            "train.micro_batch_size": config.train.micro_batch_size,
-            "train.recompute": config.train.recompute.value,
-        }
+        """What to write on the command line, behind what was asked for."""
+        config, parallel = self.overview.config, self.overview.config.parallel
+        above_one = [name for name in ("cp", "ep") if getattr(parallel, name) > 1]
+        always = ("tp", "pp", "vpp", "sequence_parallel", *above_one)
+        found = changes("parallel", self.asked.parallel, parallel, always)
+        found["train.micro_batch_size"] = written(config.train.micro_batch_size)
+        found["train.recompute"] = written(config.train.recompute)
         return " ".join(f"{key}={value}" for key, value in found.items())
 
     def __str__(self) -> str:
@@ -140,11 +129,31 @@ def _memory_problem(config: Config, world_size: int) -> Problem | None:
 def _working(config: Config, world_size: int) -> Iterator[Suggestion]:
     config, _ = with_run_vocabulary(config)
     for candidate in _candidates(config, world_size):
-        if plan_problems(candidate, world_size=world_size):
+        plan = _mended(candidate, world_size)
+        if plan is None:
             continue
-        overview = make_overview(candidate, world_size)
+        overview = make_overview(plan, world_size)
         if overview.fits:
             yield Suggestion(overview, config)
+
+
+def _mended(candidate: Config, world_size: int) -> Config | None:
+    """`candidate`, with the defaults of what cannot be beside its sizes, or None if these cannot.
+
+    What `PLAN_RULES` find wrong with a setting of `parallel` that is no size is so mended.
+    """
+    problems = plan_problems(candidate, world_size=world_size)
+    wrong = {problem.key.removeprefix("parallel.") for problem in problems}
+    defaults = ParallelConfig()
+    others = {item.name for item in dataclasses.fields(defaults)} - {*SIZES, "sequence_parallel"}
+    if not wrong <= others:
+        return None
+    if not wrong:
+        return candidate
+    mended = {name: getattr(defaults, name) for name in wrong}
+    parallel = dataclasses.replace(candidate.parallel, **mended)
+    plan = dataclasses.replace(candidate, parallel=parallel)
+    return None if plan_problems(plan, world_size=world_size) else plan
 
 
 def _candidates(config: Config, world_size: int) -> Iterator[Config]:
@@ -170,10 +179,6 @@ def _candidates(config: Config, world_size: int) -> Iterator[Config]:
     ):
         if tp * pp * cp > world_size or ep * pp > world_size:
             continue
-        # As many as asked for, where they can be.
-        instances = config.parallel.num_distributed_optimizer_instances
-        if world_size // (tp * pp) % instances or world_size // (ep * pp) % instances:
-            instances = 1
         for vpp in {None, config.parallel.vpp if pp > 1 else None, 2 if pp > 1 else None}:
             for recompute in _recomputes(config):
                 yield dataclasses.replace(
@@ -184,8 +189,6 @@ def _candidates(config: Config, world_size: int) -> Iterator[Config]:
                         pp=pp,
                         vpp=vpp,
                         cp=cp,
-                        cp_keep_kv=config.parallel.cp_keep_kv or cp == 1,
-                        num_distributed_optimizer_instances=instances,
                         ep=ep,
                         sequence_parallel=tp > 1,
                     ),
@@ -208,17 +211,13 @@ def _divisors(number: int) -> list[int]:
 
 def _distance(first: Config, second: Config) -> float:
     """Sum of the doublings between two plans' sizes, and what else differs."""
-    sizes: tuple[Callable[[ParallelConfig], int], ...] = (
-        lambda parallel: parallel.tp,
-        lambda parallel: parallel.pp,
-        lambda parallel: parallel.vpp or 1,
-        lambda parallel: parallel.cp,
-        lambda parallel: parallel.ep,
-    )
-    doublings = sum(
-        abs(math.log2(max(1, size(first.parallel)) / size(second.parallel))) for size in sizes
-    )
+
+    def size(config: Config, name: str) -> int:
+        return max(1, getattr(config.parallel, name) or 1)
+
+    doublings = sum(abs(math.log2(size(first, name) / size(second, name))) for name in SIZES)
     micro = max(1, first.train.micro_batch_size) / second.train.micro_batch_size
     recompute = [RECOMPUTE_COST[config.train.recompute] for config in (first, second)]
-    sequence = first.parallel.sequence_parallel is not second.parallel.sequence_parallel
-    return doublings + abs(math.log2(micro)) + abs(recompute[0] - recompute[1]) + 0.5 * sequence
+    changed = {key.split(".")[1] for key in changes("parallel", first.parallel, second.parallel)}
+    others = len(changed - set(SIZES))
+    return doublings + abs(math.log2(micro)) + abs(recompute[0] - recompute[1]) + 0.5 * others

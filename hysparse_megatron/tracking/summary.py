@@ -10,6 +10,8 @@ from typing import Any
 
 from hysparse_megatron.command import hysparse
 from hysparse_megatron.config.compose import compose
+from hysparse_megatron.config.overrides import changes
+from hysparse_megatron.config.parallel import resized
 from hysparse_megatron.config.schema import VALIDATION, Config
 from hysparse_megatron.continuation import changed_rate
 from hysparse_megatron.files import write_whole
@@ -111,11 +113,8 @@ def _suggestions(
         shlex.quote(f"model.layout={layout.replace('S', kind)}") for kind in ("F", "W")
     )
     single = shlex.quote(f"model.layout={layout.replace('|', '')}")
-    reset = "".join(
-        f" parallel.{name}={str(default).lower()}"
-        for name, default in (("cp_keep_kv", True), ("num_distributed_optimizer_instances", 1))
-        if getattr(config.parallel, name) != default
-    )
+    alone = changes("parallel", config.parallel, resized(config.parallel))
+    one_process = " ".join([single, *(f"{key}={value}" for key, value in alone.items())])
     weights = _override("checkpoint.load", str(directory.path))
     tokenizer = _override("data.tokenizer", tokenizer_path)
     told, accept = "", ""
@@ -128,9 +127,8 @@ def _suggestions(
     {local} {others} name={config.name}-full {full}
     {local} {others} name={config.name}-windows {windows}
     # start from these weights in one process, on your own text
-    {hysparse()} train {elsewhere} name={config.name}-tuned {single} \\
-        parallel.tp=1 parallel.pp=1 parallel.vpp=null parallel.cp=1 parallel.ep=1 \\
-        parallel.sequence_parallel=false{reset} \\
+    {hysparse()} train {elsewhere} name={config.name}-tuned \\
+        {one_process} \\
         {weights} data.path=FILE_OR_FOLDER {tokenizer}
 """
 

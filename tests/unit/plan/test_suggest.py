@@ -131,6 +131,7 @@ def test_suggestions_fit_and_the_fastest_comes_first(model: str) -> None:
     [
         ["parallel.cp=3", "parallel.ep=2", "parallel.num_distributed_optimizer_instances=3"],
         ["parallel.cp=4", "parallel.cp_keep_kv=false", "train.seq_length=65536"],
+        ["optim=muon", "parallel.num_distributed_optimizer_instances=2"],
         ["model.fp8=tensorwise", "train.seq_length=32768"],
     ],
     ids=" ".join,

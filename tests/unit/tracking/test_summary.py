@@ -16,6 +16,7 @@ from hysparse_megatron.command import hysparse
 from hysparse_megatron.config.cli import load, parse_arguments
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.config.frozen import freeze
+from hysparse_megatron.config.parallel import resized
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.config.validate import check
 from hysparse_megatron.tracking.summary import write_summary
@@ -36,6 +37,8 @@ OVERRIDES = {
         "parallel.cp=2",
         "parallel.cp_keep_kv=false",
         "parallel.num_distributed_optimizer_instances=2",
+        "parallel.grad_reduce_in_fp32=false",
+        "parallel.overlap.param_gather=false",
     ],
     "quickstart": ["experiment=quickstart", "train.steps=100", "optim.decay_steps=20"],
     "interleaved": [
@@ -188,6 +191,7 @@ def test_suggested_commands_are_right(kind: str, tmp_path: Path) -> None:
     # All of them decay at their end, which the longer run would not have done yet.
     accepted = replace(config.optim, accept_schedule_change=True)
     assert train_on == replace(config, train=longer, optim=accepted)
+    assert tuned.parallel == resized(config.parallel)
     letters = [parse_layout(one.model.layout).letters for one in (config, full, windows, tuned)]
     assert letters[1:3] == ["F" * len(letters[0]), letters[0].replace("S", "W")]
     assert letters[3] == letters[0]
