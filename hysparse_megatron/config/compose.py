@@ -76,7 +76,7 @@ def compose(overrides: Sequence[str]) -> Config:
     with initialize_config_dir(config_dir=str(config_directory()), version_base="1.3"):
         problems = [problem for override in overrides if (problem := _hydra_setting(override))]
         try:
-            tree = _compose_tree([*path, *overrides])
+            tree = (_compose_tree if path else _compose_shipped)((*path, *overrides))
         except _COMPOSE_ERRORS as error:
             _compose_defaults(path)
             tried = [(_try(override, path, folders)) for override in overrides]
@@ -106,6 +106,10 @@ def group_options(group: str, folders: Sequence[Path] = ()) -> list[str]:
 def _compose_tree(overrides: Sequence[str]) -> dict[str, Any]:
     composed: DictConfig = hydra_compose("config", overrides=list(overrides))
     return cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
+
+
+_compose_shipped = cache(_compose_tree)
+"""Without folders of a user's own: a sweep, a summary and imports ask for the same words again."""
 
 
 def _compose_defaults(path: Sequence[str]) -> None:
