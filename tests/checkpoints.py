@@ -26,6 +26,25 @@ def write_checkpoint(
     return CheckpointWrite(checkpoints, step, start, facts).finish()
 
 
+def write_texts(checkpoints: Path, step: int, content: str = "weights") -> Path:
+    """A checkpoint of one shard of text, with a folder in it."""
+
+    def write_files(directory: Path) -> None:
+        (directory / "__0_0.distcp").write_text(content)
+        (directory / "common").mkdir()
+        (directory / "common" / "metadata.json").write_text("{}")
+
+    return write_checkpoint(checkpoints, step, write_files, {"tokens": 10 * step})
+
+
+def flip_a_byte(directory: Path) -> None:
+    """Damage its shard as a disk may: the size stays."""
+    shard = directory / "__0_0.distcp"
+    content = bytearray(shard.read_bytes())
+    content[3] ^= 1
+    shard.write_bytes(content)
+
+
 def write_step(checkpoints: Path, step: int, facts: dict[str, Any]) -> Path:
     """A whole checkpoint of one small file, for what only looks at manifests. Needs no ranks."""
     directory = step_directory(checkpoints, step)

@@ -6,6 +6,7 @@ ordinary characters, so it cannot forge the end of a document.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import hashlib
 import json
@@ -53,7 +54,7 @@ _OVERLAP = 1 << 14
 _AGREEING_TOKENS = 64
 
 
-class Encoder:
+class Encoder(abc.ABC):
     """Text to token ids and back.
 
     Attributes:
@@ -66,18 +67,17 @@ class Encoder:
     end_of_document: int
     end_name: str
 
+    @abc.abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text, integers [num_tokens], on all cores, without end-of-document."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of the ids. Bytes that are no valid UTF-8 (a cut character) become U+FFFD."""
-        raise NotImplementedError
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without end-of-document."""
-        ids: list[int] = self.encode_batch([text])[0].tolist()
-        return ids
+        return [int(token_id) for token_id in self.encode_batch([text])[0]]
 
 
 class TextTokenizer(Encoder):

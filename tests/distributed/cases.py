@@ -53,7 +53,21 @@ FEW = {"steps": 4}
 moments have. What layouts do to a step shows in these; that nothing adds up over many of them is
 shown by two layouts of the plain model."""
 SHORT = {**HALF_BATCH, **FEW}
+SHORT_FULL = {**SHORT, "recompute": Recompute.full}
+TIED = {"tie_embeddings": True}
 
+
+def experts(**settings: Any) -> dict[str, Any]:
+    """Eight experts, two of them active, all half as wide as the dense layer."""
+    sizes = {"num_experts": 8, "num_active_experts": 2, "expert_ffn_hidden_size": 32}
+    # The usual weight of the auxiliary loss would drown in the gradient of the loss itself.
+    return {"moe": MoeConfig(**{**sizes, "aux_loss_coefficient": 0.05, **settings})}
+
+
+DENSE_FIRST: dict[str, Any] = {
+    "model": experts(num_dense_first_layers=1, router_score=RouterScore.sigmoid),
+    "train": FEW,
+}
 SMALL: dict[str, Any] = {
     "hidden_size": 32,
     "ffn_hidden_size": 64,
@@ -66,8 +80,6 @@ SMALL: dict[str, Any] = {
     # Ten times the usual, so that attention is far from uniform and selections mean something.
     "init_std": 0.2,
 }
-
-
 MUON: dict[str, Any] = {
     "name": OptimizerName.muon,
     "muon": MuonConfig(

@@ -18,11 +18,20 @@ from hysparse_megatron.config.schema import Config
 from hysparse_megatron.model.layer import HySparseLayer
 from hysparse_megatron.training.state import TrainingState
 from hysparse_megatron.training.step import train_step
-from tests.distributed.cases import FEW, INSIDE, INTERLEAVED, SHORT, Case, random_tokens
+from tests.distributed.cases import (
+    DENSE_FIRST,
+    FEW,
+    INSIDE,
+    INTERLEAVED,
+    SHORT,
+    SHORT_FULL,
+    TIED,
+    Case,
+    random_tokens,
+)
 from tests.distributed.pool import WorkerPool
 from tests.distributed.ranks import Piece, pieces, prepare, share_of, whole_gradients
 from tests.distributed.reassemble import relative_difference
-from tests.distributed.test_parity import DENSE_FIRST, SHORT_FULL, TIED
 
 pytestmark = pytest.mark.distributed
 

@@ -11,17 +11,21 @@ import numpy as np
 import pytest
 
 from hysparse_megatron.architecture.layers import FullGate, GateKind, SinkKind
-from hysparse_megatron.architecture.model import Balancing, MoeConfig, RouterScore
+from hysparse_megatron.architecture.model import Balancing, RouterScore
 from hysparse_megatron.config.schema import MuonTensorParallel, Recompute, RecomputeModule
 from tests.distributed.cases import (
+    DENSE_FIRST,
     FEW,
     INSIDE,
     INTERLEAVED,
     MUON,
     SHORT,
+    SHORT_FULL,
     STEPS,
+    TIED,
     TWO_INSIDE,
     Case,
+    experts,
 )
 from tests.distributed.comparison import (
     GRAD_NORM_TOLERANCE,
@@ -41,7 +45,6 @@ ON_BORDER = "F 2*S | F 3*S F"
 HYBRID = "F S W S F W F"
 HYBRID_INTERLEAVED = "F S | W S | F W | F"
 
-SHORT_FULL = {**SHORT, "recompute": Recompute.full}
 SHORT_SELECTIVE = {**SHORT, "recompute": Recompute.selective}
 SHORT_PARTS = {
     **SHORT_SELECTIVE,
@@ -66,7 +69,6 @@ IN_CHUNKS = {**SHORT, "loss_chunk": 7}
 UNEVEN = {"block_size": 5}
 """Blocks that no chunk of a sequence is a multiple of."""
 GATED = {"full_gate": FullGate.head}
-TIED = {"tie_embeddings": True}
 QKV_BIAS = {"qkv_bias": True}
 ALL_PARTS = {**QKV_BIAS, **WIDE, "qk_norm": True, "full_gate": FullGate.channel}
 """All that a projection and what follows it may have, in every kind of layer."""
@@ -80,13 +82,6 @@ def muon(**settings: Any) -> dict[str, Any]:
     return {**MUON, "muon": replace(MUON["muon"], **settings)}
 
 
-def experts(**settings: Any) -> dict[str, Any]:
-    """Eight experts, two of them active, all half as wide as the dense layer."""
-    sizes = {"num_experts": 8, "num_active_experts": 2, "expert_ffn_hidden_size": 32}
-    # The usual weight of the auxiliary loss would drown in the gradient of the loss itself.
-    return {"moe": MoeConfig(**{**sizes, "aux_loss_coefficient": 0.05, **settings})}
-
-
 SOFTMAX = experts(balancing=Balancing.sequence_aux_loss, z_loss_coefficient=0.01)
 SHARED = experts(shared_expert_ffn_hidden_size=16, balancing=Balancing.aux_loss)
 BIASED = experts(
@@ -95,10 +90,6 @@ BIASED = experts(
     balancing=Balancing.bias,
     bias_update_rate=0.01,
 )
-DENSE_FIRST: dict[str, Any] = {
-    "model": experts(num_dense_first_layers=1, router_score=RouterScore.sigmoid),
-    "train": FEW,
-}
 
 CASES = [
     Case("tp2", tp=2, train=SHORT),

@@ -17,9 +17,9 @@ from tests.kernels.drawn_cases import Case
 from tests.kernels.triton_cases import compare, compare_lists, several_passes
 
 CASES = (
-    Case(2, 203, 16, 1, 128, 128, 64, 2, 70),
-    Case(1, 150, 8, 2, 192, 128, 64, 3, 33, (41, 0, 109)),
-    Case(1, 131, 6, 2, 96, 64, 32, 2, 40, (70, 61)),
+    Case(16, 1, 128, 128, 64, 2, 70, 2, 203),
+    Case(8, 2, 192, 128, 64, 3, 33, 1, 150, (41, 0, 109)),
+    Case(6, 2, 96, 64, 32, 2, 40, 1, 131, (70, 61)),
 )
 """Hopper kernels dense and packed, and the portable ones."""
 

@@ -53,7 +53,7 @@ def test_paper_sizes(dims: tuple[int, int], full_dtype: torch.dtype, rng: random
         pytest.skip("needs compute capability 8.9")
     lengths = (32767, 5000, 1)
     bf16 = torch.bfloat16
-    case = Case(lengths, (2, 0, 1), 64, 4, *dims, 64, 16, 128, bf16, full_dtype)
+    case = Case(64, 4, *dims, 64, 16, 128, lengths, (2, 0, 1), bf16, full_dtype)
     decode_cases.compare(case, GPU, rng.randrange(2**31))
 
 

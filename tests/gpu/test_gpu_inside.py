@@ -16,7 +16,7 @@ import torch
 
 from hysparse_megatron.runtime.annotations import FULL_ATTENTION, OPTIMIZER, SPARSE_ATTENTION
 from hysparse_megatron.runtime.memory_history import snapshot_when_full
-from tests.gpu.test_gpu_ranks import EXPERTS, MODEL, PRECISIONS
+from tests.gpu.trained import EXPERTS, MODEL, PRECISIONS
 from tests.run.run_commands import facts, run, write_text
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -20,34 +20,22 @@ from hysparse_kernels import (
 )
 from torch import Tensor
 
+from tests.gpu.drawn import BLOCK, draw, error
+from tests.kernels.drawn_cases import Inputs
+
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     pytest.mark.usefixtures("seed"),
 ]
-BLOCK, SELECTED, WINDOW = 64, 16, 128
+SELECTED, WINDOW = 16, 128
 
 
-class Inputs(NamedTuple):
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    sink: Tensor
-    grad: Tensor
-
-
-def draw(sequence: int, heads: int, groups: int, head_dim: int, value_dim: int) -> Inputs:
-    """bf16 tensors of one batch row that want gradients."""
-
-    def normal(count: int, width: int) -> Tensor:
-        return torch.randn(1, sequence, count, width, device="cuda", dtype=torch.bfloat16)
-
-    return Inputs(
-        normal(heads, head_dim).requires_grad_(),
-        normal(groups, head_dim).requires_grad_(),
-        normal(groups, value_dim).requires_grad_(),
-        torch.randn(heads, device="cuda").requires_grad_(),
-        normal(heads, value_dim),
-    )
+def leaves(sequence: int, *shape: int) -> Inputs:
+    """Of one batch row, all but the gradient of the output as leaves."""
+    inputs = draw(1, sequence, shape)
+    for tensor in inputs[:4]:
+        tensor.requires_grad_()
+    return inputs
 
 
 @pytest.fixture
@@ -73,7 +61,7 @@ def sparse(inputs: Inputs, indices: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dims", [(64, 4, 128, 128), (8, 8, 64, 64), (64, 4, 192, 128)])
 def test_ten_runs_are_equal_to_the_bit(deterministic: None, dims: tuple[int, ...]) -> None:
-    inputs = draw(4113, *dims)
+    inputs = leaves(4113, *dims)
     indices = selection(inputs)
     indices[..., 0] = 0  # one block that every token reads
     operations: dict[str, Callable[[], Tensor]] = {
@@ -87,8 +75,8 @@ def test_ten_runs_are_equal_to_the_bit(deterministic: None, dims: tuple[int, ...
         first: list[Tensor] = []
         for _ in range(10):
             output = operation()
-            leaves = inputs[:3] if name == "oracle" else inputs[:4]
-            results = [output, *torch.autograd.grad(output, leaves, inputs.grad)]
+            wanted = inputs[:3] if name == "oracle" else inputs[:4]
+            results = [output, *torch.autograd.grad(output, wanted, inputs.grad)]
             first = first or results
             for before, after in zip(first, results, strict=True):
                 assert torch.equal(before, after), name
@@ -97,7 +85,7 @@ def test_ten_runs_are_equal_to_the_bit(deterministic: None, dims: tuple[int, ...
 
 
 def test_nothing_waits_for_the_device() -> None:
-    inputs = draw(2048, 16, 1, 128, 128)
+    inputs = leaves(2048, 16, 1, 128, 128)
     gates = torch.randn(2, 1, 2048, 16, 1, device="cuda", dtype=torch.bfloat16)
     cu_seqlens = torch.tensor([0, 500, 2048], dtype=torch.int32, device="cuda")
 
@@ -181,10 +169,6 @@ def exact_rows(inputs: Inputs, tokens: Tensor, seen: Tensor, with_sink: bool) ->
     return Rows(output, d_query, *rest)
 
 
-def error(got: Tensor, wanted: Tensor) -> float:
-    return float((got.double() - wanted).norm() / wanted.norm())
-
-
 @pytest.mark.alone
 @pytest.mark.parametrize("hopper", ["1", "0"])
 def test_offsets_beyond_2_to_the_31(
@@ -195,7 +179,7 @@ def test_offsets_beyond_2_to_the_31(
     if torch.cuda.mem_get_info()[0] < 40 * 2**30:
         pytest.skip("needs 40 GB of free GPU memory")
     sequence = 262107
-    inputs = draw(sequence, 64, 4, 192, 128)
+    inputs = leaves(sequence, 64, 4, 192, 128)
     assert inputs.query.numel() > 1.4 * 2**31
     tokens = torch.tensor([5, sequence // 2, sequence - 70, sequence - 1], device="cuda")
     # Only these tokens have a gradient, so that they alone decide all of dK and dV.

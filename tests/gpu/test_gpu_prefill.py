@@ -33,14 +33,14 @@ def test_random_prompts(dtype: torch.dtype, rng: random.Random) -> None:
 @pytest.mark.parametrize("dims", [(192, 128), (128, 128)])
 def test_paper_sizes(dims: tuple[int, int], full_dtype: torch.dtype, rng: random.Random) -> None:
     """Those that the Hopper kernels take; prompts of other lengths than whole blocks."""
-    case = Case((1403, 200, 701), 512, 64, 4, *dims, 64, 4, 128, torch.bfloat16, full_dtype)
+    case = Case(64, 4, *dims, 64, 4, 128, (1403, 200, 701), 512, torch.bfloat16, full_dtype)
     prefill_cases.compare(case, GPU, rng.randrange(2**31))
 
 
 @pytest.mark.parametrize("full_dtype", [torch.bfloat16, FP8])
 def test_nothing_waits_for_the_device(full_dtype: torch.dtype) -> None:
     """So that the host is ahead of the kernels through all layers of a chunk."""
-    case = Case((384, 200), 128, 16, 2, 128, 128, 64, 2, 128, torch.bfloat16, full_dtype)
+    case = Case(16, 2, 128, 128, 64, 2, 128, (384, 200), 128, torch.bfloat16, full_dtype)
     prompts = Prompts(case, GPU, 0)
     steps = list(case.steps(GPU))
 
@@ -67,7 +67,7 @@ def test_the_fast_kernels_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     real = hopper.forward
     monkeypatch.setattr(hopper, "forward", lambda *given: calls.append(0) or real(*given))
-    case = Case((300,), 128, 64, 4, 192, 128, 64, 2, 128, torch.bfloat16, torch.bfloat16)
+    case = Case(64, 4, 192, 128, 64, 2, 128, (300,), 128, torch.bfloat16, torch.bfloat16)
     prompts = Prompts(case, GPU, 0)
     for number, chunk in enumerate(case.steps(GPU), 1):
         _, selection = prompts.full(chunk)

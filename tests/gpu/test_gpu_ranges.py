@@ -18,24 +18,16 @@ from hysparse_kernels import (
 from hysparse_kernels.hopper import launch as hopper
 from torch import Tensor
 
+from tests.gpu.drawn import BLOCK, draw, error
+from tests.kernels.drawn_cases import Inputs
+
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     pytest.mark.usefixtures("seed"),
 ]
-BLOCK, SELECTED = 64, 4
+SELECTED = 4
 SHAPES = ((32, 2, 128, 128), (8, 2, 64, 64), (16, 1, 192, 128), (4, 4, 128, 64), (64, 1, 128, 128))
 NAMES = ("oracle", "block-sparse", "window")
-
-
-class Inputs(NamedTuple):
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    sink: Tensor
-    grad: Tensor
-
-    def double(self) -> Inputs:
-        return Inputs(*(tensor.detach().double() for tensor in self))
 
 
 class Results(NamedTuple):
@@ -45,17 +37,6 @@ class Results(NamedTuple):
     d_value: Tensor
     d_sink: Tensor | None
     indices: Tensor | None
-
-
-def draw(batch: int, length: int, shape: tuple[int, ...]) -> Inputs:
-    heads, groups, head_dim, value_dim = shape
-
-    def normal(count: int, width: int) -> Tensor:
-        return torch.randn(batch, length, count, width, device="cuda", dtype=torch.bfloat16)
-
-    sizes = ((heads, head_dim), (groups, head_dim), (groups, value_dim))
-    sink = torch.randn(heads, device="cuda")
-    return Inputs(*(normal(*size) for size in sizes), sink, normal(heads, value_dim))
 
 
 def attend(
@@ -124,10 +105,6 @@ def random_blocks(batch: int, groups: int, length: int, cu_seqlens: Tensor | Non
     last = ((position - start) // BLOCK).view(batch, 1, length, 1)
     drawn = torch.rand(batch, groups, length, SELECTED, device="cuda") * (last + 1)
     return torch.minimum(drawn.long(), last).int()
-
-
-def error(got: Tensor, wanted: Tensor) -> float:
-    return float((got.double() - wanted).norm() / wanted.norm().clamp(min=1e-30))
 
 
 @pytest.mark.parametrize("with_documents", [False, True])

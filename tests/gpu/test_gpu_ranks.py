@@ -12,31 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.run.run_commands import LOCAL, TINY, facts, run, write_text
+from tests.gpu.trained import EXPERTS, MODEL, PRECISIONS, STEPS
+from tests.run.run_commands import LOCAL, facts, run, write_text
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 
-STEPS = 10
-MODEL = [
-    *TINY,
-    "model.layout=F S S F S W",
-    "model.hidden_size=128",
-    "model.ffn_hidden_size=192",
-    "model.num_attention_heads=8",
-    "model.num_query_groups=2",
-    "model.head_dim=64",
-    "model.block_size=64",
-    "model.num_selected_blocks=2",
-    "model.window=64",
-    "train.seq_length=512",
-    "train.global_batch_size=4",
-    "train.micro_batch_size=1",
-    f"train.steps={STEPS}",
-    "checkpoint.interval=5",
-    "optim.schedule=constant",  # so that a run may be ended early and be made longer
-    "optim.decay_steps=null",
-]
-EXPERTS = ["model.moe.num_experts=4", "model.moe.num_active_experts=2"]
 MQA = ["model.num_query_groups=1", "model.qkv_bias=true"]
 TENSOR = ["parallel.tp=2", "parallel.sequence_parallel=true"]
 SPLITS = {
@@ -51,10 +31,6 @@ SPLITS = {
     "experts-ep2": [*EXPERTS, "parallel.ep=2"],
     "experts-tp2": [*EXPERTS, *TENSOR],
     "experts-cp2-ep2": [*EXPERTS, "parallel.cp=2", "parallel.ep=2"],
-}
-PRECISIONS = {
-    "fp32": ["model.backend=reference", "model.layers=local"],  # the others multiply in TF32
-    "bf16": ["model.backend=triton", "model.layers=auto"],
 }
 # fp32 products of a GPU round otherwise than in another order; bf16 has three digits.
 TOLERANCES = {"fp32": 2e-4, "bf16": 2e-2}

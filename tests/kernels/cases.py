@@ -27,6 +27,19 @@ class Case:
     softmax_scale: float | None
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """What comparisons of the Triton kernels have in common."""
+
+    heads: int
+    groups: int
+    head_dim: int
+    value_dim: int
+    block_size: int
+    selected: int
+    window: int
+
+
 def random_case(rng: random.Random) -> Case:
     groups = rng.choice([1, 1, 2, 3])
     heads_per_group = rng.choice([1, 2, 3, 4, 8] if groups == 1 else [1, 2, 3, 4])

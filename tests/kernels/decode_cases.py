@@ -27,6 +27,7 @@ from hysparse_kernels.decode import launch
 from torch import Tensor
 
 from tests.kernels import rounding
+from tests.kernels.cases import Sizes
 from tests.kernels.drawn_cases import poisoned_memory
 from tests.kernels.rounding import Variances, assert_within
 
@@ -34,20 +35,13 @@ FORWARD_RESULTS = ("output", "lse", "scores")
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(Sizes):
     """Sizes of one comparison; see `cached_attention` for the letters."""
 
     lengths: tuple[int, ...]
     """Tokens in each row of the cache, before the step."""
     rows: tuple[int, ...]
     """Of the step, in any order."""
-    heads: int
-    groups: int
-    head_dim: int
-    value_dim: int
-    block_size: int
-    selected: int
-    window: int
     dtype: torch.dtype
     full_dtype: torch.dtype
     forced: tuple[int, int] = (0, 0)
@@ -74,8 +68,6 @@ def draw(rng: random.Random, dtype: torch.dtype, on_gpu: bool = False) -> Case:
     selected = rng.choice([1, 2, 3, 5])
     forced = rng.randint(0, selected)
     return Case(
-        lengths,
-        tuple(rng.sample(range(len(lengths)), rng.randint(1, len(lengths)))),
         groups * rng.choice([1, 2, 3, 4, 7, 16, 20]),
         groups,
         rng.choice(dims),
@@ -83,6 +75,8 @@ def draw(rng: random.Random, dtype: torch.dtype, on_gpu: bool = False) -> Case:
         block_size,
         selected,
         window,
+        lengths,
+        tuple(rng.sample(range(len(lengths)), rng.randint(1, len(lengths)))),
         dtype,
         rng.choice([dtype, FP8]),
         (forced, rng.randint(0, selected - forced)),
@@ -357,13 +351,13 @@ def main(seed: int) -> None:
     fp32, fp16 = torch.float32, torch.float16
     fixed = [
         # One token alone; no row has a block more than it may select.
-        Case((0,), (0,), 1, 1, 16, 16, 16, 3, 4, fp32, fp32),
+        Case(1, 1, 16, 16, 16, 3, 4, (0,), (0,), fp32, fp32),
         # The first token of a block, the last of a window; more splits than keys.
-        Case((64, 127), (1, 0), 6, 2, 24, 16, 64, 1, 128, fp32, fp32, programs=100),
+        Case(6, 2, 24, 16, 64, 1, 128, (64, 127), (1, 0), fp32, fp32, programs=100),
         # Long blocks in pieces: head dims 192/128 need tiles of 32 keys in fp32.
-        Case((300, 3), (0, 1), 4, 1, 192, 128, 128, 2, 70, fp32, FP8),
+        Case(4, 1, 192, 128, 128, 2, 70, (300, 3), (0, 1), fp32, FP8),
         # More splits than the second kernel adds up at a time.
-        Case((1100,), (0,), 2, 1, 16, 16, 16, 4, 700, fp32, fp32, programs=45),
+        Case(2, 1, 16, 16, 16, 4, 700, (1100,), (0,), fp32, fp32, programs=45),
     ]
     for case in [*fixed, *(draw(rng, rng.choice([fp32, fp32, fp16])) for _ in range(8))]:
         run(case, cpu, rng.randrange(2**31))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -12,24 +13,15 @@ from hysparse_kernels.documents import document_starts_in_rows
 from hysparse_kernels.query_range import QueryRange
 from torch import Tensor
 
-from tests.kernels.cases import (
-    offsets,
-    random_documents,
-)
+from tests.kernels.cases import Sizes, offsets, random_documents
 
 
-class Case(NamedTuple):
+@dataclass(frozen=True)
+class Case(Sizes):
     """Sizes of one comparison; see `reference` for the letters."""
 
     batch: int
     sequence: int
-    heads: int
-    groups: int
-    head_dim: int
-    value_dim: int
-    block_size: int
-    selected: int
-    window: int
     documents: tuple[int, ...] | None = None
     first: int = 0
     count: int | None = None
@@ -61,6 +53,10 @@ class Inputs(NamedTuple):
     sink: Tensor
     grad: Tensor
 
+    def double(self) -> Inputs:
+        """The same numbers in fp64, without gradients."""
+        return Inputs(*(tensor.detach().double() for tensor in self))
+
     def leaves(self, dtype: torch.dtype | None = None) -> list[Tensor]:
         """Query, key, value and sink, each with a gradient of its own."""
         return [tensor.detach().clone().to(dtype).requires_grad_() for tensor in self[:4]]
@@ -82,8 +78,6 @@ def draw(generator: random.Random, interpreted: bool, packed: bool) -> Case:
     while packed and (documents is None or len(documents) > (8 if interpreted else 200)):
         documents = tuple(random_documents(batch, sequence, generator))
     return Case(
-        batch,
-        sequence,
         heads,
         groups,
         head_dim,
@@ -91,6 +85,8 @@ def draw(generator: random.Random, interpreted: bool, packed: bool) -> Case:
         block_size,
         generator.choice([1, 2, 3, 5] if interpreted else [1, 2, 5, 16, 64]),
         generator.randint(1, sequence + 5),
+        batch,
+        sequence,
         documents,
         *random_range(sequence, generator),
     )

@@ -31,26 +31,19 @@ from hysparse_kernels.key_value_cache import from_fp8, to_fp8
 from torch import Tensor
 
 from tests.kernels import rounding
-from tests.kernels.cases import blocks_of, causal_keys, selected_keys, window_keys
+from tests.kernels.cases import Sizes, blocks_of, causal_keys, selected_keys, window_keys
 from tests.kernels.drawn_cases import poisoned_memory
 from tests.kernels.rounding import assert_within
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(Sizes):
     """Sizes of one comparison; see `cached_attention` for the letters."""
 
     lengths: tuple[int, ...]
     """Of the prompts."""
     chunk: int
     """Tokens of each prompt in a step."""
-    heads: int
-    groups: int
-    head_dim: int
-    value_dim: int
-    block_size: int
-    selected: int
-    window: int
     dtype: torch.dtype
     full_dtype: torch.dtype
     forced: tuple[int, int] = (0, 0)
@@ -82,8 +75,6 @@ def draw(rng: random.Random, dtype: torch.dtype, on_gpu: bool = False) -> Case:
     selected = rng.choice([1, 2, 5])
     first = rng.randint(0, 1)
     return Case(
-        tuple(rng.randint(1, longest) for _ in range(rng.choice([1, 2, 3]))),
-        rng.randint(longest // 8, longest),
         groups * rng.choice([1, 3, 4, 8] if on_gpu else [1, 2, 4]),
         groups,
         rng.choice(dims),
@@ -91,6 +82,8 @@ def draw(rng: random.Random, dtype: torch.dtype, on_gpu: bool = False) -> Case:
         block_size,
         selected,
         rng.choice([1, 5, block_size + 1, 2 * longest]),
+        tuple(rng.randint(1, longest) for _ in range(rng.choice([1, 2, 3]))),
+        rng.randint(longest // 8, longest),
         dtype,
         rng.choice([dtype, FP8]),
         (first, rng.randint(0, selected - first)),
@@ -271,9 +264,9 @@ def main(seed: int) -> None:
     fp32 = torch.float32
     fixed = [
         # More than one block a chunk, a prompt shorter than it, and one of exactly two.
-        Case((40, 9, 34), 17, 4, 2, 16, 24, 16, 2, 5, fp32, FP8),
+        Case(4, 2, 16, 24, 16, 2, 5, (40, 9, 34), 17, fp32, FP8),
         # Chunks of two tokens, a window as long as a block, one token left for the decode kernels.
-        Case((19,), 2, 2, 1, 16, 16, 16, 1, 16, fp32, fp32, (1, 0)),
+        Case(2, 1, 16, 16, 16, 1, 16, (19,), 2, fp32, fp32, (1, 0)),
     ]
     for case in [*fixed, *(draw(rng, fp32) for _ in range(3))]:
         compare(case, torch.device("cpu"), rng.randrange(2**31))

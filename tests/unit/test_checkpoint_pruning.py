@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_checkpoint_store import flip_a_byte, write
 
 from hysparse_megatron.checkpoint import store
 from hysparse_megatron.checkpoint.store import (
@@ -17,6 +16,7 @@ from hysparse_megatron.checkpoint.store import (
     step_directory,
     superfluous,
 )
+from tests.checkpoints import flip_a_byte, write_texts
 from tests.unit.single_process import default_group
 
 
@@ -28,7 +28,7 @@ def group() -> Iterator[None]:
 
 def test_pruning_keeps_the_newest_valid_ones(tmp_path: Path) -> None:
     for step in range(1, 6):
-        write(tmp_path, step)
+        write_texts(tmp_path, step)
     flip = step_directory(tmp_path, 5) / "manifest.json"
     flip.write_text("garbage")
     newest = step_directory(tmp_path, 4)
@@ -46,8 +46,8 @@ def test_pruning_keeps_the_newest_valid_ones(tmp_path: Path) -> None:
 def test_pruning_leaves_what_a_link_stands_for(tmp_path: Path) -> None:
     checkpoints = tmp_path / "checkpoints"
     for step in (2, 3):
-        mark_proven(write(checkpoints, step))
-    elsewhere = write(tmp_path / "elsewhere", 1)
+        mark_proven(write_texts(checkpoints, step))
+    elsewhere = write_texts(tmp_path / "elsewhere", 1)
     link = step_directory(checkpoints, 1)
     link.symlink_to(elsewhere)
     deleted, failures = prune(checkpoints, 1, 0, step_directory(checkpoints, 3))
@@ -58,7 +58,7 @@ def test_pruning_leaves_what_a_link_stands_for(tmp_path: Path) -> None:
 
 def test_pruning_keeps_multiples(tmp_path: Path) -> None:
     for step in range(1, 11):
-        mark_proven(write(tmp_path, step))
+        mark_proven(write_texts(tmp_path, step))
     prune(tmp_path, 1, 4, step_directory(tmp_path, 10))
     assert [int(path.name[5:]) for path in sorted(tmp_path.iterdir())] == [4, 8, 10]
 
@@ -69,7 +69,7 @@ def test_pruning_never_takes_the_newest_that_a_good_step_followed(
 ) -> None:
     """Runs of early versions left no marks: the one before the newest passes for it."""
     for step in (1, 2, 3, 4):
-        write(tmp_path, step)
+        write_texts(tmp_path, step)
     if marked:
         mark_proven(step_directory(tmp_path, 2))
     newest = step_directory(tmp_path, 4)
@@ -84,7 +84,7 @@ def test_pruning_never_takes_the_newest_that_a_good_step_followed(
 def test_a_newer_one_does_not_count_as_the_newest_valid(tmp_path: Path) -> None:
     """With a flipped byte it is as large as it should be; what was just written must stay."""
     for step in (4, 8, 12):
-        mark_proven(write(tmp_path, step))
+        mark_proven(write_texts(tmp_path, step))
     flip_a_byte(step_directory(tmp_path, 12))
     assert prune(tmp_path, 1, 0, step_directory(tmp_path, 8))[0] == [step_directory(tmp_path, 4)]
     assert latest_checkpoint(tmp_path)[0] == step_directory(tmp_path, 8)
@@ -94,7 +94,7 @@ def test_a_deletion_that_fails_leaves_no_half_of_a_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for step in (4, 8):
-        mark_proven(write(tmp_path, step))
+        mark_proven(write_texts(tmp_path, step))
 
     def fail(path: Path) -> None:
         (path / "__0_0.distcp").unlink()

@@ -22,7 +22,7 @@ from hysparse_megatron.training.state import TrainingState, build_state
 from hysparse_megatron.training.step import train_step
 from tests.checkpoints import save
 from tests.unit.single_process import DEVICE, default_group
-from tests.unit.training.test_step import SETTINGS, VOCABULARY, random_batches
+from tests.unit.training.tiny_states import SETTINGS, VOCABULARY, random_batches
 
 COMMON, WEIGHT = "common_state/shard_0_1", "decoder.final_norm.weight"
 

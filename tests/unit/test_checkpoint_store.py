@@ -24,7 +24,7 @@ from hysparse_megatron.checkpoint.store import (
     step_directory,
 )
 from hysparse_megatron.errors import CheckpointError
-from tests.checkpoints import write_checkpoint
+from tests.checkpoints import flip_a_byte, write_checkpoint, write_texts
 from tests.unit.single_process import default_group
 
 
@@ -34,17 +34,8 @@ def group() -> Iterator[None]:
         yield
 
 
-def write(checkpoints: Path, step: int, content: str = "weights") -> Path:
-    def write_files(directory: Path) -> None:
-        (directory / "__0_0.distcp").write_text(content)
-        (directory / "common").mkdir()
-        (directory / "common" / "metadata.json").write_text("{}")
-
-    return write_checkpoint(checkpoints, step, write_files, {"tokens": 10 * step})
-
-
 def test_a_checkpoint_and_its_manifest(tmp_path: Path) -> None:
-    directory = write(tmp_path, 7)
+    directory = write_texts(tmp_path, 7)
     assert directory == step_directory(tmp_path, 7) == tmp_path / "step-00000007"
     manifest = json.loads((directory / "manifest.json").read_text())
     assert manifest["step"] == 7
@@ -59,18 +50,18 @@ def test_a_checkpoint_and_its_manifest(tmp_path: Path) -> None:
 def test_the_newest_counts_by_step(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path) == (None, [])
     for step in (9, 1000, 200):
-        write(tmp_path, step)
+        write_texts(tmp_path, step)
     assert latest_checkpoint(tmp_path) == (step_directory(tmp_path, 1000), [])
 
 
 def test_what_a_killed_run_leaves_is_ignored_and_removed(tmp_path: Path) -> None:
-    write(tmp_path, 4)
+    write_texts(tmp_path, 4)
     for step in (8, 12):
         killed = tmp_path / f"step-{step:08d}.tmp-0a1b2c"
         killed.mkdir()
         (killed / "junk").write_text("x")
     assert latest_checkpoint(tmp_path) == (step_directory(tmp_path, 4), [])
-    write(tmp_path, 8)
+    write_texts(tmp_path, 8)
     assert latest_checkpoint(tmp_path) == (step_directory(tmp_path, 8), [])
     assert not (step_directory(tmp_path, 8) / "junk").exists()
     remove_leftovers(tmp_path)
@@ -81,13 +72,6 @@ def test_what_a_killed_run_leaves_is_ignored_and_removed(tmp_path: Path) -> None
 
 def digest_of_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def flip_a_byte(directory: Path) -> None:
-    shard = directory / "__0_0.distcp"
-    content = bytearray(shard.read_bytes())
-    content[3] ^= 1
-    shard.write_bytes(content)
 
 
 def manifest_of(content: str) -> Callable[[Path], None]:
@@ -176,7 +160,7 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_noticed_and_the_one_before_is_taken(tmp_path: Path, damage: str) -> None:
-    older, newer = write(tmp_path, 4), write(tmp_path, 8)
+    older, newer = write_texts(tmp_path, 4), write_texts(tmp_path, 8)
     DAMAGE[damage](newer)
     assert problems_of(newer), damage
     found, rejected = latest_checkpoint(tmp_path)
@@ -188,7 +172,7 @@ def test_damage_is_noticed_and_the_one_before_is_taken(tmp_path: Path, damage: s
 
 
 def test_a_renamed_checkpoint_is_named_and_the_one_before_is_taken(tmp_path: Path) -> None:
-    older, newer = write(tmp_path, 4), write(tmp_path, 8)
+    older, newer = write_texts(tmp_path, 4), write_texts(tmp_path, 8)
     renamed = newer.rename(step_directory(tmp_path, 99))
     found, [problem] = latest_checkpoint(tmp_path)
     assert found == older
@@ -197,7 +181,7 @@ def test_a_renamed_checkpoint_is_named_and_the_one_before_is_taken(tmp_path: Pat
 
 
 def test_a_manifest_of_an_early_version_has_no_hash_of_its_own(tmp_path: Path) -> None:
-    directory = write(tmp_path, 4)
+    directory = write_texts(tmp_path, 4)
     edited()(directory)
     assert "manifest_sha256" not in read_manifest(directory)
     assert latest_checkpoint(tmp_path) == (directory, [])
@@ -211,15 +195,15 @@ def test_what_a_manifest_says_is_hashed_as_it_is_read(tmp_path: Path) -> None:
 
 def test_only_damaged_ones_are_no_fresh_start(tmp_path: Path) -> None:
     for step in (4, 8):
-        (write(tmp_path, step) / "__0_0.distcp").unlink()
+        (write_texts(tmp_path, step) / "__0_0.distcp").unlink()
     with pytest.raises(CheckpointError, match=r"step-00000008.*step-00000004") as caught:
         latest_checkpoint(tmp_path)
     assert caught.value.exit_code == 6
 
 
 def test_what_a_user_may_name(tmp_path: Path) -> None:
-    write(tmp_path / "run" / "checkpoints", 4)
-    newest = write(tmp_path / "run" / "checkpoints", 8)
+    write_texts(tmp_path / "run" / "checkpoints", 4)
+    newest = write_texts(tmp_path / "run" / "checkpoints", 8)
     assert resolve(tmp_path / "run") == newest
     assert resolve(newest) == newest
     for wrong in (tmp_path, tmp_path / "nowhere", newest / "common"):
@@ -238,7 +222,7 @@ def test_what_a_user_may_name(tmp_path: Path) -> None:
 def test_a_failed_write_leaves_nothing_and_keeps_the_old(
     tmp_path: Path, error: BaseException
 ) -> None:
-    write(tmp_path, 4)
+    write_texts(tmp_path, 4)
 
     def fail(directory: Path) -> None:
         (directory / "__0_0.distcp").write_text("half")
@@ -254,7 +238,7 @@ def test_a_failed_write_leaves_nothing_and_keeps_the_old(
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file where a folder should be")
     with pytest.raises(CheckpointError, match="checkpoints"):
-        write(tmp_path / "checkpoints", 1)
+        write_texts(tmp_path / "checkpoints", 1)
 
 
 def test_a_file_system_that_cannot_sync_folders(
@@ -269,16 +253,16 @@ def test_a_file_system_that_cannot_sync_folders(
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", fail_for_folders)
-    assert problems_of(write(tmp_path, 4)) == []
+    assert problems_of(write_texts(tmp_path, 4)) == []
     failure[0] = errno.EIO
     with pytest.raises(CheckpointError, match=r"step-00000008 was not written; rank 0: .*Input"):
-        write(tmp_path, 8)
+        write_texts(tmp_path, 8)
 
 
 def test_an_existing_checkpoint_is_never_written_into(tmp_path: Path) -> None:
-    before = (write(tmp_path, 4) / "manifest.json").read_bytes()
+    before = (write_texts(tmp_path, 4) / "manifest.json").read_bytes()
     with pytest.raises(CheckpointError, match="step-00000004 exists already"):
-        write(tmp_path, 4, "others")
+        write_texts(tmp_path, 4, "others")
     assert (step_directory(tmp_path, 4) / "manifest.json").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
 
@@ -288,36 +272,36 @@ def test_junk_where_a_checkpoint_belongs(tmp_path: Path, junk: str) -> None:
     place = step_directory(tmp_path, 8)
     place.write_text("x") if junk == "file" else (place / "of" / "others").mkdir(parents=True)
     with pytest.raises(CheckpointError, match="step-00000008 exists already"):
-        write(tmp_path, 8)
+        write_texts(tmp_path, 8)
     # A run that starts over junk alone must not pass for one without checkpoints.
     with pytest.raises(CheckpointError, match="no checkpoint is valid"):
         latest_checkpoint(tmp_path)
-    older = write(tmp_path, 4)
+    older = write_texts(tmp_path, 4)
     assert latest_checkpoint(tmp_path)[0] == older
     [aside] = set_aside(tmp_path, 4)
     assert aside.name.startswith("step-00000008.aside-")
     assert latest_checkpoint(tmp_path) == (older, [])
-    write(tmp_path, 8)
+    write_texts(tmp_path, 8)
     assert aside.exists()
 
 
 def test_a_disk_that_is_full_at_the_manifest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write(tmp_path, 4)
+    write_texts(tmp_path, 4)
 
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(writer, "write_manifest", full)
     with pytest.raises(CheckpointError, match=r"step-00000008 was not written; rank 0: .*No space"):
-        write(tmp_path, 8)
+        write_texts(tmp_path, 8)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
 
 
 def test_an_unread_hash_lets_a_flipped_byte_pass(tmp_path: Path) -> None:
     """What checkpoint.verify=false means; a size is always looked at."""
-    older, newer = write(tmp_path, 4), write(tmp_path, 8)
+    older, newer = write_texts(tmp_path, 4), write_texts(tmp_path, 8)
     flip_a_byte(newer)
     assert choice.latest(tmp_path, content=True)[0] == older
     assert choice.latest(tmp_path, content=False) == (newer, [])
@@ -327,7 +311,7 @@ def test_an_unread_hash_lets_a_flipped_byte_pass(tmp_path: Path) -> None:
 
 def test_a_step_that_was_asked_for_has_no_substitute(tmp_path: Path) -> None:
     checkpoints = tmp_path / "checkpoints"
-    older, newer = write(checkpoints, 4), write(checkpoints, 8)
+    older, newer = write_texts(checkpoints, 4), write_texts(checkpoints, 8)
     assert choice.resolve(tmp_path, 4, content=True) == older
     assert choice.resolve(tmp_path, 4, content=True) == older
     assert choice.resolve(tmp_path, None, content=True) == newer

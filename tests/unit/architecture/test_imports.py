@@ -109,3 +109,16 @@ def test_the_architecture_needs_no_torch() -> None:
     code += "print([name for name in ('torch', 'megatron', 'omegaconf') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_no_test_module_imports_another() -> None:
+    """What tests share stands in modules of helpers: a test module is collected, not imported."""
+    tests = Path(__file__).parents[2]
+    importers = [
+        f"{path.relative_to(tests)}: {node.module}"
+        for path in tests.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom)
+        and (node.module or "").rpartition(".")[2].startswith("test_")
+    ]
+    assert importers == []

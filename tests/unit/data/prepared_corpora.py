@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import random
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
+import sentencepiece
 from backports import zstd
 from tiny_corpora import WORDS
 
@@ -43,6 +45,21 @@ def write_lines(path: Path, texts: list[str]) -> Path:
 
 def save_tokenizer(path: Path, vocab_size: int = 400) -> Path:
     train_tokenizer(make_texts(50), vocab_size).save(str(path))
+    return path
+
+
+def save_sentencepiece(path: Path) -> Path:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([line for text in make_texts(60) for line in text.splitlines()]),
+        model_writer=model,
+        vocab_size=120,
+        model_type="bpe",
+        byte_fallback=False,
+        character_coverage=1.0,
+        minloglevel=2,
+    )
+    path.write_bytes(model.getvalue())
     return path
 
 

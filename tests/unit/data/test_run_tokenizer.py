@@ -5,8 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from prepared_corpora import make_texts, prepare, save_tokenizer, write_lines
-from test_tokenizer_kinds import save_sentencepiece
+from prepared_corpora import make_texts, prepare, save_sentencepiece, save_tokenizer, write_lines
 
 from hysparse_megatron.config.schema import DataConfig
 from hysparse_megatron.data.run_tokenizer import load_run_tokenizer

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from prepared_corpora import (
     make_texts,
     prepare,
     request,
+    save_sentencepiece,
     save_tokenizer,
     write_lines,
 )
@@ -35,21 +35,6 @@ from hysparse_megatron.data.tokenizer import (
 from hysparse_megatron.errors import DataError
 
 TEXTS = make_texts(60)
-
-
-def save_sentencepiece(path: Path) -> Path:
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([line for text in TEXTS for line in text.splitlines()]),
-        model_writer=model,
-        vocab_size=120,
-        model_type="bpe",
-        byte_fallback=False,
-        character_coverage=1.0,
-        minloglevel=2,
-    )
-    path.write_bytes(model.getvalue())
-    return path
 
 
 @settings(deadline=None, max_examples=50)

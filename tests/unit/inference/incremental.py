@@ -11,6 +11,7 @@ from unittest import mock
 
 import torch
 from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from hysparse_megatron.architecture.layout import parse_layout
@@ -19,10 +20,23 @@ from hysparse_megatron.inference.forward import advance, logits_of
 from hysparse_megatron.inference.kv_cache import KvCache
 from hysparse_megatron.model import attend_cached
 from tests.distributed.ranks import SelectionRecorder
+from tests.unit.model.tiny_models import randomize, tiny_config, tiny_model
 
 LEAST_GAP = 1e-4
 """In log score and router logit: far above what the order of additions moves either by."""
 MOST_TRIES = 50
+
+
+def random_model(
+    overrides: list[str], groups: ProcessGroupCollection, seed: int
+) -> tuple[Config, HybridModel]:
+    """A tiny model in evaluation mode, with weights of any size, and its configuration."""
+    config = tiny_config(*overrides)
+    model = tiny_model(config, groups)
+    torch.manual_seed(seed)  # initial weights come from a stream of their own
+    randomize(model)
+    model.eval()
+    return config, model
 
 
 @dataclass

@@ -7,14 +7,19 @@ from unittest import mock
 import pytest
 import torch
 from hysparse_kernels import FP8
-from incremental import assert_equal, at_once, make_cache, step_by_step, without_near_ties
-from megatron.core.models.hybrid.hybrid_model import HybridModel
+from incremental import (
+    assert_equal,
+    at_once,
+    make_cache,
+    random_model,
+    step_by_step,
+    without_near_ties,
+)
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from hysparse_megatron.config.schema import Config
 from hysparse_megatron.inference.forward import advance
 from hysparse_megatron.model import attend_cached
-from tests.unit.model.tiny_models import VOCABULARY, randomize, tiny_config, tiny_model
+from tests.unit.model.tiny_models import VOCABULARY, tiny_config, tiny_model
 
 BLOCK, WINDOW = 4, 5
 """Of the tiny models."""
@@ -74,17 +79,6 @@ VARIANTS: dict[str, list[str]] = {
         "model.moe.num_dense_first_layers=1",
     ],
 }
-
-
-def random_model(
-    overrides: list[str], groups: ProcessGroupCollection, seed: int
-) -> tuple[Config, HybridModel]:
-    config = tiny_config(*overrides)
-    model = tiny_model(config, groups)
-    torch.manual_seed(seed)  # initial weights come from a stream of their own
-    randomize(model)
-    model.eval()
-    return config, model
 
 
 def lengths_at_borders(rng: random.Random, count: int) -> list[int]:

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 from hysparse_kernels import FP8, TokenCache
-from incremental import make_cache, without_near_ties
+from incremental import make_cache, random_model, without_near_ties
 from megatron.core.process_groups_config import ProcessGroupCollection
-from test_incremental import random_model
 
 from hysparse_megatron.inference import generate as generation
 from hysparse_megatron.inference.generate import Settings, prefill

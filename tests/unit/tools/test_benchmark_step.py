@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from measured_steps import MINI, answered
 
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.config.frozen import to_yaml
@@ -40,7 +41,6 @@ pytestmark = pytest.mark.thorough
 
 OF_80B, OF_7B = "4*(F 11*S) F", "8*(F 3*S) F 2*S F"
 BIG = "--layers 12 --experts 64 --vocab 8192 --set train.recompute=full train.precision=bf16"
-MINI = "--model hysparse_80b_a3b_mini --vocab 256 --lengths 64 --device cpu"
 
 
 @pytest.mark.parametrize(
@@ -214,10 +214,6 @@ def test_operators_count_without_what_they_call() -> None:
     found = break_down(events)
     expected = {LOSS: 100, GEMM: 40, ELEMENTWISE: 10}
     assert found.families == pytest.approx({name: time * 1e-6 for name, time in expected.items()})
-
-
-def answered(seconds: list[float], **more: Any) -> dict[str, Any]:
-    return {"step_seconds": seconds, "losses": [1.0], "memory": None, **more}
 
 
 def rows_of(arguments: str, seconds: dict[str, list[float]], **more: Any) -> list[Row]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_benchmark_step import MINI, answered
+from measured_steps import MINI, answered
 
 from hysparse_megatron.errors import ConfigError
 from tools.benchmark_step import main

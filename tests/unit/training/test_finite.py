@@ -13,7 +13,7 @@ from hysparse_megatron.runtime.process_groups import destroy_process_groups
 from hysparse_megatron.training.state import TrainingState, build_state
 from hysparse_megatron.training.step import train_step
 from tests.unit.single_process import DEVICE
-from tests.unit.training.test_step import SETTINGS, VOCABULARY, random_batches
+from tests.unit.training.tiny_states import SETTINGS, VOCABULARY, random_batches
 
 EXPERTS = [
     "model.moe.num_experts=4",

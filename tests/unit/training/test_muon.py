@@ -15,7 +15,7 @@ from hysparse_megatron.training.muon import is_matrix, matrix_parts
 from hysparse_megatron.training.state import TrainingState, build_state, describe_optimizer
 from hysparse_megatron.training.step import train_step
 from tests.unit.single_process import DEVICE
-from tests.unit.training.test_step import SETTINGS, VOCABULARY, parameters, random_batches
+from tests.unit.training.tiny_states import SETTINGS, VOCABULARY, parameters, random_batches
 
 pytestmark = pytest.mark.thorough
 

@@ -23,24 +23,13 @@ from hysparse_megatron.training.state import TrainingState, build_state
 from hysparse_megatron.training.step import Batch, evaluate, train_step
 from tests.token_files import write_indexed
 from tests.unit.single_process import DEVICE
-
-SEQUENCE, VOCABULARY = 16, 50
-
-SETTINGS = [
-    "model.layout=F S W F",
-    "model.hidden_size=24",
-    "model.ffn_hidden_size=20",
-    "model.head_dim=8",
-    "model.block_size=4",
-    "model.num_selected_blocks=2",
-    "model.window=5",
-    "model.qk_norm=true",
-    f"train.seq_length={SEQUENCE}",
-    "train.global_batch_size=4",
-    "train.micro_batch_size=2",
-    "optim.warmup_steps=0",
-    "optim.learning_rate=0.01",
-]
+from tests.unit.training.tiny_states import (
+    SEQUENCE,
+    SETTINGS,
+    VOCABULARY,
+    parameters,
+    random_batches,
+)
 
 BALANCED = [
     "model.moe.num_experts=4",
@@ -54,26 +43,6 @@ BALANCED = [
 def state(group: None) -> Iterator[TrainingState]:
     yield build_state(compose(SETTINGS), VOCABULARY, DEVICE)
     destroy_process_groups()
-
-
-def random_batches(count: int = 2) -> list[Batch]:
-    batches = []
-    for _ in range(count):
-        rows = torch.randint(0, VOCABULARY, (2, SEQUENCE + 1))
-        batches.append(
-            {
-                "tokens": rows[:, :-1],
-                "labels": rows[:, 1:],
-                "loss_mask": torch.ones(2, SEQUENCE),
-                "position_ids": torch.arange(SEQUENCE).expand(2, SEQUENCE),
-            }
-        )
-    return batches
-
-
-def parameters(state: TrainingState) -> dict[str, Tensor]:
-    (chunk,) = state.chunks
-    return {name: p.detach().clone() for name, p in chunk.module.named_parameters()}
 
 
 def by_hand(state: TrainingState, batches: list[Batch]) -> tuple[float, dict[str, Tensor]]:
