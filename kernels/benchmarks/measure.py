@@ -220,7 +220,7 @@ class Bench:
             for step in (FORWARD, BOTH):
                 calls = {}
                 with _free_memory(), self._reporting(template):
-                    for chunks in (1, ranges.CHUNKS):
+                    for chunks in (1, *ranges.CHUNKS):
                         run = RangeRun(operation, inputs, chunks)
                         call = partial(run.run, run.prepare(), backward=step == BOTH)
                         call()  # compiles

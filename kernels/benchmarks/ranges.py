@@ -1,4 +1,4 @@
-"""All queries of a sequence at once, and in as many ranges as context parallelism makes of them.
+"""All queries of a sequence at once, and in ranges as context parallelism makes them.
 
 Ranges read the same keys and values as all queries do and add to the same gradients of them, as on
 a rank; those of a window have keys of their own.
@@ -15,8 +15,8 @@ from hysparse_kernels.benchmarking.problem import Inputs
 from torch import Tensor
 
 OPERATIONS = ("oracle", "sparse", "window")
-CHUNKS = 4
-"""Two for each of two ranks."""
+CHUNKS = (2, 4)
+"""As many as one rank has, and as two ranks have together."""
 
 
 @dataclass(frozen=True)

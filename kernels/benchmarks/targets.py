@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 
 from hysparse_kernels.benchmarking.problem import Problem
 from hysparse_kernels.benchmarking.targets import Target
@@ -115,13 +116,13 @@ def _topk(rows: Rows, problem: Problem) -> Iterator[Target]:
 def _ranges(rows: Rows, problem: Problem) -> Iterator[Target]:
     for selection in _selections(rows, "ranges", problem):
         for operation in OPERATIONS:
-            for step in (FORWARD, BOTH):
+            for step, chunks in product((FORWARD, BOTH), CHUNKS):
                 times = (
-                    rows.median_ms("ranges", f"{operation}:{chunks}", step, problem, selection)
-                    for chunks in (CHUNKS, 1)
+                    rows.median_ms("ranges", f"{operation}:{number}", step, problem, selection)
+                    for number in (chunks, 1)
                 )
                 if ratio := _ratio(*times):
-                    text = f"{operation} {step} in {CHUNKS} ranges, {selection} / all at once"
+                    text = f"{operation} {step} in {chunks} ranges, {selection} / all at once"
                     goal = 1.05 if problem.sequence == SHORT else None
                     yield Target(f"{text} {_where(problem)}", ratio, goal)
 

@@ -185,19 +185,29 @@ class WindowCache:
     def append(self, chunk: Chunk, key: Tensor, value: Tensor) -> None:
         """Store the last of the new tokens' key [A, C, HKV, D] and value [A, C, HKV, DV]."""
         for i, row, past, new in chunk.spans:
-            kept = min(new, self.entries)
-            places = torch.arange(past + new - kept, past + new, device=self.key.device)
-            places %= self.entries
-            for given, ring in ((key, self.key), (value, self.value)):
-                ring[row, places] = given[i, new - kept : new].to(ring.dtype)
+            done = new - min(new, self.entries)
+            for places in self._places(past + done, new - done):
+                stop = done + places.stop - places.start
+                self.key[row, places] = key[i, done:stop]
+                self.value[row, places] = value[i, done:stop]
+                done = stop
 
     def before(
         self, row: int, position: int, count: int, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         """Of the `count` tokens before `position`, oldest first, as `TokenCache.read`."""
-        kept = torch.arange(position - count, position, device=self.key.device) % self.entries
-        key, value = self.key[row, kept].to(dtype), self.value[row, kept].to(dtype)
-        return key.unsqueeze(0), value.unsqueeze(0)
+        places = self._places(position - count, count)
+        key, value = (
+            torch.cat([ring[row : row + 1, part] for part in places], 1).to(dtype)
+            for ring in (self.key, self.value)
+        )
+        return key, value
+
+    def _places(self, position: int, count: int) -> list[slice]:
+        """The entries of `count` tokens from `position` on, in at most two pieces."""
+        first = position % self.entries
+        stop = min(first + count, self.entries)
+        return [slice(first, stop), slice(0, first + count - stop)]
 
 
 def to_fp8(tensor: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,12 +1,16 @@
-"""What the Hopper kernels refuse, and that a refusal runs the portable ones."""
+"""What the Hopper kernels refuse, and how their programs share the work."""
 
 import dataclasses
+import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hysparse_kernels import resolve_backend
 from hysparse_kernels.call import SelectionRule
+from hysparse_kernels.hopper import common
 from hysparse_kernels.hopper import launch as hopper
+from hysparse_kernels.hopper.geometry import Geometry
 from hysparse_kernels.query_range import QueryRange
 from hysparse_kernels.triton import kernels as portable
 from hysparse_kernels.triton.launch import KeySchedule
@@ -77,3 +81,47 @@ def test_the_log_says_whether_the_hopper_kernels_run(monkeypatch: pytest.MonkeyP
         choice = resolve_backend("auto", device, dtype=torch.bfloat16, hopper_shape=shape)
         assert choice.name == "triton"
         assert said in choice.reason
+
+
+PROGRAMS = 132
+
+
+def shares(size: Geometry, monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[int, int]]]:
+    """The tile and group of every piece of work of every program, in the kernels' own order."""
+    tiles = -(-size.sequence // (2 * size.tokens))
+    items = tiles * size.batch * size.groups
+    programs = min(items, PROGRAMS)
+    together = size.together(tiles, programs)
+    taken: list[list[tuple[int, int]]] = []
+    for program in range(programs):
+        language = SimpleNamespace(program_id=lambda _, program=program: program, minimum=min)
+        monkeypatch.setattr(common, "gl", language)
+        given = [
+            common.work.fn(item, items, tiles, together, programs)
+            for item in range(-(-items // programs))
+        ]
+        taken.append([(tile, group) for tile, group, valid in given if valid])
+    return taken
+
+
+def test_every_tile_of_every_group_is_taken_once(
+    rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heads = 2 ** rng.randrange(7)
+    groups, batch = rng.randint(1, 12), rng.randint(1, 3)
+    size = Geometry(batch, rng.randint(1, 3000), rng.randint(1, 3000), groups, heads, 128, 128)
+    taken = [piece for share in shares(size, monkeypatch) for piece in share]
+    tiles = -(-size.sequence // (2 * size.tokens))
+    assert sorted(taken) == [
+        (tile, group) for tile in range(tiles) for group in range(batch * groups)
+    ]
+
+
+@pytest.mark.parametrize("heads", [4, 16])
+@pytest.mark.parametrize(("length", "groups"), [(4096, 8), (8192, 4), (8192, 8), (32768, 4)])
+def test_no_program_has_much_more_to_do_than_another(
+    heads: int, length: int, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = Geometry(1, length, length, groups, heads, 128, 128)
+    work = [sum(tile + 1 for tile, _ in share) for share in shares(size, monkeypatch)]
+    assert max(work) < 1.06 * sum(work) / len(work)

@@ -14,14 +14,16 @@ from __future__ import annotations
 import functools
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
 import torch
 from hysparse_kernels.benchmarking.problem import Problem
-from hysparse_kernels.benchmarking.selections import synthetic
+from hysparse_kernels.benchmarking.selections import Captured, synthetic
 from torch import Tensor
 
 from hysparse_megatron.config.schema import Config
+from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.model.attend import Sinks, TrainingAttend
 from hysparse_megatron.model.context_parallel import Shard
 from hysparse_megatron.model.sharing import Shared, SharedAttention
@@ -29,21 +31,25 @@ from hysparse_megatron.model.stack import attending_with
 from hysparse_megatron.training.state import TrainingState
 
 MODEL, CLUSTERED = "model", "clustered"
-PICKS = (MODEL, CLUSTERED)
 
 
 def replaced(
     state: TrainingState, picks: str, layerwise: bool = False
 ) -> AbstractContextManager[None]:
-    """Within, sparse layers read such a selection, the same in every block and step.
+    """Within, sparse layers read such selections, the same in every step.
 
-    With `layerwise` keys and values are gathered in every layer; one pipeline stage.
+    `picks` is `MODEL`, `CLUSTERED` or a file of `hysparse capture-selections`. With `layerwise`
+    keys and values are gathered in every layer; one pipeline stage. Raises ConfigError, see
+    `captured`.
     """
     if picks == MODEL:
         return attending_with(state.chunks, Layerwise) if layerwise else nullcontext()
     made = _SelectedLayerwise if layerwise else _Selected
-    indices = clustered(state.config, state.device)
-    return attending_with(state.chunks, functools.partial(made, indices=indices))
+    if picks == CLUSTERED:
+        selections = [clustered(state.config, state.device)]
+    else:
+        selections = captured(state.config, Path(picks), state.device)
+    return attending_with(state.chunks, functools.partial(made, selections=selections))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +86,9 @@ class Layerwise(TrainingAttend):
 
 @dataclass(frozen=True, kw_only=True)
 class _Selected(TrainingAttend):
-    """Lets oracles share `indices`, int32 [B, HKV, S, K], in place of what they selected."""
+    """Lets oracles share one of `selections`, int32 [B, HKV, S, K], in place of their own."""
 
-    indices: Tensor
+    selections: list[Tensor]
 
     def full(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor
@@ -90,7 +96,8 @@ class _Selected(TrainingAttend):
         output, shared = super().full(layer, query, key, value)
         if shared is None or shared.block_indices is None:
             return output, shared
-        indices = Shard.of(self.groups.cp, self.indices.shape[2]).take(self.indices, 2)
+        selection = self.selections[layer % len(self.selections)]
+        indices = Shard.of(self.groups.cp, selection.shape[2]).take(selection, 2)
         assert shared.block_indices.shape == indices.shape
         return output, shared._replace(block_indices=indices)
 
@@ -115,3 +122,26 @@ def clustered(config: Config, device: torch.device) -> Tensor:
         window=model.window,
     )
     return synthetic(problem, device, clustered=True)
+
+
+def captured(config: Config, path: Path, device: torch.device) -> list[Tensor]:
+    """Of each oracle of a trained model, int32 [B, HKV, S, K]; groups and rows are repeated.
+
+    Raises ConfigError if they are of another length, block size or number of blocks.
+    """
+    model, train = config.model, config.train
+    file = Captured.load(path)
+    wanted = {
+        "sequence": train.seq_length,
+        "block_size": model.block_size,
+        "num_selected": model.num_selected_blocks,
+    }
+    found = {name: file.facts[name] for name in wanted}
+    if found != wanted:
+        raise ConfigError(f"--picks {path}: has {found}, the model needs {wanted}")
+    return [
+        file.for_groups(layer, model.num_query_groups, device).expand(
+            train.micro_batch_size, -1, -1, -1
+        )
+        for layer in sorted(file.layers)
+    ]

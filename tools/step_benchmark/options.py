@@ -11,7 +11,7 @@ from hysparse_megatron.command import make_parser
 from hysparse_megatron.config.compose import group_options
 from hysparse_megatron.errors import ConfigError
 
-from .attending import MODEL, PICKS
+from .attending import CLUSTERED, MODEL
 from .slices import LAYOUTS
 from .splits import ONE, read_split
 
@@ -26,7 +26,8 @@ and compared at the end. The layouts differ in nothing but `model.layout`.
   hysparse benchmark step --compare-cpu --output curve.txt
 
 Random weights select at random, the worst case of a sparse layer; with --picks clustered the sparse
-layers read selections in which neighbouring tokens agree as the kernels' benchmark has them.
+layers read selections in which neighbouring tokens agree as the kernels' benchmark has them, with
+--picks FILE.npz those that hysparse capture-selections saved of a trained model.
 
 With --compare-cpu the loss of a small model (tiny_hysparse, or the one given) is followed on the
 device and on the CPU instead, from equal weights and tokens.
@@ -61,7 +62,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--case-seconds", type=seconds, default=60.0, help="one device: no third step after it")
     add("--micro-batches", type=count, default=1, metavar="N", help="per step")
     add("--set", action="append", default=[], nargs="+", metavar="KEY=VALUE", help="overrides")
-    add("--picks", choices=PICKS, default=MODEL, help="selections that sparse layers read")
+    add("--picks", type=_picks, default=MODEL, help="model, clustered or FILE.npz; see above")
     add("--profile", action=argparse.BooleanOptionalAction, default=True, help="kernel families")
     add("--repeat", action=argparse.BooleanOptionalAction, default=True, help="measure the drift")
     add("--peak-tflops", type=_number(float, 1e-9), default=989.0, help="default: H100, H200 bf16")
@@ -130,6 +131,12 @@ def _list_of[T](read: Callable[[str], T]) -> Callable[[str], list[T]]:
         return list(dict.fromkeys(read(part.strip()) for part in text.split(",")))
 
     return read_all
+
+
+def _picks(text: str) -> str:
+    if text not in (MODEL, CLUSTERED) and not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"got {text}; allowed model, clustered or a file")
+    return text if text in (MODEL, CLUSTERED) else str(Path(text).resolve())
 
 
 def _layout(text: str) -> str:

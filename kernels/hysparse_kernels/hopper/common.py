@@ -14,7 +14,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
 )
 
-TILE_SIZES = ["sequence", "query_start", "queries", "gap", "groups", "tiles", "items", "programs"]
+TILE_SIZES = [
+    *("sequence", "query_start", "queries", "gap"),
+    *("groups", "tiles", "items", "together", "programs"),
+]
 """Arguments of all kernels over token tiles whose values are no reason to compile again."""
 LOG2_E = gl.constexpr(1.4426950408889634)
 LN_2 = gl.constexpr(0.6931471805599453)
@@ -37,17 +40,19 @@ def add(a, b):
 
 
 @gluon.jit
-def work(item, items, tiles, programs):
+def work(item, items, tiles, together, programs):
     """Tile, group and validity of the item-th piece of work of this program; last tiles first.
 
-    Where tiles grow with their number the longest come first. Programs take turns in both
-    directions, so that none always gets the longer tile.
+    Where tiles grow with their number the longest come first, those of `together` groups side by
+    side. Programs take turns in both directions, so that none always gets the longer tile.
     """
     program = gl.program_id(0)
     index = item * programs + program + (item % 2) * (programs - 1 - 2 * program)
     valid = index < items
     index = gl.minimum(index, items - 1)
-    return tiles - 1 - index % tiles, index // tiles, valid
+    place = index % (tiles * together)
+    group = index // (tiles * together) * together + place % together
+    return tiles - 1 - place // together, group, valid
 
 
 @gluon.jit

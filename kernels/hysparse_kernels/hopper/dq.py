@@ -63,7 +63,8 @@ def _consumer(
     dq_desc, dq2_desc, output, grad, g_b, g_s, g_h, lse, row_lse, row_delta, row_stride, dq,
     q_smem, q2_smem, g_smem, k_smem, k2_smem, v_smem,
     q_ready, q_empty, ready, empty, starts, bits, counts, capacity, tile_table,
-    sequence, query_start, queries, gap, groups, tiles, items, programs, window, scale, scale_log2,
+    sequence, query_start, queries, gap, groups, tiles,
+    items, together, programs, window, scale, scale_log2,
     MODE: gl.constexpr, HALF: gl.constexpr, TOKENS: gl.constexpr, HEADS: gl.constexpr,
     KEYS: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, WIDTH: gl.constexpr,
     VALUE_WIDTH: gl.constexpr, SPLIT: gl.constexpr, PACKED: gl.constexpr, RANGE: gl.constexpr,
@@ -79,7 +80,7 @@ def _consumer(
     column = gl.arange(0, KEYS, layout=gl.SliceLayout(0, s_layout))
     step = 0
     for item in range(gl.cdiv(items, programs)):
-        tile, group, valid = work(item, items, tiles, programs)
+        tile, group, valid = work(item, items, tiles, together, programs)
         if valid:
             tile_first, start, stop, shift = extent(
                 tile, tile_table, sequence, query_start, queries, gap, 2 * TOKENS, PACKED, RANGE,
@@ -175,7 +176,8 @@ def dq_kernel(
     q_desc, q2_desc, g_desc, k_desc, k2_desc, v_desc, dq_desc, dq2_desc,
     output, grad, g_b, g_s, g_h, lse, row_lse, row_delta, row_stride, dq,
     starts, bits, counts, capacity, tile_table,
-    sequence, query_start, queries, gap, groups, tiles, items, programs, window, scale, scale_log2,
+    sequence, query_start, queries, gap, groups, tiles,
+    items, together, programs, window, scale, scale_log2,
     MODE: gl.constexpr, TOKENS: gl.constexpr, HEADS: gl.constexpr, KEYS: gl.constexpr,
     STAGES: gl.constexpr, Q_STAGES: gl.constexpr, WIDTH: gl.constexpr,
     VALUE_WIDTH: gl.constexpr, SPLIT: gl.constexpr, PACKED: gl.constexpr, RANGE: gl.constexpr,
@@ -197,21 +199,24 @@ def dq_kernel(
             (_consumer, (dq_desc, dq2_desc, output, grad, g_b, g_s, g_h, lse, row_lse, row_delta,
                          row_stride, dq, q_smem, q2_smem, g_smem, k_smem, k2_smem, v_smem,
                          q_ready, q_empty, ready, empty, starts, bits, counts, capacity,
-                         tile_table, sequence, query_start, queries, gap, groups, tiles, items,
+                         tile_table, sequence, query_start, queries, gap, groups, tiles,
+                         items, together,
                          programs, window, scale, scale_log2,
                          MODE, 0, TOKENS, HEADS, KEYS, STAGES, Q_STAGES, WIDTH,
                          VALUE_WIDTH, SPLIT, PACKED, RANGE)),
             (_consumer, (dq_desc, dq2_desc, output, grad, g_b, g_s, g_h, lse, row_lse, row_delta,
                          row_stride, dq, q_smem, q2_smem, g_smem, k_smem, k2_smem, v_smem,
                          q_ready, q_empty, ready, empty, starts, bits, counts, capacity,
-                         tile_table, sequence, query_start, queries, gap, groups, tiles, items,
+                         tile_table, sequence, query_start, queries, gap, groups, tiles,
+                         items, together,
                          programs, window, scale, scale_log2,
                          MODE, 1, TOKENS, HEADS, KEYS, STAGES, Q_STAGES, WIDTH,
                          VALUE_WIDTH, SPLIT, PACKED, RANGE)),
             (loader, (q_desc, q2_desc, g_desc, k_desc, k2_desc, v_desc, q_smem, q2_smem, g_smem,
                       k_smem, k2_smem, v_smem, q_ready, q_empty, ready, empty, starts, counts,
                       capacity, tile_table, sequence, query_start, queries, gap, groups, tiles,
-                      items, programs, window, MODE, TOKENS, HEADS, KEYS, STAGES, Q_STAGES, SPLIT,
+                      items, together, programs,
+                      window, MODE, TOKENS, HEADS, KEYS, STAGES, Q_STAGES, SPLIT,
                       PACKED, RANGE, True)),
         ],
         [4, 1],

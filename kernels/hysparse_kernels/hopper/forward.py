@@ -67,7 +67,8 @@ def _softmax(s, m_i, l_i, mine, row, scale_log2, MODE: gl.constexpr, HEADS: gl.c
 def _consumer(
     o_desc, output, lse, sink, q_smem, q2_smem, k_smem, k2_smem, v_smem, o_smem,
     q_ready, q_empty, ready, empty, starts, bits, counts, capacity, tile_table,
-    sequence, query_start, queries, gap, groups, tiles, items, programs, window, scale_log2,
+    sequence, query_start, queries, gap, groups, tiles,
+    items, together, programs, window, scale_log2,
     MODE: gl.constexpr, HALF: gl.constexpr, TOKENS: gl.constexpr, HEADS: gl.constexpr,
     KEYS: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, WIDTH: gl.constexpr,
     VALUE_WIDTH: gl.constexpr, SPLIT: gl.constexpr, PACKED: gl.constexpr,
@@ -85,7 +86,7 @@ def _consumer(
     column = gl.arange(0, KEYS, layout=gl.SliceLayout(0, s_layout))
     step = 0
     for item in range(gl.cdiv(items, programs)):
-        tile, group, valid = work(item, items, tiles, programs)
+        tile, group, valid = work(item, items, tiles, together, programs)
         if valid:
             tile_first, start, stop, shift = extent(
                 tile, tile_table, sequence, query_start, queries, gap, 2 * TOKENS, PACKED, RANGE,
@@ -174,7 +175,8 @@ def _consumer(
 def forward_kernel(
     q_desc, q2_desc, k_desc, k2_desc, v_desc, o_desc, output, lse, sink,
     starts, bits, counts, capacity, tile_table,
-    sequence, query_start, queries, gap, groups, tiles, items, programs, window, scale_log2,
+    sequence, query_start, queries, gap, groups, tiles,
+    items, together, programs, window, scale_log2,
     MODE: gl.constexpr, TOKENS: gl.constexpr, HEADS: gl.constexpr, KEYS: gl.constexpr,
     STAGES: gl.constexpr, Q_STAGES: gl.constexpr, WIDTH: gl.constexpr,
     VALUE_WIDTH: gl.constexpr, SPLIT: gl.constexpr, PACKED: gl.constexpr, RANGE: gl.constexpr,
@@ -197,18 +199,21 @@ def forward_kernel(
         [
             (_consumer, (o_desc, output, lse, sink, q_smem, q2_smem, k_smem, k2_smem, v_smem,
                          o_smem, q_ready, q_empty, ready, empty, starts, bits, counts, capacity,
-                         tile_table, sequence, query_start, queries, gap, groups, tiles, items,
+                         tile_table, sequence, query_start, queries, gap, groups, tiles,
+                         items, together,
                          programs, window, scale_log2, MODE, 0, TOKENS, HEADS, KEYS, STAGES,
                          Q_STAGES, WIDTH, VALUE_WIDTH, SPLIT, PACKED, RANGE, HAS_SINK, OWN_OUTPUT)),
             (_consumer, (o_desc, output, lse, sink, q_smem, q2_smem, k_smem, k2_smem, v_smem,
                          o_smem, q_ready, q_empty, ready, empty, starts, bits, counts, capacity,
-                         tile_table, sequence, query_start, queries, gap, groups, tiles, items,
+                         tile_table, sequence, query_start, queries, gap, groups, tiles,
+                         items, together,
                          programs, window, scale_log2, MODE, 1, TOKENS, HEADS, KEYS, STAGES,
                          Q_STAGES, WIDTH, VALUE_WIDTH, SPLIT, PACKED, RANGE, HAS_SINK, OWN_OUTPUT)),
             (loader, (q_desc, q2_desc, q_desc, k_desc, k2_desc, v_desc, q_smem, q2_smem, q_smem,
                       k_smem, k2_smem, v_smem, q_ready, q_empty, ready, empty, starts, counts,
                       capacity, tile_table, sequence, query_start, queries, gap, groups, tiles,
-                      items, programs, window, MODE, TOKENS, HEADS, KEYS, STAGES, Q_STAGES, SPLIT,
+                      items, together, programs,
+                      window, MODE, TOKENS, HEADS, KEYS, STAGES, Q_STAGES, SPLIT,
                       PACKED, RANGE, False)),
         ],
         [4, 1],

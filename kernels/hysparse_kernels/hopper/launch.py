@@ -17,8 +17,6 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from hysparse_kernels import limits
 from hysparse_kernels.accumulation import KeyValueGradients
@@ -26,6 +24,7 @@ from hysparse_kernels.hopper.common import BLOCKS, SPAN
 from hysparse_kernels.hopper.dkv import dkv_kernel
 from hysparse_kernels.hopper.dq import dq_kernel
 from hysparse_kernels.hopper.forward import forward_kernel
+from hysparse_kernels.hopper.geometry import ROWS, Geometry, descriptor, stages
 from hysparse_kernels.hopper.oracle import oracle_kernel
 from hysparse_kernels.query_range import QueryRange
 from hysparse_kernels.triton import kernels as portable
@@ -36,10 +35,6 @@ _LOG2_E = 1.4426950408889634
 _KEYS = limits.HOPPER_BLOCK_SIZE
 """Keys per step of the window and block-sparse kernels: one block."""
 _ORACLE_KEYS = 128
-_ROWS = 64
-"""Rows of a part: tokens times query heads of a group."""
-_SHARED_BYTES = 226 * 2**10
-"""Shared memory for tiles; a multiprocessor gives a program 227 KiB, barriers take the rest."""
 SWITCH = "HYSPARSE_HOPPER"
 """Environment variable; 0 runs the portable kernels on Hopper GPUs too."""
 
@@ -65,7 +60,7 @@ def why_not(
     reason = why_not_shape(query.shape[2] // key.shape[2], query.shape[3], value.shape[3])
     if reason is None and schedule.lists is not None and schedule.keys != _KEYS:
         reason = f"they take selected blocks of {_KEYS} keys, not {schedule.keys}"
-    if reason is None and schedule.lists is not None and schedule.lists.part.rows != _ROWS:
+    if reason is None and schedule.lists is not None and schedule.lists.part.rows != ROWS:
         reason = f"they take 4, 8, ... 64 heads per group, not {schedule.lists.part.heads}"
     if reason is None and selector is not None:
         blocks = triton.cdiv(selector.longest, selector.rule.block_size)
@@ -106,92 +101,6 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 @dataclass(frozen=True)
-class _Geometry:
-    """Sizes of one call."""
-
-    batch: int
-    sequence: int
-    """Queries of a row."""
-    keys: int
-    """Of a row."""
-    groups: int
-    heads: int
-    width: int
-    value_width: int
-
-    @classmethod
-    def of(cls, query: Tensor, key: Tensor, value: Tensor) -> _Geometry:
-        batch, sequence, query_heads, width = query.shape
-        keys, groups = key.shape[1:3]
-        return cls(batch, sequence, keys, groups, query_heads // groups, width, value.shape[3])
-
-    @property
-    def split(self) -> bool:
-        """Head dim 192 lies in two pieces, 128 and 64: the compiler knows powers of two only."""
-        return self.width == 192
-
-    @property
-    def first_width(self) -> int:
-        return 128 if self.split else self.width
-
-    @property
-    def own_output_width(self) -> int:
-        """Width of the place for an output that cannot leave through the place of its query."""
-        return 0 if self.first_width == self.value_width else self.value_width
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of one part (64 rows)."""
-        return _ROWS // self.heads
-
-    @property
-    def key_bytes(self) -> int:
-        """Of one key and its value."""
-        return 2 * (self.width + self.value_width)
-
-    def constants(self) -> dict[str, Any]:
-        return {
-            "TOKENS": self.tokens,
-            "HEADS": self.heads,
-            "WIDTH": self.first_width,
-            "VALUE_WIDTH": self.value_width,
-            "SPLIT": self.split,
-        }
-
-    def rows(self, tensor: Tensor, width: int) -> TensorDescriptor:
-        """One part of a [B, S, HQ, *] tensor."""
-        return _descriptor(tensor, [1, self.tokens, self.heads, width])
-
-    def queries(self, tensor: Tensor) -> tuple[TensorDescriptor, TensorDescriptor]:
-        """Both pieces of a [B, S, HQ, D] tensor; the first one twice if there is one."""
-        first = self.rows(tensor, self.first_width)
-        return first, self.rows(tensor, 64) if self.split else first
-
-    def key_tiles(self, tensor: Tensor, count: int) -> tuple[TensorDescriptor, TensorDescriptor]:
-        first = _descriptor(tensor, [1, count, 1, self.first_width])
-        return first, _descriptor(tensor, [1, count, 1, 64]) if self.split else first
-
-    def value_tiles(self, tensor: Tensor, count: int) -> TensorDescriptor:
-        return _descriptor(tensor, [1, count, 1, self.value_width])
-
-
-def _descriptor(tensor: Tensor, box: list[int]) -> TensorDescriptor:
-    """How the copy engine fetches a `box` of a tensor; zeros outside."""
-    elements = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
-    layout = gl.NVMMASharedLayout.get_default_for(box, elements[tensor.dtype])
-    # A dimension of one element may have any stride, the copy engine wants multiples of 16 bytes.
-    strides = [
-        step if size > 1 else 64 for step, size in zip(tensor.stride(), tensor.shape, strict=True)
-    ]
-    strides[-1] = 1
-    return TensorDescriptor(tensor, list(tensor.shape), strides, box, layout)
-
-
-def _stages(most: int, bytes_per_stage: int, fixed_bytes: int) -> int:
-    return min(most, (_SHARED_BYTES - fixed_bytes) // bytes_per_stage)
-
-
-@dataclass(frozen=True)
 class _Tiles:
     """What the forward and dQ kernels are launched over."""
 
@@ -212,7 +121,7 @@ class _Tiles:
         return {"PACKED": self.packed, "RANGE": self.range}
 
     @classmethod
-    def of(cls, schedule: KeySchedule, size: _Geometry, unused: Tensor) -> _Tiles:
+    def of(cls, schedule: KeySchedule, size: Geometry, unused: Tensor) -> _Tiles:
         place = schedule.queries is not None, QueryRange.arguments(schedule.queries)
         if schedule.lists is not None:
             starts = schedule.lists.starts
@@ -228,7 +137,7 @@ class _Tiles:
         return cls(SPAN.value, packed, number, table, forward_index, *place)
 
 
-def _window(schedule: KeySchedule, size: _Geometry) -> int:
+def _window(schedule: KeySchedule, size: Geometry) -> int:
     return size.keys if schedule.mode == portable.CAUSAL else min(schedule.window, size.keys)
 
 
@@ -242,7 +151,7 @@ def forward(
     selector: Selector | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """output [B, S, HQ, DV], lse [B, HQ, S] fp32 and, with a selector, indices [B, HKV, S, K]."""
-    size = _Geometry.of(query, key, value)
+    size = Geometry.of(query, key, value)
     output = query.new_empty(*query.shape[:3], size.value_width)
     lse = query.new_empty(size.batch, query.shape[2], size.sequence, dtype=torch.float32)
     tiles = _Tiles.of(schedule, size, lse)
@@ -252,15 +161,16 @@ def forward(
     items = tiles.number * size.batch * size.groups
     programs = min(items, _multiprocessors(query.device))
     q_stages = 1 if size.split else 2
-    fixed = 2 * _ROWS * 2 * (size.width * q_stages + size.own_output_width)
+    fixed = 2 * ROWS * 2 * (size.width * q_stages + size.own_output_width)
     forward_kernel[(programs,)](
         *size.queries(query), *size.key_tiles(key, _KEYS), size.value_tiles(value, _KEYS),
         size.rows(output, size.value_width), output, lse, lse if sink is None else sink,
         *tiles.forward_index, tiles.table,
-        size.sequence, *tiles.queries, size.groups, tiles.number, items, programs,
+        size.sequence, *tiles.queries, size.groups, tiles.number, items,
+        size.together(tiles.number, programs), programs,
         _window(schedule, size), scale * _LOG2_E,
         MODE=tiles.mode, **tiles.constants(), **size.constants(), KEYS=_KEYS,
-        STAGES=_stages(4, _KEYS * size.key_bytes, fixed), Q_STAGES=q_stages,
+        STAGES=stages(4, _KEYS * size.key_bytes, fixed), Q_STAGES=q_stages,
         HAS_SINK=sink is not None, num_warps=4,
     )  # fmt: skip
     return output, lse, None
@@ -273,7 +183,7 @@ def _oracle(
     output: Tensor,
     lse: Tensor,
     tiles: _Tiles,
-    size: _Geometry,
+    size: Geometry,
     scale: float,
     selector: Selector | None,
 ) -> Tensor | None:
@@ -288,15 +198,16 @@ def _oracle(
         blocks = triton.cdiv(selector.longest, block_size)
         shape = (size.batch, size.groups, size.sequence, selected)
         indices = torch.empty(shape, dtype=torch.int32, device=query.device)
-        scratch = lse.new_empty(programs * 2 * _ROWS * (blocks + 1))
-    fixed = 2 * _ROWS * 2 * (size.width + size.own_output_width)
+        scratch = lse.new_empty(programs * 2 * ROWS * (blocks + 1))
+    fixed = 2 * ROWS * 2 * (size.width + size.own_output_width)
     oracle_kernel[(programs,)](
         *size.queries(query),
         *size.key_tiles(key, _ORACLE_KEYS), size.value_tiles(value, _ORACLE_KEYS),
         size.rows(output, size.value_width), output, lse, indices, scratch, tiles.table,
-        size.sequence, *tiles.queries, size.groups, tiles.number, items, programs,
+        size.sequence, *tiles.queries, size.groups, tiles.number, items,
+        size.together(tiles.number, programs), programs,
         scale * _LOG2_E, blocks, selected, *forced, **size.constants(), KEYS=_ORACLE_KEYS,
-        STAGES=_stages(2, _ORACLE_KEYS * size.key_bytes, fixed), **tiles.constants(),
+        STAGES=stages(2, _ORACLE_KEYS * size.key_bytes, fixed), **tiles.constants(),
         SCORES=selector is not None, BLOCK=block_size,
         BLOCKS=max(128, triton.next_power_of_2(blocks)),
         SELECTED=triton.next_power_of_2(selected), num_warps=4,
@@ -315,7 +226,7 @@ def gradients(
     were added to `accumulate`."""
     query, key, value, output, lse, grad = saved
     grad = aligned(grad)
-    size = _Geometry.of(query, key, value)
+    size = Geometry.of(query, key, value)
     pairs = size.batch * size.groups
     # What the second kernel needs of every row, in the order in which it fetches them.
     stride = triton.cdiv(size.sequence * size.heads, 4) * 4  # the copy engine's 16 bytes
@@ -332,10 +243,11 @@ def gradients(
         *q_desc, g_desc, *k_desc, v_desc, *size.queries(d_query),
         output, grad, *grad.stride()[:3], lse, row_lse, row_delta, stride, d_query,
         *tiles.forward_index, tiles.table,
-        size.sequence, *tiles.queries, size.groups, tiles.number, items, programs,
+        size.sequence, *tiles.queries, size.groups, tiles.number, items,
+        size.together(tiles.number, programs), programs,
         _window(schedule, size), scale, scale * _LOG2_E,
         MODE=tiles.mode, **tiles.constants(), **size.constants(), KEYS=_KEYS,
-        STAGES=_stages(4, _KEYS * size.key_bytes, 2 * _ROWS * size.key_bytes * q_stages),
+        STAGES=stages(4, _KEYS * size.key_bytes, 2 * ROWS * size.key_bytes * q_stages),
         Q_STAGES=q_stages, num_warps=4,
     )  # fmt: skip
     row_lse, row_delta = (rows[:, : size.sequence * size.heads] for rows in (row_lse, row_delta))
@@ -362,7 +274,7 @@ def gradients(
         work = blocks * pairs
     dkv_kernel[(work,)](
         *q_desc, g_desc, *k_desc, v_desc,
-        _descriptor(row_lse, [1, _ROWS]), _descriptor(row_delta, [1, _ROWS]),
+        descriptor(row_lse, [1, ROWS]), descriptor(row_delta, [1, ROWS]),
         d_key, d_value, flags, *block_table, *work_items,
         _window(schedule, size), size.keys, *tiles.queries, size.groups, blocks,
         scale, scale * _LOG2_E,

@@ -59,7 +59,7 @@ def _loader(
     q_desc, q2_desc, k_desc, k2_desc, v_desc,
     q_smem, q2_smem, k_smem, k2_smem, v_smem,
     q_ready, q_empty, k_ready, k_empty, v_ready, v_empty,
-    tile_table, sequence, query_start, queries, gap, groups, tiles, items, programs,
+    tile_table, sequence, query_start, queries, gap, groups, tiles, items, together, programs,
     TOKENS: gl.constexpr, HEADS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
     SPLIT: gl.constexpr, PACKED: gl.constexpr, RANGE: gl.constexpr,
 ):  # fmt: skip
@@ -69,7 +69,7 @@ def _loader(
     step = 0
     turn = 0
     for item in range(gl.cdiv(items, programs)):
-        tile, group, valid = work(item, items, tiles, programs)
+        tile, group, valid = work(item, items, tiles, together, programs)
         first, start, stop, shift = extent(
             tile, tile_table, sequence, query_start, queries, gap, 2 * TOKENS, PACKED, RANGE
         )
@@ -199,7 +199,8 @@ def _consumer(
     o_desc, output, lse, indices, scratch,
     q_smem, q2_smem, k_smem, k2_smem, v_smem, o_smem,
     q_ready, q_empty, k_ready, k_empty, v_ready, v_empty,
-    tile_table, sequence, query_start, queries, gap, groups, tiles, items, programs, scale_log2,
+    tile_table, sequence, query_start, queries, gap, groups, tiles,
+    items, together, programs, scale_log2,
     num_blocks, selected, forced_first, forced_recent,
     HALF: gl.constexpr, TOKENS: gl.constexpr, HEADS: gl.constexpr, KEYS: gl.constexpr,
     STAGES: gl.constexpr, WIDTH: gl.constexpr, VALUE_WIDTH: gl.constexpr, SPLIT: gl.constexpr,
@@ -224,7 +225,7 @@ def _consumer(
     step = 0
     turn = 0
     for item in range(gl.cdiv(items, programs)):
-        tile, group, valid = work(item, items, tiles, programs)
+        tile, group, valid = work(item, items, tiles, together, programs)
         tile_first, start, stop, shift = extent(
             tile, tile_table, sequence, query_start, queries, gap, 2 * TOKENS, PACKED, RANGE
         )
@@ -339,7 +340,8 @@ def _consumer(
 def oracle_kernel(
     q_desc, q2_desc, k_desc, k2_desc, v_desc, o_desc,
     output, lse, indices, scratch, tile_table,
-    sequence, query_start, queries, gap, groups, tiles, items, programs, scale_log2, num_blocks,
+    sequence, query_start, queries, gap, groups, tiles,
+    items, together, programs, scale_log2, num_blocks,
     selected, forced_first, forced_recent,
     TOKENS: gl.constexpr, HEADS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
     WIDTH: gl.constexpr, VALUE_WIDTH: gl.constexpr, SPLIT: gl.constexpr, PACKED: gl.constexpr,
@@ -366,21 +368,24 @@ def oracle_kernel(
             (_consumer, (o_desc, output, lse, indices, scratch,
                          q_smem, q2_smem, k_smem, k2_smem, v_smem, o_smem,
                          q_ready, q_empty, k_ready, k_empty, v_ready, v_empty,
-                         tile_table, sequence, query_start, queries, gap, groups, tiles, items,
+                         tile_table, sequence, query_start, queries, gap, groups, tiles,
+                         items, together,
                          programs, scale_log2, num_blocks, selected, forced_first, forced_recent,
                          0, TOKENS, HEADS, KEYS, STAGES, WIDTH, VALUE_WIDTH, SPLIT, PACKED,
                          RANGE, SCORES, BLOCK, BLOCKS, SELECTED)),
             (_consumer, (o_desc, output, lse, indices, scratch,
                          q_smem, q2_smem, k_smem, k2_smem, v_smem, o_smem,
                          q_ready, q_empty, k_ready, k_empty, v_ready, v_empty,
-                         tile_table, sequence, query_start, queries, gap, groups, tiles, items,
+                         tile_table, sequence, query_start, queries, gap, groups, tiles,
+                         items, together,
                          programs, scale_log2, num_blocks, selected, forced_first, forced_recent,
                          1, TOKENS, HEADS, KEYS, STAGES, WIDTH, VALUE_WIDTH, SPLIT, PACKED,
                          RANGE, SCORES, BLOCK, BLOCKS, SELECTED)),
             (_loader, (q_desc, q2_desc, k_desc, k2_desc, v_desc,
                        q_smem, q2_smem, k_smem, k2_smem, v_smem,
                        q_ready, q_empty, k_ready, k_empty, v_ready, v_empty,
-                       tile_table, sequence, query_start, queries, gap, groups, tiles, items,
+                       tile_table, sequence, query_start, queries, gap, groups, tiles,
+                       items, together,
                        programs, TOKENS, HEADS, KEYS, STAGES, SPLIT, PACKED, RANGE)),
         ],
         [4, 1],

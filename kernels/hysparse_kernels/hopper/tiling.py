@@ -34,7 +34,7 @@ def loader(
     q_desc, q2_desc, g_desc, k_desc, k2_desc, v_desc,
     q_smem, q2_smem, g_smem, k_smem, k2_smem, v_smem,
     q_ready, q_empty, ready, empty, starts, counts, capacity, tile_table,
-    sequence, query_start, queries, gap, groups, tiles, items, programs, window,
+    sequence, query_start, queries, gap, groups, tiles, items, together, programs, window,
     MODE: gl.constexpr, TOKENS: gl.constexpr, HEADS: gl.constexpr, KEYS: gl.constexpr,
     STAGES: gl.constexpr, Q_STAGES: gl.constexpr, SPLIT: gl.constexpr, PACKED: gl.constexpr,
     RANGE: gl.constexpr, WITH_GRAD: gl.constexpr,
@@ -50,7 +50,7 @@ def loader(
     )  # fmt: skip
     step = 0
     for item in range(gl.cdiv(items, programs)):
-        tile, group, valid = work(item, items, tiles, programs)
+        tile, group, valid = work(item, items, tiles, together, programs)
         if valid:
             first, start, stop, shift = extent(
                 tile, tile_table, sequence, query_start, queries, gap, 2 * TOKENS, PACKED, RANGE,

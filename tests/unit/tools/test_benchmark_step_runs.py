@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from hysparse_kernels.benchmarking.selections import Captured
 from measured_steps import MINI, answered
 
+from hysparse_megatron.config.compose import compose
 from hysparse_megatron.errors import ConfigError
 from tools.benchmark_step import main
 from tools.step_benchmark import child, request
@@ -143,17 +145,31 @@ def test_real_curves_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.usefixtures("forks_for_commands")
-def test_other_selections_reach_the_sparse_layers_alone(tmp_path: Path) -> None:
+def test_other_selections_reach_the_sparse_layers_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = compose(["model=hysparse_80b_a3b_mini"]).model
+    facts = {"sequence": 64, "block_size": model.block_size}
+    facts["num_selected"] = model.num_selected_blocks
+    nothing = torch.full((1, 64, model.num_selected_blocks), -1, dtype=torch.int32)
+    file = tmp_path / "captured.npz"
+    Captured(facts, {0: nothing}).save(file)
     losses = {}
-    for picks in ("model", "clustered"):
-        path = tmp_path / f"{picks}.txt"
+    for picks in ("model", "clustered", str(file)):
+        path = tmp_path / f"{len(losses)}.txt"
         arguments = f"{MINI} --layers 3 --layouts full,hysparse --no-repeat --no-profile"
         more = ["--steps", "1", "--warmup", "1", "--picks", picks, "--output", str(path)]
         assert main([*arguments.split(), *more]) == 0
         rows = json.loads(path.with_suffix(".json").read_text())["rows"]
         losses[picks] = {row["layout"]: row["measured"]["losses"] for row in rows}
-    assert losses["model"]["full"] == losses["clustered"]["full"]
-    assert losses["model"]["hysparse"] != losses["clustered"]["hysparse"]
+    assert len({tuple(found["full"]) for found in losses.values()}) == 1
+    assert len({tuple(found["hysparse"]) for found in losses.values()}) == 3
+
+    Captured({**facts, "sequence": 128}, {0: nothing}).save(file)
+    arguments = f"{MINI} --layers 3 --layouts hysparse --picks {file}"
+    assert main(arguments.split()) == 1
+    assert "'sequence': 128" in capsys.readouterr().out
+    assert main([*MINI.split(), "--picks", "clusterd"]) == 2
 
 
 def test_a_case_is_split_over_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
