@@ -178,6 +178,10 @@ class GuardConfig:
     """Gradient norm, in medians, above which a step is left out; clipping takes care of less."""
 
 
+OFFLOAD_MIN_BYTES = 2**20
+"""Default of `train.offload_min_bytes`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Length and batches of the run."""
@@ -208,6 +212,12 @@ class TrainConfig:
     """
     recompute_layers: int | None = at_least(1, default=None)
     """Layers of every pipeline stage, the first ones, that full recomputes; null all of them."""
+    offload_activations: bool = False
+    """Keep what layers save for the backward pass in pinned host memory, copied beside computing;
+    with recompute=full the layers' inputs. Pays where a layer computes longer than copies take."""
+    offload_min_bytes: int = at_least(0, default=OFFLOAD_MIN_BYTES)
+    """Smallest tensor, in bytes, that offload_activations copies; smaller ones cost more than they
+    give back."""
     loss_chunk: int | None = at_least(1, default=None)
     """Tokens of a sequence, on one context-parallel rank, whose logits are made at a time, and made
     again in the backward pass, so that never all are there; null makes all at once."""
@@ -230,6 +240,16 @@ class TrainConfig:
         """Whether all of a layer is, by its place from 0 in its pipeline stage."""
         layers = self.recompute_layers
         return self.recompute is Recompute.full and (layers is None or place < layers)
+
+    @property
+    def saves_weights_by_hooks(self) -> bool:
+        """Whether what linear layers save goes through hooks of ours, their weights too.
+
+        A weight that comes out of a hook has lost its attributes, by which a matrix product that
+        adds to the sum of gradients would tell that it has.
+        """
+        whole = self.recompute is Recompute.full and self.recompute_layers is None
+        return (self.offload_activations and not whole) or self.recomputes(RecomputeModule.norm)
 
     @property
     def recompute_text(self) -> str:

@@ -97,6 +97,7 @@ RULES: tuple[Rule, ...] = (
     optim.schedule,
     train.ramp,
     train.recompute,
+    train.offload,
     optim.muon,
     tracking.tensorboard,
     tracking.sample,

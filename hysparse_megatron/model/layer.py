@@ -9,7 +9,7 @@ import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from hysparse_megatron.model.attend import Attend
+from hysparse_megatron.model.attend import Attend, TrainingAttend
 from hysparse_megatron.model.megatron_config import HySparseConfig
 from hysparse_megatron.model.remade import remade
 from hysparse_megatron.model.sharing import Shared
@@ -29,18 +29,18 @@ class HySparseLayer(TransformerLayer):
         attend: Attend,
     ) -> tuple[Tensor, Shared | None]:
         """[S / T or S, B, C] and what the last oracle shared -> the same pair after this layer."""
-        with self._remade(self.input_layernorm):
+        with self._remade(self.input_layernorm, attend):
             normed = self.input_layernorm(hidden_states)
             attention, shared = self.self_attention(normed, shared, rotary_pos_emb, attend)
         with self.bias_dropout_add_exec_handler():
             add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
             hidden_states = add(attention, hidden_states, self.hidden_dropout)
-        with self._remade(self.pre_mlp_layernorm):
+        with self._remade(self.pre_mlp_layernorm, attend):
             output = self._forward_mlp(hidden_states)
         return output, shared
 
-    def _remade(self, norm: torch.nn.Module) -> AbstractContextManager[None]:
+    def _remade(self, norm: torch.nn.Module, attend: Attend) -> AbstractContextManager[None]:
         """Within, what reads the output of `norm` keeps it, or nothing that is made again."""
         if cast(HySparseConfig, self.config).recomputes_norms and self.training:
-            return remade(norm)
+            return remade(norm, cast(TrainingAttend, attend).regather.keep)
         return nullcontext()

@@ -32,6 +32,9 @@ class LayerChoice:
     apex_weight_gradients: bool = False
     """Whether apex adds weight gradients to the fp32 sum inside the matrix product."""
     on_cuda: bool = False
+    sums_weight_gradients: bool = True
+    """Whether matrix products may add weight gradients to their sum; not where weights come out of
+    hooks, see `TrainConfig.saves_weights_by_hooks`."""
 
     @property
     def name(self) -> str:
@@ -80,7 +83,9 @@ def _has_apex(device: torch.device) -> bool:
 def describe_layers(choice: LayerChoice, model: ModelConfig) -> str:
     """For the start-up log."""
     extras = [f"FP8 linears ({model.fp8.value})"] if model.fp8 is not Fp8.none else []
-    if choice.transformer_engine:
+    if not choice.sums_weight_gradients:
+        extras.append("weight gradients added to their sum after the matrix products")
+    elif choice.transformer_engine:
         extras.append("weight gradients added to their sum inside the matrix products")
     elif choice.apex_weight_gradients:
         extras.append("apex's fused accumulation of weight gradients")
@@ -94,7 +99,7 @@ def fuse_weight_gradients(choice: LayerChoice, model: torch.nn.Module) -> None:
     the name is one for all layers and wants apex for the output projection, which is its own. For
     training alone: a backward pass without gradient buffers would have nothing to add to.
     """
-    if not choice.transformer_engine:
+    if not (choice.transformer_engine and choice.sums_weight_gradients):
         return
     for module in model.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):
@@ -109,7 +114,9 @@ def fusions(choice: LayerChoice, model: ModelConfig, deterministic: bool = False
     """
     engine = choice.transformer_engine
     settings: dict[str, Any] = {
-        "gradient_accumulation_fusion": choice.apex_weight_gradients,
+        "gradient_accumulation_fusion": (
+            choice.apex_weight_gradients and choice.sums_weight_gradients
+        ),
         "bias_dropout_fusion": choice.on_cuda,
         "bias_activation_fusion": choice.on_cuda,
         # The fused rotation has no factor on cosines and sines.

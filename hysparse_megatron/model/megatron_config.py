@@ -18,6 +18,7 @@ from hysparse_megatron.config.schema import (
 )
 from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.model.layers import LOCAL, LayerChoice, LayerModules, fusions
+from hysparse_megatron.model.offload import Offload
 from hysparse_megatron.model.sharing import SharedWidths
 
 
@@ -36,6 +37,10 @@ class HySparseConfig(TransformerConfig):
 
     recomputes_norms: bool = False
     """Whether the backward pass makes the outputs of the layers' norms again."""
+
+    offload: Offload | None = None
+    """Keeps what layers save for the backward pass in host memory, for all stacks of a rank; None
+    keeps it on the device."""
 
     @property
     def recomputes_attention(self) -> bool:
@@ -204,6 +209,9 @@ def make_megatron_config(config: Config, layers: LayerChoice = LOCAL) -> HySpars
         **_point_to_point(parallel.vpp),
         **_recompute(config.train, layers),
         recomputes_norms=config.train.recomputes(RecomputeModule.norm),
+        offload=(
+            Offload(config.train.offload_min_bytes) if config.train.offload_activations else None
+        ),
         plan=plan,
         architecture=model,
         cp_keep_kv=parallel.cp_keep_kv,

@@ -10,22 +10,24 @@ Shapes: as in context_parallel.py.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from hysparse_megatron.model.context_parallel import Shard, gathered
+from hysparse_megatron.model.offload import ON_DEVICE, Keep
 
 
 class Regather:
     """The tensors that one forward pass of a stage has gathered and still reads.
 
-    With `keeps_all` it knows none, and autograd saves them as they are.
+    With `keeps_all` it knows none, and autograd saves them like all else, which is as `keep` does.
     """
 
-    def __init__(self, *, keeps_all: bool = True) -> None:
+    def __init__(self, *, keeps_all: bool = True, keep: Keep = ON_DEVICE) -> None:
+        self.keep = keep
         self._keeps_all = keeps_all
         self._known: dict[int, tuple[Tensor, _Block, int]] = {}
 
@@ -43,7 +45,7 @@ class Regather:
         """
         if self._keeps_all:
             return
-        block = _Block(own[0].detach(), own[1].detach(), shard, group)
+        block = _Block(own, self.keep, shard, group)
         for index, tensor in enumerate(whole):
             self._known[_place(tensor)] = (tensor, block, index)
 
@@ -55,14 +57,20 @@ class Regather:
         """Within, autograd saves `_Saved` in place of what is known."""
         if self._keeps_all:
             return nullcontext()
-        return torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
 
-    def _pack(self, tensor: Tensor) -> Tensor | _Saved:
+    def _pack(self, tensor: Tensor) -> Any:
         known = self._known.get(_place(tensor))
         if known is None:
-            return tensor.detach()  # itself, an output would hold what holds it
+            return self.keep.pack(tensor)
         _, block, index = known
         return _Saved(block, index, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
+
+    def _unpack(self, saved: Any) -> Tensor:
+        if not isinstance(saved, _Saved):
+            return self.keep.unpack(saved)
+        whole = saved.block.whole()[saved.which]
+        return whole.as_strided(saved.size, saved.stride, saved.offset)
 
 
 class _Block:
@@ -71,13 +79,17 @@ class _Block:
     Autograd frees what a node saved behind its backward pass, and this with the last of them.
     """
 
-    def __init__(self, key: Tensor, value: Tensor, shard: Shard, group: dist.ProcessGroup) -> None:
-        self._own, self._shard, self._group = (key, value), shard, group
+    def __init__(
+        self, own: tuple[Tensor, Tensor], keep: Keep, shard: Shard, group: dist.ProcessGroup
+    ) -> None:
+        self._own, self._keep = (keep.pack(own[0]), keep.pack(own[1])), keep
+        self._shard, self._group = shard, group
         self._whole: tuple[Tensor, Tensor] | None = None
 
     def whole(self) -> tuple[Tensor, Tensor]:
         if self._whole is None:
-            self._whole = gathered(*self._own, self._shard, self._group)
+            key, value = (self._keep.unpack(own) for own in self._own)
+            self._whole = gathered(key, value, self._shard, self._group)
         return self._whole
 
 
@@ -89,13 +101,6 @@ class _Saved(NamedTuple):
     size: torch.Size
     stride: tuple[int, ...]
     offset: int
-
-
-def _unpack(saved: Tensor | _Saved) -> Tensor:
-    if not isinstance(saved, _Saved):
-        return saved
-    whole = saved.block.whole()[saved.which]
-    return whole.as_strided(saved.size, saved.stride, saved.offset)
 
 
 def _place(tensor: Tensor) -> int:

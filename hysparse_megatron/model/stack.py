@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import cast
 
@@ -28,6 +29,7 @@ from hysparse_megatron.architecture.stages import live_oracle
 from hysparse_megatron.model.attend import Attend, TrainingAttend, recomputed
 from hysparse_megatron.model.context_parallel import Shard
 from hysparse_megatron.model.megatron_config import HySparseConfig
+from hysparse_megatron.model.offload import ON_DEVICE, Keep
 from hysparse_megatron.model.regather import Regather
 from hysparse_megatron.model.sharing import Shared, SharedAttention, pack, unpack
 from hysparse_megatron.runtime.process_groups import RunGroups
@@ -117,19 +119,45 @@ class HySparseStack(MegatronModule):
                 f"HySparse layers are causal and take no masks; got {given or 'a mask'}"
             )
         documents = None if packed_seq_params is None else packed_seq_params.cu_seqlens_q
-        regather = Regather(keeps_all=self.config.cp_keep_kv)
-        if attend is None:
-            attend = self._training_attend(documents, regather)
-        plan = self.config.plan
         hidden = cast(Tensor, hidden_states if self.pre_process else self.input_tensor)
         self.input_tensor = None
+        if rotary_pos_emb is not None:
+            rotary_pos_emb = self._shard(rotary_pos_emb.shape[0]).take(rotary_pos_emb)
+        with self._keeping(hidden, rotary_pos_emb) as keep:
+            hidden, shared = self._through_layers(hidden, rotary_pos_emb, documents, attend, keep)
+        if self.post_process:
+            return cast(torch.nn.Module, self.final_norm)(hidden)
+        return self._sent(hidden, shared)
+
+    def _keeping(self, given: Tensor, rotary: Tensor | None) -> AbstractContextManager[Keep]:
+        """How layers keep what they save in a forward pass of `given`."""
+        offload = self.config.offload
+        if offload is None or not (self.training and torch.is_grad_enabled()):
+            return contextlib.nullcontext(ON_DEVICE)
+        stay = [*self.layers.parameters(), *self.layers.buffers()]
+        if rotary is not None:
+            stay.append(rotary)
+        if not self.pre_process:
+            stay.append(given)  # which the schedule holds
+        return offload.forward_pass(given.device, stay)
+
+    def _through_layers(
+        self,
+        hidden: Tensor,
+        rotary_pos_emb: Tensor | None,
+        documents: Tensor | None,
+        attend: Attend | None,
+        keep: Keep,
+    ) -> tuple[Tensor, Shared | None]:
+        """The hidden state after the last layer, and what is shared with layers of later stages."""
+        plan = self.config.plan
+        regather = Regather(keeps_all=self.config.cp_keep_kv, keep=keep)
+        if attend is None:
+            attend = self._training_attend(documents, regather)
         shared: Shared | None = None
         if plan.oracle_into(self.stage) is not None:
             hidden, received = unpack(hidden, self.config.shared_widths())
             shared = attend.prepared(received)
-        if rotary_pos_emb is not None:
-            rotary_pos_emb = self._shard(rotary_pos_emb.shape[0]).take(rotary_pos_emb)
-
         # With sequence parallelism every tensor-parallel rank drops out other tokens.
         with (
             tensor_parallel.get_cuda_rng_tracker().fork()
@@ -137,19 +165,19 @@ class HySparseStack(MegatronModule):
             else contextlib.nullcontext()
         ):
             for index, layer in zip(self.layer_indices, self.layers, strict=True):
-                hidden, shared = self._run(
-                    layer, hidden, shared, rotary_pos_emb, documents, attend, regather
-                )
+                # The backward pass that comes first begins with the last layer of the model.
+                first = self.post_process and index == self.layer_indices[-1]
+                with contextlib.nullcontext() if first else keep.layer():
+                    hidden, shared = self._run(
+                        layer, hidden, shared, rotary_pos_emb, documents, attend, regather
+                    )
                 if live_oracle(plan.layout, index + 1) is None:
                     shared = None  # free key and value with their last reader
                     regather.forget()
                 elif plan.layout.kinds[index].is_oracle:
                     shared = attend.prepared(cast(Shared, shared))
         regather.forget()
-
-        if self.post_process:
-            return cast(torch.nn.Module, self.final_norm)(hidden)
-        return self._sent(hidden, shared)
+        return hidden, shared
 
     def _sent(self, hidden: Tensor, shared: Shared | None) -> Tensor:
         """What crosses the cut after this stage."""

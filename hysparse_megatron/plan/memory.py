@@ -15,6 +15,13 @@ from hysparse_megatron.architecture.parameters import RankParameters, padded_voc
 from hysparse_megatron.architecture.stages import PipelinePlan
 from hysparse_megatron.config.schema import Config, OptimizerName, Precision, RecomputeModule
 from hysparse_megatron.plan.flops import feed_forward_of
+from hysparse_megatron.plan.offload import (
+    ON_ITS_WAY,
+    HostCopies,
+    leaving,
+    on_its_way,
+    travels,
+)
 from hysparse_megatron.plan.traffic import (
     batch_tokens,
     element_bytes,
@@ -52,6 +59,8 @@ class RankMemory:
     working_set: int
     """What the most expensive moment needs besides: loss, recomputed layer, kernel workspace."""
     runtime: int
+    host: HostCopies | None = None
+    """What waits for the backward pass on the host; None without `train.offload_activations`."""
 
     @property
     def activation_bytes(self) -> int:
@@ -230,11 +239,12 @@ def _working_again(config: Config, plan: PipelinePlan, layer: int) -> int:
 
 def _alike(config: Config, plan: PipelinePlan, layers: list[int]) -> dict[int, int]:
     """One layer of every sort among `layers`, and how many there are of it."""
-    found: dict[tuple[LayerKind, bool, bool, bool], tuple[int, int]] = {}
+    found: dict[tuple[LayerKind, *tuple[bool, ...]], tuple[int, int]] = {}
     for layer in layers:
         kind = plan.layout.kinds[layer]
         again = config.train.recomputes_layer(plan.place_of(layer))
-        sort = (kind, plan.is_read(layer), config.model.is_moe_layer(layer), again)
+        last = config.train.offload_activations and layer == plan.layout.num_layers - 1
+        sort = (kind, plan.is_read(layer), config.model.is_moe_layer(layer), again, last)
         first, count = found.get(sort, (layer, 0))
         found[sort] = (first, count + 1)
     return dict(found.values())
@@ -283,10 +293,7 @@ def rank_memory(
     stages = [plan.stage_index(pp_rank, chunk) for chunk in range(plan.num_chunks)]
     layers = [layer for stage in stages for layer in plan.stages[stage]]
     flying = in_flight(plan, pp_rank, num_microbatches)
-    one: Counter[str] = Counter()
-    for layer, count in _alike(config, plan, layers).items():
-        for name, size in _kept_activations(config, plan, layer).items():
-            one[name] += count * size
+    one, travelling = _kept_and_travelling(config, plan, layers)
     for stage in stages:
         if plan.oracle_into(stage) is not None:
             # Unpacked from the payload, and the payload itself until it is unpacked.
@@ -299,6 +306,15 @@ def rank_memory(
     working += max(_working_again(config, plan, layer) for layer in _alike(config, plan, layers))
     if len(plan.stages) - 1 in stages:
         working = max(working, head_bytes(config))
+    activations = {name: round(size * flying) for name, size in one.items() if size}
+    host = None
+    if travelling:
+        last = None
+        if len(plan.stages) - 1 in stages:
+            last = sum(_kept_activations(config, plan, plan.layout.num_layers - 1).values())
+        activations[ON_ITS_WAY] = on_its_way(plan, travelling, last)
+        copied = sum(sum(kept.values()) for kept in travelling)
+        host = HostCopies(round(copied * flying), copied, copied * num_microbatches)
     instances = config.parallel.num_distributed_optimizer_instances
     weights, gradients, optimizer = state_bytes(
         held,
@@ -312,11 +328,29 @@ def rank_memory(
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
-        activations={name: round(size * flying) for name, size in one.items() if size},
+        activations=activations,
         micro_batches_in_flight=flying,
         working_set=working,
         runtime=RUNTIME_BYTES,
+        host=host,
     )
+
+
+def _kept_and_travelling(
+    config: Config, plan: PipelinePlan, layers: list[int]
+) -> tuple[Counter[str], list[Counter[str]]]:
+    """Bytes of a micro-batch that `layers` keep on the device, and what of each leaves it."""
+    here: Counter[str] = Counter()
+    away: list[Counter[str]] = []
+    for layer, count in _alike(config, plan, layers).items():
+        kept = _kept_activations(config, plan, layer)
+        if travels(config, plan, layer, _residual_bytes(config)):
+            gone = leaving(kept)
+            away += [gone] * count
+            kept = kept - gone
+        for name, size in kept.items():
+            here[name] += count * size
+    return here, away
 
 
 def _workspace(config: Config, plan: PipelinePlan, layers: list[int]) -> int:

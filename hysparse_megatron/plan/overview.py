@@ -23,6 +23,7 @@ from hysparse_megatron.architecture.parameters import (
 )
 from hysparse_megatron.architecture.stages import PipelinePlan, plan_pipeline
 from hysparse_megatron.config.schema import Config, Precision
+from hysparse_megatron.plan import offload
 from hysparse_megatron.plan.flops import (
     ForwardFlops,
     forward_flops,
@@ -245,6 +246,9 @@ def _step_time(
         sent += traffic.context_bytes / context
         crossing = 0 if stage.cut is None else 2 * stage.cut.total_bytes / between_stages
         seconds = stage.forward_flops * computing + sent / plan.num_chunks + crossing
+        host = ranks[index % plan.pp].memory.host
+        forward = stage.forward_flops * computing / passes
+        seconds += offload.exposed_seconds(host, plan.num_chunks, forward, passes)
         stage_seconds.append(seconds)
     seconds, waited = pipeline_time(stage_seconds, plan.pp, groups.num_microbatches)
     slowest = max(sum(stage_seconds[rank :: plan.pp]) for rank in range(plan.pp))

@@ -9,6 +9,7 @@ from typing import Any
 from hysparse_megatron.architecture.layers import LayerKind
 from hysparse_megatron.plan.balance import balance_by_document
 from hysparse_megatron.plan.memory import GIB, RankMemory
+from hysparse_megatron.plan.offload import HOST_BANDWIDTH_GB
 from hysparse_megatron.plan.overview import Overview, PipelineRank
 
 
@@ -97,6 +98,9 @@ def _step_values(overview: Overview) -> dict[str, float | None]:
     }
 
 
+_NO_DEVICE_BYTES = ("micro_batches_in_flight", "host")
+
+
 def _rank_values(index: int, rank: PipelineRank) -> dict[str, Any]:
     memory = dataclasses.asdict(rank.memory)
     return {
@@ -104,11 +108,12 @@ def _rank_values(index: int, rank: PipelineRank) -> dict[str, Any]:
         "parameters": rank.parameters.total,
         "expert_parameters": rank.parameters.experts,
         "memory_bytes": {
-            **{name: size for name, size in memory.items() if name != "micro_batches_in_flight"},
+            **{name: size for name, size in memory.items() if name not in _NO_DEVICE_BYTES},
             "total": rank.memory.total,
         },
         "micro_batches_in_flight": rank.memory.micro_batches_in_flight,
         "sent_bytes": dataclasses.asdict(rank.traffic),
+        "host": rank.memory.host and dataclasses.asdict(rank.memory.host),
     }
 
 
@@ -119,6 +124,7 @@ def as_text(overview: Overview) -> str:
         _flops(overview),
         _stage_table(overview),
         _memory_table(overview),
+        *_offload(overview),
         _traffic_table(overview),
         _step(overview),
         _cache_table(overview),
@@ -216,6 +222,24 @@ def _memory_table(overview: Overview) -> str:
         verdict = f"{fits}: {overview.peak_bytes / GIB:.1f} of {limit:g} GiB on the fullest rank"
     header = ["GiB at the peak", *(f"pp {index}" for index in range(len(memories)))]
     return f"{_table(header, rows)}\n{verdict}"
+
+
+def _offload(overview: Overview) -> list[str]:
+    """What waits on the host, and what copying it takes; nothing if nothing does."""
+    copies = [rank.memory.host for rank in overview.ranks if rank.memory.host is not None]
+    if not overview.config.train.offload_activations:
+        return []
+    if not copies:
+        return ["no activation waits on the host: all are below train.offload_min_bytes"]
+    most = max(copies, key=lambda copied: copied.host_bytes)
+    machine = most.host_bytes * overview.config.cluster.gpus_per_node
+    return [
+        f"activations on the host: {most.host_bytes / GIB:.2f} GiB of the fullest rank, "
+        f"{machine / GIB:.1f} GiB a machine of such ranks; up to twice as much is pinned, as that "
+        "comes in powers of two. Not compared with the machines' memory, which is not known here\n"
+        f"copied in a step: {_size(most.step_bytes)} out and as much back, "
+        f"{most.step_seconds:.3g} s each way at {HOST_BANDWIDTH_GB:g} GB/s, beside computing"
+    ]
 
 
 def _traffic_table(overview: Overview) -> str:

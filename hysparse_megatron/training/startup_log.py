@@ -14,6 +14,7 @@ from hysparse_megatron.data.sources import MANY_EPOCHS, TrainingData, count_of, 
 from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.model.context_parallel import describe_context
 from hysparse_megatron.model.layers import describe_layers
+from hysparse_megatron.model.offload import describe_offload
 from hysparse_megatron.model.pipeline import describe_traffic
 from hysparse_megatron.training.data_parallel import describe_overlap
 from hysparse_megatron.training.state import TrainingState, describe_optimizer, rows_per_rank
@@ -83,6 +84,8 @@ def describe_start(state: TrainingState, corpus: TrainingData, log: Log) -> None
     )
     if config.train.recompute is not Recompute.none:
         log(f"the backward pass recomputes: {config.train.recompute_text}")
+    if config.train.offload_activations:
+        log(describe_offload(config.train.recompute_text, config.train.offload_min_bytes))
     log(f"optimizer: {describe_optimizer(state)}")
     if state.groups.dp_cp.size() > 1:
         log(describe_overlap(state.chunks))

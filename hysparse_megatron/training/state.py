@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -96,7 +96,10 @@ def build_state(
     """
     vocab_size = config.model.vocab_size or vocab_size
     groups = build_process_groups(config.parallel, config.model.num_query_groups)
-    layers = resolve_layers(config.model, device)
+    layers = replace(
+        resolve_layers(config.model, device),
+        sums_weight_gradients=not config.train.saves_weights_by_hooks,
+    )
     megatron = make_megatron_config(config, layers)
     started = time.monotonic()
     models = [model.to(device) for model in build(config, megatron, vocab_size, groups, layers)]

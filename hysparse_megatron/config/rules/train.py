@@ -3,8 +3,10 @@
 from collections.abc import Iterator
 
 from hysparse_megatron.architecture.layout import LayoutError, parse_layout
+from hysparse_megatron.architecture.model import Fp8
 from hysparse_megatron.config.rules.multiples import is_multiple
 from hysparse_megatron.config.schema import (
+    OFFLOAD_MIN_BYTES,
     Config,
     Recompute,
     RecomputeModule,
@@ -23,6 +25,18 @@ def ramp(config: Config) -> Iterator[Problem]:
     elif size > 0 and (ramp[0] >= size or (size - ramp[0]) % ramp[1]):
         allowed = f"a start below train.global_batch_size = {size} and increments that lead there"
         yield Problem("train.batch_ramp", str(ramp), allowed)
+
+
+def offload(config: Config) -> Iterator[Problem]:
+    """It has nothing else to act on where it is off, and meets nothing that it would copy twice."""
+    train, fp8 = config.train, config.model.fp8
+    if not train.offload_activations:
+        if train.offload_min_bytes != OFFLOAD_MIN_BYTES:
+            allowed = f"{OFFLOAD_MIN_BYTES}, the default, unless train.offload_activations=true"
+            yield Problem("train.offload_min_bytes", str(train.offload_min_bytes), allowed)
+    elif fp8 is not Fp8.none:
+        allowed = f"false with model.fp8={fp8.value}, whose copies of weights would travel too"
+        yield Problem("train.offload_activations", "true", allowed)
 
 
 def recompute(config: Config) -> Iterator[Problem]:

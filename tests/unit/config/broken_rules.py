@@ -33,6 +33,7 @@ def parts(*modules: RecomputeModule) -> dict[str, Any]:
     return {"train.recompute": Recompute.selective, "train.recompute_modules": list(modules)}
 
 
+OFFLOAD = {"train.offload_activations": True}
 FP8 = {"model.fp8": Fp8.tensorwise, "train.precision": Precision.bf16}
 
 
@@ -117,6 +118,19 @@ BAD: list[tuple[dict[str, Any], str, str, str]] = [
         "[attention], the default, unless train.recompute=selective",
     ),
     (parts(), "train.recompute_modules", "[]", "at least one"),
+    (
+        {"train.offload_min_bytes": 1000},
+        "train.offload_min_bytes",
+        "1000",
+        "1048576, the default, unless train.offload_activations=true",
+    ),
+    (
+        {**OFFLOAD, "train.offload_min_bytes": -1},
+        "train.offload_min_bytes",
+        "-1",
+        "at least 0",
+    ),
+    ({**FP8, **OFFLOAD}, "train.offload_activations", "true", "false with model.fp8=tensorwise"),
     (
         parts(RecomputeModule.norm, RecomputeModule.norm),
         "train.recompute_modules",

@@ -1,6 +1,7 @@
 """Which layers are chosen and why, and what a checkpoint may hold; see also tests/gpu."""
 
 import importlib.util
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -74,6 +75,9 @@ def test_apex_is_taken_on_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fusions(choice, model())["gradient_accumulation_fusion"]
     assert "apex's fused accumulation" in describe_layers(choice, model())
     assert not resolve_layers(model(), CPU).apex_weight_gradients
+    apart = replace(choice, sums_weight_gradients=False)
+    assert not fusions(apart, model())["gradient_accumulation_fusion"]
+    assert "after the matrix products" in describe_layers(apart, model())
 
 
 def test_weight_gradients_are_fused_without_apex() -> None:
@@ -94,6 +98,29 @@ def test_weight_gradients_are_fused_without_apex() -> None:
     assert not without[0][0].fuse_wgrad_accumulation
     assert not fusions(engine, model())["gradient_accumulation_fusion"], "that of apex"
     assert "inside the matrix products" in describe_layers(engine, model())
+    apart = layers()
+    fuse_weight_gradients(replace(engine, sums_weight_gradients=False), apart)
+    assert not apart[0][0].fuse_wgrad_accumulation
+
+
+@pytest.mark.parametrize(
+    ("settings", "by_hooks"),
+    [
+        ([], False),
+        (["train.recompute=full"], False),
+        (["train.recompute=full", "train.offload_activations=true"], False),
+        (["train.offload_activations=true"], True),
+        (
+            ["train.recompute=full", "train.recompute_layers=1", "train.offload_activations=true"],
+            True,
+        ),
+        (["train.recompute=selective", "train.recompute_modules=[norm]"], True),
+    ],
+)
+def test_weights_that_come_out_of_hooks_are_not_added_to_inside(
+    settings: list[str], by_hooks: bool
+) -> None:
+    assert compose(settings).train.saves_weights_by_hooks is by_hooks
 
 
 def test_fusions() -> None:
