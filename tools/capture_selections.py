@@ -135,17 +135,15 @@ def _sample(config: Config) -> tuple[Tensor, str, int]:
 
 def _read(model: torch.nn.Module, tokens: Tensor) -> tuple[dict[int, Tensor], float]:
     """Block indices int32 [HKV, S, K] by oracle layer, and the loss on this text, in nats."""
-    from hysparse_megatron.model.attend import TrainingAttend
+    from hysparse_megatron.model.attend import Projected, TrainingAttend
     from hysparse_megatron.model.sharing import SharedAttention
     from hysparse_megatron.model.stack import attending_with
 
     found: dict[int, Tensor] = {}
 
     class Kept(TrainingAttend):
-        def full(
-            self, layer: int, query: Tensor, key: Tensor, value: Tensor
-        ) -> tuple[Tensor, SharedAttention | None]:
-            output, shared = super().full(layer, query, key, value)
+        def full(self, layer: int, own: Projected) -> tuple[Tensor, SharedAttention | None]:
+            output, shared = super().full(layer, own)
             if shared is not None and shared.block_indices is not None:
                 found[layer] = shared.block_indices[0].cpu()
             return output, shared

@@ -15,7 +15,7 @@ import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from hysparse_kernels import (
@@ -44,36 +44,42 @@ from hysparse_megatron.model.sharing import Shared, SharedAttention
 from hysparse_megatron.runtime.annotations import FULL_ATTENTION, SPARSE_ATTENTION
 from hysparse_megatron.runtime.process_groups import RunGroups
 
-type Sinks = tuple[Tensor | None, Tensor | None]
-"""Of the sparse branch and of the window, each [HQ]; one tensor twice where they share it."""
+
+class Projected(NamedTuple):
+    """What a layer has projected and rotated."""
+
+    query: Tensor
+    """[S, B, HQ, D]"""
+    key: Tensor
+    """[S, B, HKV, D]"""
+    value: Tensor
+    """[S, B, HKV, DV]"""
+
+    @property
+    def in_kernel_layout(self) -> Projected:
+        """All three as [B, S, heads, width]."""
+        return Projected(*map(kernel_layout, self))
+
+
+class Branches(NamedTuple):
+    """How a sparse layer weighs its two branches, the oracle's blocks and its own window."""
+
+    gates: tuple[Tensor, Tensor]
+    """Logits [S, B, HQ, 1 or DV]."""
+    sinks: tuple[Tensor | None, Tensor | None]
+    """[HQ] each; one tensor twice where they share it."""
 
 
 class Attend(Protocol):
     """The attention of every layer in one forward pass."""
 
-    def full(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor
-    ) -> tuple[Tensor, Shared | None]:
+    def full(self, layer: int, own: Projected) -> tuple[Tensor, Shared | None]:
         """Causal attention over all keys, and what the sparse layers read; None if none does."""
 
-    def sparse(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        gates: tuple[Tensor, Tensor],
-        shared: Shared,
-        sinks: Sinks,
-    ) -> Tensor:
-        """Gated sum of the oracle's selected blocks and the layer's own window.
+    def sparse(self, layer: int, own: Projected, branches: Branches, shared: Shared) -> Tensor:
+        """Gated sum of the oracle's selected blocks and the layer's own window."""
 
-        `gates` are logits [S, B, HQ, 1 or DV] of the two branches.
-        """
-
-    def window(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, sink: Tensor | None
-    ) -> Tensor:
+    def window(self, layer: int, own: Projected, sink: Tensor | None) -> Tensor:
         """Attention over the layer's own window."""
 
     def prepared(self, shared: Shared) -> Shared:
@@ -94,11 +100,6 @@ def recomputed(function: Callable[..., Any], *tensors: Tensor | None) -> Any:
 def kernel_layout(tensor: Tensor) -> Tensor:
     """megatron-core's [S, B, heads, width] seen as the kernels' [B, S, heads, width]."""
     return tensor.transpose(0, 1)
-
-
-def kernel_layouts(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """All three in the kernels' layout."""
-    return kernel_layout(query), kernel_layout(key), kernel_layout(value)
 
 
 def selection_rule(model: ModelConfig, groups: RunGroups) -> dict[str, Any]:
@@ -157,17 +158,15 @@ class TrainingAttend:
         """What of the sequences a tensor [R, ...] of this rank's tokens is."""
         return Shard.of(self.groups.cp, own.shape[0] * self.groups.cp.size())
 
-    def full(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor
-    ) -> tuple[Tensor, SharedAttention | None]:
+    def full(self, layer: int, own: Projected) -> tuple[Tensor, SharedAttention | None]:
         """See `Attend`. In the second run of recompute the shared indices are None.
 
         A selection is made once, so that recompute cannot change it.
         """
         is_read = self.config.plan.is_read(layer)
-        shared = self.whole(SharedAttention(key, value, None))
+        shared = self.whole(SharedAttention(own.key, own.value, None))
         attend = functools.partial(self._full, is_read and not self.again, shared.gradients)
-        output, indices = self._run(attend, query, shared.key, shared.value)
+        output, indices = self._run(attend, own.query, shared.key, shared.value)
         return output, shared._replace(block_indices=indices) if is_read else None
 
     def whole(self, own: SharedAttention) -> SharedAttention:
@@ -193,7 +192,7 @@ class TrainingAttend:
         with record_function(FULL_ATTENTION):
             for rows, start in self._shard(query).chunks:
                 result = oracle_attention(
-                    *kernel_layouts(query[rows], key, value),
+                    *Projected(query[rows], key, value).in_kernel_layout,
                     **selection_rule(self.config.architecture, self.groups),
                     select=select and not again,
                     accumulate=gradients,
@@ -206,22 +205,13 @@ class TrainingAttend:
             output = _joined([part.output for part in parts], 1)
             return output, _joined(indices, 2) if indices else None
 
-    def sparse(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        gates: tuple[Tensor, Tensor],
-        shared: Shared,
-        sinks: Sinks,
-    ) -> Tensor:
+    def sparse(self, layer: int, own: Projected, branches: Branches, shared: Shared) -> Tensor:
         """See `Attend`."""
         shared = cast(SharedAttention, shared)
         attend = functools.partial(self._sparse, layer, shared.lists, shared.gradients)
         # One by one, as what is recomputed sees gradients of tensors that are its own arguments.
-        windows = self._windows(layer, key, value)
-        return self._run(attend, query, *gates, *shared.tensors, *sinks, *windows)
+        rest = (*shared.tensors, *branches.sinks, *self._windows(layer, own))
+        return self._run(attend, own.query, *branches.gates, *rest)
 
     def _sparse(
         self,
@@ -244,7 +234,7 @@ class TrainingAttend:
             chunks = self._shard(query).chunks
             for (rows, start), chunk_lists in zip(chunks, lists, strict=True):
                 part = block_sparse_attention(
-                    *kernel_layouts(query[rows], key, value),
+                    *Projected(query[rows], key, value).in_kernel_layout,
                     block_indices[:, :, rows],
                     block_size=self.config.architecture.block_size,
                     sink=sparse_sink,
@@ -260,19 +250,17 @@ class TrainingAttend:
             gates = (kernel_layout(sparse_gate), kernel_layout(window_gate))
             return gated_sum(sparse, window, *gates, backend=self._backend).to(query.dtype)
 
-    def window(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, sink: Tensor | None
-    ) -> Tensor:
+    def window(self, layer: int, own: Projected, sink: Tensor | None) -> Tensor:
         """See `Attend`."""
-        windows = self._windows(layer, key, value)
-        return self._run(functools.partial(self._window, layer), query, sink, *windows)
+        attend = functools.partial(self._window, layer)
+        return self._run(attend, own.query, sink, *self._windows(layer, own))
 
-    def _windows(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor | Windows, ...]:
+    def _windows(self, layer: int, own: Projected) -> tuple[Tensor | Windows, ...]:
         """Key and value, of each chunk, of all tokens that its windows see, or on their way."""
-        shard = self._shard(key)
+        shard = self._shard(own.key)
         if shard.ranks == 1:
-            return key, value
-        windows = Windows(key, value, self.window_of(layer) - 1, shard, self.groups.cp)
+            return own.key, own.value
+        windows = Windows(own.key, own.value, self.window_of(layer) - 1, shard, self.groups.cp)
         # What is recomputed takes tensors alone.
         return windows.received() if self._recomputes_attention else (windows,)
 
@@ -299,7 +287,7 @@ class TrainingAttend:
                     among = (start - before, start + tokens)
                     documents = documents_between(documents, query.shape[1], shard.sequence, *among)
                 part = sliding_window_attention(
-                    *kernel_layouts(query[rows], key, value),
+                    *Projected(query[rows], key, value).in_kernel_layout,
                     window=self.window_of(layer),
                     sink=sink,
                     query_start=before,

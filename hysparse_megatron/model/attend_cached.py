@@ -25,7 +25,7 @@ from hysparse_kernels import (
 )
 from torch import Tensor
 
-from hysparse_megatron.model.attend import Sinks, kernel_layout, kernel_layouts, selection_rule
+from hysparse_megatron.model.attend import Branches, Projected, kernel_layout, selection_rule
 from hysparse_megatron.model.megatron_config import HySparseConfig
 from hysparse_megatron.model.sharing import CachedSelection, Shared
 from hysparse_megatron.runtime.process_groups import RunGroups
@@ -41,13 +41,11 @@ class CachedAttend:
     """By layer: of all tokens for a full layer, of a window for the others."""
     chunk: Chunk
 
-    def full(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor
-    ) -> tuple[Tensor, CachedSelection | None]:
+    def full(self, layer: int, own: Projected) -> tuple[Tensor, CachedSelection | None]:
         """See `Attend`."""
         cache = cast(TokenCache, self.caches[layer])
         output, indices = cached_full_attention(
-            *kernel_layouts(query, key, value),
+            *own.in_kernel_layout,
             cache,
             self.chunk,
             **selection_rule(self.config.architecture, self.groups),
@@ -56,41 +54,30 @@ class CachedAttend:
         )
         return output, None if indices is None else CachedSelection(cache, indices)
 
-    def sparse(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        gates: tuple[Tensor, Tensor],
-        shared: Shared,
-        sinks: Sinks,
-    ) -> Tensor:
+    def sparse(self, layer: int, own: Projected, branches: Branches, shared: Shared) -> Tensor:
         """See `Attend`."""
         model = self.config.architecture
         selection = cast(CachedSelection, shared)
         return cached_sparse_attention(
-            *kernel_layouts(query, key, value),
-            kernel_layout(gates[0]),
-            kernel_layout(gates[1]),
+            *own.in_kernel_layout,
+            kernel_layout(branches.gates[0]),
+            kernel_layout(branches.gates[1]),
             selection.cache,
             selection.block_indices,
             cast(WindowCache, self.caches[layer]),
             self.chunk,
             block_size=model.block_size,
             window=model.window,
-            sparse_sink=sinks[0],
-            window_sink=sinks[1],
+            sparse_sink=branches.sinks[0],
+            window_sink=branches.sinks[1],
             prepared=selection.rows,
             backend=model.backend.value,
         )
 
-    def window(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, sink: Tensor | None
-    ) -> Tensor:
+    def window(self, layer: int, own: Projected, sink: Tensor | None) -> Tensor:
         """See `Attend`."""
         return cached_window_attention(
-            *kernel_layouts(query, key, value),
+            *own.in_kernel_layout,
             cast(WindowCache, self.caches[layer]),
             self.chunk,
             window=self.config.architecture.window,

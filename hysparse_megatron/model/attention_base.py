@@ -6,6 +6,7 @@ DV value head dim, C channels, T tensor-parallel size.
 
 from __future__ import annotations
 
+import abc
 from dataclasses import dataclass
 
 import torch
@@ -15,13 +16,14 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import (
     ensure_metadata_has_dp_cp_group,
     make_sharded_tensors_for_checkpoint,
-    sharded_state_dict_default,
 )
 from torch import Tensor
 
+from hysparse_megatron.model.attend import Attend, Projected
 from hysparse_megatron.model.megatron_config import HySparseConfig
 from hysparse_megatron.model.norm import RMSNorm
 from hysparse_megatron.model.projection import GroupedProjection
+from hysparse_megatron.model.sharing import Shared
 from hysparse_megatron.runtime.process_groups import RunGroups
 
 
@@ -83,6 +85,28 @@ class BaseAttention(MegatronModule):
             parameter.is_sink = True  # type: ignore[attr-defined] # a parameter group of its own
             self.register_parameter(sink, parameter)
 
+    def forward(
+        self,
+        hidden_states: Tensor,
+        shared: Shared | None,
+        rotary_pos_emb: Tensor | None,
+        attend: Attend,
+    ) -> tuple[tuple[Tensor, Tensor | None], Shared | None]:
+        """[S / T or S, B, C] -> ((output of the same shape, no bias), what is shared or None).
+
+        A layer that is no oracle returns `shared` untouched.
+        """
+        parts = self.linear_qkv(hidden_states)
+        own = Projected(*self._query_and_key(parts, rotary_pos_emb), parts["value"])
+        attention, shared = self._attend(own, parts, shared, attend)
+        return self.linear_proj(attention.transpose(0, 1).flatten(2)), shared
+
+    @abc.abstractmethod
+    def _attend(
+        self, own: Projected, parts: dict[str, Tensor], shared: Shared | None, attend: Attend
+    ) -> tuple[Tensor, Shared | None]:
+        """Attention [B, S, HQ, DV] of what the layer has projected, and what is shared after it."""
+
     def _query_and_key(
         self, parts: dict[str, Tensor], rotary_pos_emb: Tensor | None
     ) -> tuple[Tensor, Tensor]:
@@ -107,19 +131,13 @@ class BaseAttention(MegatronModule):
         """Learnable sinks [HQ], by branch; a single one serves all branches, None without any."""
         return [getattr(self, name) for name in self.sink_names] or [None]
 
-    def _project(self, attention: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[B, S, HQ, DV] -> [S / T or S, B, C] and no bias."""
-        return self.linear_proj(attention.transpose(0, 1).flatten(2))
-
     def sharded_state_dict(
-        self,
-        prefix: str = "",
-        sharded_offsets: tuple = (),
-        metadata: dict | None = None,
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict:
         """Sinks are split over tensor-parallel ranks along their heads; the rest is as usual."""
         metadata = ensure_metadata_has_dp_cp_group(metadata)
-        result = make_sharded_tensors_for_checkpoint(
+        result = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        return result | make_sharded_tensors_for_checkpoint(
             {name: getattr(self, name) for name in self.sink_names},
             prefix,
             tensor_parallel_layers_axis_map=dict.fromkeys(self.sink_names, 0),
@@ -127,10 +145,3 @@ class BaseAttention(MegatronModule):
             tp_group=self.tp_group,
             dp_cp_group=metadata["dp_cp_group"],
         )
-        for name, module in self.named_children():
-            result.update(
-                sharded_state_dict_default(
-                    module, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=self.tp_group
-                )
-            )
-        return result

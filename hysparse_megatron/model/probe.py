@@ -25,7 +25,7 @@ from hysparse_kernels.documents import document_starts_in_rows
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from hysparse_megatron.model.attend import Sinks, TrainingAttend
+from hysparse_megatron.model.attend import Branches, Projected, TrainingAttend
 from hysparse_megatron.model.context_parallel import Shard, rows_before
 from hysparse_megatron.model.megatron_config import HySparseConfig
 from hysparse_megatron.model.sharing import Shared, SharedAttention
@@ -221,32 +221,19 @@ class _ProbedAttend(TrainingAttend):
 
     probe: Probe
 
-    def full(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor
-    ) -> tuple[Tensor, SharedAttention | None]:
-        output, shared = super().full(layer, query, key, value)
+    def full(self, layer: int, own: Projected) -> tuple[Tensor, SharedAttention | None]:
+        output, shared = super().full(layer, own)
         if shared is not None:
-            self.probe.look(layer, self.probe.look_at_oracle, query, shared, self.documents)
+            self.probe.look(layer, self.probe.look_at_oracle, own.query, shared, self.documents)
         return output, shared
 
-    def sparse(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        gates: tuple[Tensor, Tensor],
-        shared: Shared,
-        sinks: Sinks,
-    ) -> Tensor:
-        self.probe.look(layer, self.probe.look_at_branches, gates, sinks)
-        return super().sparse(layer, query, key, value, gates, shared, sinks)
+    def sparse(self, layer: int, own: Projected, branches: Branches, shared: Shared) -> Tensor:
+        self.probe.look(layer, self.probe.look_at_branches, *branches)
+        return super().sparse(layer, own, branches, shared)
 
-    def window(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, sink: Tensor | None
-    ) -> Tensor:
+    def window(self, layer: int, own: Projected, sink: Tensor | None) -> Tensor:
         self.probe.look(layer, self.probe.look_at_branches, (), (sink,))
-        return super().window(layer, query, key, value, sink)
+        return super().window(layer, own, sink)
 
 
 def sample_positions(seed: int, sequence: int) -> list[int]:

@@ -18,6 +18,7 @@ drawn, rows stand where they do without tensor parallelism.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
@@ -113,14 +114,9 @@ class GroupedProjection(MegatronModule):
         whole = shares.split([piece.shape[-1] for piece in own.values()], dim=-1)
         return {name: piece.flatten(-2) for name, piece in zip(own, whole, strict=True)}
 
-    def sharded_state_dict(
-        self,
-        prefix: str = "",
-        sharded_offsets: tuple = (),
-        metadata: dict | None = None,
-    ) -> dict:
+    def sharded_state_dict(self, prefix: str = "", *rest: Any, **named: Any) -> dict:
         """Weight and bias, with their rows where they stand without tensor parallelism."""
-        result = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        result = super().sharded_state_dict(prefix, *rest, **named)
         if self.ranks_per_group > 1:
             for name in (f"{prefix}linear.weight", f"{prefix}linear.bias"):
                 if name in result:

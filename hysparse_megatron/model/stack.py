@@ -250,10 +250,7 @@ class HySparseStack(MegatronModule):
         return outputs[0], SharedAttention(*outputs[1:])
 
     def sharded_state_dict(
-        self,
-        prefix: str = "",
-        sharded_offsets: tuple = (),
-        metadata: dict | None = None,
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict:
         """Keys hold the global layer index and no rank, so any layout can load them."""
         result: dict = {}
@@ -263,15 +260,8 @@ class HySparseStack(MegatronModule):
             replace_prefix_for_sharding(sharded, local_prefix, f"{prefix}layers.{index}.")
             result.update(sharded)
         if self.post_process:
-            result.update(
-                sharded_state_dict_default(
-                    self.final_norm,
-                    f"{prefix}final_norm.",
-                    sharded_offsets,
-                    metadata,
-                    tp_group=self.groups.tp,
-                )
-            )
+            norm = (self.final_norm, f"{prefix}final_norm.", sharded_offsets, metadata)
+            result.update(sharded_state_dict_default(*norm, tp_group=self.groups.tp))
         # Transformer Engine's layers keep scales there, of which ours have none from step to step.
         return {key: value for key, value in result.items() if EXTRA_STATE not in key}
 

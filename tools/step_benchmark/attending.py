@@ -24,7 +24,7 @@ from torch import Tensor
 
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.errors import ConfigError
-from hysparse_megatron.model.attend import Sinks, TrainingAttend
+from hysparse_megatron.model.attend import Branches, Projected, TrainingAttend
 from hysparse_megatron.model.context_parallel import Shard
 from hysparse_megatron.model.sharing import Shared, SharedAttention
 from hysparse_megatron.model.stack import attending_with
@@ -56,32 +56,21 @@ def replaced(
 class Layerwise(TrainingAttend):
     """Shares this rank's keys and values, of which every reader gathers all for itself."""
 
-    def full(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor
-    ) -> tuple[Tensor, SharedAttention | None]:
+    def full(self, layer: int, own: Projected) -> tuple[Tensor, SharedAttention | None]:
         """See `Attend`."""
-        output, shared = super().full(layer, query, key, value)
+        output, shared = super().full(layer, own)
         if shared is not None:
-            shared = shared._replace(key=key, value=value, gradients=None)
+            shared = shared._replace(key=own.key, value=own.value, gradients=None)
         return output, shared
 
     def prepared(self, shared: Shared) -> SharedAttention:
         """See `Attend`; nothing is gathered for several layers."""
         return self.with_lists(cast(SharedAttention, shared))
 
-    def sparse(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        gates: tuple[Tensor, Tensor],
-        shared: Shared,
-        sinks: Sinks,
-    ) -> Tensor:
+    def sparse(self, layer: int, own: Projected, branches: Branches, shared: Shared) -> Tensor:
         """See `Attend`."""
         whole = self.whole(cast(SharedAttention, shared))
-        return super().sparse(layer, query, key, value, gates, whole, sinks)
+        return super().sparse(layer, own, branches, whole)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,10 +79,8 @@ class _Selected(TrainingAttend):
 
     selections: list[Tensor]
 
-    def full(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor
-    ) -> tuple[Tensor, SharedAttention | None]:
-        output, shared = super().full(layer, query, key, value)
+    def full(self, layer: int, own: Projected) -> tuple[Tensor, SharedAttention | None]:
+        output, shared = super().full(layer, own)
         if shared is None or shared.block_indices is None:
             return output, shared
         selection = self.selections[layer % len(self.selections)]

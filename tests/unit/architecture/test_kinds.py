@@ -64,12 +64,10 @@ BODY = [
 
 
 class GatedWindowAttention(BaseAttention):
-    def forward(self, hidden_states, shared, rotary_pos_emb, attend):
-        parts = self.linear_qkv(hidden_states)
-        query, key = self._query_and_key(parts, rotary_pos_emb)
-        attention = attend.window(self.index, query, key, parts["value"], self._sinks()[0])
+    def _attend(self, own, parts, shared, attend):
+        attention = attend.window(self.index, own, self._sinks()[0])
         gate = torch.sigmoid(paired(self, parts["ring_gate"]).transpose(0, 1).float())
-        return self._project((gate * attention).to(attention.dtype)), shared
+        return (gate * attention).to(attention.dtype), shared
 
 
 ATTENTION = {
