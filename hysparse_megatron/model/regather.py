@@ -29,7 +29,7 @@ class Regather:
     def __init__(self, *, keeps_all: bool = True, keep: Keep = ON_DEVICE) -> None:
         self.keep = keep
         self._keeps_all = keeps_all
-        self._known: dict[int, tuple[Tensor, _Block, int]] = {}
+        self._known: dict[int, _Known] = {}
 
     def add(
         self,
@@ -45,9 +45,9 @@ class Regather:
         """
         if self._keeps_all:
             return
-        block = _Block(own, self.keep, shard, group)
+        block = _Block(self.keep, shard, group)
         for index, tensor in enumerate(whole):
-            self._known[_place(tensor)] = (tensor, block, index)
+            self._known[_place(tensor)] = _Known(tensor, block, own, index)
 
     def forget(self) -> None:
         """Their last reader is through."""
@@ -63,40 +63,51 @@ class Regather:
         known = self._known.get(_place(tensor))
         if known is None:
             return self.keep.pack(tensor)
-        _, block, index = known
-        return _Saved(block, index, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
+        # Packed by every reader, so that it is there with what else the reader has saved.
+        own = (self.keep.pack(known.own[0]), self.keep.pack(known.own[1]))
+        view = (tensor.size(), tensor.stride(), int(tensor.storage_offset()))
+        return _Saved(known.block, own, known.which, *view)
 
     def _unpack(self, saved: Any) -> Tensor:
         if not isinstance(saved, _Saved):
             return self.keep.unpack(saved)
-        whole = saved.block.whole()[saved.which]
+        whole = saved.block.whole(saved.own)[saved.which]
         return whole.as_strided(saved.size, saved.stride, saved.offset)
 
 
 class _Block:
-    """Key and value of one block: this rank's part, and all of it once it was asked for.
+    """Key and value of one block: all of it once it was asked for.
 
     Autograd frees what a node saved behind its backward pass, and this with the last of them.
     """
 
-    def __init__(
-        self, own: tuple[Tensor, Tensor], keep: Keep, shard: Shard, group: dist.ProcessGroup
-    ) -> None:
-        self._own, self._keep = (keep.pack(own[0]), keep.pack(own[1])), keep
-        self._shard, self._group = shard, group
+    def __init__(self, keep: Keep, shard: Shard, group: dist.ProcessGroup) -> None:
+        self._keep, self._shard, self._group = keep, shard, group
         self._whole: tuple[Tensor, Tensor] | None = None
 
-    def whole(self) -> tuple[Tensor, Tensor]:
+    def whole(self, own: tuple[Any, Any]) -> tuple[Tensor, Tensor]:
+        """Gathered by the first who asks, from this rank's part of both as it is kept."""
         if self._whole is None:
-            key, value = (self._keep.unpack(own) for own in self._own)
+            key, value = (self._keep.unpack(part) for part in own)
             self._whole = gathered(key, value, self._shard, self._group)
         return self._whole
+
+
+class _Known(NamedTuple):
+    """A gathered key (which = 0) or value (1)."""
+
+    tensor: Tensor
+    block: _Block
+    own: tuple[Tensor, Tensor]
+    which: int
 
 
 class _Saved(NamedTuple):
     """A view of a block's key (which = 0) or value (1)."""
 
     block: _Block
+    own: tuple[Any, Any]
+    """This rank's part of both, packed."""
     which: int
     size: torch.Size
     stride: tuple[int, ...]

@@ -1,12 +1,14 @@
-"""What a tensor-parallel rank keeps and sends, where ranks share a KV group and where not."""
+"""What a rank keeps, where, and sends: ranks that share a KV group, and activations on the host."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,11 +16,21 @@ from megatron.core.tensor_parallel import layers, mappings
 from torch import Tensor
 
 from hysparse_megatron.architecture.layers import FullGate, GateKind
-from hysparse_megatron.config.schema import Config
+from hysparse_megatron.config.schema import Config, Recompute, RecomputeModule
+from hysparse_megatron.model.offload import _Link
 from hysparse_megatron.plan.overview import make_overview
-from tests.distributed.cases import Case
+from hysparse_megatron.training.step import train_step
+from tests.distributed.cases import (
+    EXPERTS,
+    INSIDE,
+    INTERLEAVED,
+    SHORT,
+    SHORT_FULL,
+    Case,
+    random_tokens,
+)
 from tests.distributed.pool import WorkerPool
-from tests.distributed.ranks import prepare
+from tests.distributed.ranks import Piece, pieces, prepare, share_of, whole_gradients
 
 pytestmark = pytest.mark.distributed
 
@@ -105,3 +117,61 @@ def test_a_rank_keeps_and_sends_what_is_planned(case: Case, pool: WorkerPool) ->
         # A table of rotary angles and a few index tensors are left out of the plan.
         table = SEQUENCE * config.model.rotary_dim * 4 + 8192
         assert abs(planned.memory.activation_bytes - (kept - norms)) <= table
+
+
+ON_THE_HOST = {"offload_activations": True, "offload_min_bytes": 0}
+NORMS_AGAIN = {
+    **SHORT,
+    "recompute": Recompute.selective,
+    "recompute_modules": [RecomputeModule.norm],
+}
+HOST_CASES = [
+    Case("pp2-vpp2-inside", INTERLEAVED, pp=2, vpp=2),
+    Case("pp2-inside-recompute-full", INSIDE, pp=2, train=SHORT_FULL),
+    Case("cp2-gathered-again", "F S W S F", cp=2, train=NORMS_AGAIN),
+    Case("moe-tp2-sp-ep2", tp=2, sp=True, ep=2, model=EXPERTS, train=SHORT),
+]
+
+
+def gradients_of_two_steps(
+    rank: int, config: Config, tokens: np.ndarray
+) -> tuple[list[dict[str, Piece]], tuple[int, int], int]:
+    """With the bytes that were copied to the host and back, and the most layers on their way."""
+    state = prepare(config)
+    host, on_their_way = state.megatron.offload, 0
+    begin = _Link._begin_backward
+
+    def watched(link: _Link, layer: Any) -> None:
+        nonlocal on_their_way
+        begin(link, layer)
+        on_their_way = max(on_their_way, len([one for one in link._present if one.held]))
+
+    found: list[dict[str, Piece]] = [{}, {}]
+    with mock.patch.object(_Link, "_begin_backward", watched):
+        for step, into in enumerate(found):
+            with whole_gradients(state, into):
+                train_step(state, step, share_of(state, torch.from_numpy(tokens)))
+    state.settle()
+    found.append(pieces(state, lambda parameter: parameter))
+    return found, (0, 0) if host is None else host.copied_bytes, on_their_way
+
+
+@pytest.mark.parametrize("case", HOST_CASES, ids=lambda case: case.name)
+def test_activations_on_the_host_change_nothing(
+    case: Case, pool: WorkerPool, session_seed: int
+) -> None:
+    tokens = random_tokens(session_seed).numpy()
+    runs = []
+    for more in ({}, ON_THE_HOST):
+        config = replace(case, train={**case.train, **more}).config()
+        parallel = replace(config.parallel, cp_keep_kv=case.cp == 1)
+        config = replace(config, parallel=parallel)
+        job = {"config": config, "tokens": tokens[: config.train.global_batch_size]}
+        runs.append(pool.run(case.world_size, gradients_of_two_steps, **job))
+    for (plain, nothing, _), (found, (out, back), most) in zip(*runs, strict=True):
+        assert nothing == (0, 0)
+        assert 0 < back <= out
+        assert most <= (3 if case.pp > 1 else 2)
+        for one, other in zip(plain, found, strict=True):
+            for name, piece in one.items():
+                np.testing.assert_array_equal(other[name].value, piece.value, name)
