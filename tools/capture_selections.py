@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hysparse_kernels.benchmarking.problem import Problem
 from hysparse_kernels.benchmarking.selections import Captured, describe, statistics, synthetic
 from torch import Tensor
 
@@ -32,6 +31,8 @@ from hysparse_megatron.config.frozen import load_frozen
 from hysparse_megatron.config.schema import Config, ParallelConfig
 from hysparse_megatron.runtime.launcher import Rank
 from hysparse_megatron.runtime.quiet import quiet_libraries
+
+from .step_benchmark.attending import problem_of
 
 
 @command
@@ -158,16 +159,7 @@ def _read(model: torch.nn.Module, tokens: Tensor) -> tuple[dict[int, Tensor], fl
 
 def _compared(layers: dict[int, Tensor], config: Config) -> dict[str, dict[str, float]]:
     """`statistics` of every layer, and of synthetic selections of the same sizes."""
-    model = config.model
-    problem = Problem(
-        config.train.seq_length,
-        model.num_attention_heads,
-        model.num_query_groups,
-        model.head_dim,
-        model.value_dim,
-        block_size=model.block_size,
-        num_selected=model.num_selected_blocks,
-    )
+    problem = problem_of(config)
     result = {f"layer {layer}": statistics(ids[None]) for layer, ids in layers.items()}
     for name, clustered in (("clustered", True), ("random", False)):
         result[name] = statistics(synthetic(problem, torch.device("cpu"), clustered))

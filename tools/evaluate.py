@@ -37,8 +37,9 @@ from hysparse_megatron.files import require_writable
 from hysparse_megatron.runtime.launcher import rank_from_environment
 from hysparse_megatron.runtime.quiet import quiet_libraries
 
+from .trained_run import add_run_options, tokenizer_of
+
 if TYPE_CHECKING:
-    from hysparse_megatron.data.tokenizer import Encoder
     from hysparse_megatron.evaluation.positions import Bin
     from hysparse_megatron.inference.load import LoadedModel
 
@@ -65,14 +66,8 @@ def main(argv: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser("hysparse evaluate", __doc__)
+    add_run_options(parser)
     add = parser.add_argument
-    add("--run-dir", type=Path, required=True, metavar="RUN", help="the run directory")
-    add(
-        "--checkpoint",
-        default="newest",
-        metavar="WHICH",
-        help="newest (the default), a step of the run, or the directory of a checkpoint",
-    )
     add(
         "--tasks",
         nargs="+",
@@ -98,7 +93,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--bins", type=positive, default=8, metavar="N", help="of positions, for the loss")
     add("--batch-size", type=positive, default=8, metavar="N", help="sequences at a time")
     add("--seed", type=int, default=0, metavar="N", help="of the questions (default 0)")
-    add("--tokenizer", metavar="PATH", help="its file or folder (default: found by its hash)")
     add(
         "--data",
         metavar="PATH",
@@ -166,7 +160,7 @@ def _scores(
 ) -> Iterator[Score]:
     from hysparse_megatron.inference.generate import Settings, generate
 
-    tokenizer = _tokenizer(args, loaded)
+    tokenizer = tokenizer_of(args, loaded)
 
     def count(text: str) -> int:
         return len(tokenizer.encode(text))
@@ -196,12 +190,6 @@ def _scores(
                 batch_size=args.batch_size,
                 answered=progress.by(length),
             )
-
-
-def _tokenizer(args: argparse.Namespace, loaded: LoadedModel) -> Encoder:
-    from hysparse_megatron.data.run_tokenizer import load_run_tokenizer
-
-    return load_run_tokenizer(loaded.config.data, loaded.tokenizer_sha256, args.tokenizer)
 
 
 def _loss(

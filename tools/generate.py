@@ -26,6 +26,8 @@ from hysparse_megatron.errors import ConfigError, DataError
 from hysparse_megatron.runtime.launcher import Rank, rank_from_environment
 from hysparse_megatron.runtime.quiet import quiet_libraries
 
+from .trained_run import add_run_options, tokenizer_of
+
 if TYPE_CHECKING:
     from hysparse_megatron.data.tokenizer import Encoder
     from hysparse_megatron.inference.generate import Settings
@@ -56,14 +58,8 @@ def _run(args: argparse.Namespace, prompts: Sequence[str], rank: Rank) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser("hysparse generate", __doc__)
+    add_run_options(parser)
     add = parser.add_argument
-    add("--run-dir", type=Path, required=True, metavar="RUN", help="the run directory")
-    add(
-        "--checkpoint",
-        default="newest",
-        metavar="WHICH",
-        help="newest (the default), a step of the run, or the directory of a checkpoint",
-    )
     add(
         "--prompt", action="append", default=[], metavar="TEXT", help="text to continue; repeatable"
     )
@@ -105,7 +101,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="tokens of prompts taken in at a time (default %(default)s)",
     )
-    add("--tokenizer", metavar="PATH", help="its file or folder (default: found by its hash)")
     add("--no-verify", action="store_true", help="do not compare the checkpoint with its hashes")
     return parser
 
@@ -169,7 +164,7 @@ def _generate(
     from hysparse_megatron.inference.sampling import Sampling
     from hysparse_megatron.runtime.agreement import on_every_rank
 
-    tokenizer = on_every_rank(lambda: _tokenizer(args, loaded), os_error=DataError)
+    tokenizer = on_every_rank(lambda: tokenizer_of(args, loaded), os_error=DataError)
     # An empty prompt starts a document, as whatever follows the end of another.
     ids = [tokenizer.encode(prompt) or [tokenizer.end_of_document] for prompt in prompts]
     settings = Settings(
@@ -192,12 +187,6 @@ def _generate(
     text = report(loaded, generated, settings)  # adds up over all ranks
     if is_first:
         print(text, file=sys.stderr)
-
-
-def _tokenizer(args: argparse.Namespace, loaded: LoadedModel) -> Encoder:
-    from hysparse_megatron.data.run_tokenizer import load_run_tokenizer
-
-    return load_run_tokenizer(loaded.config.data, loaded.tokenizer_sha256, args.tokenizer)
 
 
 class _Printer:

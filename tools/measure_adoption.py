@@ -280,8 +280,6 @@ def _train_original(args: argparse.Namespace, seed: int, folder: Path) -> Path:
         fingerprint=data.fingerprint,
         global_batch_size=8,
         micro_batch_size=8,
-        data_parallel_size=1,
-        data_parallel_rank=0,
     )
     torch.manual_seed(seed)
     model = _new_llama(args, data.vocab_size)

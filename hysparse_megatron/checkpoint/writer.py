@@ -20,11 +20,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from hysparse_megatron.checkpoint.manifest import write_manifest
-from hysparse_megatron.checkpoint.store import (
-    remove_leftovers,
-    step_directory,
-    unfinished_name,
-)
+from hysparse_megatron.checkpoint.store import remove_leftovers, step_directory, unfinished_name
 from hysparse_megatron.errors import CheckpointError
 from hysparse_megatron.files import sha256_of, sync_folder
 from hysparse_megatron.runtime import faults

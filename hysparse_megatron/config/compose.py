@@ -76,7 +76,8 @@ def compose(overrides: Sequence[str]) -> Config:
     with initialize_config_dir(config_dir=str(config_directory()), version_base="1.3"):
         problems = [problem for override in overrides if (problem := _hydra_setting(override))]
         try:
-            tree = (_compose_tree if path else _compose_shipped)((*path, *overrides))
+            words = (*path, *overrides)
+            tree = _compose_tree(words) if path else _compose_shipped(config_directory(), words)
         except _COMPOSE_ERRORS as error:
             _compose_defaults(path)
             tried = [(_try(override, path, folders)) for override in overrides]
@@ -108,8 +109,13 @@ def _compose_tree(overrides: Sequence[str]) -> dict[str, Any]:
     return cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
 
 
-_compose_shipped = cache(_compose_tree)
-"""Without folders of a user's own: a sweep, a summary and imports ask for the same words again."""
+@cache
+def _compose_shipped(directory: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
+    """Without folders of a user's own: a sweep, a summary and imports ask for the same words again.
+
+    `directory` has the presets. The tree is nobody's to change.
+    """
+    return _compose_tree(overrides)
 
 
 def _compose_defaults(path: Sequence[str]) -> None:

@@ -74,8 +74,6 @@ def held_out_batches(
         num_samples=sequences,
         global_batch_size=size,
         micro_batch_size=size,
-        data_parallel_size=1,
-        data_parallel_rank=0,
         document_mask=config.document_mask,
     )
 

@@ -26,11 +26,7 @@ from hysparse_megatron.checkpoint.assemble import Source
 from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.huggingface import settings
 from hysparse_megatron.huggingface.importing import check_names, padded, untied, write_start
-from hysparse_megatron.huggingface.original import (
-    ARCHITECTURES,
-    read_original,
-    rotary_settings,
-)
+from hysparse_megatron.huggingface.original import ARCHITECTURES, read_original, rotary_settings
 from hysparse_megatron.huggingface.reading import TensorFolder
 from hysparse_megatron.huggingface.weights import PARTS, Fused, model_weights
 

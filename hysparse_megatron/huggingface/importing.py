@@ -25,12 +25,7 @@ from hysparse_megatron.files import sha256_of
 from hysparse_megatron.huggingface import settings, tokenizer_files
 from hysparse_megatron.huggingface.folders import write_folder
 from hysparse_megatron.huggingface.reading import TensorFolder
-from hysparse_megatron.huggingface.weights import (
-    KEPT_IN_FP32,
-    TABLES,
-    Fused,
-    model_weights,
-)
+from hysparse_megatron.huggingface.weights import KEPT_IN_FP32, TABLES, Fused, model_weights
 from hysparse_megatron.rundir import versions
 
 EXPERIMENT = "experiment.yaml"

@@ -15,13 +15,7 @@ from hysparse_megatron.architecture.parameters import RankParameters, padded_voc
 from hysparse_megatron.architecture.stages import PipelinePlan
 from hysparse_megatron.config.schema import Config, OptimizerName, Precision, RecomputeModule
 from hysparse_megatron.plan.flops import feed_forward_of
-from hysparse_megatron.plan.offload import (
-    ON_ITS_WAY,
-    HostCopies,
-    leaving,
-    on_its_way,
-    travels,
-)
+from hysparse_megatron.plan.offload import ON_ITS_WAY, HostCopies, leaving, on_its_way, travels
 from hysparse_megatron.plan.traffic import (
     batch_tokens,
     element_bytes,

@@ -281,7 +281,10 @@ def cached_sparse_attention(
         for (i, _, past, new), of_row in zip(chunk.spans, prepared, strict=True)
     ]
     sparse = _in_columns(outputs, chunk.width, 1, 0)
-    near = _near(query, key, value, cache, chunk, window, window_sink, scale, query_chunk, ranges)
+    near = cached_window_attention(
+        query, key, value, cache, chunk, window=window, sink=window_sink, softmax_scale=scale,
+        query_chunk=query_chunk, backend=ranges,
+    )  # fmt: skip
     return gated_sum(sparse, near, sparse_gate, window_gate, backend=ranges)
 
 
@@ -312,22 +315,7 @@ def cached_window_attention(
         return launch.window_attention(
             query, key, value, cache, chunk, window=window, sink=sink, scale=scale
         )
-    return _near(query, key, value, cache, chunk, window, sink, scale, query_chunk, ranges)
-
-
-def _near(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cache: WindowCache,
-    chunk: Chunk,
-    window: int,
-    sink: Tensor | None,
-    scale: float,
-    query_chunk: int,
-    backend: str,
-) -> Tensor:
-    """Attention to the window, of each row among the keys that its new tokens can see."""
+    # Each row among the keys that its new tokens can see.
     outputs = []
     for i, row, past, new in chunk.spans:
         older = min(past, window - 1)
@@ -346,7 +334,7 @@ def _near(
             softmax_scale=scale,
             query_start=older,
             query_chunk=query_chunk,
-            backend=backend,
+            backend=ranges,
         )
         outputs.append(part)
     # Only now: in a long chunk the first queries still need what the last tokens push out.

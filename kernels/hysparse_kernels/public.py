@@ -3,12 +3,7 @@
 # ruff: noqa: F401
 
 from hysparse_kernels.accumulation import KeyValueGradients
-from hysparse_kernels.backends import (
-    BACKENDS,
-    BackendChoice,
-    BackendUnavailable,
-    resolve_backend,
-)
+from hysparse_kernels.backends import BACKENDS, BackendChoice, BackendUnavailable, resolve_backend
 from hysparse_kernels.block_lists import BlockLists
 from hysparse_kernels.cached_attention import (
     CachedFullOutput,

@@ -9,12 +9,7 @@ import numpy as np
 
 from hysparse_megatron.config.schema import Config
 from tests.distributed.ranks import RankRun
-from tests.distributed.reassemble import (
-    relative_difference,
-    whole,
-    whole_routing,
-    whole_selection,
-)
+from tests.distributed.reassemble import relative_difference, whole, whole_routing, whole_selection
 from tests.distributed.table import ParityRow
 
 LOSS_TOLERANCE = 1e-5

@@ -111,7 +111,7 @@ CASES = [
     Case("dp2-pp2-inside", INSIDE, dp=2, pp=2, train=FEW),
     Case("dp4-2-instances", dp=4, instances=2, train=FEW),
     Case("cp2-tp2-sp-2-instances", cp=2, tp=2, sp=True, instances=2, train=SHORT),
-    Case("moe-dp4-ep2-2-instances", dp=4, ep=2, instances=2, model=SOFTMAX),
+    Case("moe-dp4-ep2-2-instances", dp=4, ep=2, instances=2, model=SOFTMAX, train=FEW),
     Case("tp2-dp2-sp", tp=2, dp=2, sp=True, train=SHORT),
     Case("recompute-full", train=SHORT_FULL),
     Case("recompute-selective", train=SHORT_SELECTIVE),

@@ -8,15 +8,7 @@ import numpy as np
 import pytest
 
 from hysparse_megatron.config.schema import Precision
-from tests.distributed.cases import (
-    EXPERTS,
-    HALF_BATCH,
-    INSIDE,
-    MUON,
-    SEQ_LENGTH,
-    VOCAB,
-    Case,
-)
+from tests.distributed.cases import EXPERTS, HALF_BATCH, INSIDE, MUON, SEQ_LENGTH, VOCAB, Case
 from tests.distributed.checkpoint_jobs import (
     Continuation,
     TokenFiles,

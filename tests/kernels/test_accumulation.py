@@ -6,12 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hysparse_kernels import (
-    KeyValueGradients,
-    autograd,
-    block_sparse_attention,
-    oracle_attention,
-)
+from hysparse_kernels import KeyValueGradients, autograd, block_sparse_attention, oracle_attention
 from hysparse_kernels.triton import kernels
 from hysparse_kernels.triton.launch import KeySchedule, Saved
 from torch import Tensor

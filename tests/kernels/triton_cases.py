@@ -31,13 +31,7 @@ from hysparse_kernels.triton import topk as triton_topk
 from torch import Tensor
 
 from tests.kernels import rounding
-from tests.kernels.cases import (
-    blocks_of,
-    causal_keys,
-    offsets,
-    selected_keys,
-    window_keys,
-)
+from tests.kernels.cases import blocks_of, causal_keys, offsets, selected_keys, window_keys
 from tests.kernels.drawn_cases import Case, Inputs, draw, poisoned_memory
 from tests.kernels.rounding import Variances, assert_within
 

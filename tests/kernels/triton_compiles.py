@@ -13,13 +13,7 @@ import triton
 from hysparse_kernels.accumulation import KeyValueGradients
 from hysparse_kernels.autograd import attend
 from hysparse_kernels.build_lists import build_block_lists
-from hysparse_kernels.call import (
-    AttentionCall,
-    CausalKeys,
-    SelectedKeys,
-    SelectionRule,
-    WindowKeys,
-)
+from hysparse_kernels.call import AttentionCall, CausalKeys, SelectedKeys, SelectionRule, WindowKeys
 from hysparse_kernels.query_range import QueryRange
 from hysparse_kernels.triton.gating import gated_sum
 from hysparse_kernels.triton.topk import block_topk

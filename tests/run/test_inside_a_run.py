@@ -7,12 +7,7 @@ from pathlib import Path
 import pytest
 from run_commands import LOCAL, TINY, facts, read_json, run
 
-from hysparse_megatron.runtime.annotations import (
-    FULL_ATTENTION,
-    LOSS,
-    OPTIMIZER,
-    SPARSE_ATTENTION,
-)
+from hysparse_megatron.runtime.annotations import FULL_ATTENTION, LOSS, OPTIMIZER, SPARSE_ATTENTION
 from hysparse_megatron.runtime.faults import VARIABLE
 
 pytestmark = pytest.mark.thorough

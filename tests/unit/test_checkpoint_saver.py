@@ -1,7 +1,7 @@
 """Saves beside training: when they start, complete, wait for each other, and fail."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +33,8 @@ def group() -> Iterator[None]:
 class Disk:
     """Stands for model and optimizer: writes one small file when it may."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.may_write = threading.Event()
         self.copied: list[int] = []
         self.error: Exception | None = None
@@ -50,18 +51,8 @@ class Disk:
 
         return Job(write, lambda: (directory / "tensors.json").write_text("{}") and None)
 
-
-@pytest.fixture
-def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
-    disk = Disk()
-    monkeypatch.setattr(saver_module, "start_save", disk.start)
-    monkeypatch.setattr(saver_module, "rank_not_finite", lambda state: disk.rank_not_finite)
-    return disk
-
-
-@pytest.fixture
-def make_saver(tmp_path: Path, disk: Disk) -> Callable[..., tuple[Saver, list[str]]]:
-    def make(**settings: Any) -> tuple[Saver, list[str]]:
+    def make_saver(self, **settings: Any) -> tuple[Saver, list[str]]:
+        """A saver into the folder, and what it has said."""
         config = compose([])
         config = replace(config, checkpoint=replace(config.checkpoint, **settings))
         said: list[str] = []
@@ -70,10 +61,16 @@ def make_saver(tmp_path: Path, disk: Disk) -> Callable[..., tuple[Saver, list[st
         def facts(step: int, progress: dict[str, Any]) -> dict[str, Any]:
             return {"tokens": 2 * step, "progress": progress}
 
-        loaded = next(iter(published(tmp_path)), None)
-        return Saver(state, tmp_path, facts, said.append, loaded=loaded), said
+        loaded = next(iter(published(self.folder)), None)
+        return Saver(state, self.folder, facts, said.append, loaded=loaded), said
 
-    return make
+
+@pytest.fixture
+def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Disk:
+    disk = Disk(tmp_path)
+    monkeypatch.setattr(saver_module, "start_save", disk.start)
+    monkeypatch.setattr(saver_module, "rank_not_finite", lambda state: disk.rank_not_finite)
+    return disk
 
 
 def names(folder: Path) -> list[str]:
@@ -89,10 +86,8 @@ def poll_until_done(saver: Saver) -> None:
     raise AssertionError("not done")
 
 
-def test_training_goes_on_while_files_are_written(
-    make_saver: Callable[..., tuple[Saver, list[str]]], disk: Disk, tmp_path: Path
-) -> None:
-    saver, said = make_saver()
+def test_training_goes_on_while_files_are_written(disk: Disk, tmp_path: Path) -> None:
+    saver, said = disk.make_saver()
     saver.save(4, {})
     for _ in range(3):
         saver.poll()
@@ -111,10 +106,8 @@ def test_training_goes_on_while_files_are_written(
     assert said[0].startswith(f"saved {directory}")
 
 
-def test_without_it_a_save_is_over_at_once(
-    make_saver: Callable[..., tuple[Saver, list[str]]], disk: Disk, tmp_path: Path
-) -> None:
-    saver, said = make_saver(asynchronous=False)
+def test_without_it_a_save_is_over_at_once(disk: Disk, tmp_path: Path) -> None:
+    saver, said = disk.make_saver(asynchronous=False)
     disk.may_write.set()
     saver.save(4, {})
     assert not saver.is_busy
@@ -123,10 +116,8 @@ def test_without_it_a_save_is_over_at_once(
     assert len(said) == 1
 
 
-def test_one_save_a_step(
-    make_saver: Callable[..., tuple[Saver, list[str]]], disk: Disk, tmp_path: Path
-) -> None:
-    saver, said = make_saver()
+def test_one_save_a_step(disk: Disk, tmp_path: Path) -> None:
+    saver, said = disk.make_saver()
     saver.save(4, {})
     disk.may_write.set()
     saver.save(4, {})  # as a stop signal asks for
@@ -137,10 +128,8 @@ def test_one_save_a_step(
     assert len(said) == 1
 
 
-def test_a_new_save_waits_for_the_one_before(
-    make_saver: Callable[..., tuple[Saver, list[str]]], disk: Disk, tmp_path: Path
-) -> None:
-    saver, _ = make_saver()
+def test_a_new_save_waits_for_the_one_before(disk: Disk, tmp_path: Path) -> None:
+    saver, _ = disk.make_saver()
     saver.save(4, {})
     threading.Timer(0.3, disk.may_write.set).start()
     saver.save(5, {})
@@ -149,10 +138,8 @@ def test_a_new_save_waits_for_the_one_before(
     assert names(tmp_path) == ["step-00000004", "step-00000005"]
 
 
-def test_a_failure_comes_out_at_the_next_poll(
-    make_saver: Callable[..., tuple[Saver, list[str]]], disk: Disk, tmp_path: Path
-) -> None:
-    saver, _ = make_saver()
+def test_a_failure_comes_out_at_the_next_poll(disk: Disk, tmp_path: Path) -> None:
+    saver, _ = disk.make_saver()
     disk.may_write.set()
     saver.save(4, {})
     saver.finish()
@@ -165,10 +152,8 @@ def test_a_failure_comes_out_at_the_next_poll(
     assert names(tmp_path) == ["step-00000004"]
 
 
-def test_a_failure_at_the_end_is_not_lost(
-    make_saver: Callable[..., tuple[Saver, list[str]]], disk: Disk, tmp_path: Path
-) -> None:
-    saver, _ = make_saver()
+def test_a_failure_at_the_end_is_not_lost(disk: Disk, tmp_path: Path) -> None:
+    saver, _ = disk.make_saver()
     disk.error = OSError(28, "No space left on device")
     disk.may_write.set()
     saver.save(5, {})
@@ -177,10 +162,8 @@ def test_a_failure_at_the_end_is_not_lost(
     assert names(tmp_path) == []
 
 
-def test_rules_are_applied_after_a_save(
-    make_saver: Callable[..., tuple[Saver, list[str]]], disk: Disk, tmp_path: Path
-) -> None:
-    saver, _ = make_saver(keep=2, keep_every=4)
+def test_rules_are_applied_after_a_save(disk: Disk, tmp_path: Path) -> None:
+    saver, _ = disk.make_saver(keep=2, keep_every=4)
     disk.may_write.set()
     for step in range(1, 8):
         saver.save(step, {})
@@ -188,10 +171,8 @@ def test_rules_are_applied_after_a_save(
     assert names(tmp_path) == [f"step-0000000{step}" for step in (4, 6, 7)]
 
 
-def test_what_is_not_finite_is_not_saved(
-    make_saver: Callable[..., tuple[Saver, list[str]]], disk: Disk, tmp_path: Path
-) -> None:
-    saver, _ = make_saver(keep=1)
+def test_what_is_not_finite_is_not_saved(disk: Disk, tmp_path: Path) -> None:
+    saver, _ = disk.make_saver(keep=1)
     disk.may_write.set()
     saver.save(4, {})
     saver.saw_good_step()
@@ -205,9 +186,9 @@ def test_what_is_not_finite_is_not_saved(
 
 
 def test_the_older_one_stays_until_a_good_step_has_followed_the_newer(
-    make_saver: Callable[..., tuple[Saver, list[str]]], disk: Disk, tmp_path: Path
+    disk: Disk, tmp_path: Path
 ) -> None:
-    saver, _ = make_saver(keep=1)
+    saver, _ = disk.make_saver(keep=1)
     disk.may_write.set()
     for step in (4, 8):
         saver.save(step, {})
@@ -220,10 +201,8 @@ def test_the_older_one_stays_until_a_good_step_has_followed_the_newer(
     assert is_proven(step_directory(tmp_path, 8))
 
 
-def test_a_good_step_during_a_save_counts_for_what_is_saved(
-    make_saver: Callable[..., tuple[Saver, list[str]]], disk: Disk, tmp_path: Path
-) -> None:
-    saver, _ = make_saver(keep=1)
+def test_a_good_step_during_a_save_counts_for_what_is_saved(disk: Disk, tmp_path: Path) -> None:
+    saver, _ = disk.make_saver(keep=1)
     saver.save(4, {})
     saver.saw_good_step()
     disk.may_write.set()
@@ -236,33 +215,28 @@ def test_a_good_step_during_a_save_counts_for_what_is_saved(
 
 @pytest.mark.parametrize("restarted", [False, True])
 def test_after_a_numerical_stop_the_start_is_from_one_that_a_good_step_followed(
-    restarted: bool,
-    make_saver: Callable[..., tuple[Saver, list[str]]],
-    disk: Disk,
-    tmp_path: Path,
+    restarted: bool, disk: Disk, tmp_path: Path
 ) -> None:
-    saver, said = make_saver()
+    saver, said = disk.make_saver()
     disk.may_write.set()
     saver.save(4, {})
     saver.saw_good_step()
     saver.save(8, {})
     if restarted:  # killed before it was known that nothing good comes of step 8
         saver.finish()
-        saver, said = make_saver()
+        saver, said = disk.make_saver()
     assert saver.set_aside_unproven() == step_directory(tmp_path, 4)
     older, aside = names(tmp_path)
     assert (older, aside.partition("-aside")[0][:20]) == ("step-00000004", "step-00000008.aside-")
     assert "no good step was made after it" in said[-2]
     assert "goes on from" in said[-1]
-    again, _ = make_saver()
+    again, _ = disk.make_saver()
     assert again.set_aside_unproven() is None, "what is proven stays also if it fails this time"
     assert names(tmp_path) == [older, aside]
 
 
-def test_the_only_checkpoint_is_not_set_aside(
-    make_saver: Callable[..., tuple[Saver, list[str]]], disk: Disk, tmp_path: Path
-) -> None:
-    saver, _ = make_saver()
+def test_the_only_checkpoint_is_not_set_aside(disk: Disk, tmp_path: Path) -> None:
+    saver, _ = disk.make_saver()
     assert saver.set_aside_unproven() is None
     disk.may_write.set()
     saver.save(4, {})
@@ -271,12 +245,9 @@ def test_the_only_checkpoint_is_not_set_aside(
 
 
 def test_a_deletion_that_fails_is_told_and_training_goes_on(
-    make_saver: Callable[..., tuple[Saver, list[str]]],
-    disk: Disk,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saver, said = make_saver(keep=1)
+    saver, said = disk.make_saver(keep=1)
     disk.may_write.set()
     saver.save(1, {})
     saver.finish()

@@ -94,10 +94,10 @@ class _SelectedLayerwise(_Selected, Layerwise):
     """Both."""
 
 
-def clustered(config: Config, device: torch.device) -> Tensor:
-    """int32 [B, HKV, S, K], drawn as the kernels' benchmark draws them."""
+def problem_of(config: Config) -> Problem:
+    """The attention of a run, as the kernels' benchmark describes one."""
     model, train = config.model, config.train
-    problem = Problem(
+    return Problem(
         train.seq_length,
         model.num_attention_heads,
         model.num_query_groups,
@@ -108,7 +108,11 @@ def clustered(config: Config, device: torch.device) -> Tensor:
         num_selected=model.num_selected_blocks,
         window=model.window,
     )
-    return synthetic(problem, device, clustered=True)
+
+
+def clustered(config: Config, device: torch.device) -> Tensor:
+    """int32 [B, HKV, S, K], drawn as the kernels' benchmark draws them."""
+    return synthetic(problem_of(config), device, clustered=True)
 
 
 def captured(config: Config, path: Path, device: torch.device) -> list[Tensor]:

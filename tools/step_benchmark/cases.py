@@ -14,13 +14,7 @@ from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.plan.memory import RankMemory
 from hysparse_megatron.plan.overview import Overview, make_overview
 
-from .slices import (
-    MEGATRON,
-    block_length,
-    default_layers,
-    is_all_full,
-    slice_layout,
-)
+from .slices import MEGATRON, block_length, default_layers, is_all_full, slice_layout
 from .splits import ONE, Split
 
 _SCHEDULE_STEPS = 1_000_000

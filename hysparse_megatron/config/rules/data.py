@@ -4,10 +4,7 @@ import re
 from collections.abc import Iterator
 
 from hysparse_megatron.config.blend import parse_blend
-from hysparse_megatron.config.schema import (
-    VALIDATION,
-    Config,
-)
+from hysparse_megatron.config.schema import VALIDATION, Config
 from hysparse_megatron.config.skips import Skips
 from hysparse_megatron.errors import Problem
 

@@ -2,9 +2,7 @@
 
 from collections.abc import Iterator
 
-from hysparse_megatron.config.schema import (
-    Config,
-)
+from hysparse_megatron.config.schema import Config
 from hysparse_megatron.errors import Problem
 
 

@@ -6,10 +6,7 @@ from hysparse_megatron.architecture.layout import LayoutError, parse_layout
 from hysparse_megatron.architecture.model import Balancing, RouterScore
 from hysparse_megatron.architecture.stages import stage_layers
 from hysparse_megatron.config.rules.multiples import is_multiple
-from hysparse_megatron.config.schema import (
-    Config,
-    OptimizerName,
-)
+from hysparse_megatron.config.schema import Config, OptimizerName
 from hysparse_megatron.errors import Problem
 
 

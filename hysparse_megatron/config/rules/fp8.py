@@ -6,12 +6,7 @@ from collections.abc import Iterator
 from hysparse_megatron.architecture.layout import LayoutError, parse_layout
 from hysparse_megatron.architecture.model import Fp8, Layers
 from hysparse_megatron.config.rules.multiples import is_multiple
-from hysparse_megatron.config.schema import (
-    Config,
-    Precision,
-    Recompute,
-    RecomputeModule,
-)
+from hysparse_megatron.config.schema import Config, Precision, Recompute, RecomputeModule
 from hysparse_megatron.errors import Problem
 
 FP8_UNIT = 16

@@ -9,9 +9,7 @@ from hysparse_megatron.architecture.model import Backend
 from hysparse_megatron.architecture.rope import RopeType, rope_problems
 from hysparse_megatron.architecture.stages import check_stages
 from hysparse_megatron.config.rules.multiples import is_multiple
-from hysparse_megatron.config.schema import (
-    Config,
-)
+from hysparse_megatron.config.schema import Config
 from hysparse_megatron.errors import Problem
 
 

@@ -4,10 +4,7 @@ import importlib.metadata
 import importlib.util
 from collections.abc import Iterator
 
-from hysparse_megatron.config.schema import (
-    Config,
-    OptimizerName,
-)
+from hysparse_megatron.config.schema import Config, OptimizerName
 from hysparse_megatron.errors import Problem
 
 MUON_PACKAGE = "emerging-optimizers"

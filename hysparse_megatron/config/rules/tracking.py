@@ -6,9 +6,7 @@ import netrc
 import os
 from collections.abc import Iterator
 
-from hysparse_megatron.config.schema import (
-    Config,
-)
+from hysparse_megatron.config.schema import Config
 from hysparse_megatron.errors import Problem
 
 

@@ -5,12 +5,7 @@ from collections.abc import Iterator
 from hysparse_megatron.architecture.layout import LayoutError, parse_layout
 from hysparse_megatron.architecture.model import Fp8
 from hysparse_megatron.config.rules.multiples import is_multiple
-from hysparse_megatron.config.schema import (
-    OFFLOAD_MIN_BYTES,
-    Config,
-    Recompute,
-    RecomputeModule,
-)
+from hysparse_megatron.config.schema import OFFLOAD_MIN_BYTES, Config, Recompute, RecomputeModule
 from hysparse_megatron.errors import Problem
 
 

@@ -35,11 +35,10 @@ class RankShare:
 
     def __init__(
         self,
-        *,
         global_batch_size: int,
         micro_batch_size: int,
-        data_parallel_size: int,
-        data_parallel_rank: int,
+        data_parallel_size: int = 1,
+        data_parallel_rank: int = 0,
     ) -> None:
         if min(global_batch_size, micro_batch_size, data_parallel_size) < 1:
             raise ValueError("batch sizes and data_parallel_size must be at least 1")
@@ -90,8 +89,8 @@ class BatchSource:
         fingerprint: str,
         global_batch_size: int,
         micro_batch_size: int,
-        data_parallel_size: int,
-        data_parallel_rank: int,
+        data_parallel_size: int = 1,
+        data_parallel_rank: int = 0,
         ramp: BatchRamp | None = None,
         document_mask: bool = False,
         skips: Skips = NO_SKIPS,
@@ -104,12 +103,7 @@ class BatchSource:
         self._global_batch_size = global_batch_size
         self._ramp = ramp
         self._shares = {
-            size: RankShare(
-                global_batch_size=size,
-                micro_batch_size=micro_batch_size,
-                data_parallel_size=data_parallel_size,
-                data_parallel_rank=data_parallel_rank,
-            )
+            size: RankShare(size, micro_batch_size, data_parallel_size, data_parallel_rank)
             for size in (ramp.sizes(global_batch_size) if ramp else [global_batch_size])
         }
 

@@ -45,8 +45,8 @@ class EvaluationBatches:
         num_samples: int,
         global_batch_size: int,
         micro_batch_size: int,
-        data_parallel_size: int,
-        data_parallel_rank: int,
+        data_parallel_size: int = 1,
+        data_parallel_rank: int = 0,
         document_mask: bool = False,
     ) -> None:
         if num_samples < 1:
@@ -55,10 +55,7 @@ class EvaluationBatches:
         self._document_mask = document_mask
         self._global_batch_size = global_batch_size
         self._share = RankShare(
-            global_batch_size=global_batch_size,
-            micro_batch_size=micro_batch_size,
-            data_parallel_size=data_parallel_size,
-            data_parallel_rank=data_parallel_rank,
+            global_batch_size, micro_batch_size, data_parallel_size, data_parallel_rank
         )
         self._ids = samples.held_out_ids(num_samples)
         self.num_samples = len(self._ids)

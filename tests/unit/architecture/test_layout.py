@@ -3,12 +3,7 @@
 import pytest
 
 from hysparse_megatron.architecture.layers import LayerKind
-from hysparse_megatron.architecture.layout import (
-    MAX_LAYERS,
-    LayerPlan,
-    LayoutError,
-    parse_layout,
-)
+from hysparse_megatron.architecture.layout import MAX_LAYERS, LayerPlan, LayoutError, parse_layout
 from hysparse_megatron.errors import ConfigError
 
 

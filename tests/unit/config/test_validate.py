@@ -11,12 +11,7 @@ import pytest
 
 from hysparse_megatron.architecture.layers import SinkKind
 from hysparse_megatron.config.compose import compose
-from hysparse_megatron.config.schema import (
-    Config,
-    OptimizerName,
-    Precision,
-    TrackingMode,
-)
+from hysparse_megatron.config.schema import Config, OptimizerName, Precision, TrackingMode
 from hysparse_megatron.config.validate import check, validate, warnings
 from hysparse_megatron.errors import ConfigError
 from tests.unit.config.broken_rules import BAD, FP8, INSTANCES, experts, profiled

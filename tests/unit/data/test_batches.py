@@ -27,12 +27,7 @@ def counting_samples(folder: Path, num_tokens: int = 1001, **options: int) -> To
 
 
 def source(samples: TokenSamples, seed: int = 1, **changes: Any) -> BatchSource:
-    arguments = {
-        "global_batch_size": 8,
-        "micro_batch_size": 1,
-        "data_parallel_size": 1,
-        "data_parallel_rank": 0,
-    }
+    arguments = {"global_batch_size": 8, "micro_batch_size": 1}
     return BatchSource(samples, seed=seed, fingerprint="f", **{**arguments, **changes})
 
 

@@ -121,7 +121,6 @@ def test_every_dataset_has_epochs_of_its_own(tmp_path: Path) -> None:
     assert (samples.num_samples, samples.num_tokens) == (31, 159)
     source = BatchSource(
         samples, seed=3, fingerprint="all", global_batch_size=4, micro_batch_size=2,
-        data_parallel_size=1, data_parallel_rank=0,
     )  # fmt: skip
     seen: dict[int, list[int]] = {0: [], 1: [], 2: []}
     for step in range(24):
@@ -138,10 +137,7 @@ def test_every_dataset_has_epochs_of_its_own(tmp_path: Path) -> None:
 
 
 def test_skipped_steps_change_no_earlier_one(tmp_path: Path) -> None:
-    shape = {
-        "global_batch_size": 4, "micro_batch_size": 2, "data_parallel_size": 1,
-        "data_parallel_rank": 0,
-    }  # fmt: skip
+    shape = {"global_batch_size": 4, "micro_batch_size": 2}
     samples = blended(tmp_path)
     plain = BatchSource(samples, seed=3, fingerprint="all", **shape)
     skips = Skips.parse("2-3, 6")
@@ -173,10 +169,9 @@ def test_a_run_without_the_skipped_steps_has_the_same_other_batches(seed: int) -
         """By the step from 0, those left out counted."""
         found, position = {}, Position()
         for steps, final, ramp in starts:
-            shape = {"micro_batch_size": 1, "data_parallel_size": 1, "data_parallel_rank": 0}
             source = BatchSource(
-                samples, seed=0, fingerprint="", global_batch_size=final, ramp=ramp, **shape,
-                skips=skips,
+                samples, seed=0, fingerprint="", global_batch_size=final, micro_batch_size=1,
+                ramp=ramp, skips=skips,
             )  # fmt: skip
             end = position.steps + steps
             while position.steps < end:
@@ -201,8 +196,7 @@ def test_an_evaluation_reads_every_dataset_and_nothing_twice(tmp_path: Path) -> 
     assert np.bincount(owners).tolist() == [6, 3, 3]
     assert sorted(ids[owners == 0]) == [0, 3, 6, 10, 13, 16], "spread over the first one's 20"
     batches = EvaluationBatches(
-        samples, num_samples=36, global_batch_size=4, micro_batch_size=4, data_parallel_size=1,
-        data_parallel_rank=0,
+        samples, num_samples=36, global_batch_size=4, micro_batch_size=4,
     )  # fmt: skip
     assert batches.num_batches == 3
     assert batches.sample_ids(0).tolist() == ids[:4].tolist()

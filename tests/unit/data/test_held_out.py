@@ -12,7 +12,6 @@ from hysparse_megatron.data.read.held_out import EvaluationBatches
 from tests.token_files import write_indexed
 
 S = 8
-ALONE = {"data_parallel_size": 1, "data_parallel_rank": 0}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +36,7 @@ def counted(evaluation: EvaluationBatches) -> list[int]:
 @pytest.mark.parametrize("num_samples", [1, 7, 24, 124, 125, 126, 10_000])
 def test_samples_are_spread_over_the_split(samples: TokenSamples, num_samples: int) -> None:
     evaluation = EvaluationBatches(
-        samples, num_samples=num_samples, global_batch_size=8, micro_batch_size=4, **ALONE
+        samples, num_samples=num_samples, global_batch_size=8, micro_batch_size=4
     )
     assert evaluation.num_samples == min(num_samples, 125)
     assert evaluation.num_batches == -(-evaluation.num_samples // 8)
@@ -75,7 +74,7 @@ def test_batches_and_ranks_do_not_choose(
 def test_documents_stay_apart(samples: TokenSamples) -> None:
     """Also in rows that only fill up the batch, none of whose tokens count."""
     evaluation = EvaluationBatches(
-        samples, num_samples=1, global_batch_size=2, micro_batch_size=2, **ALONE,
+        samples, num_samples=1, global_batch_size=2, micro_batch_size=2,
         document_mask=True,
     )  # fmt: skip
     [batch] = evaluation.microbatches(0)
@@ -85,4 +84,4 @@ def test_documents_stay_apart(samples: TokenSamples) -> None:
 
 def test_without_samples_is_no_evaluation(samples: TokenSamples) -> None:
     with pytest.raises(ValueError, match="at least 1"):
-        EvaluationBatches(samples, num_samples=0, global_batch_size=2, micro_batch_size=2, **ALONE)
+        EvaluationBatches(samples, num_samples=0, global_batch_size=2, micro_batch_size=2)

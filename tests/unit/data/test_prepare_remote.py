@@ -10,12 +10,7 @@ from pathlib import Path
 import fsspec
 import pytest
 from moto.server import ThreadedMotoServer
-from prepared_corpora import (
-    make_texts,
-    prepare,
-    request,
-    write_lines,
-)
+from prepared_corpora import make_texts, prepare, request, write_lines
 
 from hysparse_megatron.data.prepare import run, tokenize
 from hysparse_megatron.data.prepare.verify import verify_prepared

@@ -33,8 +33,6 @@ def test_the_same_samples_as_in_training(tmp_path: Path, batch_size: int) -> Non
         num_samples=8,
         global_batch_size=4,
         micro_batch_size=4,
-        data_parallel_size=1,
-        data_parallel_rank=0,
     )
     loaded: Any = SimpleNamespace(
         config=config,

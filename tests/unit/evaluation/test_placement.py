@@ -54,8 +54,7 @@ def random_batches() -> EvaluationBatches:
     )  # fmt: skip
     return EvaluationBatches(
         samples,  # type: ignore[arg-type]
-        num_samples=6, global_batch_size=3, micro_batch_size=3, data_parallel_size=1,
-        data_parallel_rank=0,
+        num_samples=6, global_batch_size=3, micro_batch_size=3,
     )  # fmt: skip
 
 

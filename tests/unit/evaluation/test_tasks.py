@@ -8,11 +8,7 @@ import pytest
 
 from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.evaluation.scores import ask
-from hysparse_megatron.evaluation.tasks import (
-    TASKS,
-    Question,
-    smallest_length,
-)
+from hysparse_megatron.evaluation.tasks import TASKS, Question, smallest_length
 from tests.unit.evaluation.copying import copy_from
 
 pytestmark = pytest.mark.usefixtures("seed")

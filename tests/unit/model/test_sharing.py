@@ -1,5 +1,6 @@
 """Packing what an oracle shares into one tensor, and back, without losing a bit."""
 
+import itertools
 from typing import NamedTuple
 
 import pytest
@@ -7,13 +8,7 @@ import torch
 from torch import Tensor
 
 from hysparse_megatron.architecture.stages import MAX_PAYLOAD_BLOCKS
-from hysparse_megatron.model.sharing import (
-    SharedAttention,
-    SharedWidths,
-    index_bits,
-    pack,
-    unpack,
-)
+from hysparse_megatron.model.sharing import SharedAttention, SharedWidths, index_bits, pack, unpack
 
 DTYPES = [torch.float32, torch.bfloat16]
 # tokens_per_row, batch, KV groups, key dim, value dim, K, channels
@@ -52,16 +47,18 @@ def make_case(dtype: torch.dtype, shape: tuple[int, ...], largest_index: int | N
     return Case(hidden, shared, SharedWidths(groups, key_dim, value_dim, selected, per_row))
 
 
+@pytest.fixture(params=itertools.product(DTYPES, SHAPES), ids=str)
+def case(request: pytest.FixtureRequest, seed: int) -> Case:
+    return make_case(*request.param)
+
+
 def bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(torch.int16 if tensor.element_size() == 2 else torch.int32)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_round_trip_is_exact_in_every_bit(
-    dtype: torch.dtype, shape: tuple[int, ...], seed: int
-) -> None:
-    hidden, shared, widths = make_case(dtype, shape)
+def test_round_trip_is_exact_in_every_bit(case: Case) -> None:
+    hidden, shared, widths = case
+    dtype = hidden.dtype
     assert shared.block_indices is not None
     payload = pack(hidden, shared)
     rows, batch, channels = hidden.shape
@@ -84,12 +81,9 @@ def test_negative_zero_and_bad_numbers_pass_unchanged(dtype: torch.dtype) -> Non
     assert torch.equal(bits(back), bits(case.hidden))
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_columns_are_the_sizes_of_the_tensors(
-    dtype: torch.dtype, shape: tuple[int, ...], seed: int
-) -> None:
-    hidden, shared, widths = make_case(dtype, shape)
+def test_columns_are_the_sizes_of_the_tensors(case: Case) -> None:
+    hidden, shared, widths = case
+    dtype = hidden.dtype
     assert shared.block_indices is not None
     tokens = hidden.shape[0] * hidden.shape[1]
     index_bytes = 2 if dtype.itemsize == 2 else 4
@@ -124,13 +118,10 @@ def test_no_index_up_to_the_limit_looks_like_a_bad_number(dtype: torch.dtype) ->
     assert not torch.isfinite(beyond).all()
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_gradient_splits_into_its_parts(
-    dtype: torch.dtype, shape: tuple[int, ...], seed: int
-) -> None:
+def test_gradient_splits_into_its_parts(case: Case) -> None:
     """Packing only moves numbers, so every gradient is a slice of the payload's, bit for bit."""
-    hidden, shared, widths = make_case(dtype, shape)
+    hidden, shared, widths = case
+    dtype = hidden.dtype
     hidden.requires_grad_()
     shared.key.requires_grad_()
     shared.value.requires_grad_()
@@ -150,12 +141,9 @@ def test_gradient_splits_into_its_parts(
         assert torch.equal(tensor.grad, wanted.view(tensor.shape))
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_gradient_gathers_from_what_was_unpacked(
-    dtype: torch.dtype, shape: tuple[int, ...], seed: int
-) -> None:
-    hidden, shared, widths = make_case(dtype, shape)
+def test_gradient_gathers_from_what_was_unpacked(case: Case) -> None:
+    hidden, shared, widths = case
+    dtype = hidden.dtype
     payload = pack(hidden, shared).detach().requires_grad_()
     back_hidden, back = unpack(payload, widths)
     assert back.block_indices is not None

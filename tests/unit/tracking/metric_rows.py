@@ -1,6 +1,7 @@
-"""Rows of `metrics.jsonl`, as tests write them."""
+"""Rows of `metrics.jsonl`, as tests write them, and a run directory for them."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from hysparse_megatron.tracking.metrics import MetricsFile
@@ -29,3 +30,10 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
     for one in rows:
         metrics.write(one)
     metrics.close()
+
+
+def run_directory(path: Path) -> Any:
+    """A folder with the places that a run directory has."""
+    path.mkdir(exist_ok=True)
+    places = {"metrics": path / "metrics.jsonl", "checkpoints": path / "checkpoints"}
+    return SimpleNamespace(path=path, **places)

@@ -3,7 +3,6 @@
 import shlex
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +19,7 @@ from hysparse_megatron.config.parallel import resized
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.config.validate import check
 from hysparse_megatron.tracking.summary import write_summary
-from tests.unit.tracking.metric_rows import evaluation, row, write
+from tests.unit.tracking.metric_rows import evaluation, row, run_directory, write
 
 OVERRIDES = {
     "one process": ["name=mine", "train.steps=30", "model.layout=2*(F S) F"],
@@ -54,12 +53,7 @@ OVERRIDES = {
 def summary_of(overrides: list[str], ranks: int, tmp_path: Path) -> tuple[Config, str]:
     config = compose(overrides)
     steps = config.train.steps
-    directory: Any = SimpleNamespace(
-        path=config.run_path,
-        metrics=config.run_path / "metrics.jsonl",
-        checkpoints=config.run_path / "checkpoints",
-    )
-    config.run_path.mkdir()
+    directory = run_directory(config.run_path)
     rows = [row(1, step_seconds=999.0), row(1), *(row(step) for step in range(2, steps + 1))]
     write(directory.metrics, [evaluation(0, 4.0), *rows, evaluation(steps, 3.0)])
     tokenizer = str(tmp_path / "tokenizer.json")
@@ -84,11 +78,7 @@ def test_summary(tmp_path: Path) -> None:
 
 def test_summary_of_several_sets_and_of_none(tmp_path: Path) -> None:
     config = compose(["name=mine", "train.steps=1", f"run_dir={tmp_path / 'run'}"])
-    path = config.run_path
-    directory: Any = SimpleNamespace(
-        path=path, metrics=path / "metrics.jsonl", checkpoints=path / "checkpoints"
-    )
-    path.mkdir()
+    directory = run_directory(config.run_path)
     write(directory.metrics, [row(1)])
     assert "no evaluation: train.eval_batches is 0" in write_summary(config, directory, "t", 1, [])
     for name, loss in (("validation", 3.0), ("code", 2.0)):
@@ -104,12 +94,7 @@ def test_summary_of_several_sets_and_of_none(tmp_path: Path) -> None:
 def test_a_summary_of_rows_that_were_lost(tmp_path: Path, kept: list[dict[str, Any]]) -> None:
     overrides = ["name=mine", "train.steps=3", f"run_dir={tmp_path / 'run'}"]
     config = compose(overrides)
-    directory: Any = SimpleNamespace(
-        path=config.run_path,
-        metrics=config.run_path / "metrics.jsonl",
-        checkpoints=config.run_path / "checkpoints",
-    )
-    config.run_path.mkdir()
+    directory = run_directory(config.run_path)
     write(directory.metrics, kept)
     text = write_summary(config, directory, str(tmp_path / "tokenizer.json"), 1, overrides)
     of_steps, of_evaluations = ("no steps" not in text, "no evaluation" not in text)
@@ -141,11 +126,7 @@ def test_suggested_commands_name_any_path(name: str, tmp_path: Path) -> None:
     tuned = load(parse_arguments(commands(text)[-1][len(shlex.split(hysparse())) + 1 :]))
     assert tuned.checkpoint.load == str(place / "run") == str(config.run_path)
     assert tuned.data.tokenizer == str(place / "tokenizer.json")
-    directory: Any = SimpleNamespace(
-        path=config.run_path,
-        metrics=config.run_path / "metrics.jsonl",
-        checkpoints=config.run_path / "checkpoints",
-    )
+    directory = run_directory(config.run_path)
     (command,) = commands(write_summary(config, directory, "t.json", 1, []))
     assert command[-2:] == ["--config", f"{config.run_path}/config.yaml"]
 
@@ -211,12 +192,7 @@ def test_suggestions_for_a_run_from_a_frozen_file_do_not_name_another_model(
 ) -> None:
     """`--config FILE` has no overrides; commands without them would train the default model."""
     config = compose(["model.hidden_size=64", "train.steps=3", f"run_dir={tmp_path / 'run'}"])
-    directory: Any = SimpleNamespace(
-        path=config.run_path,
-        metrics=config.run_path / "metrics.jsonl",
-        checkpoints=config.run_path / "checkpoints",
-    )
-    config.run_path.mkdir()
+    directory = run_directory(config.run_path)
     freeze(config, config.run_path)
     write(directory.metrics, [evaluation(0, 4.0), row(1), evaluation(1, 3.0)])
     for command in commands(write_summary(config, directory, "t.json", 1, [])):

@@ -192,8 +192,6 @@ def test_held_out_loss_does_not_depend_on_the_batches(
             num_samples=11,
             global_batch_size=global_batch_size,
             micro_batch_size=micro_batch_size,
-            data_parallel_size=1,
-            data_parallel_rank=0,
             document_mask=True,
         )
         numbers = range(batches.num_batches)
