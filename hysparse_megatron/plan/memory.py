@@ -288,14 +288,8 @@ def rank_memory(
     layers = [layer for stage in stages for layer in plan.stages[stage]]
     flying = in_flight(plan, pp_rank, num_microbatches)
     one, travelling = _kept_and_travelling(config, plan, layers)
-    for stage in stages:
-        if plan.oracle_into(stage) is not None:
-            # Unpacked from the payload, and the payload itself until it is unpacked.
-            key_and_value, indices = shared_bytes(config)
-            one["shared key and value"] += key_and_value
-            one["selections"] += 2 * indices
-            if config.parallel.cp > 1 and config.parallel.cp_keep_kv:
-                one["shared key and value"] += _gathered_bytes(config)
+    received, more = _received(config, plan, stages)
+    one += received
     working = _workspace(config, plan, layers)
     working += max(_working_again(config, plan, layer) for layer in _alike(config, plan, layers))
     if len(plan.stages) - 1 in stages:
@@ -307,7 +301,7 @@ def rank_memory(
         if len(plan.stages) - 1 in stages:
             last = sum(_kept_activations(config, plan, plan.layout.num_layers - 1).values())
         activations[ON_ITS_WAY] = on_its_way(plan, travelling, last)
-        copied = sum(sum(kept.values()) for kept in travelling)
+        copied = sum(sum(kept.values()) for kept in travelling) + more
         host = HostCopies(round(copied * flying), copied, copied * num_microbatches)
     instances = config.parallel.num_distributed_optimizer_instances
     weights, gradients, optimizer = state_bytes(
@@ -344,6 +338,34 @@ def _kept_and_travelling(
             kept = kept - gone
         for name, size in kept.items():
             here[name] += count * size
+    return here, away
+
+
+def _received(config: Config, plan: PipelinePlan, stages: list[int]) -> tuple[Counter[str], int]:
+    """Bytes that `stages` hold of what came over their cuts, and what more of it leaves the device.
+
+    The schedule holds what it received until it has sent the gradient.
+    """
+    here: Counter[str] = Counter()
+    away, residual = 0, _residual_bytes(config)
+    for stage in stages:
+        leaves = stage > 0 and travels(config, plan, plan.stages[stage].start, residual)
+        if leaves:
+            here["residual stream and norms"] += residual
+        if plan.oracle_into(stage) is None:
+            away -= residual if leaves else 0  # the first layer's input is what was received
+            continue
+        # Unpacked from the payload, and the payload itself until it is unpacked.
+        key_and_value, indices = shared_bytes(config)
+        here["shared key and value"] += key_and_value
+        here["selections"] += 2 * indices
+        gathers = config.parallel.cp > 1 and config.parallel.cp_keep_kv
+        if leaves and gathers:
+            away += _gathered_bytes(config)
+        elif leaves and config.parallel.sequence_parallel:
+            away += key_and_value  # else views of what was received
+        elif gathers:
+            here["shared key and value"] += _gathered_bytes(config)
     return here, away
 
 

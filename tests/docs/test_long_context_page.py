@@ -8,7 +8,8 @@ import pytest
 
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.plan.memory import GIB
-from hysparse_megatron.plan.overview import Overview
+from hysparse_megatron.plan.offload import HOST_BANDWIDTH_GB
+from hysparse_megatron.plan.overview import Overview, make_overview
 from hysparse_megatron.plan.suggest import overview_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,3 +54,26 @@ def test_measured_rows_are_those_of_the_logs() -> None:
             peak = found[f"{layout} cp2"]["measured"]["memory"]["peak_allocated"] / GIB
             numbers = f"{one:.2f} s | {two:.2f} s | {one / two:.2f} | {full / two:.2f}"
             assert f"| {slices} | {words} | {numbers} | {peak:.1f} GiB |" in PAGE
+
+
+KEPT = re.findall(r"^\| (none|`full`|`\[.*\]`) \| ([\d,]+) \| ([\d.]+) \|$", PAGE, flags=re.M)
+
+
+@pytest.mark.parametrize("row", KEPT, ids=lambda row: row[0])
+def test_bytes_that_layers_keep_are_those_of_the_planner(row: tuple[str, str, str]) -> None:
+    """Of a layer on average, and how long copies take beside its forward pass without attention."""
+    chosen, kept, ratio = row[0].strip("`"), row[1], row[2]
+    parts = [f"train.recompute_modules={chosen}"] if "[" in chosen else []
+    way = "selective" if parts else chosen
+    sizes = ["model=hysparse_7b", "cluster=h200", "train.precision=bf16", "train.seq_length=8192"]
+    config = compose([*sizes, "train.micro_batch_size=1", f"train.recompute={way}", *parts])
+    overview = make_overview(config, 1)
+    layers = overview.plan.layout.num_layers
+    bytes_of_layer = overview.ranks[0].memory.activation_bytes / layers / config.train.seq_length
+    assert f"{bytes_of_layer:,.0f}" == kept
+    computing = overview.flops.linear / layers / 400e12
+    assert f"{bytes_of_layer / (HOST_BANDWIDTH_GB * 1e9) / computing:.1f}" == ratio
+
+
+def test_all_ways_to_recompute_are_in_the_table() -> None:
+    assert len(KEPT) == 4

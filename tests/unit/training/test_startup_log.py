@@ -5,7 +5,9 @@ from types import SimpleNamespace
 import pytest
 from megatron.core.distributed import DistributedDataParallelConfig
 
+from hysparse_megatron.config.compose import compose
 from hysparse_megatron.data.sources import BlendedCorpus
+from hysparse_megatron.model.offload import describe_offload
 from hysparse_megatron.training.data_parallel import describe_overlap
 from hysparse_megatron.training.startup_log import _describe_data
 
@@ -65,3 +67,10 @@ def test_what_data_parallel_ranks_send(settings: dict, told: str) -> None:
         expert_parallel_bucket_groups=[object()],
     )
     assert describe_overlap([chunk, chunk]) == f"data parallel: {told}"  # type: ignore[list-item]
+
+
+def test_what_waits_on_the_host() -> None:
+    config = compose(["train.offload_activations=true", "train.recompute=full"])
+    told = describe_offload(config.train.recompute_text, config.train.offload_min_bytes)
+    assert "1,048,576 bytes and more wait for the backward pass in host memory" in told
+    assert "(recompute full)" in told
