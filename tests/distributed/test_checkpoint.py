@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -236,15 +237,6 @@ def test_leftover_of_a_killed_write_is_replaced(pool: WorkerPool, checkpoints: P
     assert sorted(files) == ["__0_0.distcp", "__1_0.distcp", INDEX]
 
 
-SAVED_EXPERTS = Case("ep2-tp2-sp-cp2", tp=2, sp=True, cp=2, ep=2, model=EXPERTS, train=SHORT)
-LOADED_EXPERTS = [
-    Case("one-process", model=EXPERTS, train=SHORT),
-    Case("ep2-pp2-dp2", INSIDE, pp=2, dp=2, ep=2, model=EXPERTS, train=SHORT),
-    Case("ep4-tp2-dp2", tp=2, sp=True, dp=2, ep=4, model=EXPERTS, train=SHORT),
-    SAVED_EXPERTS,
-]
-
-
 SavedRun = tuple[Path, list[np.ndarray], Continuation]
 """A run directory, its data, and how the run went on after the save."""
 
@@ -285,41 +277,44 @@ def assert_goes_on(
             assert run.grad_norms == original.grad_norms
 
 
-@pytest.fixture(scope="module")
-def saved_experts(
-    pool: WorkerPool, reference_for: ReferenceFor, tmp_path_factory: pytest.TempPathFactory
-) -> SavedRun:
-    return save_run(SAVED_EXPERTS, pool, reference_for, tmp_path_factory.mktemp("experts"))
-
-
-@pytest.mark.parametrize("case", LOADED_EXPERTS, ids=lambda case: case.name)
-def test_experts_continue_at_any_size(
-    case: Case, pool: WorkerPool, saved_experts: SavedRun
-) -> None:
-    """Weights, moments and the routers' biases."""
-    assert_goes_on(case, SAVED_EXPERTS, pool, saved_experts)
-
-
-SAVED_MUON = Case("muon-tp2-dp2", tp=2, sp=True, dp=2, ep=2, model=EXPERTS, train=SHORT, optim=MUON)
-LOADED_MUON = [
-    Case("one-process", model=EXPERTS, train=SHORT, optim=MUON),
-    Case("pp2-dp2-ep2", INSIDE, pp=2, dp=2, ep=2, model=EXPERTS, train=SHORT, optim=MUON),
-    Case("tp2-ep2", tp=2, sp=True, ep=2, model=EXPERTS, train=SHORT, optim=MUON),
-    SAVED_MUON,
+EXPERTS_SAVED = Case("ep2-tp2-sp-cp2", tp=2, sp=True, cp=2, ep=2, model=EXPERTS, train=SHORT)
+MUON_EXPERTS: dict[str, Any] = {"model": EXPERTS, "train": SHORT, "optim": MUON}
+MUON_SAVED = Case("muon-tp2-dp2", tp=2, sp=True, dp=2, ep=2, **MUON_EXPERTS)
+CONTINUED = [
+    (EXPERTS_SAVED, Case("one-process", model=EXPERTS, train=SHORT)),
+    (EXPERTS_SAVED, Case("ep2-pp2-dp2", INSIDE, pp=2, dp=2, ep=2, model=EXPERTS, train=SHORT)),
+    (EXPERTS_SAVED, Case("ep4-tp2-dp2", tp=2, sp=True, dp=2, ep=4, model=EXPERTS, train=SHORT)),
+    (EXPERTS_SAVED, EXPERTS_SAVED),
+    (MUON_SAVED, Case("muon-one-process", **MUON_EXPERTS)),
+    (MUON_SAVED, Case("muon-pp2-dp2-ep2", INSIDE, pp=2, dp=2, ep=2, **MUON_EXPERTS)),
+    (MUON_SAVED, Case("muon-tp2-ep2", tp=2, sp=True, ep=2, **MUON_EXPERTS)),
+    (MUON_SAVED, MUON_SAVED),
 ]
 
 
 @pytest.fixture(scope="module")
-def saved_muon(
+def saved_as(
     pool: WorkerPool, reference_for: ReferenceFor, tmp_path_factory: pytest.TempPathFactory
-) -> SavedRun:
-    return save_run(SAVED_MUON, pool, reference_for, tmp_path_factory.mktemp("muon"))
+) -> Callable[[Case], SavedRun]:
+    """Each is saved once."""
+    made: dict[str, SavedRun] = {}
+
+    def save(case: Case) -> SavedRun:
+        if case.name not in made:
+            folder = tmp_path_factory.mktemp(case.name)
+            made[case.name] = save_run(case, pool, reference_for, folder)
+        return made[case.name]
+
+    return save
 
 
-@pytest.mark.parametrize("case", LOADED_MUON, ids=lambda case: case.name)
-def test_muon_continues_at_any_size(case: Case, pool: WorkerPool, saved_muon: SavedRun) -> None:
-    """Momentum too: its slices, its matrices dealt to other ranks, and those of experts."""
-    assert_goes_on(case, SAVED_MUON, pool, saved_muon)
+@pytest.mark.parametrize(("saved", "case"), CONTINUED, ids=lambda case: case.name)
+def test_experts_continue_at_any_size(
+    saved: Case, case: Case, pool: WorkerPool, saved_as: Callable[[Case], SavedRun]
+) -> None:
+    """Weights, moments and the routers' biases; of Muon the momentum too: its slices, its matrices
+    dealt to other ranks, and those of experts."""
+    assert_goes_on(case, saved, pool, saved_as(saved))
 
 
 MQA_BIAS = {"num_query_groups": 1, "qkv_bias": True}

@@ -73,12 +73,18 @@ def random_packing(case: Case, rng: random.Random) -> tuple[Tensor | None, brute
     return offsets(lengths), brute_force.document_starts(lengths, case.batch, case.length)
 
 
-@pytest.mark.parametrize("trial", TRIALS)
-def test_oracle_attention(trial: int, rng: random.Random) -> None:
+def drawn(
+    rng: random.Random,
+) -> tuple[Case, tuple[Tensor, Tensor, Tensor], tuple[Tensor | None, brute_force.Starts]]:
+    """A case, its query, key and value, and its documents as `random_packing` says them."""
     case = random_case(rng)
     print(case)
-    query, key, value = random_qkv(case)
-    cu_seqlens, starts = random_packing(case, rng)
+    return case, random_qkv(case), random_packing(case, rng)
+
+
+@pytest.mark.parametrize("trial", TRIALS)
+def test_oracle_attention(trial: int, rng: random.Random) -> None:
+    case, (query, key, value), (cu_seqlens, starts) = drawn(rng)
     forced_first = rng.randint(0, min(1, case.num_selected))
     forced_recent = rng.randint(0, min(2, case.num_selected - forced_first))
     result = oracle_attention(
@@ -114,52 +120,27 @@ def test_oracle_attention(trial: int, rng: random.Random) -> None:
 
 
 @pytest.mark.parametrize("trial", TRIALS)
-def test_block_sparse_attention(trial: int, rng: random.Random) -> None:
-    case = random_case(rng)
-    print(case)
-    query, key, value = random_qkv(case)
-    cu_seqlens, starts = random_packing(case, rng)
+@pytest.mark.parametrize("branch", ["blocks", "window"])
+def test_branches_of_sparse_layers(branch: str, trial: int, rng: random.Random) -> None:
+    case, qkv, (cu_seqlens, starts) = drawn(rng)
     sink = random_sink(case, rng)
-    block_indices = random_indices(case, rng)
-    actual = block_sparse_attention(
-        query,
-        key,
-        value,
-        block_indices,
-        block_size=case.block_size,
-        sink=sink,
-        softmax_scale=case.softmax_scale,
-        cu_seqlens=cu_seqlens,
-        query_chunk=case.query_chunk,
-    )
-    visible = brute_force.selected_tokens(block_indices, case.block_size, starts)
-    expected = brute_force.attend(query, key, value, visible, sink, case.softmax_scale)
-    inputs = (query, key, value) if sink is None else (query, key, value, sink)
-    seen = selected_keys(torch.tensor(starts), block_indices, case.block_size)
-    assert_same(actual, expected, inputs, seen, case.softmax_scale)
-
-
-@pytest.mark.parametrize("trial", TRIALS)
-def test_sliding_window_attention(trial: int, rng: random.Random) -> None:
-    case = random_case(rng)
-    print(case)
-    query, key, value = random_qkv(case)
-    cu_seqlens, starts = random_packing(case, rng)
-    sink = random_sink(case, rng)
-    actual = sliding_window_attention(
-        query,
-        key,
-        value,
-        window=case.window,
-        sink=sink,
-        softmax_scale=case.softmax_scale,
-        cu_seqlens=cu_seqlens,
-        query_chunk=case.query_chunk,
-    )
-    visible = brute_force.last_tokens(case.window, starts)
-    expected = brute_force.attend(query, key, value, visible, sink, case.softmax_scale)
-    inputs = (query, key, value) if sink is None else (query, key, value, sink)
-    seen = window_keys(torch.tensor(starts), case.window)
+    options = {
+        "sink": sink,
+        "softmax_scale": case.softmax_scale,
+        "cu_seqlens": cu_seqlens,
+        "query_chunk": case.query_chunk,
+    }
+    if branch == "window":
+        actual = sliding_window_attention(*qkv, window=case.window, **options)
+        visible = brute_force.last_tokens(case.window, starts)
+        seen = window_keys(torch.tensor(starts), case.window)
+    else:
+        indices = random_indices(case, rng)
+        actual = block_sparse_attention(*qkv, indices, block_size=case.block_size, **options)
+        visible = brute_force.selected_tokens(indices, case.block_size, starts)
+        seen = selected_keys(torch.tensor(starts), indices, case.block_size)
+    expected = brute_force.attend(*qkv, visible, sink, case.softmax_scale)
+    inputs = qkv if sink is None else (*qkv, sink)
     assert_same(actual, expected, inputs, seen, case.softmax_scale)
 
 

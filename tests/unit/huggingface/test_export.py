@@ -12,36 +12,29 @@ from hysparse_megatron.huggingface.configuration_hysparse import _ALLOWED, HySpa
 from hysparse_megatron.huggingface.settings import EXPORTED, from_json
 from tests.unit.huggingface.exports import IDS, MOE, load, saved_run
 from tests.unit.model.tiny_models import SEQUENCE
+from tests.unit.model.tiny_models import VARIANTS as ATTENTION
 from tests.unit.single_process import default_group
 
 pytestmark = pytest.mark.usefixtures("seed")
 
 VARIANTS: dict[str, list[str]] = {
-    "as in the paper": ["model.layout=F S S F S W F"],
-    "channel gates": ["model.layout=F S F", "model.gate=channel"],
-    "one sink for both branches": ["model.layout=W F S W", "model.sink=shared"],
-    "no sinks": ["model.layout=F S W F", "model.sink=none"],
-    "wide values": ["model.layout=F S W F", "model.value_head_dim=12"],
+    **ATTENTION,
     "gated full layers": ["model.layout=F S F", "model.full_gate=head"],
     "full layers gated by channel, narrow values": [
         "model.layout=F S F",
         "model.full_gate=channel",
         "model.value_head_dim=3",
     ],
-    "biases": ["model.layout=F S W F", "model.qkv_bias=true", "model.full_gate=head"],
-    "norm of query and key": ["model.layout=F S W F", "model.qk_norm=true"],
-    "one group of heads": ["model.layout=F S F", "model.num_query_groups=1"],
-    "a group for each head": ["model.layout=F S F", "model.num_query_groups=4"],
+    "biases and gated full layers": [
+        "model.layout=F S W F",
+        "model.qkv_bias=true",
+        "model.full_gate=head",
+    ],
     "forced blocks": [
         "model.layout=F S F",
         "model.num_selected_blocks=3",
         "model.forced_first_blocks=1",
         "model.forced_recent_blocks=1",
-    ],
-    "partly rotated": [
-        "model.layout=F S F",
-        "model.rotary_fraction=0.5",
-        "model.rotary_base=500",
     ],
     "a third of the channels, as a decimal": [
         "model.layout=F S F",
@@ -69,13 +62,7 @@ VARIANTS: dict[str, list[str]] = {
         "model.rope_scaling.beta_fast=2.5",
         "model.rope_scaling.truncate=false",
     ],
-    "window and blocks longer than the text": [
-        "model.layout=F S F",
-        "model.window=100",
-        "model.num_selected_blocks=30",
-    ],
     "a window of one token": ["model.layout=F S W F", "model.window=1"],
-    "tied embeddings": ["model.layout=F S F", "model.tie_embeddings=true"],
     "experts": ["model.layout=F S S W F", *MOE],
     "experts by softmax": [
         "model.layout=F S F",

@@ -19,6 +19,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from hysparse_megatron.inference.forward import advance
 from hysparse_megatron.model import attend_cached
+from tests.unit.model.tiny_models import VARIANTS as ATTENTION
 from tests.unit.model.tiny_models import VOCABULARY, tiny_config, tiny_model
 
 BLOCK, WINDOW = 4, 5
@@ -30,32 +31,18 @@ EXPERTS = [
     "model.moe.expert_ffn_hidden_size=12",
 ]
 VARIANTS: dict[str, list[str]] = {
+    **ATTENTION,
     "full only": ["model.layout=F F"],
     "windows only": ["model.layout=W W W"],
     "full and windows": ["model.layout=W F W"],
-    "as in the paper": ["model.layout=F S S F S W F"],
     "gate of the full baseline": ["model.layout=F F", "model.full_gate=head"],
     "gate per channel of full layers": ["model.layout=F S F", "model.full_gate=channel"],
-    "channel gates": ["model.layout=F S F S F", "model.gate=channel"],
-    "one sink for both branches": ["model.layout=F S S F", "model.sink=shared"],
-    "no sinks": ["model.layout=F S W F", "model.sink=none"],
-    "wide values": ["model.layout=F S S W F", "model.value_head_dim=12"],
-    "narrow values": ["model.layout=F S S F", "model.value_head_dim=3", "model.gate=channel"],
-    "norm of query and key": ["model.layout=F S W F", "model.qk_norm=true"],
-    "one group of heads": ["model.layout=F S S F", "model.num_query_groups=1"],
-    "a group for each head": ["model.layout=F S S F", "model.num_query_groups=4"],
-    "partly rotated": ["model.layout=F S F", "model.rotary_fraction=0.5", "model.rotary_base=500"],
     "rotated by YaRN, and biases": [
         "model.layout=F S W F",
         "model.rope_scaling.type=yarn",
         "model.rope_scaling.factor=4",
         "model.rope_scaling.original_max_position_embeddings=7",
         "model.qkv_bias=true",
-    ],
-    "window and blocks longer than the text": [
-        "model.layout=F S F",
-        "model.window=100",
-        "model.num_selected_blocks=30",
     ],
     "a window of one, blocks of one": [
         "model.layout=F S W",
@@ -68,7 +55,6 @@ VARIANTS: dict[str, list[str]] = {
         "model.forced_first_blocks=1",
         "model.forced_recent_blocks=1",
     ],
-    "tied embeddings": ["model.layout=F S F", "model.tie_embeddings=true"],
     "experts": ["model.layout=F S W F", *EXPERTS],
     "experts by sigmoid, a shared one, a dense layer": [
         "model.layout=F S S",

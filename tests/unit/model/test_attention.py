@@ -8,9 +8,9 @@ from hysparse_kernels import block_sparse_attention
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from plain_model import PlainSettings, token_losses
-from tiny_models import SEQUENCE, randomize, tiny_config, tiny_model
+from tiny_models import SEQUENCE, VARIANTS, randomize, tiny_config, tiny_model
 from torch import Tensor
-from variants import BATCH, VARIANTS, losses_and_picks, plain_settings, random_tokens
+from variants import BATCH, losses_and_picks, plain_settings, random_tokens
 
 from hysparse_megatron.architecture.layout import parse_layout
 from hysparse_megatron.config.schema import Config

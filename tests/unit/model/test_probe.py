@@ -10,9 +10,9 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from plain_model import token_losses
-from tiny_models import SEQUENCE, randomize, tiny_config, tiny_megatron_config, tiny_model
+from tiny_models import SEQUENCE, VARIANTS, randomize, tiny_config, tiny_megatron_config, tiny_model
 from torch import Tensor
-from variants import VARIANTS, losses_and_picks, plain_settings, random_tokens
+from variants import losses_and_picks, plain_settings, random_tokens
 
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.model import attend

@@ -27,6 +27,37 @@ _TINY = [
 ]
 
 
+VARIANTS: dict[str, list[str]] = {
+    "as in the paper": ["model.layout=F S S F S W F"],
+    "channel gates": ["model.layout=F S F S F", "model.gate=channel"],
+    "one sink for both branches": ["model.layout=F S S F", "model.sink=shared"],
+    "windows with a sink": ["model.layout=W F S W", "model.sink=shared"],
+    "no sinks": ["model.layout=F S W F", "model.sink=none"],
+    "wide values": ["model.layout=F S S W F", "model.value_head_dim=12"],
+    "narrow values, channel gates": [
+        "model.layout=F S S F",
+        "model.value_head_dim=3",
+        "model.gate=channel",
+    ],
+    "norm of query and key": ["model.layout=F S W F", "model.qk_norm=true"],
+    "one group of heads": ["model.layout=F S S F", "model.num_query_groups=1"],
+    "biases": ["model.layout=F S W F", "model.qkv_bias=true", "model.gate=channel"],
+    "a group for each head": ["model.layout=F S S F", "model.num_query_groups=4"],
+    "partly rotated": [
+        "model.layout=F S F",
+        "model.rotary_fraction=0.5",
+        "model.rotary_base=500",
+    ],
+    "window and blocks longer than the text": [
+        "model.layout=F S F",
+        "model.window=100",
+        "model.num_selected_blocks=30",
+    ],
+    "tied embeddings": ["model.layout=F S F", "model.tie_embeddings=true"],
+}
+"""Of attention, by what is special."""
+
+
 def tiny_config(*overrides: str) -> Config:
     """A configuration whose last block is a part of one, and whose selection leaves blocks out."""
     return compose([*_TINY, *overrides])
