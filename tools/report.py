@@ -248,13 +248,7 @@ def _architecture(page: Page, run: RunData) -> None:
             line_chart(
                 title,
                 [
-                    Line(
-                        f"layer {layer}",
-                        steps,
-                        means,
-                        layer=layer,
-                        markers=len(steps) < 40,
-                    )
+                    Line(f"layer {layer}", steps, means, layer=layer, markers=len(steps) < 40)
                     for layer, (steps, means) in sorted(values[quantity].items())
                 ],
                 y_label=unit,

@@ -177,11 +177,7 @@ def _experts(model: ModelConfig, ours: str, theirs: str) -> Iterator[Fused]:
         )
     experts = f"{ours}.experts.experts"
     yield Fused.alone(
-        f"{experts}.linear_fc1.weight",
-        f"{theirs}.gate_up_proj",
-        moe.num_experts,
-        2 * width,
-        hidden,
+        f"{experts}.linear_fc1.weight", f"{theirs}.gate_up_proj", moe.num_experts, 2 * width, hidden
     )
     yield Fused.alone(
         f"{experts}.linear_fc2.weight", f"{theirs}.down_proj", moe.num_experts, hidden, width

@@ -105,11 +105,7 @@ def _anywhere(model: ModelConfig) -> ModelConfig:
 
 @contextlib.contextmanager
 def loaded_run(
-    rank: Rank,
-    config: Config,
-    run_dir: Path,
-    checkpoint: str = "newest",
-    verify: bool = True,
+    rank: Rank, config: Config, run_dir: Path, checkpoint: str = "newest", verify: bool = True
 ) -> Iterator[LoadedModel]:
     """Join the ranks, load a run's model, and leave again. Arguments and errors: `load_model`."""
     device = runtime_device.start(rank, config.parallel)

@@ -163,14 +163,7 @@ def make_overview(config: Config, world_size: int) -> Overview:
         training_flops_per_token=per_step,
         stages=stages,
         ranks=ranks,
-        time=_step_time(
-            config,
-            plan,
-            stages,
-            ranks,
-            groups,
-            per_step / flops.total,
-        ),
+        time=_step_time(config, plan, stages, ranks, groups, per_step / flops.total),
     )
 
 
@@ -201,11 +194,7 @@ def _stages(
 
 
 def _rank(
-    config: Config,
-    plan: PipelinePlan,
-    counted: ModelParameters,
-    groups: RankGroups,
-    pp_rank: int,
+    config: Config, plan: PipelinePlan, counted: ModelParameters, groups: RankGroups, pp_rank: int
 ) -> PipelineRank:
     held = parameters_on_rank(counted, plan, config.parallel.tp, config.parallel.ep, pp_rank)
     return PipelineRank(

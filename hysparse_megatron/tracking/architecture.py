@@ -21,11 +21,7 @@ class ArchitectureWatch:
     """
 
     def __init__(
-        self,
-        probe: Probe,
-        block_size: int,
-        run_path: Path | None,
-        lost: Callable[[OSError], None],
+        self, probe: Probe, block_size: int, run_path: Path | None, lost: Callable[[OSError], None]
     ) -> None:
         self._probe = probe
         self._block_size = block_size

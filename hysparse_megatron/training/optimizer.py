@@ -32,9 +32,7 @@ _MEGATRON_STYLE = {Schedule.wsd: "WSD", Schedule.cosine: "cosine", Schedule.cons
 
 
 def build_optimizer(
-    optim: OptimConfig,
-    precision: Precision,
-    chunks: list[DistributedDataParallel],
+    optim: OptimConfig, precision: Precision, chunks: list[DistributedDataParallel]
 ) -> MegatronOptimizer:
     """AdamW, or Muon with AdamW, on fp32 main parameters; state split over data-parallel ranks."""
     dtype = torch.bfloat16 if precision is Precision.bf16 else torch.float32

@@ -146,11 +146,7 @@ def warn_of_past_skips(config: Config, progress: Progress, log: Log) -> None:
 
 
 def manifest_facts(
-    config: Config,
-    corpus: TrainingData,
-    run_id: str | None,
-    step: int,
-    progress: dict[str, Any],
+    config: Config, corpus: TrainingData, run_id: str | None, step: int, progress: dict[str, Any]
 ) -> dict[str, Any]:
     """What a manifest says beside the step and the files; rank 0 alone knows the run's id."""
     del step  # the writer of the manifest puts it in

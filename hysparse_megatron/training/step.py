@@ -196,10 +196,7 @@ def _last_rank(group: dist.ProcessGroup) -> int:
 
 
 def _forward_step(
-    state: TrainingState,
-    step: int | None,
-    data_iterator: Iterator[Batch],
-    model: torch.nn.Module,
+    state: TrainingState, step: int | None, data_iterator: Iterator[Batch], model: torch.nn.Module
 ):
     given = next(data_iterator)
     shard = Shard.of(state.groups.cp, given["tokens"].shape[1])

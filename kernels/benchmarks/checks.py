@@ -85,11 +85,7 @@ def check(table: str, peer: Peer, problem: Problem, device: torch.device, backen
     failure = f"{', '.join(wrong)} above {tolerance:.0e}" if wrong else ""
     if isinstance(exact, hk.OracleOutput) and peer.name == "hysparse":
         rows = wrong_selections(
-            result.block_indices,
-            exact,
-            inputs.query,
-            inputs.key,
-            block_size=problem.block_size,
+            result.block_indices, exact, inputs.query, inputs.key, block_size=problem.block_size
         )
         if rows:
             failure = f"{failure} {rows} rows of the selection are wrong".strip()

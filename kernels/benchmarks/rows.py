@@ -55,12 +55,7 @@ class Rows:
         return row
 
     def median_ms(
-        self,
-        table: str,
-        name: str,
-        step: str,
-        problem: Problem,
-        selection: str | None = None,
+        self, table: str, name: str, step: str, problem: Problem, selection: str | None = None
     ) -> float | None:
         """Median of a pass; None unless it was timed."""
         row = self.find(table, name, step, problem, selection)

@@ -186,11 +186,7 @@ def _cudnn_forward(
 
 
 def _cudnn_gradients(
-    saved: Saved,
-    scale: float,
-    start: int,
-    accumulate: KeyValueGradients | None,
-    keys_too: bool,
+    saved: Saved, scale: float, start: int, accumulate: KeyValueGradients | None, keys_too: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of query, key and value; none of key and value where `accumulate` gets them or
     where none are asked for.

@@ -40,11 +40,7 @@ class Pieces:
 
 
 def cut(
-    cu_seqlens: Tensor,
-    size: int,
-    tokens: int,
-    first_token: int = 0,
-    bounds: Tensor | None = None,
+    cu_seqlens: Tensor, size: int, tokens: int, first_token: int = 0, bounds: Tensor | None = None
 ) -> Pieces:
     """Pieces of up to `size` tokens of the tokens first_token .. first_token + tokens.
 

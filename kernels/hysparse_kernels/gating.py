@@ -12,12 +12,7 @@ from hysparse_kernels.backends import resolve_backend
 
 
 def gated_sum(
-    first: Tensor,
-    second: Tensor,
-    first_gate: Tensor,
-    second_gate: Tensor,
-    *,
-    backend: str = "auto",
+    first: Tensor, second: Tensor, first_gate: Tensor, second_gate: Tensor, *, backend: str = "auto"
 ) -> Tensor:
     """sigmoid(first_gate) * first + sigmoid(second_gate) * second, computed in fp32.
 

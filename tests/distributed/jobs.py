@@ -59,11 +59,7 @@ class TokenLosses:
 
 
 def token_losses(
-    rank: int,
-    config: Config,
-    batches: Sequence[np.ndarray],
-    labels: np.ndarray,
-    leak: bool = False,
+    rank: int, config: Config, batches: Sequence[np.ndarray], labels: np.ndarray, leak: bool = False
 ) -> list[TokenLosses]:
     """Losses per token of every batch of tokens [sequences, S + 1], with the same labels for all.
 

@@ -116,10 +116,7 @@ def each_instance_is_whole(runs: list[Continuation], instances: int) -> None:
 
 @pytest.mark.parametrize("case", [LOADED[2], INSTANCES], ids=lambda case: case.name)
 def test_chain_of_layouts_returns_to_the_first(
-    case: Case,
-    pool: WorkerPool,
-    saved: tuple[Path, list[np.ndarray], Continuation],
-    tmp_path: Path,
+    case: Case, pool: WorkerPool, saved: tuple[Path, list[np.ndarray], Continuation], tmp_path: Path
 ) -> None:
     """TP 2 x PP 2 -> saved again by another without a step between -> TP 2 x PP 2."""
     run_dir, tokens, original = saved

@@ -175,13 +175,7 @@ BLOCKS = "F S W F S F"
     "case",
     [
         Case("none", BLOCKS, cp=2, train=SHORT),
-        Case(
-            "selective",
-            INSIDE,
-            cp=2,
-            pp=2,
-            train={**SHORT, "recompute": Recompute.selective},
-        ),
+        Case("selective", INSIDE, cp=2, pp=2, train={**SHORT, "recompute": Recompute.selective}),
         Case(
             "full",
             "F S W F S F",

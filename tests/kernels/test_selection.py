@@ -99,13 +99,7 @@ def test_tie_goes_to_the_lowest_block_every_time() -> None:
 def test_forced_blocks(seed: int) -> None:
     query, key = torch.randn(1, 64, 2, 8), torch.randn(1, 64, 1, 8)
     result = oracle_attention(
-        query,
-        key,
-        key,
-        block_size=4,
-        num_selected=4,
-        forced_first_blocks=1,
-        forced_recent_blocks=2,
+        query, key, key, block_size=4, num_selected=4, forced_first_blocks=1, forced_recent_blocks=2
     ).block_indices
     for t, row in enumerate(result[0, 0].tolist()):
         own = t // 4
@@ -174,13 +168,7 @@ def test_invisible_blocks_reach_the_reduction_as_minus_infinity(seed: int) -> No
         return scores
 
     oracle_attention(
-        query,
-        key,
-        key,
-        block_size=4,
-        num_selected=2,
-        query_chunk=5,
-        reduce_scores=reduce_scores,
+        query, key, key, block_size=4, num_selected=2, query_chunk=5, reduce_scores=reduce_scores
     )
     scores = torch.cat(seen, dim=2)[0, 0]
     visible = torch.arange(3) <= torch.arange(12).unsqueeze(1) // 4

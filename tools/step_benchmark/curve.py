@@ -63,10 +63,7 @@ def compare(
     notes: dict[str, str] = {}
     for one, config in zip(ways, configs, strict=True):
         request = Request(
-            config=to_yaml(config),
-            device=one.device,
-            steps=options.compare_cpu,
-            same_batch=True,
+            config=to_yaml(config), device=one.device, steps=options.compare_cpu, same_batch=True
         )
         answer = run(request)
         if "note" in answer:

@@ -232,11 +232,7 @@ def masked_logits(rows: Tensor, keys: Tensor, hidden: Tensor, heads: int) -> Ten
 
 
 def _visible_keys(
-    visibility: Visibility,
-    start: int,
-    stop: int,
-    block_indices: Tensor | None,
-    like: Tensor,
+    visibility: Visibility, start: int, stop: int, block_indices: Tensor | None, like: Tensor
 ) -> tuple[int, int, Tensor]:
     """First key that queries [start, stop) touch and one past the last, and what they must hide.
 

@@ -81,10 +81,7 @@ def test_places_and_neighbours_are_spread_evenly(num_samples: int, seed: int) ->
 def test_huge_ranges_need_no_table() -> None:
     num_samples = 10**12 + 39
     ids = sample_ids(
-        np.arange(5 * 10**12, 5 * 10**12 + 10_000),
-        seed=0,
-        fingerprint="f",
-        num_samples=num_samples,
+        np.arange(5 * 10**12, 5 * 10**12 + 10_000), seed=0, fingerprint="f", num_samples=num_samples
     )
     assert len(np.unique(ids)) == len(ids)
     assert ids.min() >= 0

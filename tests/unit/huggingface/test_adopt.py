@@ -247,11 +247,7 @@ def edit(folder: Path, **settings: object) -> None:
     ],
 )
 def test_what_cannot_be_adopted_is_said(
-    settings: dict,
-    layout: str,
-    said: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    settings: dict, layout: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     original("llama", tmp_path / "original")
     edit(tmp_path / "original", **settings)

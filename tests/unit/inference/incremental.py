@@ -172,8 +172,7 @@ def step_by_step(
             take(rows, [1] * len(rows))
     return [
         Computed(
-            torch.cat(of_row),
-            [torch.cat(of_layer, dim=1) for of_layer in zip(*picks, strict=True)],
+            torch.cat(of_row), [torch.cat(of_layer, dim=1) for of_layer in zip(*picks, strict=True)]
         )
         for of_row, picks in zip(logits, selections, strict=True)
     ]

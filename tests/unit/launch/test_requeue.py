@@ -21,11 +21,7 @@ def after(
     max_restarts: int = 2,
 ) -> Decision:
     return decide(
-        status,
-        record or {},
-        is_of_this_start=this_start,
-        told=told,
-        max_restarts=max_restarts,
+        status, record or {}, is_of_this_start=this_start, told=told, max_restarts=max_restarts
     )
 
 

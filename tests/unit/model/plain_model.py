@@ -182,11 +182,7 @@ def _picked(settings: PlainSettings, picks: Tensor, length: int) -> Tensor:
 
 
 def _softmax(
-    settings: PlainSettings,
-    query: Tensor,
-    key: Tensor,
-    visible: Tensor,
-    sink: Tensor | None = None,
+    settings: PlainSettings, query: Tensor, key: Tensor, visible: Tensor, sink: Tensor | None = None
 ) -> Tensor:
     """Probabilities [B, H, S, S] of the visible keys; a sink takes a share and gives nothing."""
     key = key.repeat_interleave(settings.heads // settings.groups, dim=2)

@@ -174,9 +174,7 @@ def test_what_is_copied_leaves_the_device_as_planned(
     assert abs(measured - memory.host.microbatch_bytes) <= 0.05 * measured + indices + table
 
 
-def test_the_backward_pass_reads_what_is_on_the_host(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_backward_pass_reads_what_is_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """And each layer's own: a bit that changes there changes gradients."""
     settings = [*settings_of("none", False, "F S S F S W")]
     with built(settings) as state:

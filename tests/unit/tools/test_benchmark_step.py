@@ -304,10 +304,7 @@ BAD = [
 
 @pytest.mark.parametrize(("arguments", "text"), BAD)
 def test_mistakes_end_with_2_before_anything_runs(
-    arguments: str,
-    text: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    arguments: str, text: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(request, "run", lambda one: pytest.fail("something ran"))
     assert main(["--device", "cpu", *arguments.split()]) == 2

@@ -179,11 +179,7 @@ MISTAKES: list[tuple[Callable[[Path], list[str]], int, str]] = [
 
 @pytest.mark.parametrize(("arguments", "code", "text"), MISTAKES)
 def test_mistakes(
-    run_dir: Path,
-    capsys: Capture,
-    arguments: Callable[[Path], list[str]],
-    code: int,
-    text: str,
+    run_dir: Path, capsys: Capture, arguments: Callable[[Path], list[str]], code: int, text: str
 ) -> None:
     assert main(arguments(run_dir)) == code
     assert text in capsys.readouterr().err
