@@ -1,6 +1,5 @@
 """Which checkpoints are kept."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,13 +16,8 @@ from hysparse_megatron.checkpoint.store import (
     superfluous,
 )
 from tests.checkpoints import flip_a_byte, write_texts
-from tests.unit.single_process import default_group
 
-
-@pytest.fixture(autouse=True, scope="module")
-def group() -> Iterator[None]:
-    with default_group():
-        yield
+pytestmark = pytest.mark.usefixtures("group")
 
 
 def test_pruning_keeps_the_newest_valid_ones(tmp_path: Path) -> None:

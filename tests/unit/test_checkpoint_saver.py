@@ -1,7 +1,6 @@
 """Saves beside training: when they start, complete, wait for each other, and fail."""
 
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,13 +20,9 @@ from hysparse_megatron.checkpoint.store import (
 from hysparse_megatron.checkpoint.writer import Job
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.errors import CheckpointError, NumericalStop
-from tests.unit.single_process import DEVICE, default_group
+from tests.unit.single_process import DEVICE
 
-
-@pytest.fixture(autouse=True, scope="module")
-def group() -> Iterator[None]:
-    with default_group():
-        yield
+pytestmark = pytest.mark.usefixtures("group")
 
 
 class Disk:

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,8 @@ from hysparse_megatron.checkpoint.store import (
 )
 from hysparse_megatron.errors import CheckpointError
 from tests.checkpoints import flip_a_byte, write_checkpoint, write_texts
-from tests.unit.single_process import default_group
 
-
-@pytest.fixture(autouse=True, scope="module")
-def group() -> Iterator[None]:
-    with default_group():
-        yield
+pytestmark = pytest.mark.usefixtures("group")
 
 
 def test_a_checkpoint_and_its_manifest(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """What a resumed run may change of its order and learning rate, before anything is written."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from hysparse_megatron.continuation import check_continuation, learning_rate, re
 from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.rundir import RunDirectory, prepare_run
 from tests.checkpoints import write_checkpoint
-from tests.unit.single_process import default_group
+
+pytestmark = pytest.mark.usefixtures("group")
 
 COSINE = [
     "optim.schedule=cosine",
@@ -38,12 +39,6 @@ def start(tmp_path: Path) -> Start:
 @functools.cache
 def composed(*overrides: str) -> Config:
     return compose(["train.steps=20", *overrides])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def group() -> Iterator[None]:
-    with default_group():
-        yield
 
 
 def save(config: Config, step: int, facts: dict[str, Any] | None = None) -> Path:

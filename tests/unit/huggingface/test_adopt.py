@@ -2,7 +2,6 @@
 
 import copy
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,10 +24,10 @@ from hysparse_megatron.runtime.process_groups import destroy_process_groups
 from hysparse_megatron.training.state import TrainingState
 from tests.unit.huggingface.adopted import logits, start
 from tests.unit.model.tiny_models import randomize
-from tests.unit.single_process import DEVICE, default_group
+from tests.unit.single_process import DEVICE
 from tools.convert import main
 
-pytestmark = pytest.mark.usefixtures("seed")
+pytestmark = pytest.mark.usefixtures("seed", "group")
 
 IDS, LENGTH = 300, 29
 ORIGINAL = 7
@@ -98,12 +97,6 @@ COVERING = ["--window", "64", "--block-size", "4", "--num-selected", "16"]
 SMALL = ["--window", "5", "--block-size", "4", "--num-selected", "2"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def group() -> Iterator[None]:
-    with default_group():
-        yield
-
-
 def original(name: str, folder: Path) -> PreTrainedModel:
     """A random model, saved in `folder` with a tokenizer."""
     kind, config, dtype = MODELS[name]
@@ -119,13 +112,6 @@ def original(name: str, folder: Path) -> PreTrainedModel:
 def adopt(source: Path, folder: Path, layout: str, *options: str) -> Path:
     assert main(["adopt", str(source), str(folder), "--layout", layout, *options]) == 0
     return folder
-
-
-@pytest.fixture
-def states() -> Iterator[list[TrainingState]]:
-    made: list[TrainingState] = []
-    yield made
-    destroy_process_groups()
 
 
 @pytest.mark.parametrize("name", MODELS)

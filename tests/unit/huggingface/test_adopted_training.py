@@ -1,6 +1,5 @@
 """Long and biased models are adopted, trained and exported, and transformers still agrees."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,17 +17,15 @@ from transformers import (
 
 from hysparse_megatron.config.frozen import freeze
 from hysparse_megatron.data.tokenizer import bytes_tokenizer
-from hysparse_megatron.runtime.process_groups import destroy_process_groups
 from hysparse_megatron.training.state import TrainingState
 from hysparse_megatron.training.step import Batch, train_step
 from tests.checkpoints import save
 from tests.unit.huggingface.adopted import start
 from tests.unit.huggingface.exports import IDS, Run, load
 from tests.unit.model.tiny_models import randomize
-from tests.unit.single_process import default_group
 from tools.convert import main
 
-pytestmark = [pytest.mark.thorough, pytest.mark.usefixtures("seed")]
+pytestmark = [pytest.mark.thorough, pytest.mark.usefixtures("seed", "group")]
 
 ORIGINAL, LENGTH, STEPS = 16, 64, 5
 SIZES = {
@@ -58,19 +55,6 @@ MODELS = {
         Qwen2Config(**SIZES, max_position_embeddings=ORIGINAL)
     ),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def group() -> Iterator[None]:
-    with default_group():
-        yield
-
-
-@pytest.fixture
-def states() -> Iterator[list[TrainingState]]:
-    made: list[TrainingState] = []
-    yield made
-    destroy_process_groups()
 
 
 def trained(original: Path, folder: Path, layout: str, states: list[TrainingState]) -> Run:

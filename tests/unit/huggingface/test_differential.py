@@ -5,7 +5,6 @@ HYSPARSE_TEST_FOLDERS says how many are drawn (24): every other one has a flaw.
 
 import os
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,18 +16,11 @@ from hysparse_megatron.training.state import TrainingState
 from tests.unit.huggingface.adopted import logits, start
 from tests.unit.huggingface.drawn_folders import Folder, draw
 from tests.unit.huggingface.folder_flaws import FLAWS
-from tests.unit.single_process import default_group
 from tools.convert import main
 
-pytestmark = pytest.mark.thorough
+pytestmark = [pytest.mark.thorough, pytest.mark.usefixtures("group")]
 
 COUNT = int(os.environ.get("HYSPARSE_TEST_FOLDERS", "24"))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def group() -> Iterator[None]:
-    with default_group():
-        yield
 
 
 def difference(folder: Folder, target: Path) -> tuple[float, float]:

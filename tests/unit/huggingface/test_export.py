@@ -1,7 +1,6 @@
 """An exported model is the model: the same logits, in transformers."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,9 +12,8 @@ from hysparse_megatron.huggingface.settings import EXPORTED, from_json
 from tests.unit.huggingface.exports import IDS, MOE, load, saved_run
 from tests.unit.model.tiny_models import SEQUENCE
 from tests.unit.model.tiny_models import VARIANTS as ATTENTION
-from tests.unit.single_process import default_group
 
-pytestmark = pytest.mark.usefixtures("seed")
+pytestmark = pytest.mark.usefixtures("seed", "group")
 
 VARIANTS: dict[str, list[str]] = {
     **ATTENTION,
@@ -70,12 +68,6 @@ VARIANTS: dict[str, list[str]] = {
         "model.moe.num_active_experts=2",
     ],
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def group() -> Iterator[None]:
-    with default_group():
-        yield
 
 
 YARN = {"factor": 3.0, "original_max_position_embeddings": 9}

@@ -1,6 +1,5 @@
 """Losses and gradients of an exported model are those of training."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,15 +10,9 @@ from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArgum
 from hysparse_megatron.huggingface import attention_hysparse
 from hysparse_megatron.huggingface.weights import TABLES, model_weights
 from tests.unit.huggingface.exports import IDS, MOE, Run, load, saved_run
-from tests.unit.single_process import DEVICE, default_group
+from tests.unit.single_process import DEVICE
 
-pytestmark = pytest.mark.usefixtures("seed")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def group() -> Iterator[None]:
-    with default_group():
-        yield
+pytestmark = pytest.mark.usefixtures("seed", "group")
 
 
 def our_gradients(run: Run, tokens: Tensor) -> tuple[float, dict[str, Tensor]]:

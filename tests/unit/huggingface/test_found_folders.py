@@ -1,7 +1,7 @@
 """Folders as they were found in use, each read as transformers reads it."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,15 +20,13 @@ from transformers import (
 from hysparse_megatron.checkpoint import store, tensors
 from hysparse_megatron.config.frozen import load_frozen
 from hysparse_megatron.config.schema import Precision
-from hysparse_megatron.runtime.process_groups import destroy_process_groups
 from hysparse_megatron.training.state import TrainingState
 from tests.unit.huggingface.adopted import logits, start
 from tests.unit.huggingface.exports import IDS, load, saved_run
 from tests.unit.model.tiny_models import randomize
-from tests.unit.single_process import default_group
 from tools.convert import main
 
-pytestmark = pytest.mark.usefixtures("seed")
+pytestmark = pytest.mark.usefixtures("seed", "group")
 
 SIZES = {
     "vocab_size": 70,
@@ -41,19 +39,6 @@ SIZES = {
 }
 SINGLE = "model.safetensors"
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def group() -> Iterator[None]:
-    with default_group():
-        yield
-
-
-@pytest.fixture
-def states() -> Iterator[list[TrainingState]]:
-    made: list[TrainingState] = []
-    yield made
-    destroy_process_groups()
 
 
 def saved(kind: str, folder: Path, **options: object) -> Path:

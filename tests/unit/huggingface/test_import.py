@@ -2,7 +2,6 @@
 
 import dataclasses
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,11 +19,10 @@ from hysparse_megatron.huggingface import settings
 from hysparse_megatron.training.resume import resume
 from tests.unit.huggingface.exports import IDS, MOE, Run, load, random_run, saved_run
 from tests.unit.model.tiny_models import SEQUENCE
-from tests.unit.single_process import default_group
 from tools.checkpoint import main as checkpoint_main
 from tools.convert import main
 
-pytestmark = [pytest.mark.thorough, pytest.mark.usefixtures("seed")]
+pytestmark = [pytest.mark.thorough, pytest.mark.usefixtures("seed", "group")]
 
 HEAVY = [
     "model.layout=F S W S F",
@@ -36,12 +34,6 @@ HEAVY = [
     "model.tie_embeddings=true",
     *MOE,
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def group() -> Iterator[None]:
-    with default_group():
-        yield
 
 
 def test_how_a_user_splits_runs_is_no_matter_of_the_model(

@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,18 +13,11 @@ from hysparse_megatron.checkpoint import store
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.config.frozen import freeze
 from tests.checkpoints import write_checkpoint
-from tests.unit.single_process import default_group
 from tools.checkpoint import main
 
-pytestmark = pytest.mark.thorough
+pytestmark = [pytest.mark.thorough, pytest.mark.usefixtures("group")]
 
 ROOT = Path(__file__).resolve().parents[3]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def group() -> Iterator[None]:
-    with default_group():
-        yield
 
 
 Tensors = dict[str, torch.Tensor]

@@ -1,6 +1,5 @@
 """Speed, memory and slow ranks of a step, in one process; several ranks: tests/distributed."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -20,16 +19,11 @@ from hysparse_megatron.tracking.meter import (
     peak_memory_bytes,
     slowest_ranks,
 )
-from tests.unit.single_process import default_group
+
+pytestmark = pytest.mark.usefixtures("group")
 
 CPU = torch.device("cpu")
 VOCABULARY = 500
-
-
-@pytest.fixture(scope="module", autouse=True)
-def group() -> Iterator[None]:
-    with default_group():
-        yield
 
 
 def config(*overrides: str) -> Config:
