@@ -8,9 +8,10 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-from hysparse_megatron.config.schema import ParallelConfig
+from hysparse_megatron.config.schema import Config, ParallelConfig
 from hysparse_megatron.runtime import megatron_on_cpu
 from hysparse_megatron.runtime.process_groups import build_process_groups, destroy_process_groups
+from hysparse_megatron.training.state import TrainingState, build_state
 
 BACKEND = "nccl" if torch.cuda.is_available() else "gloo"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -35,5 +36,15 @@ def model_groups() -> Iterator[ProcessGroupCollection]:
     with default_group():
         try:
             yield build_process_groups(ParallelConfig(), num_query_groups=1)
+        finally:
+            destroy_process_groups()
+
+
+@contextmanager
+def built_state(config: Config, vocab_size: int) -> Iterator[TrainingState]:
+    """Model and optimizer on the CPU, with groups of this process alone."""
+    with default_group():
+        try:
+            yield build_state(config, vocab_size, torch.device("cpu"))
         finally:
             destroy_process_groups()

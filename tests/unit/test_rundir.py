@@ -10,6 +10,7 @@ import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,6 +29,13 @@ from hysparse_megatron.status import read_status, write_json
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
     return compose([f"run_dir={tmp_path / 'run'}", "name=first"])
+
+
+def started(config: Config, facts: dict[str, Any] | None = None) -> RunDirectory:
+    """The directory of a start that has ended."""
+    directory = RunDirectory(config, facts or {})
+    directory.close()
+    return directory
 
 
 HOLD = """
@@ -137,8 +145,7 @@ def test_a_changed_long_layout_is_named_by_its_key(config: Config) -> None:
     old = "F " + "S " * 60 + "F"
     new = "F " + "S " * 50 + "W " * 10 + "F"
     RunDirectory(replace(config, model=replace(config.model, layout=old))).close()
-    second = RunDirectory(replace(config, model=replace(config.model, layout=new)))
-    second.close()
+    second = started(replace(config, model=replace(config.model, layout=new)))
     assert second.changed_keys == [f"model.layout: {old} -> {new}"]
 
 
@@ -146,8 +153,7 @@ def test_a_frozen_file_of_another_version_does_not_stop_a_start(config: Config) 
     RunDirectory(config).close()
     path = config.run_path / "config.yaml"
     path.write_text(path.read_text() + "of_another_version: 3\n")
-    again = RunDirectory(config)
-    again.close()
+    again = started(config)
     assert again.changed_keys == [f"{path} could not be read"]
 
 
@@ -166,8 +172,7 @@ GARBLED = [
 def test_a_garbled_record_is_kept_and_the_run_goes_on(config: Config, content: bytes) -> None:
     RunDirectory(config).close()
     (config.run_path / "run.json").write_bytes(content)
-    again = RunDirectory(config)
-    again.close()
+    again = started(config)
     (aside,) = config.run_path.glob("run.json.damaged-*")
     assert aside.read_bytes() == content
     (warning,) = again.warnings
@@ -188,8 +193,7 @@ def test_the_record_says_what_runs_each_start(config: Config) -> None:
 def test_the_id_in_a_garbled_record_comes_from_where_else_it_stands(
     config: Config, where: str
 ) -> None:
-    first = RunDirectory(config)
-    first.close()
+    first = started(config)
     known = first.facts["id"]
     if where == "manifest":
         facts = {"bytes": 1, "sha256": "0" * 64}
@@ -205,8 +209,7 @@ def test_the_id_in_a_garbled_record_comes_from_where_else_it_stands(
     (config.run_path / "run.json").write_text("")
     again, warnings = prepare_run(config)[1], []
     assert f"keeps its id {known}" in again[0]
-    second = RunDirectory(config)
-    second.close()
+    second = started(config)
     assert (second.facts["id"], second.warnings) == (known, warnings)
 
 
@@ -221,20 +224,17 @@ def test_a_garbled_status_is_none_and_is_replaced(config: Config, content: bytes
 
 def test_a_copy_is_a_run_of_its_own(config: Config, tmp_path: Path) -> None:
     """Both would go on in one run of the tracker."""
-    original = RunDirectory(config)
-    original.close()
+    original = started(config)
     add_job(config.run_path, "77")
     shutil.copytree(config.run_path, tmp_path / "copy")
     there = replace(config, run_dir=str(tmp_path / "copy"))
     for _ in range(2):
-        copy = RunDirectory(there)
-        copy.close()
+        copy = started(there)
         assert copy.facts["id"] != original.facts["id"]
         assert copy.facts["copied_from"]["id"] == original.facts["id"]
         assert submitted_jobs(there.run_path) == [], "the job is the original's"
     assert copy.warnings == [], "told once"
-    again = RunDirectory(config)
-    again.close()
+    again = started(config)
     assert (again.facts["id"], again.warnings) == (original.facts["id"], [])
     shutil.copytree(config.run_path, tmp_path / "submitted")
     (warning,) = prepare_run(replace(config, run_dir=str(tmp_path / "submitted")))[1]
@@ -243,8 +243,7 @@ def test_a_copy_is_a_run_of_its_own(config: Config, tmp_path: Path) -> None:
 
 def test_a_run_that_was_moved_stays_what_it_was(config: Config, tmp_path: Path) -> None:
     """By a rename, to another file system, to a link; and one that an older version wrote."""
-    first = RunDirectory(config)
-    first.close()
+    first = started(config)
     (tmp_path / "link").symlink_to(config.run_path)
     shutil.copytree(config.run_path, tmp_path / "other_file_system")
     for name in ("link", "other_file_system", "renamed"):
@@ -252,25 +251,21 @@ def test_a_run_that_was_moved_stays_what_it_was(config: Config, tmp_path: Path) 
             shutil.rmtree(config.run_path)
         elif name == "renamed":
             (tmp_path / "other_file_system").rename(tmp_path / name)
-        moved = RunDirectory(replace(config, run_dir=str(tmp_path / name)))
-        moved.close()
+        moved = started(replace(config, run_dir=str(tmp_path / name)))
         assert (moved.facts["id"], moved.warnings) == (first.facts["id"], []), name
     path = tmp_path / "renamed" / "run.json"
     write_json(path, {"id": "old", "starts": []})
     shutil.copytree(path.parent, tmp_path / "again")
-    old = RunDirectory(replace(config, run_dir=str(tmp_path / "again")))
-    old.close()
+    old = started(replace(config, run_dir=str(tmp_path / "again")))
     assert old.facts["id"] == "old"
 
 
 def test_a_copy_from_another_machine_is_a_run_of_its_own(config: Config) -> None:
-    first = RunDirectory(config)
-    first.close()
+    first = started(config)
     record = json.loads((config.run_path / "run.json").read_text())
     record["place"] |= {"host": "elsewhere", "inode": -1, "path": "/nowhere/at/all/run"}
     write_json(config.run_path / "run.json", record)
-    copy = RunDirectory(config)
-    copy.close()
+    copy = started(config)
     assert copy.facts["id"] != first.facts["id"]
     assert "is a copy of /nowhere/at/all/run on elsewhere" in copy.warnings[0]
 

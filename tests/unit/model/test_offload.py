@@ -6,8 +6,6 @@ On a CPU, where the same hooks copy to other memory of the machine.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -19,9 +17,8 @@ from hysparse_megatron.model import offload
 from hysparse_megatron.model.offload import Offload
 from hysparse_megatron.plan.offload import ON_ITS_WAY
 from hysparse_megatron.plan.overview import make_overview
-from hysparse_megatron.runtime.process_groups import destroy_process_groups
-from hysparse_megatron.training.state import TrainingState, build_state
-from tests.unit.single_process import default_group
+from hysparse_megatron.training.state import TrainingState
+from tests.unit.single_process import built_state
 
 SEQUENCE, HIDDEN, VOCAB = 64, 32, 96
 SIZES = [
@@ -67,15 +64,6 @@ def drawn_layout(rng: random.Random) -> str:
     return " ".join(["F", "S", *rest])
 
 
-@contextmanager
-def built(settings: list[str]) -> Iterator[TrainingState]:
-    with default_group():
-        try:
-            yield build_state(compose(settings), VOCAB, torch.device("cpu"))
-        finally:
-            destroy_process_groups()
-
-
 def forward(state: TrainingState, seed: int) -> Tensor:
     [chunk] = state.chunks
     chunk.train()
@@ -106,7 +94,7 @@ def test_gradients_are_equal_to_the_bit(recompute: str, experts: bool, rng: rand
     seeds = [rng.randrange(2**31) for _ in range(3)]
     found = []
     for more in ([], ALL):
-        with built([*settings, *more]) as state:
+        with built_state(compose([*settings, *more]), VOCAB) as state:
             losses = [forward(state, seed) for seed in seeds[:2]]
             for loss in losses:
                 loss.backward()
@@ -148,7 +136,7 @@ def test_what_is_copied_leaves_the_device_as_planned(
     memory = make_overview(compose(settings), 1).ranks[0].memory
     assert memory.host is not None
     pieces, staying = watched(monkeypatch)
-    with built(settings) as state:
+    with built_state(compose(settings), VOCAB) as state:
         loss = forward(state, 0)
         parameters = {p.untyped_storage().data_ptr() for p in state.chunks[0].parameters()}
         [last] = offload_of(state)._link._present  # type: ignore[union-attr]
@@ -177,11 +165,11 @@ def test_what_is_copied_leaves_the_device_as_planned(
 def test_the_backward_pass_reads_what_is_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """And each layer's own: a bit that changes there changes gradients."""
     settings = [*settings_of("none", False, "F S S F S W")]
-    with built(settings) as state:
+    with built_state(compose(settings), VOCAB) as state:
         forward(state, 1).backward()
         plain = gradients(state)
     pieces, _ = watched(monkeypatch)
-    with built([*settings, *ALL]) as state:
+    with built_state(compose([*settings, *ALL]), VOCAB) as state:
         loss = forward(state, 1)
         assert len({piece.buffer.data.data_ptr() for piece in pieces}) == len(pieces)
         for piece in pieces:
@@ -192,7 +180,7 @@ def test_the_backward_pass_reads_what_is_on_the_host(monkeypatch: pytest.MonkeyP
 
 
 def test_memory_is_used_again_and_evaluation_copies_nothing() -> None:
-    with built([*settings_of("none", True, "F S S W F S"), *ALL]) as state:
+    with built_state(compose([*settings_of("none", True, "F S S W F S"), *ALL]), VOCAB) as state:
         host = offload_of(state)
         forward(state, 0).backward()
         with torch.no_grad():

@@ -22,10 +22,9 @@ from hysparse_megatron.model.language_model import LanguageModel
 from hysparse_megatron.model.remade import Remade
 from hysparse_megatron.plan.memory import in_flight, state_bytes
 from hysparse_megatron.plan.overview import make_overview
-from hysparse_megatron.runtime.process_groups import destroy_process_groups
 from hysparse_megatron.training.muon import matrix_parts
-from hysparse_megatron.training.state import TrainingState, build_state
-from tests.unit.single_process import default_group
+from hysparse_megatron.training.state import TrainingState
+from tests.unit.single_process import built_state
 
 pytestmark = pytest.mark.thorough
 
@@ -95,11 +94,8 @@ def test_activations_are_those_that_autograd_keeps(
     settings = f"train.recompute={chosen}".split()
     config = compose([f"model.layout={layout}", *SMALL, *experts, *settings])
     assert validate(config, world_size=1) == []
-    with default_group():
-        try:
-            measured = kept_bytes(build_state(config, VOCAB, torch.device("cpu")))
-        finally:
-            destroy_process_groups()
+    with built_state(config, VOCAB) as state:
+        measured = kept_bytes(state)
     rows = SEQUENCE * HIDDEN * 4
     # The head, which the planner counts as working set: norm, projection, softmax.
     measured -= 2 * rows + SEQUENCE * VOCAB * 4
@@ -155,20 +151,17 @@ def test_what_is_planned_to_be_recomputed_is(
 
     for name in BRANCHES:
         watched(name)
-    with default_group():
-        try:
-            (chunk,) = build_state(config, VOCAB, torch.device("cpu")).chunks
-            chunk.train()
-            for module in chunk.modules():
-                if isinstance(module, ColumnParallelLinear | RowParallelLinear):
-                    module.register_forward_hook(projected)
-            tokens = torch.randint(0, VOCAB, (1, SEQUENCE))
-            loss = chunk(tokens, None, None, labels=tokens).sum()
-            forward = sum(done)
-            done.clear()
-            loss.backward()
-        finally:
-            destroy_process_groups()
+    with built_state(config, VOCAB) as state:
+        (chunk,) = state.chunks
+        chunk.train()
+        for module in chunk.modules():
+            if isinstance(module, ColumnParallelLinear | RowParallelLinear):
+                module.register_forward_hook(projected)
+        tokens = torch.randint(0, VOCAB, (1, SEQUENCE))
+        loss = chunk(tokens, None, None, labels=tokens).sum()
+        forward = sum(done)
+        done.clear()
+        loss.backward()
     overview = make_overview(config, 1)
     # Sinks are counted like weights.
     assert forward == pytest.approx(overview.flops.total, rel=1e-3)
@@ -188,15 +181,11 @@ def test_logits_are_those_of_one_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch
     kept = []
     for chunk in ("null", "60"):
         config = compose(["model.layout=W F", *SMALL, f"train.loss_chunk={chunk}"])
-        with default_group():
-            try:
-                state = build_state(config, VOCAB, torch.device("cpu"))
-                kept.append(kept_bytes(state))
-                tokens = torch.randint(0, VOCAB, (1, SEQUENCE))
-                rows.clear()
-                state.chunks[0](tokens, None, None, labels=tokens).sum().backward()
-            finally:
-                destroy_process_groups()
+        with built_state(config, VOCAB) as state:
+            kept.append(kept_bytes(state))
+            tokens = torch.randint(0, VOCAB, (1, SEQUENCE))
+            rows.clear()
+            state.chunks[0](tokens, None, None, labels=tokens).sum().backward()
     assert rows == [*[60] * 4, 16, 16, *[60] * 4]
     # The softmax of all tokens is gone; labels take its place.
     assert kept[1] <= kept[0] - SEQUENCE * VOCAB * 4 + SEQUENCE * 16
@@ -213,12 +202,8 @@ def test_weights_gradients_and_moments_are_those_of_the_optimizer(
     held = make_overview(config, 1).ranks[0].parameters
     name = config.optim.name
     weights, gradients, optimizer = state_bytes(held, config.train.precision, 1, 1, name)
-    with default_group():
-        try:
-            state = build_state(config, VOCAB, torch.device("cpu"))
-        finally:
-            destroy_process_groups()
-    parameters = [p for chunk in state.chunks for p in chunk.parameters()]
+    with built_state(config, VOCAB) as state:
+        parameters = [p for chunk in state.chunks for p in chunk.parameters()]
     # Sinks stay in fp32.
     sinks = sum(p.numel() for p in parameters if getattr(p, "is_sink", False))
     saved = 2 * sinks if precision == "bf16" else 0
@@ -250,12 +235,8 @@ def test_buffers_of_dealt_out_matrices_are_as_large_as_planned(dp: int, least: f
     sizes = ["train.precision=bf16", f"train.global_batch_size={dp}", "optim=muon"]
     config = compose(["model.layout=F S W F S W", *SMALL, *EXPERTS, *sizes])
     held = make_overview(config, dp).ranks[0].parameters
-    with default_group():
-        try:
-            state = build_state(config, VOCAB, torch.device("cpu"))
-        finally:
-            destroy_process_groups()
-    (chunk,) = state.chunks
+    with built_state(config, VOCAB) as state:
+        (chunk,) = state.chunks
     parameters = list(chunk.parameters())
     layouts = LayerWiseDistributedOptimizer.compute_full_param_layout(
         parameters, None, dp, chunk.ddp_config, expert_data_parallel_world_size=dp
