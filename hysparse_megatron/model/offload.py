@@ -90,20 +90,11 @@ class Offload:
 
 def describe_offload(recompute: str, min_bytes: int) -> str:
     """For the start-up log."""
+    smallest = f" of {min_bytes:,} bytes and more" if min_bytes > 1 else ""
     return (
-        f"activations of {min_bytes:,} bytes and more wait for the backward pass in host memory "
-        f"(recompute {recompute}), but for those of the model's last layer"
+        f"activations{smallest} wait for the backward pass in host memory (recompute {recompute}), "
+        "but for those of the model's last layer"
     )
-
-
-@dataclass(eq=False)
-class _Buffer:
-    """Host memory."""
-
-    data: Tensor
-    """uint8."""
-    read: Any = None
-    """Event after which the copy back has read it."""
 
 
 class _Buffers:
@@ -115,19 +106,21 @@ class _Buffers:
 
     def __init__(self, *, pinned: bool) -> None:
         self._pinned = pinned
-        self._free: dict[int, list[_Buffer]] = {}
+        self._free: dict[int, list[Tensor]] = {}
         self.allocated_bytes = 0
 
-    def take(self, size: int) -> _Buffer:
+    def take(self, size: int) -> Tensor:
+        """uint8, of at least `size` bytes."""
         whole = host_bytes_of(size)
         free = self._free.setdefault(whole, [])
         if free:
             return free.pop()
         self.allocated_bytes += whole
-        return _Buffer(torch.empty(whole, dtype=torch.uint8, pin_memory=self._pinned))
+        return torch.empty(whole, dtype=torch.uint8, pin_memory=self._pinned)
 
-    def give(self, buffer: _Buffer) -> None:
-        self._free[buffer.data.numel()].append(buffer)
+    def give(self, buffer: Tensor) -> None:
+        """Back, once the stream that computes has waited for all copies of it."""
+        self._free[buffer.numel()].append(buffer)
 
 
 def host_bytes_of(size: int) -> int:
@@ -161,7 +154,7 @@ class _Layer:
     copied: Any = None
     """Event after the copies to the host."""
     fetched: Any = None
-    """Event after the copies back."""
+    """Event after the copies back, those of what is shared with layers behind it too."""
     stage: int = 0
     """0 in its forward pass, then 1; 2 after a layer's backward pass has begun beside its copies to
     the host; 3 since its own has."""
@@ -242,6 +235,8 @@ class _Link:
         self._out, self._back = self._module.Stream(), self._module.Stream()
         self._present: list[_Layer] = []
         """Those that hold memory of the device."""
+        self._fetched: Any = None
+        """Event after all copies back so far."""
         self.buffers = _Buffers(pinned=device.type == "cuda")
         self.bytes_out = self.bytes_back = 0
 
@@ -249,11 +244,8 @@ class _Link:
         """Start to copy what the stream of now has written or is going to."""
         piece = _Piece(storage, version, self.buffers)
         self._out.wait_stream(self._module.current_stream())
-        if piece.buffer.read is not None:
-            self._out.wait_event(piece.buffer.read)
-            piece.buffer.read = None
         with self._module.stream(self._out):
-            piece.buffer.data[: piece.size].copy_(_bytes_of(storage), non_blocking=True)
+            piece.buffer[: piece.size].copy_(_bytes_of(storage), non_blocking=True)
         self.bytes_out += piece.size
         return piece
 
@@ -306,15 +298,15 @@ class _Link:
             held.append(storage)
         # What is replaced has changed since it was copied, which holds it elsewhere.
         layer.held = held
-        self._back.wait_stream(self._module.current_stream())
-        self._back.wait_event(layer.copied)
-        with self._module.stream(self._back):
-            for piece, tensor in brought:
-                tensor.copy_(piece.buffer.data[: piece.size], non_blocking=True)
-                self.bytes_back += piece.size
-        layer.fetched = self._back.record_event()
-        for piece, _ in brought:
-            piece.buffer.read = layer.fetched
+        if brought:
+            self._back.wait_stream(self._module.current_stream())
+            self._back.wait_event(layer.copied)
+            with self._module.stream(self._back):
+                for piece, tensor in brought:
+                    tensor.copy_(piece.buffer[: piece.size], non_blocking=True)
+                    self.bytes_back += piece.size
+            self._fetched = self._back.record_event()
+        layer.fetched = self._fetched
 
     def _release(self, layer: _Layer) -> None:
         """Let go of its memory on the device, which the stream of now may use for others."""

@@ -18,6 +18,7 @@ from hysparse_megatron.model.offload import Offload
 from hysparse_megatron.plan.offload import ON_ITS_WAY
 from hysparse_megatron.plan.overview import make_overview
 from hysparse_megatron.training.state import TrainingState
+from tests.unit.model.late_copies import Late
 from tests.unit.single_process import built_state
 
 SEQUENCE, HIDDEN, VOCAB = 64, 32, 96
@@ -171,12 +172,34 @@ def test_the_backward_pass_reads_what_is_on_the_host(monkeypatch: pytest.MonkeyP
     pieces, _ = watched(monkeypatch)
     with built_state(compose([*settings, *ALL]), VOCAB) as state:
         loss = forward(state, 1)
-        assert len({piece.buffer.data.data_ptr() for piece in pieces}) == len(pieces)
+        assert len({piece.buffer.data_ptr() for piece in pieces}) == len(pieces)
         for piece in pieces:
-            piece.buffer.data.zero_()
+            piece.buffer.zero_()
         loss.backward()
         changed = differing(plain, gradients(state))
     assert {int(name.split("layers.")[1].split(".")[0]) for name in changed if "layers." in name}
+
+
+@pytest.mark.parametrize("recompute", ["none", "full", "selective train.recompute_modules=[norm]"])
+def test_whoever_reads_a_copy_waits_for_it(
+    recompute: str, rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And memory is given away after its copies; with streams that copy as late as they may."""
+    settings = settings_of(recompute, True, drawn_layout(rng))
+    seeds = [rng.randrange(2**31) for _ in range(3)]
+    found, late = [], Late()
+    for more in ([], ALL):
+        with built_state(compose([*settings, *more]), VOCAB) as state:
+            if more:
+                late.install(offload_of(state), monkeypatch)
+            losses = [forward(state, seed) for seed in seeds[:2]]
+            for loss in losses:
+                loss.backward()
+            forward(state, seeds[2]).backward()
+            found.append(gradients(state))
+    assert late.copies > 20
+    assert late.lost == []
+    assert differing(*found) == []
 
 
 def test_memory_is_used_again_and_evaluation_copies_nothing() -> None:
