@@ -6,7 +6,6 @@ import importlib
 import importlib.util
 import re
 import shlex
-import subprocess
 from collections.abc import Callable
 
 import pytest
@@ -18,6 +17,7 @@ from hysparse_megatron.config.cli import arguments_of, load
 from hysparse_megatron.config.validate import validate
 from hysparse_megatron.main import COMMANDS
 from hysparse_megatron.plan.ranks import num_ranks
+from tests.captured import captured
 from tests.docs.blocks import BLOCKS, ROOT, Block
 
 SHELL = [block for block in BLOCKS if not block.language]
@@ -78,13 +78,7 @@ def check_settings(found: argparse.Namespace, ranks: int | None) -> None:
 
 def make(words: list[str]) -> list[str]:
     """What `make` runs that is a command of this project's, else nothing."""
-    done = subprocess.run(
-        ["make", "--no-print-directory", "--dry-run", *words],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = captured(["make", "--no-print-directory", "--dry-run", *words], cwd=ROOT, check=True)
     return re.findall(r"hysparse (launch .*)$", done.stdout, flags=re.M)
 
 

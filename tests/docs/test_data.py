@@ -2,10 +2,10 @@
 
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
+from tests.captured import captured
 from tools.prepare_data import _parser
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
@@ -32,8 +32,6 @@ def test_shown_commands_are_valid() -> None:
 def test_the_recipe_of_filters_is_there_and_tells_its_options() -> None:
     path = Path(__file__).resolve().parents[2] / "examples" / "clean_corpus.py"
     assert "`examples/clean_corpus.py`" in TEXT
-    done = subprocess.run(
-        [sys.executable, str(path), "--help"], capture_output=True, text=True, check=True
-    )
+    done = captured([sys.executable, str(path), "--help"], check=True)
     for option in ("--warc", "--language", "--evaluations", "--tasks"):
         assert option in done.stdout

@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.plan.memory import GIB
 from hysparse_megatron.plan.suggest import overview_of
+from tests.captured import captured
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
@@ -35,12 +35,8 @@ def test_all_six_models_are_there() -> None:
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
 def test_rows_are_what_the_planner_says(row: tuple[str, ...]) -> None:
     model, layout, total, active, short, long = row
-    result = subprocess.run(
-        [sys.executable, "-m", "tools.plan", "--json", f"model={model}"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
+    result = captured(
+        [sys.executable, "-m", "tools.plan", "--json", f"model={model}"], cwd=ROOT, check=True
     )
     plan = json.loads(result.stdout)
     assert plan["layout"] == layout

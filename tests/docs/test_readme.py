@@ -3,13 +3,13 @@
 import itertools
 import re
 import shlex
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from hysparse_megatron.config.cli import load, parse_arguments
 from hysparse_megatron.config.validate import validate
+from tests.captured import captured
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
@@ -78,11 +78,9 @@ def test_shown_training_commands_are_valid(line: str) -> None:
     """Composes and checks each; a path that the reader is to fill in may be missing."""
     words = shlex.split(line)
     if words[0] == "make":
-        done = subprocess.run(
+        done = captured(
             ["make", "--no-print-directory", "--dry-run", *words[1:]],
             cwd=ROOT,
-            capture_output=True,
-            text=True,
             check=True,
         )
         (command,) = [x for x in done.stdout.splitlines() if "hysparse launch" in x]

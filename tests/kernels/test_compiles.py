@@ -1,10 +1,11 @@
 """Kernels that only a GPU runs, compiled for one without it."""
 
 import os
-import subprocess
 import sys
 
 import pytest
+
+from tests.captured import captured
 
 
 @pytest.mark.thorough
@@ -15,13 +16,8 @@ import pytest
 def test_kernels_compile_without_a_gpu(kernels: str, number: int) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([".", "kernels"])}
     environment.pop("TRITON_INTERPRET", None)
-    result = subprocess.run(
-        [sys.executable, "-m", f"tests.kernels.{kernels}"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
+    result = captured(
+        [sys.executable, "-m", f"tests.kernels.{kernels}"], env=environment, timeout=500
     )
     assert result.returncode == 0, result.stderr[-4000:]
     assert f"{number} compiled" in result.stdout

@@ -11,6 +11,8 @@ from pathlib import Path
 import hysparse_kernels
 import pytest
 
+from tests.captured import captured
+
 pytestmark = pytest.mark.thorough
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,11 +61,9 @@ def test_the_wheel_has_the_package_alone(wheel: Path) -> None:
 def test_it_works_away_from_the_checkout(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     paths = [str(tmp_path / "site"), sysconfig.get_path("purelib")]
-    done = subprocess.run(
+    done = captured(
         [sys.executable, "-I", "-S", "-c", PROGRAM, *paths],
         cwd=tmp_path,
-        capture_output=True,
-        text=True,
     )
     assert done.returncode == 0, done.stderr
     version, file = done.stdout.split()

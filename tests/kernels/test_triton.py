@@ -1,11 +1,12 @@
 """The Triton kernels, on a GPU if there is one and in Triton's interpreter otherwise."""
 
 import os
-import subprocess
 import sys
 
 import pytest
 import torch
+
+from tests.captured import captured
 
 
 @pytest.mark.thorough
@@ -15,12 +16,7 @@ def test_triton_kernels_agree_with_the_reference(cases: str, seed: int) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([".", "kernels"])}
     if not torch.cuda.is_available():
         environment["TRITON_INTERPRET"] = "1"
-    result = subprocess.run(
-        [sys.executable, "-m", f"tests.kernels.{cases}", str(seed)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
+    result = captured(
+        [sys.executable, "-m", f"tests.kernels.{cases}", str(seed)], env=environment, timeout=300
     )
     assert result.returncode == 0, f"seed {seed}\n{result.stdout}\n{result.stderr[-4000:]}"

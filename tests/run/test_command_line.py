@@ -15,6 +15,7 @@ from run_commands import LOCAL, ROOT, Command, run
 
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.config.frozen import from_yaml
+from tests.captured import captured
 
 pytestmark = pytest.mark.distributed
 
@@ -56,8 +57,9 @@ def test_ctrl_c_in_the_first_seconds_of_a_run(seconds: float, tmp_path: Path) ->
 
 
 def test_make_help_lists_every_target() -> None:
-    done = subprocess.run(
-        ["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True
+    done = captured(
+        ["make", "--no-print-directory", "help"],
+        cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr
     text = (ROOT / "Makefile").read_text()
@@ -66,18 +68,17 @@ def test_make_help_lists_every_target() -> None:
     assert set(targets) == set(phony.split())
     for target in targets:
         assert re.search(rf"^  make {target} +\w", done.stdout, flags=re.M), target
-    default = subprocess.run(
-        ["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True
+    default = captured(
+        ["make", "--no-print-directory"],
+        cwd=ROOT,
     )
     assert default.stdout == done.stdout
 
 
 def find_python(path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+    return captured(
         ["/bin/sh", str(ROOT / "tools" / "find_python.sh"), *arguments],
         env={"PATH": str(path)},
-        capture_output=True,
-        text=True,
     )
 
 

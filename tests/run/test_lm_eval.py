@@ -3,12 +3,13 @@
 import json
 import math
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from run_commands import ROOT, environment, run
+
+from tests.captured import captured
 
 pytestmark = pytest.mark.thorough
 
@@ -30,7 +31,7 @@ def test_the_harness_scores_an_exported_run(finished, tmp_path: Path) -> None:
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     (task,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/evaluation.md").read_text(), re.DOTALL)
     (tasks / "task.yaml").write_text(task.replace("lines.jsonl", str(data)))
-    done = subprocess.run(
+    done = captured(
         [
             *(sys.executable, "-m", "lm_eval", "--model", "hf", "--tasks", "last_word"),
             *("--model_args", f"pretrained={exported},trust_remote_code=True,dtype=float32"),
@@ -41,10 +42,7 @@ def test_the_harness_scores_an_exported_run(finished, tmp_path: Path) -> None:
         env=environment(
             HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HOME=str(tmp_path / "home")
         ),
-        capture_output=True,
-        text=True,
         timeout=300,
-        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     (results,) = (tmp_path / "scores").rglob("results_*.json")

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from run_commands import ROOT, read_json, write_text
 
+from tests.captured import captured
+
 pytestmark = pytest.mark.thorough
 
 MODEL = """\
@@ -71,8 +73,10 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Run]:
     environment["PATH"] = f"{folder / 'env' / 'bin'}:{kept['PATH']}"
 
     def run(*words: str, code: int = 0) -> str:
-        done = subprocess.run(
-            ["hysparse", *words], cwd=work, env=environment, capture_output=True, text=True
+        done = captured(
+            ["hysparse", *words],
+            cwd=work,
+            env=environment,
         )
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout

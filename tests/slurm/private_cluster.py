@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.captured import captured
+
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol", "squeue")
 
@@ -84,22 +86,17 @@ class PrivateCluster:
 
     def call(self, *command: str) -> str:
         """Run one of Slurm's programs and return what it printed."""
-        done = subprocess.run(
-            command, env=self.environment, capture_output=True, text=True, timeout=60, check=False
-        )
+        done = captured(command, env=self.environment, timeout=60)
         assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
         return done.stdout
 
     def submit(self, overrides: Sequence[str], code: int = 0, **variables: str) -> str:
         """`python -m launch.submit`; returns everything it printed."""
-        done = subprocess.run(
+        done = captured(
             [sys.executable, "-m", "launch.submit", *overrides],
             cwd=ROOT,
             env={**self.environment, **variables},
-            capture_output=True,
-            text=True,
             timeout=120,
-            check=False,
         )
         output = done.stdout + done.stderr
         assert done.returncode == code, output

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.captured import captured
 from tests.slurm.private_cluster import ROOT, PrivateCluster, SlurmRun
 from tools.measure_prepare import write_corpus
 
@@ -66,14 +67,11 @@ def test_two_nodes_prepare_the_bytes_of_one(cluster: PrivateCluster, tmp_path: P
     command = [sys.executable, "-m", "tools.prepare_data", "--tokenizer", "bytes", "--max-bad=0"]
 
     def prepare(output: str, *options: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
+        return captured(
             [*command, *options, "--output", str(tmp_path / output), str(tmp_path / "in.jsonl")],
             cwd=ROOT,
             env=cluster.environment,
-            capture_output=True,
-            text=True,
             timeout=180,
-            check=False,
         )
 
     by_cluster = ["--executor", "slurm", "--slurm-partition=main", "--slurm-time=10"]

@@ -1,7 +1,6 @@
 """What all commands share: their parser, their errors, and Ctrl-C."""
 
 import pkgutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import launch
 import tools
 from hysparse_megatron.command import INTERRUPTED, command, make_parser
 from hysparse_megatron.errors import ConfigError, DataError, RankFailure
+from tests.captured import captured
 from tools import checkpoint, plan
 
 ROOT = Path(__file__).parents[2]
@@ -94,13 +94,7 @@ runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
 
 @pytest.mark.parametrize("name", ["hysparse_megatron", *COMMANDS])
 def test_interrupted_in_the_first_seconds(name: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED_IMPORT, name, "--wrong"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = captured([sys.executable, "-c", INTERRUPTED_IMPORT, name, "--wrong"], cwd=ROOT)
     if name in READ_FIRST:
         assert done.returncode == 2
     else:

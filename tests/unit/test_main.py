@@ -13,6 +13,7 @@ from hysparse_megatron.command import hysparse
 from hysparse_megatron.completion import candidates
 from hysparse_megatron.completion import main as completion
 from hysparse_megatron.main import COMMANDS, main
+from tests.captured import captured
 
 ROOT = Path(__file__).parents[2]
 Capture = pytest.CaptureFixture[str]
@@ -62,9 +63,7 @@ def test_help_and_version_import_no_library() -> None:
         "print({'torch', 'hydra', 'numpy'} & set(sys.modules))"
     )
     for option in ("--help", "--version"):
-        done = subprocess.run(
-            [sys.executable, "-c", program, option], cwd=ROOT, capture_output=True, text=True
-        )
+        done = captured([sys.executable, "-c", program, option], cwd=ROOT)
         assert done.stdout.endswith("set()\n"), done.stdout + done.stderr
     assert f"hysparse {__version__}\n" in done.stdout
 
@@ -117,11 +116,9 @@ def test_bash_completes_by_the_script(tmp_path: Path, capsys: Capture) -> None:
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -m hysparse_megatron.main "$@"\n')
     program.chmod(0o755)
     asked = f"COMP_WORDS=({program} checkpoint pr); COMP_CWORD=2; _hysparse {program}"
-    done = subprocess.run(
+    done = captured(
         ["bash", "-c", f'{script}\n{asked}; echo "${{COMPREPLY[@]}}"'],
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"},
-        capture_output=True,
-        text=True,
     )
     assert done.stdout == "prune\n", done.stderr
 

@@ -122,3 +122,9 @@ def test_no_test_module_imports_another() -> None:
         and (node.module or "").rpartition(".")[2].startswith("test_")
     ]
     assert importers == []
+
+
+def test_no_two_test_modules_have_one_name() -> None:
+    """Folders of tests are no packages: pytest collects one of two modules of a name, and fails."""
+    names = [path.name for path in Path(__file__).parents[2].rglob("test_*.py")]
+    assert [name for name in set(names) if names.count(name) > 1] == []

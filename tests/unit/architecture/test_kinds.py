@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 import hysparse_megatron
 from hysparse_megatron.architecture.layers import KINDS, AttentionLayer, LayerKind
 from hysparse_megatron.config.compose import compose
+from tests.captured import captured
 
 CHECKOUT = Path(hysparse_megatron.__file__).parents[1]
 
@@ -90,11 +90,9 @@ def test_new_kinds_are_added_in_one_file_and_the_attention_body(tmp_path: Path) 
             text = text.replace(before, after, 1)
         (package / name).write_text(text)
     paths = [tmp_path, CHECKOUT, CHECKOUT / "kernels"]
-    done = subprocess.run(
+    done = captured(
         [sys.executable, "-m", "tests.unit.architecture.new_kinds"],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))},
-        capture_output=True,
-        text=True,
         cwd=tmp_path,
         timeout=300,
     )

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import random
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,6 +21,7 @@ from hysparse_megatron.data.tokenizer import (
     train_tokenizer,
 )
 from hysparse_megatron.errors import DataError
+from tests.captured import captured
 
 TEXTS = ["def add(a, b):\n    return a + b\n" * 20, "The quick naïve 東京 fox.\r\n\tjumps " * 30]
 TOKENIZER = TextTokenizer(train_tokenizer(TEXTS, 290))
@@ -65,13 +65,8 @@ def test_training_is_the_same_in_another_process(tmp_path: Path) -> None:
         "texts = eval(sys.stdin.read())\n"
         "sys.stdout.write(train_tokenizer(texts, 400).to_str())\n"
     )
-    child = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        input=repr(TEXTS),
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=60,
+    child = captured(
+        [sys.executable, "-W", "ignore", "-c", code], input=repr(TEXTS), check=True, timeout=60
     )
     assert child.stdout == train_tokenizer(TEXTS, 400).to_str()
 

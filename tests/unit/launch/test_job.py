@@ -19,6 +19,7 @@ from hysparse_megatron.config.validate import RULES
 from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.plan.ranks import num_ranks, ranks_per_node
 from launch.job import mounted_folders, render_job
+from tests.captured import captured
 
 GOLDEN = Path(__file__).parent / "golden"
 CLUSTERS = {
@@ -241,8 +242,10 @@ def test_a_job_with_odd_names_runs_nothing_but_its_own(tmp_path: Path) -> None:
         "SLURM_JOB_ID": "7",
         "SLURM_JOB_NODELIST": "node1",
     }
-    done = subprocess.run(
-        ["bash", str(script)], cwd=folder, env=environment, capture_output=True, text=True
+    done = captured(
+        ["bash", str(script)],
+        cwd=folder,
+        env=environment,
     )
     assert done.returncode == 0, done.stderr
     assert not list(tmp_path.rglob("canary"))

@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.runtime.signals import STOP_SIGNALS
 from launch import checks, local
+from tests.captured import captured
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -57,9 +57,7 @@ def test_a_wrong_port(monkeypatch: pytest.MonkeyPatch, port: str) -> None:
 
 def test_too_few_descriptors(tmp_path: Path) -> None:
     start = f'ulimit -n 64; exec "{sys.executable}" -m launch.local --nproc 2 run_dir={tmp_path}/r'
-    done = subprocess.run(
-        ["sh", "-c", start], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
-    )
+    done = captured(["sh", "-c", start], cwd=ROOT, timeout=120)
     assert done.returncode == 2
     assert done.stderr.startswith("ConfigError: this process may open 64 files, and a rank needs")
     assert done.stderr.count("\n") == 1

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from hysparse_megatron.config.frozen import load_frozen
 from launch import submit
 from launch.local import Ending
 from launch.submit import main
+from tests.captured import captured
 from tests.checkpoints import write_step
 from tests.run.run_commands import children_seconds
 
@@ -97,16 +97,13 @@ def test_the_80b_on_32_nodes_within_15_seconds_without_torch(tmp_path: Path) -> 
         "code = submit.main(sys.argv[1:]); sys.exit(code or 99 * ('torch' in sys.modules))"
     )
     start = children_seconds()
-    done = subprocess.run(
+    done = captured(
         [
             *(sys.executable, "-c", program, "--dry-run"),
             *("experiment=paper_80b_a3b_32k", "cluster=slurm", "cluster.nodes=32"),
             f"run_dir={tmp_path}",
         ],
         cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert children_seconds() - start < 15
@@ -282,17 +279,14 @@ def test_one_point_over_the_run_of_another_model_submits_none(
 @pytest.mark.thorough
 @pytest.mark.usefixtures("forks_for_commands")
 def test_without_a_scheduler_it_runs_here(tmp_path: Path) -> None:
-    done = subprocess.run(
+    done = captured(
         [
             *(sys.executable, "-m", "launch.submit", "model=tiny_hysparse", "train.steps=3"),
             *("optim.warmup_steps=1", "train.seq_length=64", f"run_dir={tmp_path / 'run'}"),
         ],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
         timeout=300,
-        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert "OK    disk" in done.stdout

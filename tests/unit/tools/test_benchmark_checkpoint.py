@@ -1,12 +1,12 @@
 """`python -m tools.benchmark_checkpoint`: what an asynchronous save costs, beside a synchronous."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.captured import captured
 from tools.benchmark_checkpoint import as_text
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -15,12 +15,8 @@ ROOT = Path(__file__).resolve().parents[3]
 @pytest.mark.alone
 def test_an_asynchronous_save_stalls_training_for_less_than_a_quarter(tmp_path: Path) -> None:
     arguments = ["--json", "--repeats", "2", "--directory", str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tools.benchmark_checkpoint", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
+    done = captured(
+        [sys.executable, "-W", "ignore", "-m", "tools.benchmark_checkpoint", *arguments], cwd=ROOT
     )
     assert done.returncode == 0, done.stderr
     values = json.loads(done.stdout.splitlines()[-1])

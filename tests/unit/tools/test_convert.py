@@ -4,7 +4,6 @@ import json
 import os
 import resource
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from hysparse_megatron.config.frozen import freeze
 from hysparse_megatron.data.tokenizer import bytes_tokenizer, train_tokenizer
 from hysparse_megatron.files import sha256_of
 from hysparse_megatron.huggingface.weights import model_weights
+from tests.captured import captured
 from tests.unit.huggingface.exports import IDS, load, random_run
 from tests.unit.model.tiny_models import tiny_config
 from tools.convert import main
@@ -306,12 +306,10 @@ def test_loading_needs_nothing_of_ours(made: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         logits = load(made / "out")(tokens).logits
     torch.save({"tokens": tokens, "logits": logits}, tmp_path / "expected.pt")
-    result = subprocess.run(
+    result = captured(
         [sys.executable, "-c", LOAD, str(made / "out"), str(tmp_path / "expected.pt")],
         cwd=tmp_path,
         env={"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("HySparseForCausalLM 'Once")
@@ -362,12 +360,6 @@ def test_memory_is_that_of_a_shard(tmp_path: Path) -> None:
         ["export", "--run-dir", str(tmp_path / "run"), *tokenizer, str(tmp_path / "out")],
         ["import", str(tmp_path / "out"), str(tmp_path / "start")],
     ):
-        result = subprocess.run(
-            [sys.executable, "-c", MEASURE, *command],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        result = captured([sys.executable, "-c", MEASURE, *command], cwd=ROOT, check=True)
         grown = int(result.stdout.split()[-1]) * 1024
         assert grown < 120e6, command[0]

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
@@ -15,6 +14,7 @@ from hysparse_megatron.config.schema import DataConfig
 from hysparse_megatron.data.prepare.cached import prepare_corpus
 from hysparse_megatron.data.tokenizer import train_tokenizer
 from hysparse_megatron.plan.overview import make_overview
+from tests.captured import captured
 from tests.run.run_commands import children_seconds
 from tools.plan import main
 
@@ -42,12 +42,10 @@ def test_the_80b_in_seconds_without_torch() -> None:
         "sys.exit(code or 99 * ('torch' in sys.modules))"
     )
     start = children_seconds()
-    done = subprocess.run(
+    done = captured(
         [sys.executable, "-c", program, "--gpus", "128", *LARGE],
         cwd=ROOT,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert children_seconds() - start < 10

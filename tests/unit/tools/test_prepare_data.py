@@ -15,6 +15,7 @@ import pytest
 
 from hysparse_megatron.data.card import load_prepared
 from hysparse_megatron.data.prepare.executors import RayTasks, SlurmJobs
+from tests.captured import captured
 from tools.measure_prepare import peak_tree_bytes, write_corpus
 from tools.prepare_data import _executor, _parser, main
 
@@ -39,8 +40,9 @@ def test_the_whole_command_without_torch(tmp_path: Path) -> None:
     )
     arguments = ["--tokenizer", "bytes", "--text-key", "body", "--deduplicate", "--workers", "2"]
     arguments += ["--verify", "--output", str(tmp_path / "out"), str(corpus(tmp_path))]
-    done = subprocess.run(
-        [sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, text=True
+    done = captured(
+        [sys.executable, "-c", program, *arguments],
+        cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr
     prepared = load_prepared(str(tmp_path / "out"))

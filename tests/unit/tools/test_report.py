@@ -17,6 +17,7 @@ from made_runs import evaluation_row, make_run, rows, step_row, with_text
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.plan.overview import make_overview
 from hysparse_megatron.plan.picture import draw
+from tests.captured import captured
 from tools import screenshots
 from tools.report import main
 from tools.run_data import smoothed
@@ -252,9 +253,7 @@ def test_in_a_browser(scheme: str, tmp_path: Path, capsys: Capture) -> None:
         "--virtual-time-budget=5000",
     ]
     address = probed.as_uri()
-    done = subprocess.run(
-        [*command, "--dump-dom", address], capture_output=True, text=True, check=True, timeout=120
-    )
+    done = captured([*command, "--dump-dom", address], check=True, timeout=120)
     found = re.search(r"<title>(.*?)</title>", done.stdout)
     assert found is not None
     light, dark = '"rgb(26, 26, 26)","rgb(255, 255, 255)"', '"rgb(228, 228, 228)","rgb(23, 25, 28)"'

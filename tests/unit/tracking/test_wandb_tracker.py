@@ -1,7 +1,6 @@
 """W&B beside the run: whatever it does, training goes on."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import pytest
 
 from hysparse_megatron.config.schema import TrackingConfig, TrackingMode
 from hysparse_megatron.tracking.wandb import Tracker
+from tests.captured import captured
 
 
 class FakeRun:
@@ -146,9 +146,7 @@ for mode in (TrackingMode.off, TrackingMode.offline):
     print("wandb" in sys.modules)
     sys.modules.setdefault("wandb", None)  # importing it from here on raises
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
-    )
+    done = captured([sys.executable, "-c", code, str(tmp_path)], check=True)
     assert done.stdout.split() == ["False", "True"]
 
 
@@ -219,9 +217,7 @@ tracker.close(0)
 def test_offline_for_real_keeps_its_id_over_a_restart(tmp_path: Path) -> None:
     told = []
     for _ in range(2):
-        done = subprocess.run(
-            [sys.executable, "-c", REAL, str(tmp_path)], capture_output=True, text=True, check=True
-        )
+        done = captured([sys.executable, "-c", REAL, str(tmp_path)], check=True)
         (line,) = [line for line in done.stdout.splitlines() if "wandb sync" in line]
         told.append(Path(line.rpartition("wandb sync ")[2]))
     for folder in told:
