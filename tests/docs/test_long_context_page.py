@@ -56,6 +56,35 @@ def test_measured_rows_are_those_of_the_logs() -> None:
             assert f"| {slices} | {words} | {numbers} | {peak:.1f} GiB |" in PAGE
 
 
+def test_one_gpu_is_what_the_log_says() -> None:
+    folder = ROOT / "tools" / "step_benchmark" / "results"
+    log = json.loads((folder / "2026-12-01-h200-7b_131k.json").read_text())
+    for row in log["rows"]:
+        peak = row["measured"]["memory"]["peak_allocated"] / GIB
+        planned = row["planned_bytes"]["total"] - row["planned_bytes"]["runtime"]
+        assert abs(peak / (planned / GIB) - 1) < 0.05
+        text = " ".join(PAGE.split())
+        assert f"{row['median_seconds']:.2f} s" in text
+        assert f"{peak:.1f} GiB" in text
+        assert f"{planned / GIB:.1f} planned" in text
+
+
+def test_short_steps_are_what_the_logs_say() -> None:
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    folder = ROOT / "tools" / "step_benchmark" / "results"
+    for picks in ("random", "trained"):
+        log = json.loads((folder / f"2026-12-01-h200-7b_8k_{picks}.json").read_text())
+        full, ours = (row["median_seconds"] for row in log["rows"])
+        numbers = f"{1e3 * full:.1f} ms | {1e3 * ours:.1f} ms | {full / ours:.2f} |"
+        assert f"| {picks} | {numbers}" in page
+    folder = ROOT / "kernels" / "benchmarks" / "results"
+    log = json.loads((folder / "2026-12-01-h200-8k_block.json").read_text())
+    faster = [target["value"] for target in log["targets"] if "12 layers" in target["text"]]
+    first, *trained, last = (f"{value:.2f}" for value in faster)
+    assert f"| 32 in 8 groups | {first} | {', '.join(trained)} |" in page
+    assert f"| 64 in 4 groups | {last} | |" in page
+
+
 KEPT = re.findall(r"^\| (none|`full`|`\[.*\]`) \| ([\d,]+) \| ([\d.]+) \|$", PAGE, flags=re.M)
 
 

@@ -144,7 +144,9 @@ class Step:
         }[name]
         device = self.generator.device
         shape = (1, tokens, count, width)
-        return torch.randn(shape, generator=self.generator, device=device).to(case.dtype)
+        numbers = torch.randn(shape, generator=self.generator, device=device)
+        numbers[..., 0] *= 1e-7  # FP8 makes zeros of both signs of them
+        return numbers.to(case.dtype)
 
     def new(self, name: str) -> Tensor:
         """[A, 1, ...], strided as parts of a fused projection are."""

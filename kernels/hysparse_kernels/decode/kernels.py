@@ -289,7 +289,10 @@ def _store(given, kept, exponent, place, width, SCALED: tl.constexpr, WIDTH: tl.
         # (of 2^-6 for what is less): the conversion then has nothing to round on any device.
         scale = ((numbers.to(tl.int32, bitcast=True) >> 23) & 255) - 127
         shift = 1.5 * _power_of_two(tl.maximum(scale, -6) + 20)
-        numbers = (numbers + shift) - shift
+        # A negative number that is rounded to zero leaves its sign behind.
+        sign = numbers.to(tl.int32, bitcast=True) & -2147483648
+        rounded = ((numbers + shift) - shift).to(tl.int32, bitcast=True)
+        numbers = (rounded | sign).to(tl.float32, bitcast=True)
         tl.store(exponent + place, power.to(tl.int8))
     tl.store(kept + place * width + column, numbers.to(kept.dtype.element_ty),
              mask=column < width)  # fmt: skip

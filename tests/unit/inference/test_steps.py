@@ -19,7 +19,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def loaded(groups: ProcessGroupCollection, seed: int) -> LoadedModel:
-    config = tiny_config("model.layout=F S W F S")
+    # All blocks of these lengths: rounding cannot change what is selected.
+    config = tiny_config("model.layout=F S W F S", "model.num_selected_blocks=8")
     model = tiny_model(config, groups).eval()
     randomize(model)
     return LoadedModel(config, model, groups, DEVICE, VOCABULARY, Path(), None)
@@ -42,7 +43,9 @@ def test_steps_of_some_rows(loaded: LoadedModel) -> None:
         assert found.shape[0] == len(rows)
         for row, token, logits in zip(rows, tokens, found, strict=True):
             hidden = advance(loaded.model, caches[1], [row], [[token]])
-            torch.testing.assert_close(logits, logits_of(loaded.model, hidden)[0, 0])
+            wanted = logits_of(loaded.model, hidden)[0, 0]
+            # Ten times what rounding made of the worst of some thousand drawn models.
+            torch.testing.assert_close(logits, wanted, rtol=0, atol=3e-4 * wanted.abs().max())
     assert caches[0].lengths == caches[1].lengths == [11, 3, 17]
 
 
