@@ -78,13 +78,14 @@ class WorkerPool:
         WorkerError with each failing rank's traceback, or the ranks that were not done in
         `timeout` seconds.
         """
-        try:
-            return self._run_together(world_size, function, timeout, arguments)
-        except WorkerError as error:
-            # On a busy machine a rank of gloo may close a connection that another still makes.
-            if _join_process_group.__name__ not in str(error):
-                raise
-            return self._run_together(world_size, function, timeout, arguments)
+        limit = self._limit(world_size, timeout)
+        self._jobs += 1
+        return self._run(
+            [
+                _Job(function, arguments, rank, world_size, self._store.port, self._jobs, limit)
+                for rank in range(world_size)
+            ]
+        )
 
     def run_apart(
         self,
@@ -100,22 +101,6 @@ class WorkerPool:
             self._jobs += 1
             jobs.append(_Job(function, own | arguments, 0, 1, self._store.port, self._jobs, limit))
         return self._run(jobs)
-
-    def _run_together(
-        self,
-        world_size: int,
-        function: Callable[..., Any],
-        timeout: float,
-        arguments: dict[str, Any],
-    ) -> list[Any]:
-        limit = self._limit(world_size, timeout)
-        self._jobs += 1
-        return self._run(
-            [
-                _Job(function, arguments, rank, world_size, self._store.port, self._jobs, limit)
-                for rank in range(world_size)
-            ]
-        )
 
     def _limit(self, workers: int, timeout: float) -> float:
         """Seconds that a job of so many workers, which are started, may take."""
@@ -213,6 +198,8 @@ def _attempt(job: _Job) -> tuple[bool, Any]:
 
 
 def _join_process_group(job: _Job) -> None:
+    # A rank that is done before another has connected would close that one's connection.
+    os.environ["TORCH_DIST_INIT_BARRIER"] = "1"
     store = dist.TCPStore("127.0.0.1", job.port, is_master=False)
     dist.init_process_group(
         "gloo",

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
@@ -41,25 +39,10 @@ def test_failure_is_reported_with_rank_and_traceback(own_pool: WorkerPool) -> No
     assert own_pool.run(2, pool_jobs.sum_of_ranks, factor=3)[0][0] == 3
 
 
-@pytest.mark.parametrize("failures", [1, 2])
-def test_ranks_that_did_not_find_one_another_try_once_more(
-    own_pool: WorkerPool, monkeypatch: pytest.MonkeyPatch, failures: int
-) -> None:
-    """Under another number: the store still holds the addresses of those that failed."""
-    numbers = []
-    run = own_pool._run
-
-    def late(jobs: list[Any]) -> list[Any]:
-        numbers.append(jobs[0].number)
-        if len(numbers) <= failures:
-            own_pool.close()
-            raise WorkerError("rank 0: ... in _join_process_group\nConnection closed by peer")
-        return run(jobs)
-
-    monkeypatch.setattr(own_pool, "_run", late)
-    with contextlib.nullcontext() if failures == 1 else pytest.raises(WorkerError, match="closed"):
-        assert own_pool.run(2, pool_jobs.sum_of_ranks, factor=3)[0][0] == 3
-    assert len(set(numbers)) == 2
+def test_a_rank_may_be_done_before_others_have_joined(own_pool: WorkerPool) -> None:
+    """On a busy machine one of four such jobs failed: the first rank closed its connections."""
+    for _ in range(8):
+        assert own_pool.run(2, pool_jobs.sleep_on, slow_rank=-1) == [None, None]
 
 
 def test_dead_process_is_reported(own_pool: WorkerPool) -> None:
