@@ -26,6 +26,7 @@ from hysparse_kernels.triton.launch import (
     key_value_gradients,
     query_gradient,
 )
+from hysparse_kernels.triton.sink import sink_gradient
 from hysparse_kernels.triton.topk import Selector
 
 
@@ -124,14 +125,10 @@ class _Attention(torch.autograd.Function):
             )
         else:
             d_query, delta = query_gradient(saved, schedule, scale)
+            delta = delta.unflatten(1, (key.shape[2], -1))
             if keys_too:
                 d_key, d_value = key_value_gradients(saved, delta, schedule, scale, ctx.accumulate)
-        d_sink = None
-        if sink is not None:
-            # The sink's softmax weight; rows that see nothing (lse = -inf) have no sink weight.
-            weight = torch.exp(sink.float()[None, :, None] - lse)
-            weight = torch.where(torch.isinf(lse), 0.0, weight)
-            d_sink = -(weight * delta).sum((0, 2)).to(sink.dtype)
+        d_sink = None if sink is None else sink_gradient(sink, lse, delta)
         return d_query, d_key, d_value, d_sink, *[None] * 4
 
 

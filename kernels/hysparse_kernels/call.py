@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from torch import Tensor
@@ -132,7 +133,7 @@ class AttentionCall:
             case WindowKeys(window):
                 check_at_least(1, window=window)
 
-    @property
+    @cached_property
     def queries(self) -> QueryRange | None:
         """Which positions the queries are; None for all of the row."""
         return QueryRange.of(self.query_start, self.query.shape[1], self.key.shape[1])

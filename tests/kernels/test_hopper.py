@@ -10,11 +10,13 @@ from hysparse_kernels import resolve_backend
 from hysparse_kernels.call import SelectionRule
 from hysparse_kernels.hopper import common
 from hysparse_kernels.hopper import launch as hopper
-from hysparse_kernels.hopper.geometry import Geometry
+from hysparse_kernels.hopper.geometry import Geometry, descriptor
 from hysparse_kernels.query_range import QueryRange
 from hysparse_kernels.triton import kernels as portable
 from hysparse_kernels.triton.launch import KeySchedule
 from hysparse_kernels.triton.topk import Selector
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 
 @pytest.mark.parametrize(
@@ -74,6 +76,24 @@ def test_rows_that_do_not_start_at_16_bytes_are_copied(
     assert not copied or found.is_contiguous()
 
 
+def test_descriptors_are_checked_and_named_as_the_compiler_names_them() -> None:
+    rows = torch.zeros(2, 8, 4, 64, dtype=torch.bfloat16)
+    box = (1, 4, 4, 64)
+    found = descriptor(rows, box)
+    layout = gl.NVMMASharedLayout.get_default_for(list(box), gl.bfloat16)
+    expected = TensorDescriptor(rows, list(rows.shape), list(rows.stride()), list(box), layout)
+    assert repr(found.layout) == repr(layout)
+    for name in ("base", "shape", "strides", "block_shape", "padding"):
+        assert getattr(found, name) is getattr(expected, name) or (
+            getattr(found, name) == getattr(expected, name)
+        )
+    # A token's step of 68 numbers is no multiple of 16 bytes; of one token it is not taken.
+    odd = torch.zeros(1, 8, 4, 17, dtype=torch.bfloat16)[..., :16]
+    with pytest.raises(AssertionError, match="16-byte"):
+        descriptor(odd, (1, 4, 4, 16))
+    assert descriptor(odd[:, :1, :1], (1, 1, 1, 16)).strides == [64, 64, 64, 1]
+
+
 def test_the_log_says_whether_the_hopper_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hopper, "is_hopper", lambda device: True)
     device = torch.device("cuda")
@@ -109,7 +129,8 @@ def test_every_tile_of_every_group_is_taken_once(
 ) -> None:
     heads = 2 ** rng.randrange(7)
     groups, batch = rng.randint(1, 12), rng.randint(1, 3)
-    size = Geometry(batch, rng.randint(1, 3000), rng.randint(1, 3000), groups, heads, 128, 128)
+    queries, keys = rng.randint(1, 3000), rng.randint(1, 3000)
+    size = Geometry(batch, queries, keys, heads * groups, groups, 128, 128)
     taken = [piece for share in shares(size, monkeypatch) for piece in share]
     tiles = -(-size.sequence // (2 * size.tokens))
     assert sorted(taken) == [
@@ -122,6 +143,6 @@ def test_every_tile_of_every_group_is_taken_once(
 def test_no_program_has_much_more_to_do_than_another(
     heads: int, length: int, groups: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    size = Geometry(1, length, length, groups, heads, 128, 128)
+    size = Geometry(1, length, length, heads * groups, groups, 128, 128)
     work = [sum(tile + 1 for tile, _ in share) for share in shares(size, monkeypatch)]
     assert max(work) < 1.06 * sum(work) / len(work)

@@ -194,8 +194,8 @@ def _write(target, acc, first_row, keys_stop, groups, key, offset, add_to,
     pointers = target + place[:, None] + column[None, :]
     mask = (key + row < keys_stop)[:, None]
     if add_to:
-        acc = acc + gl.load(pointers, mask=mask, other=0.0)
-    gl.store(pointers, acc, mask=mask)
+        acc = acc + gl.load(pointers, mask=mask, other=0.0).to(gl.float32)
+    gl.store(pointers, acc.to(pointers.dtype.element_ty), mask=mask)
 
 
 @gluon.jit
@@ -354,7 +354,7 @@ def dkv_kernel(
     STAGES: gl.constexpr, WIDTH: gl.constexpr, VALUE_WIDTH: gl.constexpr, SPLIT: gl.constexpr,
     PACKED: gl.constexpr, RANGE: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
-    """dk [B, S, HKV, D] and dv [B, S, HKV, DV] in fp32, stored or (`accumulate` = 1) added to."""
+    """dk and dv [B, S, HKV, D or DV] (BLOCKS: fp32), stored or (`accumulate` = 1) added to."""
     # A stage must always be the same consumer's: a wait by parity cannot tell a turn of its own
     # from one of the other that it never waited for.
     gl.static_assert(STAGES % 2 == 0)

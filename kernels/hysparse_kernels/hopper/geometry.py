@@ -5,7 +5,7 @@ Shapes: B batch, S sequence, HQ query heads, HKV KV groups, D query/key head dim
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import fields
 from functools import lru_cache
 from typing import Any
 
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from hysparse_kernels.triton.launch import Sizes
 
 ROWS = 64
 """Rows of a part: tokens times query heads of a group."""
@@ -37,26 +39,8 @@ def _together(groups: int, most: int, tiles: int, programs: int) -> int:
     return max(number for number in divisors if number <= min([most, *enough[:1]]))
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """Sizes of one call."""
-
-    batch: int
-    sequence: int
-    """Queries of a row."""
-    keys: int
-    """Of a row."""
-    groups: int
-    heads: int
-    width: int
-    value_width: int
-
-    @classmethod
-    def of(cls, query: Tensor, key: Tensor, value: Tensor) -> Geometry:
-        """From query [B, S, HQ, D], key [B, Sk, HKV, D] and value [B, Sk, HKV, DV]."""
-        batch, sequence, query_heads, width = query.shape
-        keys, groups = key.shape[1:3]
-        return cls(batch, sequence, keys, groups, query_heads // groups, width, value.shape[3])
+class Geometry(Sizes):
+    """Sizes of one call and its tiles."""
 
     @property
     def split(self) -> bool:
@@ -100,39 +84,70 @@ class Geometry:
 
     def rows(self, tensor: Tensor, width: int) -> TensorDescriptor:
         """One part of a [B, S, HQ, *] tensor."""
-        return descriptor(tensor, [1, self.tokens, self.heads, width])
+        return descriptor(tensor, (1, self.tokens, self.heads, width))
 
-    def queries(self, tensor: Tensor) -> tuple[TensorDescriptor, TensorDescriptor]:
-        """Both pieces of a [B, S, HQ, D] tensor; the first one twice if there is one."""
+    def queries(self, tensor: Tensor) -> tuple[TensorDescriptor, TensorDescriptor | None]:
+        """Both pieces of a [B, S, HQ, D] tensor, or the one there is and None."""
         first = self.rows(tensor, self.first_width)
-        return first, self.rows(tensor, 64) if self.split else first
+        return first, self.rows(tensor, 64) if self.split else None
 
-    def key_tiles(self, tensor: Tensor, count: int) -> tuple[TensorDescriptor, TensorDescriptor]:
+    def key_tiles(
+        self, tensor: Tensor, count: int
+    ) -> tuple[TensorDescriptor, TensorDescriptor | None]:
         """`count` keys of a [B, Sk, HKV, D] tensor, as `queries`."""
-        first = descriptor(tensor, [1, count, 1, self.first_width])
-        return first, descriptor(tensor, [1, count, 1, 64]) if self.split else first
+        first = descriptor(tensor, (1, count, 1, self.first_width))
+        return first, descriptor(tensor, (1, count, 1, 64)) if self.split else None
 
     def value_tiles(self, tensor: Tensor, count: int) -> TensorDescriptor:
         """Of `count` keys of a [B, Sk, HKV, DV] tensor."""
-        return descriptor(tensor, [1, count, 1, self.value_width])
+        return descriptor(tensor, (1, count, 1, self.value_width))
 
 
-@lru_cache
-def _layout(box: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    """Of a `box` in shared memory; it takes the host longer to find than the rest of a launch."""
-    elements = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
-    return gl.NVMMASharedLayout.get_default_for(list(box), elements[dtype])
+class _Layout(gl.NVMMASharedLayout):
+    """One whose text is made once: each launch asks for that of all its descriptors' layouts."""
+
+    text: str
+
+    @classmethod
+    def of(cls, box: tuple[int, ...], dtype: torch.dtype) -> _Layout:
+        """Of a `box` in shared memory."""
+        elements = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+        found = gl.NVMMASharedLayout.get_default_for(list(box), elements.get(dtype, gl.float32))
+        layout = cls(**{field.name: getattr(found, field.name) for field in fields(found)})
+        object.__setattr__(layout, "text", repr(found))
+        return layout
+
+    def __repr__(self) -> str:
+        return self.text
 
 
-def descriptor(tensor: Tensor, box: list[int]) -> TensorDescriptor:
-    """How the copy engine fetches a `box` of a tensor; zeros outside."""
+class _Checked(TensorDescriptor):
+    """One whose sizes `_place` has checked."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
+@lru_cache(maxsize=1024)
+def _place(
+    shape: torch.Size, steps: tuple[int, ...], dtype: torch.dtype, box: tuple[int, ...]
+) -> tuple[list[int], list[int], list[int], _Layout]:
+    """Sizes, strides, box and layout of the descriptors of such tensors.
+
+    It takes the host longer to find and check them than to launch what uses them.
+    """
     # A dimension of one element may have any stride, the copy engine wants multiples of 16 bytes.
-    strides = [
-        step if size > 1 else 64 for step, size in zip(tensor.stride(), tensor.shape, strict=True)
-    ]
+    strides = [step if size > 1 else 64 for step, size in zip(steps, shape, strict=True)]
     strides[-1] = 1
-    layout = _layout(tuple(box), tensor.dtype)
-    return TensorDescriptor(tensor, list(tensor.shape), strides, box, layout)
+    base = torch.empty(0, dtype=dtype)
+    checked = TensorDescriptor(base, list(shape), strides, list(box), _Layout.of(box, dtype))
+    return checked.shape, checked.strides, checked.block_shape, checked.layout
+
+
+def descriptor(tensor: Tensor, box: tuple[int, ...]) -> TensorDescriptor:
+    """How the copy engine fetches a `box` of a tensor, which starts at a multiple of 16 bytes;
+    zeros outside."""
+    return _Checked(tensor, *_place(tensor.shape, tensor.stride(), tensor.dtype, box))
 
 
 def stages(most: int, bytes_per_stage: int, fixed_bytes: int) -> int:

@@ -107,11 +107,11 @@ class _Tiles:
     mode: int
     packed: bool
     number: int
-    table: Tensor
+    table: Tensor | None
     """int32 [tiles, 3] for packed documents: first token, first key of its document, one past the
     last token."""
     forward_index: tuple[Any, ...]
-    """starts, bits, counts and capacity of a selection's forward_index, or stand-ins."""
+    """starts, bits, counts and capacity of a selection's forward_index; none without."""
     range: bool
     """Whether the queries are a range of a row's positions."""
     queries: tuple[int, int, int]
@@ -121,20 +121,14 @@ class _Tiles:
         return {"PACKED": self.packed, "RANGE": self.range}
 
     @classmethod
-    def of(cls, schedule: KeySchedule, size: Geometry, unused: Tensor) -> _Tiles:
+    def of(cls, schedule: KeySchedule, size: Geometry) -> _Tiles:
         place = schedule.queries is not None, QueryRange.arguments(schedule.queries)
+        index = schedule.forward_index()
         if schedule.lists is not None:
-            starts = schedule.lists.starts
-            forward_index = (starts, schedule.lists.bits, schedule.lists.counts, starts.shape[2])
-            return cls(BLOCKS.value, False, starts.shape[1], unused, forward_index, *place)
-        number, table = triton.cdiv(size.sequence, 2 * size.tokens), unused
-        if schedule.cu_seqlens is not None:
-            pieces = schedule.query_pieces(2 * size.tokens, size.sequence, 0, unused)
-            number = pieces.number
-            table = torch.stack((pieces.first, pieces.document_first, pieces.stop), 1)
-        forward_index = (unused, unused, unused, 0)
+            return cls(BLOCKS.value, False, schedule.lists.starts.shape[1], None, index, *place)
+        pieces = schedule.query_pieces(2 * size.tokens, size.sequence, 0)
         packed = schedule.cu_seqlens is not None
-        return cls(SPAN.value, packed, number, table, forward_index, *place)
+        return cls(SPAN.value, packed, pieces.number, pieces.table, index, *place)
 
 
 def _window(schedule: KeySchedule, size: Geometry) -> int:
@@ -154,7 +148,7 @@ def forward(
     size = Geometry.of(query, key, value)
     output = query.new_empty(*query.shape[:3], size.value_width)
     lse = query.new_empty(size.batch, query.shape[2], size.sequence, dtype=torch.float32)
-    tiles = _Tiles.of(schedule, size, lse)
+    tiles = _Tiles.of(schedule, size)
     if schedule.mode == portable.CAUSAL:
         indices = _oracle(query, key, value, output, lse, tiles, size, scale, selector)
         return output, lse, indices
@@ -164,7 +158,7 @@ def forward(
     fixed = 2 * ROWS * 2 * (size.width * q_stages + size.own_output_width)
     forward_kernel[(programs,)](
         *size.queries(query), *size.key_tiles(key, _KEYS), size.value_tiles(value, _KEYS),
-        size.rows(output, size.value_width), output, lse, lse if sink is None else sink,
+        size.rows(output, size.value_width), output, lse, sink,
         *tiles.forward_index, tiles.table,
         size.sequence, *tiles.queries, size.groups, tiles.number, items,
         size.together(tiles.number, programs), programs,
@@ -190,7 +184,7 @@ def _oracle(
     """Fill output and lse; block indices if there is a selector."""
     items = tiles.number * size.batch * size.groups
     programs = min(items, _multiprocessors(query.device))
-    indices, scratch, blocks, selected, block_size, forced = lse, lse, 1, 1, _KEYS, (0, 0)
+    indices, scratch, blocks, selected, block_size, forced = None, None, 1, 1, _KEYS, (0, 0)
     if selector is not None:
         rule = selector.rule
         block_size, selected = rule.block_size, rule.num_selected
@@ -212,7 +206,7 @@ def _oracle(
         BLOCKS=max(128, triton.next_power_of_2(blocks)),
         SELECTED=triton.next_power_of_2(selected), num_warps=4,
     )  # fmt: skip
-    return None if selector is None else indices
+    return indices
 
 
 def gradients(
@@ -222,8 +216,8 @@ def gradients(
     accumulate: KeyValueGradients | None,
     keys_too: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """dQ, dK, dV and delta [B, HQ, S] fp32; no dK and dV where none are asked for or where they
-    were added to `accumulate`."""
+    """dQ, dK, dV and delta [B, HKV, G, S] fp32, in other strides; no dK and dV where none are asked
+    for or where they were added to `accumulate`."""
     query, key, value, output, lse, grad = saved
     grad = aligned(grad)
     size = Geometry.of(query, key, value)
@@ -233,7 +227,7 @@ def gradients(
     row_lse = lse.new_empty(pairs, stride)
     row_delta = torch.empty_like(row_lse)
     d_query = query.new_empty(query.shape)
-    tiles = _Tiles.of(schedule, size, lse)
+    tiles = _Tiles.of(schedule, size)
     items = tiles.number * pairs
     programs = min(items, _multiprocessors(query.device))
     q_desc, k_desc = size.queries(query), size.key_tiles(key, _KEYS)
@@ -250,31 +244,34 @@ def gradients(
         STAGES=stages(4, _KEYS * size.key_bytes, 2 * ROWS * size.key_bytes * q_stages),
         Q_STAGES=q_stages, num_warps=4,
     )  # fmt: skip
+    delta = row_delta.as_strided(
+        (size.batch, size.groups, size.heads, size.sequence),
+        (size.groups * stride, stride, 1, size.heads),
+    )
     row_lse, row_delta = (rows[:, : size.sequence * size.heads] for rows in (row_lse, row_delta))
-    delta = row_delta.unflatten(0, (size.batch, size.groups)).unflatten(2, (-1, size.heads))
-    delta = delta.transpose(2, 3).reshape(lse.shape)
     if not keys_too:
         return d_query, None, None, delta
 
-    d_key, d_value, add = gradient_buffers(key, value, accumulate, fp32=True)
     lists, packed = schedule.lists, schedule.cu_seqlens is not None
+    # Of selected blocks several programs add to one sum.
+    d_key, d_value, add = gradient_buffers(key, value, accumulate, fp32=lists is not None)
     blocks = triton.cdiv(size.keys, _KEYS)
     work = blocks * pairs
-    block_table: tuple[Tensor, ...] = (lse, lse, lse)
-    work_items: tuple[Tensor, ...] = (lse, lse, lse, lse, lse, lse)
-    flags = lse
+    block_table: tuple[Tensor | None, ...] = (None, None, None)
+    work_items: tuple[Tensor | None, ...] = (None,) * 6
+    flags = None
     if lists is not None:
         blocks, work, packed = len(lists.table), len(lists.work_items), lists.packed
-        block_table = (lists.table.first, lists.table.stop, lse)
+        block_table = (lists.table.first, lists.table.stop, None)
         work_items = (*lists.work_items.tensors, lists.inverse_part, lists.inverse_bits)
         flags = torch.zeros_like(lists.work_items.after)
     elif schedule.cu_seqlens is not None:
-        pieces = schedule.key_pieces(_KEYS, size.keys, lse)
+        pieces = schedule.key_pieces(_KEYS, size.keys)
         blocks, block_table = pieces.number, (pieces.first, pieces.stop, pieces.document_stop)
         work = blocks * pairs
     dkv_kernel[(work,)](
         *q_desc, g_desc, *k_desc, v_desc,
-        descriptor(row_lse, [1, ROWS]), descriptor(row_delta, [1, ROWS]),
+        descriptor(row_lse, (1, ROWS)), descriptor(row_delta, (1, ROWS)),
         d_key, d_value, flags, *block_table, *work_items,
         _window(schedule, size), size.keys, *tiles.queries, size.groups, blocks,
         scale, scale * _LOG2_E,

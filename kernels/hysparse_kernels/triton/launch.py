@@ -10,7 +10,7 @@ dim, DV value head dim, K selected.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 import triton
@@ -72,17 +72,17 @@ class KeySchedule:
         """Whether the batch is one row of packed documents."""
         return self.cu_seqlens is not None or (self.lists is not None and self.lists.packed)
 
-    def query_pieces(self, size: int, tokens: int, first_token: int, unused: Tensor) -> _Pieces:
-        """Tiles of `size` of the queries, or their number and stand-ins where none is cut."""
+    def query_pieces(self, size: int, tokens: int, first_token: int) -> _Pieces:
+        """Tiles of `size` of the queries, or their number alone where none is cut."""
         if self.queries is None or self.cu_seqlens is None:
-            return self.key_pieces(size, tokens, unused, first_token)
+            return self.key_pieces(size, tokens, first_token)
         offsets = self.queries.queries_from(self.cu_seqlens)
         return _Pieces.of(cut(offsets, size, tokens, first_token, self.cu_seqlens))
 
-    def key_pieces(self, size: int, keys: int, unused: Tensor, first_key: int = 0) -> _Pieces:
+    def key_pieces(self, size: int, keys: int, first_key: int = 0) -> _Pieces:
         """The same of the keys."""
         if self.cu_seqlens is None:
-            return _Pieces(triton.cdiv(keys, size), unused, unused, unused, unused)
+            return _Pieces(triton.cdiv(keys, size))
         return _Pieces.of(cut(self.cu_seqlens, size, keys, first_key))
 
     def query_tile(self, shape: Shape) -> tuple[TokenTile, int]:
@@ -93,10 +93,10 @@ class KeySchedule:
         half = shape.row_bytes > 768 or self.keys > 64 or self.lists.tile.rows > 128
         return (self.lists.part, 2) if half else (self.lists.tile, 1)
 
-    def forward_index(self, unused: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-        """starts, bits, counts and capacity of the forward index, or stand-ins."""
+    def forward_index(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, int]:
+        """starts, bits, counts and capacity of the forward index; none without."""
         if self.lists is None:
-            return unused, unused, unused, 0
+            return None, None, None, 0
         starts = self.lists.starts
         return starts, self.lists.bits, self.lists.counts, starts.shape[2]
 
@@ -111,11 +111,18 @@ class KeySchedule:
 
 class _Pieces(NamedTuple):
     number: int
-    first: Tensor
-    stop: Tensor
-    document_first: Tensor
+    first: Tensor | None = None
+    stop: Tensor | None = None
+    document_first: Tensor | None = None
     """Among the keys, as document_stop."""
-    document_stop: Tensor
+    document_stop: Tensor | None = None
+
+    @property
+    def table(self) -> Tensor | None:
+        """int32 [number, 3]: first, document_first and stop of each; None where none is cut."""
+        if self.first is None or self.document_first is None or self.stop is None:
+            return None
+        return torch.stack((self.first, self.document_first, self.stop), 1)
 
     @classmethod
     def of(cls, pieces: Pieces) -> _Pieces:
@@ -125,8 +132,8 @@ class _Pieces(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Sizes of one call."""
+class Sizes:
+    """Of one call."""
 
     batch: int
     sequence: int
@@ -139,7 +146,7 @@ class Shape:
     value_width: int
 
     @classmethod
-    def of(cls, query: Tensor, key: Tensor, value: Tensor) -> Shape:
+    def of(cls, query: Tensor, key: Tensor, value: Tensor) -> Self:
         """The sizes of query [B,S,HQ,D], key [B,Sk,HKV,D] and value [B,Sk,HKV,DV]."""
         batch, sequence, query_heads, width = query.shape
         keys, groups = key.shape[1:3]
@@ -149,6 +156,10 @@ class Shape:
     def heads(self) -> int:
         """Query heads per KV group."""
         return self.query_heads // self.groups
+
+
+class Shape(Sizes):
+    """Sizes as the portable kernels take them."""
 
     @property
     def rows(self) -> int:
@@ -209,12 +220,12 @@ def forward(
         3, schedule.keys * shape.row_bytes, tile.rows * (shape.row_bytes + schedule.keys)
     )
 
-    def launch(first_token: int, tokens: int, maxima: Tensor, num_blocks: int = 0) -> None:
-        pieces = schedule.query_pieces(tile.tokens, tokens, first_token, lse)
+    def launch(first_token: int, tokens: int, maxima: Tensor | None, num_blocks: int = 0) -> None:
+        pieces = schedule.query_pieces(tile.tokens, tokens, first_token)
         kernels.forward_kernel[(pieces.number, shape.rows)](
-            query, key, value, lse if sink is None else sink, output, lse, maxima,
+            query, key, value, sink, output, lse, maxima,
             *_strides(query, key, value),
-            pieces.first, pieces.stop, pieces.document_first, *schedule.forward_index(lse),
+            pieces.first, pieces.stop, pieces.document_first, *schedule.forward_index(),
             *QueryRange.arguments(schedule.queries),
             shape.sequence, shape.groups, schedule.window, scale * _LOG2_E,
             shape.width, shape.value_width, first_token, tokens, num_blocks,
@@ -225,7 +236,7 @@ def forward(
 
     if selector is not None:
         return output, lse, selector.run(launch, tile, lse, shape.groups)
-    launch(0, shape.sequence, lse)
+    launch(0, shape.sequence, None)
     return output, lse, None
 
 
@@ -239,11 +250,11 @@ def query_gradient(saved: Saved, schedule: KeySchedule, scale: float) -> tuple[T
     stages = _stages(
         2, schedule.keys * shape.row_bytes, tile.rows * (shape.row_bytes + 4 * schedule.keys)
     )
-    pieces = schedule.query_pieces(tile.tokens, shape.sequence, 0, lse)
+    pieces = schedule.query_pieces(tile.tokens, shape.sequence, 0)
     kernels.dq_kernel[(pieces.number, shape.rows)](
         query, key, value, output, grad, lse, delta, d_query,
         *_strides(query, key, value, output, grad),
-        pieces.first, pieces.stop, pieces.document_first, *schedule.forward_index(lse),
+        pieces.first, pieces.stop, pieces.document_first, *schedule.forward_index(),
         *_sizes(shape, schedule, scale), **schedule.constants(),
         SPLIT=split, KEYS=schedule.keys, **tile.constants(), **shape.constants(query.dtype),
         num_warps=8 if tile.rows >= 128 else 4, num_stages=stages,
@@ -269,14 +280,15 @@ def key_value_gradients(
     tile = TokenTile.of(shape.heads, 64) if lists is None else lists.part
     keys = 64 if lists is None else schedule.keys
     stages = _stages(2, tile.rows * shape.row_bytes, keys * (shape.row_bytes + 4 * tile.rows))
+    ends: tuple[Tensor | None, ...]
     if lists is None:
-        pieces = schedule.key_pieces(keys, shape.keys, lse)
+        pieces = schedule.key_pieces(keys, shape.keys)
         grid: tuple[int, ...] = (pieces.number, shape.rows)
         ends = (pieces.first, pieces.stop, pieces.document_stop)
-        work_items: tuple[Any, ...] = (0, lse, lse, lse, lse, lse, lse, lse)
+        work_items: tuple[Any, ...] = (0, *(None,) * 7)
     else:
         grid = (len(lists.work_items),)
-        ends = (lists.table.first, lists.table.stop, lse)
+        ends = (lists.table.first, lists.table.stop, None)
         flags = torch.zeros_like(lists.work_items.after)
         work_items = (
             len(lists.table), *lists.work_items.tensors, flags,

@@ -49,7 +49,7 @@ class Selector:
 
     def run(
         self,
-        launch: Callable[[int, int, Tensor, int], None],
+        launch: Callable[[int, int, Tensor | None, int], None],
         tile: TokenTile,
         lse: Tensor,
         groups: int,
@@ -75,7 +75,7 @@ class Selector:
             launch(first, tokens, maxima, blocks)
             part = scores[: rows * tokens * blocks].view(batch, groups, tokens, blocks)
             group_scores_kernel[(triton.cdiv(tokens, tile.tokens), rows, triton.cdiv(blocks, 32))](
-                maxima, lse, lse if starts is None else starts, part,
+                maxima, lse, starts, part,
                 sequence, groups, first, tokens, blocks, PACKED=starts is not None,
                 **tile.constants(), BLOCK=self.rule.block_size, CHUNK=32,
             )  # fmt: skip
@@ -116,7 +116,7 @@ def _launch_topk(
         segment *= 2
     forced = (0, 0) if rule is None else (rule.forced_first_blocks, rule.forced_recent_blocks)
     topk_kernel[grid](
-        scores, indices if document_start is None else document_start, indices,
+        scores, document_start, indices,
         first_token, grid[0], sequence, blocks, selected, *forced,
         CAUSAL=rule is not None, PACKED=document_start is not None,
         BLOCK=1 if rule is None else rule.block_size,
