@@ -139,7 +139,7 @@ def test_what_covers_the_text_starts_as_the_original(
         expected = model(tokens).logits
     scale = float(expected.abs().max())
     distances = {}
-    for sink in (30, 12):
+    for sink in (30, 4):
         folder = tmp_path / f"start-{sink}"
         adopt(tmp_path / "original", folder, "F S W F", *COVERING, "--sparse-sink", str(sink))
         module = start(folder, states)
@@ -147,7 +147,8 @@ def test_what_covers_the_text_starts_as_the_original(
         destroy_process_groups()
     # A window's sink takes exp(-10) of a row whose logits are about 0, and this model amplifies.
     assert distances[30] < 1e-2
-    assert distances[30] < distances[12] < 1
+    # Beside which only a sparse sink that takes far more than that is seen.
+    assert distances[30] < distances[4] < 1
 
 
 def test_weights_are_kept_to_the_bit(tmp_path: Path) -> None:
