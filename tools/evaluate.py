@@ -49,7 +49,7 @@ LOSS = "loss"
 @command
 def main(argv: Sequence[str]) -> int:
     """Evaluate as `argv` says, the command line without the program's name."""
-    args = _parser().parse_args(list(argv))
+    args = _parse(argv)
     rank = rank_from_environment()
     require_writable(args.json, "--json")
     # Imported late: a wrong command must fail before seconds of imports.
@@ -62,6 +62,27 @@ def main(argv: Sequence[str]) -> int:
     if rank.rank == 0 and args.json is not None:
         args.json.write_text(json.dumps(results, indent=1) + "\n")
     return 0
+
+
+_OF_LOSS = {"data": None, "sequences": None, "bins": 8}
+_OF_QUESTIONS = {"samples": 20, "seed": 0}
+"""Options that only one kind of task reads, and their defaults."""
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The options, with `tasks` resolved; one that no task reads is a wrong command."""
+    parser = _parser()
+    args = parser.parse_args(list(argv))
+    args.tasks = [LOSS, *TASKS] if "all" in args.tasks else list(dict.fromkeys(args.tasks))
+    kinds = ((_OF_LOSS, LOSS in args.tasks, LOSS), (_OF_QUESTIONS, args.tasks != [LOSS], "all"))
+    for defaults, asked, needed in kinds:
+        for name, default in defaults.items():
+            given = getattr(args, name)
+            if given is not None and not asked:
+                parser.error(f"--{name} changes nothing of {', '.join(args.tasks)}:"
+                             f" leave it out, or add {needed} to --tasks")  # fmt: skip
+            setattr(args, name, default if given is None else given)
+    return args
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -83,16 +104,16 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="tokens of a question or held-out sequence (default: the run's train.seq_length)",
     )
-    add("--samples", type=positive, default=20, metavar="N", help="questions a task and length")
+    add("--samples", type=positive, metavar="N", help="questions a task and length (default 20)")
     add(
         "--sequences",
         type=positive,
         metavar="N",
         help="held-out ones, at most (default: as many as the run's own evaluations)",
     )
-    add("--bins", type=positive, default=8, metavar="N", help="of positions, for the loss")
+    add("--bins", type=positive, metavar="N", help="of positions, for the loss (default 8)")
     add("--batch-size", type=positive, default=8, metavar="N", help="sequences at a time")
-    add("--seed", type=int, default=0, metavar="N", help="of the questions (default 0)")
+    add("--seed", type=int, metavar="N", help="of the questions (default 0)")
     add(
         "--data",
         metavar="PATH",
@@ -104,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _evaluate(args: argparse.Namespace, loaded: LoadedModel, is_first: bool) -> dict[str, Any]:
     """All tasks at all lengths, printed on the first rank as they come."""
-    names = [LOSS, *TASKS] if "all" in args.tasks else list(dict.fromkeys(args.tasks))
+    names = args.tasks
     trained = loaded.config.train.seq_length
     lengths = args.lengths or [trained]
 

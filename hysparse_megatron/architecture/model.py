@@ -64,7 +64,8 @@ class MoeConfig:
     """Mixture of experts in the feed-forward layers; the paper gives 512 experts, 8 active."""
 
     num_experts: int = at_least(0, default=0)
-    """Routed experts of every layer, of all expert-parallel ranks together; 0 makes it dense."""
+    """Routed experts of every layer, of all expert-parallel ranks together; 0 makes it dense, and
+    the settings below unused."""
     num_active_experts: int = at_least(1, default=8)
     """Experts that compute for each token (top-k), out of `num_experts`."""
     expert_ffn_hidden_size: int | None = at_least(1, default=None)

@@ -109,9 +109,7 @@ def train(
         if guard.is_lost:
             raise _lost(guard, done, result, ids)
         last, evaluation_due = done == train_config.steps, False
-        if last:
-            _evaluate(state, evaluations, done, hooks)
-        elif train_config.eval_interval and done % train_config.eval_interval == 0:
+        if last or (train_config.eval_interval and done % train_config.eval_interval == 0):
             evaluation_due = not _evaluate(state, evaluations, done, hooks, watch)
         if last or saves.is_time(watch.stopping is not None):
             started = time.monotonic()
@@ -120,7 +118,7 @@ def train(
             hooks.save(done, {**facts, "position": dataclasses.asdict(position)})
             watch.deadline.saw_save(time.monotonic() - started)
             saves.saw_save()
-        if watch.stopping and not last:
+        if watch.stopping and (evaluation_due or not last):
             raise watch.ending(f"after step {done}; saved at step {saves.saved}")
 
 
@@ -201,14 +199,13 @@ def _evaluate(
     evaluations: Mapping[str, EvaluationBatches],
     done: int,
     hooks: Hooks,
-    watch: Watch | None = None,
+    watch: Watch,
 ) -> bool:
-    """Evaluate and report; False if a stop came in between, for which `watch` looks."""
+    """Evaluate and report; False if a stop came before its end, the last evaluation's too, which
+    must not keep the last weights from being saved in time."""
     faults.reach("evaluation", done)
 
     def go_on() -> bool:
-        if watch is None:
-            return True
         watch.poll()
         return watch.stopping is None
 

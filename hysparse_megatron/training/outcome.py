@@ -56,8 +56,8 @@ def is_finished(
     if latest is not None:
         if directory is not None:
             note_checkpoint(directory, latest)
-        done = store.read_manifest(latest)["step"]
-        if done >= config.train.steps:
+        done, evaluation_due = on_rank_zero(lambda: _reached(directory, latest), CheckpointError)
+        if done >= config.train.steps and not evaluation_due:
             if directory is not None and directory.state() != "finished":
                 directory.write_status("finished", exit_code=0, step=done)  # killed at its very end
             log(f"{config.run_path} is finished: step {done} of {config.train.steps}, {latest}")
@@ -66,6 +66,14 @@ def is_finished(
     if directory is not None:
         directory.write_status("running", step=done)
     return False
+
+
+def _reached(directory: RunDirectory | None, latest: Path) -> tuple[int, bool]:
+    """The step of a checkpoint, and whether a stop cut short the evaluation that belongs to it
+    and no start has made up for it since."""
+    manifest = store.read_manifest(latest)
+    due = bool(manifest.get("progress", {}).get("evaluation_due"))
+    return manifest["step"], due and directory is not None and directory.state() != "finished"
 
 
 def note_checkpoint(directory: RunDirectory, checkpoint: Path) -> None:

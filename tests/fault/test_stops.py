@@ -21,7 +21,7 @@ def wait_until(condition: Callable[[], bool], command: Command) -> None:
 
 
 def test_three_resumes_repeat_the_straight_run(straight: FaultyRun, new_run: NewRun) -> None:
-    """A signal in mid-step, one in an evaluation, a kill, in one epoch: bit-equal all the same."""
+    """Signals in mid-step, in an evaluation and the last one, a kill: bit-equal all the same."""
     run = new_run()
     output = run.run(code=3, fault="sigterm@1:3")
     assert "stopped by SIGTERM on rank 1 after step 3; saved at step 3" in output
@@ -38,13 +38,19 @@ def test_three_resumes_repeat_the_straight_run(straight: FaultyRun, new_run: New
     assert "resuming after step 8" in output
     run.assert_ended("failed", 1, 1, "rank 1 was killed by SIGKILL")
 
-    output = run.run(code=0)
+    output = run.run(code=3, fault=f"sigterm@1:{STEPS}:evaluation")
     assert "resuming after step 8" in output
+    run.assert_ended("preempted", 3, 1, f"after step {STEPS}; saved at step {STEPS}")
+    assert (STEPS, True) not in facts(run.run_dir)
+
+    output = run.run(code=0)
+    assert f"resuming after step {STEPS}" in output
+    assert "is finished" in run.run(code=0), "and the last evaluation is not made twice"
     assert facts(run.run_dir) == facts(straight.run_dir)
     assert len({number for ids in run.sample_ids() for number in ids}) == 4 * STEPS, "each once"
     assert_equal(run.tensors(STEPS), straight.tensors(STEPS))
     status = run.status()
-    assert (status["state"], status["restarts"], status["step"]) == ("finished", 3, STEPS)
+    assert (status["state"], status["restarts"], status["step"]) == ("finished", 4, STEPS)
 
 
 def test_a_longer_run_with_other_evaluations_sees_the_same_samples(

@@ -103,6 +103,8 @@ def evaluate_config(run_dir: Path):
     [
         (["--tasks", "needle", "--lengths", "10"], 2, "allowed at least"),
         (["--tasks", "nothing"], 2, "invalid choice"),
+        (["--tasks", "needle", "--data", "."], 2, "--data changes nothing of needle"),
+        (["--samples", "4"], 2, "--samples changes nothing of loss"),
         (["--lengths", "0"], 2, "allowed a whole number from 1"),
         (["--json", "/dev/null/x"], 2, "cannot write"),
         (["--checkpoint", "77"], 6, "77"),

@@ -302,8 +302,17 @@ def test_a_signal_at_a_checkpoint_saves_once(script: Callable[..., Script]) -> N
     assert found.events.count("save 6") == 1
 
 
-def test_a_signal_in_the_last_step_does_not_matter(script: Callable[..., Script]) -> None:
-    assert script(steps=3, stop_at=3).run().events[-2:] == ["evaluate 3", "save 3"]
+@pytest.mark.parametrize("stop", [{"stop_at": 3}, {"stop_in_evaluation": 3}])
+def test_a_stop_does_not_wait_for_the_last_evaluation(
+    script: Callable[..., Script], stop: dict[str, int]
+) -> None:
+    """Which may be of the whole split, and longer than what a cluster gives before it kills."""
+    stopped = script(steps=3, **stop)
+    with pytest.raises(Preempted, match="after step 3; saved at step 3"):
+        stopped.run()
+    assert stopped.events[-2:] == ["step 3", "save 3"]
+    rest = script(steps=3).run(first_step=3, facts=stopped.saved_facts)
+    assert rest.events == ["evaluate 3"]
 
 
 def test_a_signal_amid_bad_steps_keeps_the_checkpoint_before_them(
