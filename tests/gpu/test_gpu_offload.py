@@ -40,6 +40,7 @@ class Measured:
     gradients: dict[str, Tensor]
     """After two micro-batches, on the CPU."""
     peak_bytes: int
+    """Beyond what was there before."""
     seconds: float
     """Of a micro-batch forwards and backwards."""
     copied_bytes: tuple[int, int]
@@ -58,6 +59,8 @@ def passes(state: TrainingState, count: int, seed: int) -> None:
 
 
 def measure(settings: list[str], seed: int) -> Measured:
+    # What this process holds already is none of this state's, such as what a test before left.
+    held = torch.cuda.memory_allocated()
     with default_group():
         try:
             state = build_state(compose([*SLICE, *settings]), VOCABULARY, DEVICE)
@@ -73,7 +76,7 @@ def measure(settings: list[str], seed: int) -> Measured:
             offload = state.megatron.offload
             return Measured(
                 found,
-                torch.cuda.max_memory_allocated(),
+                torch.cuda.max_memory_allocated() - held,
                 seconds,
                 (0, 0) if offload is None else offload.copied_bytes,
                 0 if offload is None else offload.host_bytes,
