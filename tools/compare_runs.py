@@ -2,13 +2,16 @@
 
     hysparse compare runs/straight runs/resumed
     hysparse compare runs/hysparse runs/full runs/windows --output comparison.html
+    hysparse compare tools/recipe_results/2026-12-01-h200-recipe_160m runs/mine --within 0.01
 
 Compares every run with the first: settings, data, and bit for bit what each step and evaluation
 computed, in the fields that both have, but not how fast it was. Prints a table and, with --output,
 draws loss and gradient norm with their differences on one self-contained HTML page, which needs the
 extra `report`.
 
-Ends with 0 if all rows of all runs are equal, with 1 if not, with 2 if a path is no run.
+Ends with 0 if all rows of all runs are equal, with 1 if not, with 2 if a path is no run. With
+--within SHARE it ends with 0 if no loss that both have is further than that from the first run's:
+other GPUs and versions round otherwise.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ from .run_data import Row, RunData, flat, load_run, points
 
 NOT_COMPARED = ("name", "run_dir")
 """Settings in which even equal runs differ."""
+_TINY = 1e-12
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,13 @@ class Difference:
     """The first row that is not equal, in words; None if all are."""
     largest: dict[str, tuple[float, int]]
     """The largest absolute difference of a field, and the step where it is."""
+    shares: dict[str, float]
+    """The relative difference of every loss that both have, by where it is, in words; infinite
+    where one is not finite."""
+
+    def is_within(self, share: float) -> bool:
+        """Whether there are such losses, and all differ by at most `share`."""
+        return bool(self.shares) and all(found <= share for found in self.shares.values())
 
 
 @command
@@ -56,9 +67,13 @@ def main(argv: Sequence[str]) -> int:
     for other, difference in zip(runs[1:], differences, strict=True):
         print(f"\n{label(runs, runs[0])} and {label(runs, other)}:")
         print("\n".join(f"  {line}" for line in verdict(runs[0], other, difference)))
+        if given.within is not None:
+            print(f"  {_nearness(difference, given.within)}")
     if given.output is not None:
         _draw(runs, differences, given.output)
         print(f"\ndrawn: {given.output}")
+    if given.within is not None:
+        return 0 if all(found.is_within(given.within) for found in differences) else 1
     return 1 if any(difference.first for difference in differences) else 0
 
 
@@ -66,10 +81,20 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = make_parser("hysparse compare", __doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
     parser.add_argument("--output", type=Path, metavar="FILE", help="HTML page to draw")
+    parser.add_argument(
+        "--within", type=_share, metavar="SHARE", help="losses may differ by it: 0.01 is 1 percent"
+    )
     args = parser.parse_args(list(argv))
     if len(args.runs) < 2:
         parser.error("got one run; allowed two or more")
     return args
+
+
+def _share(text: str) -> float:
+    share = float(text)
+    if not 0 <= share < 1:
+        raise argparse.ArgumentTypeError(f"got {text}; allowed 0 to below 1")
+    return share
 
 
 def label(runs: Sequence[RunData], run: RunData) -> str:
@@ -87,6 +112,7 @@ def compare(one: RunData, other: RunData) -> Difference:
         if first is not None:
             break
     largest: dict[str, tuple[float, int]] = {}
+    shares: dict[str, float] = {}
     for (step, name), row in sorted(ours.items()):
         for key, value in row.items():
             found = theirs.get((step, name), {}).get(key)
@@ -95,7 +121,11 @@ def compare(one: RunData, other: RunData) -> Difference:
                 distance = abs(value - found)
                 if distance > largest.get(told, (-1.0, 0))[0]:
                     largest[told] = (distance, step)
-    return Difference(first, largest)
+                # Both are NaN at a step that both left out.
+                if key != "grad_norm" and not (math.isnan(value) and math.isnan(found)):
+                    share = distance / max(abs(value), _TINY)
+                    shares[_where(step, name)] = share if math.isfinite(share) else math.inf
+    return Difference(first, largest, shares)
 
 
 def _by_place(run: RunData) -> dict[tuple[int, str], Row]:
@@ -105,9 +135,7 @@ def _by_place(run: RunData) -> dict[tuple[int, str], Row]:
 
 
 def _row_difference(place: tuple[int, str], ours: Row | None, theirs: Row | None) -> str | None:
-    step, name = place
-    told = "the evaluation " if name == VALIDATION else f"the evaluation on {name} "
-    where = f"{told}after step {step}" if name else f"step {step}"
+    where = _where(*place)
     if ours is None or theirs is None:
         return f"{where} is only in the {'second' if ours is None else 'first'}"
     for key in (key for key in ours if key in theirs):
@@ -117,6 +145,22 @@ def _row_difference(place: tuple[int, str], ours: Row | None, theirs: Row | None
                 f"{where}: {key} {json.dumps(one)} and {json.dumps(other)}{_distance(one, other)}"
             )
     return None
+
+
+def _where(step: int, name: str) -> str:
+    told = "the evaluation " if name == VALIDATION else f"the evaluation on {name} "
+    return f"{told}after step {step}" if name else f"step {step}"
+
+
+def _nearness(difference: Difference, share: float) -> str:
+    if not difference.shares:
+        return f"NOT within {share:.2%}: no step is in both"
+    where = max(difference.shares, key=difference.shares.__getitem__)
+    found = "within" if difference.is_within(share) else "NOT within"
+    return (
+        f"{found} {share:.2%}: losses of {len(difference.shares)} steps and evaluations differ by"
+        f" at most {difference.shares[where]:.2%}, at {where}"
+    )
 
 
 def _distance(one: Any, other: Any) -> str:

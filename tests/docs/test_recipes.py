@@ -1,17 +1,33 @@
 """docs/recipes.md says what the planner says of presets that compose, are valid and fit."""
 
+import json
 import re
+import shlex
+import statistics
 
 import pytest
+import yaml
 
 from hysparse_megatron.config.compose import compose
+from hysparse_megatron.config.frozen import to_yaml
 from hysparse_megatron.config.validate import validate
 from hysparse_megatron.plan.report import as_values
 from hysparse_megatron.plan.suggest import check, overview_of
 from tests.docs.blocks import ROOT
+from tools.compare_runs import main as compare_runs
+from tools.run_data import RunData, flat, load_run
+from tools.study.corpus import Recipe
 
 TEXT = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
 ROWS = re.findall(r"^\| `(recipe_\w+)` \| (\d+) \| (.*) \|$", TEXT, flags=re.M)
+RESULTS = ROOT / "tools" / "recipe_results"
+RECORDED = RESULTS / "2026-12-01-h200-recipe_160m"
+AGAIN = RESULTS / "2026-12-01-h200-recipe_160m-again"
+OF_THAT_RUN = ("name", "run_dir", "data.path", "train.eval_interval", "train.deadline_minutes")
+
+
+def losses(run: RunData) -> dict[int, float]:
+    return {row["step"]: row["loss"] for row in run.steps}
 
 
 def test_every_recipe_has_a_row() -> None:
@@ -40,3 +56,64 @@ def test_rows_are_what_the_planner_says(name: str, gpus: str, figures: str) -> N
         f"{seconds * train.steps / 3600:,.0f} hours",
         f"{plan['checkpoint_bytes'] / 1e9:.1f} GB",
     ]
+
+
+def test_the_recorded_run_is_of_the_recipe() -> None:
+    recorded = dict(flat(load_run(RECORDED).config))
+    today = dict(flat(yaml.safe_load(to_yaml(compose(["experiment=recipe_160m"])))))
+    compared = (recorded.keys() & today.keys()) - set(OF_THAT_RUN)
+    assert len(compared) > 50
+    assert {key: recorded[key] for key in compared} == {key: today[key] for key in compared}
+
+
+def test_the_curve_is_that_of_the_recorded_run() -> None:
+    run, again = load_run(RECORDED), load_run(AGAIN)
+    first, second = losses(run), losses(again)
+    tokens = {row["step"]: row["tokens"] / 1e6 for row in run.steps}
+    shown = [int(step) for step in re.findall(r"^\| (\d+) \| [\d.]+ million \|", TEXT, flags=re.M)]
+    assert len(shown) >= 9
+    assert shown[-1] == max(first)
+    for step in shown:
+        cells = f"{tokens[step]:.1f} million | {first[step]:.4f} | {second[step]:.4f}"
+        assert f"| {step} | {cells} |" in TEXT
+    [start, end] = [row["eval_loss"] for row in run.evaluations]
+    repeated = again.evaluations[-1]["eval_loss"]
+    assert (
+        f"{start:.4f} before the first step, {end:.4f} after step 50, {repeated:.4f} when" in TEXT
+    )
+
+
+def test_speed_and_memory_are_those_of_the_recorded_run() -> None:
+    steps = load_run(RECORDED).steps
+    median = {
+        key: statistics.median(row[key] for row in steps)
+        for key in ("tokens_per_second", "step_seconds", "mfu")
+    }
+    hours = median["step_seconds"] * compose(["experiment=recipe_160m"]).train.steps / 3600
+    assert (
+        f"{median['tokens_per_second']:,.0f} tokens/s, {median['step_seconds']:.2f} s a step, "
+        f"{median['mfu']:.1%} of".replace("%", " %")
+        in TEXT
+    )
+    assert f"{hours:.1f} hours for the whole run" in TEXT
+    peak = max(row["peak_memory_bytes"] for row in steps) / 2**30
+    assert f"Memory: {peak:.1f} GiB at most" in TEXT
+
+
+def test_another_start_is_within_what_the_page_asks_for(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    [command] = re.findall(r"^    hysparse compare (.*)$", TEXT, flags=re.M)
+    recorded, _, *options = shlex.split(command)
+    assert ROOT / recorded == RECORDED
+    assert compare_runs([str(RECORDED), str(AGAIN), *options]) == 0
+    [furthest] = re.findall(r"at most (\S+)%, at step", capsys.readouterr().out)
+    assert f"never further apart than {furthest} %" in TEXT.replace("\n", " ")
+
+
+def test_the_text_is_told() -> None:
+    text = json.loads((RESULTS / f"{RECORDED.name}-text.json").read_text())
+    assert f"begins with `{text['fingerprint']}`" in TEXT
+    sources = Recipe.read(ROOT / "tools" / "study" / "recipe.yaml").sources
+    projects = [name for source in sources for name in source.projects]
+    assert set(text["debian_packages"]) == {"linux-source-6.1", *projects}

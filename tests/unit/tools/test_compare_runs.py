@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ Capture = pytest.CaptureFixture[str]
 STEPS = 8
 
 
-def compare(capsys: Capture, *paths: Path, **options: Path) -> tuple[int, str]:
+def compare(capsys: Capture, *paths: Path, **options: object) -> tuple[int, str]:
     arguments = [str(path) for path in paths]
     for name, value in options.items():
         arguments += [f"--{name}", str(value)]
@@ -101,6 +102,51 @@ def test_what_only_one_measures_is_no_difference(tmp_path: Path, capsys: Capture
     one = make_run(tmp_path / "one", rows(STEPS))
     fewer = [{k: v for k, v in row.items() if "/layer_" not in k} for row in rows(STEPS)]
     assert compare(capsys, one, make_run(tmp_path / "two", fewer))[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "share", "code", "expected"),
+    [
+        (
+            replaced(5, loss=1.0 * 1.009),
+            "0.01",
+            0,
+            "within 1.00%: losses of 11 .* 0.90%, at",
+        ),
+        (replaced(5, loss=1.0 * 1.011), "0.01", 1, "NOT within 1.00%: .* 1.10%, at step 5"),
+        (rows(STEPS)[:4], "0.01", 0, "within"),
+        (replaced(5, loss=math.nan), "0.5", 1, "NOT within 50.00%: .* at most inf%, at step 5"),
+        (
+            [*rows(STEPS)[:-1], evaluation_row(8, eval_loss=3.0)],
+            "0.01",
+            1,
+            "6.25%, at the evaluation after step 8",
+        ),
+        ([step_row(100)], "0.5", 1, "NOT within 50.00%: no step is in both"),
+    ],
+    ids=("less", "more", "a prefix", "not finite", "evaluation", "no step"),
+)
+def test_within_a_share(
+    changed: list[dict[str, Any]],
+    share: str,
+    code: int,
+    expected: str,
+    tmp_path: Path,
+    capsys: Capture,
+) -> None:
+    """Of the first run's losses; steps that only one has do not count."""
+    one = make_run(tmp_path / "one", rows(STEPS))
+    other = make_run(tmp_path / "two", changed, run_id="id2")
+    found, output = compare(capsys, one, other, within=share)
+    assert re.search(expected, output)
+    assert found == code
+    assert main([str(one), str(other)]) == 1
+
+
+def test_steps_that_both_left_out_are_within(tmp_path: Path, capsys: Capture) -> None:
+    left_out = replaced(3, loss=math.nan, skipped=True)
+    one, other = (make_run(tmp_path / name, left_out) for name in ("one", "two"))
+    assert compare(capsys, one, other, within="0")[0] == 0
 
 
 def test_largest_differences_settings_and_data(tmp_path: Path, capsys: Capture) -> None:
