@@ -1,6 +1,5 @@
 """Fault 21: settings that cannot run. All are told at once, before any process group."""
 
-import os
 import re
 
 import pytest
@@ -8,7 +7,7 @@ import pytest
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.config.validate import check
 from hysparse_megatron.errors import ConfigError
-from tests.run.run_commands import LOCAL, run
+from tests.run.run_commands import LOCAL, children_seconds, run
 
 SECONDS = 3.0
 """Of a processor, so that other work on the machine does not count."""
@@ -54,17 +53,11 @@ def test_it_is_told_by_its_key(override: str) -> None:
         assert problem.allowed
 
 
-def seconds_of_children() -> float:
-    times = os.times()
-    return times.children_user + times.children_system
-
-
 def test_all_of_them_at_once_in_seconds() -> None:
     told_together = [override for override in BAD if override.partition("=")[0] in TOGETHER]
-    before = seconds_of_children()
-    code, output = run(["--nproc", "2", *told_together], entry=LOCAL)
-    assert seconds_of_children() - before < SECONDS
-    assert code == 2
+    before = children_seconds()
+    output = run(["--nproc", "2", *told_together], entry=LOCAL, code=2)
+    assert children_seconds() - before < SECONDS
     for override in told_together:
         assert re.search(rf"{BAD[override]}: +got", output), output
     assert "joined" not in output

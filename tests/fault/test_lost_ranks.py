@@ -147,8 +147,7 @@ def test_another_configuration_on_one_rank(new_run: NewRun) -> None:
 
 def test_an_unwritable_run_directory(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    code, output = run(["--nproc", "2", f"run_dir={tmp_path}/file/run"], entry=LOCAL)
-    assert code == 2
+    output = run(["--nproc", "2", f"run_dir={tmp_path}/file/run"], entry=LOCAL, code=2)
     assert f"{tmp_path}/file is not a directory" in output
     assert "joined" not in output
 

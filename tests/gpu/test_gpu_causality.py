@@ -16,8 +16,6 @@ from hysparse_megatron.runtime.process_groups import destroy_process_groups
 from hysparse_megatron.training.state import TrainingState, build_state
 from tests.unit.single_process import DEVICE, default_group
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
 LENGTH, VOCABULARY = 2048, 512
 LAYOUTS = ["12*F", "3*(F 3*S)", "3*(F 3*W)"]
 

@@ -1,7 +1,4 @@
-"""The decode kernels on a GPU against the reference: every type and size, repeats, graphs, waits.
-
-Without a GPU every test here is skipped.
-"""
+"""The decode kernels on a GPU against the reference: every type and size, repeats, graphs."""
 
 from __future__ import annotations
 
@@ -24,10 +21,7 @@ from torch import Tensor
 from tests.kernels import decode_cases
 from tests.kernels.decode_cases import Case
 
-pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.usefixtures("seed"),
-]
+pytestmark = pytest.mark.usefixtures("seed")
 GPU = torch.device("cuda")
 TYPES = [torch.bfloat16, torch.float16, torch.float32]
 

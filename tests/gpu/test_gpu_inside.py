@@ -1,7 +1,4 @@
-"""Looking inside a run on a GPU: profiles, a memory snapshot, runs that repeat bit for bit.
-
-Without a GPU every test here is skipped.
-"""
+"""Looking inside a run on a GPU: profiles, a memory snapshot, runs that repeat bit for bit."""
 
 from __future__ import annotations
 
@@ -18,8 +15,6 @@ from hysparse_megatron.runtime.annotations import FULL_ATTENTION, OPTIMIZER, SPA
 from hysparse_megatron.runtime.memory_history import snapshot_when_full
 from tests.gpu.trained import EXPERTS, MODEL, PRECISIONS
 from tests.run.run_commands import facts, run, write_text
-
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +38,7 @@ def test_deterministic_runs_are_equal_to_the_bit(
         "model.hidden_dropout=0.1",
     ]
     for name in ("a", "b"):
-        code, output = run([*arguments, f"run_dir={tmp_path / name}"])
-        assert code == 0, output
+        run([*arguments, f"run_dir={tmp_path / name}"])
     found = facts(tmp_path / "a")
     assert found[6, False]["loss"] < found[1, False]["loss"]
     assert facts(tmp_path / "b") == found
@@ -65,8 +59,7 @@ def test_a_profile(deterministic: bool, settings: list[str], tmp_path: Path) -> 
         f"debug.deterministic={deterministic}",
         f"run_dir={run_dir}",
     ]
-    code, output = run(arguments)
-    assert code == 0, output
+    run(arguments)
     with gzip.open(run_dir / "profile" / "rank0-steps-3-to-4.json.gz") as file:
         events = json.load(file)["traceEvents"]
     names = {event["name"] for event in events}
@@ -80,8 +73,7 @@ def test_ranges_for_nsys_leave_nothing(settings: list[str], tmp_path: Path) -> N
     run_dir = tmp_path / "run"
     profile = "debug.profile={step_range:[3,4],tool:nsys}"
     precision = [*PRECISIONS["bf16"], "train.precision=bf16"]
-    code, output = run([*settings, *precision, profile, f"run_dir={run_dir}"])
-    assert code == 0, output
+    run([*settings, *precision, profile, f"run_dir={run_dir}"])
     assert facts(run_dir)[6, False]["loss"] > 0
     assert not (run_dir / "profile").exists()
 

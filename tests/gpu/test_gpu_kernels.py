@@ -1,7 +1,4 @@
-"""What only a GPU can show of the kernels: bitwise repeats, 64-bit offsets, no host in the way.
-
-Without a GPU every test here is skipped.
-"""
+"""What only a GPU can show of the kernels: bitwise repeats, 64-bit offsets, no host in the way."""
 
 from __future__ import annotations
 
@@ -23,10 +20,7 @@ from torch import Tensor
 from tests.gpu.drawn import BLOCK, draw, error
 from tests.kernels.drawn_cases import Inputs
 
-pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.usefixtures("seed"),
-]
+pytestmark = pytest.mark.usefixtures("seed")
 SELECTED, WINDOW = 16, 128
 
 

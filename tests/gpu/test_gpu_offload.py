@@ -1,6 +1,6 @@
 """Activations that wait in host memory on a GPU: the same gradients, less memory, and the time.
 
-Without a GPU every test here is skipped. `pytest -s` shows what was measured.
+`pytest -s` shows what was measured.
 """
 
 from __future__ import annotations
@@ -20,10 +20,7 @@ from hysparse_megatron.runtime.process_groups import destroy_process_groups
 from hysparse_megatron.training.state import TrainingState, build_state
 from tests.unit.single_process import DEVICE, default_group
 
-pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.alone,
-]
+pytestmark = pytest.mark.alone
 
 LENGTH, BATCH, VOCABULARY = 8192, 2, 8192
 SLICE = [

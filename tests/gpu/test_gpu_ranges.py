@@ -21,10 +21,7 @@ from torch import Tensor
 from tests.gpu.drawn import BLOCK, draw, error
 from tests.kernels.drawn_cases import Inputs
 
-pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.usefixtures("seed"),
-]
+pytestmark = pytest.mark.usefixtures("seed")
 SELECTED = 4
 SHAPES = ((32, 2, 128, 128), (8, 2, 64, 64), (16, 1, 192, 128), (4, 4, 128, 64), (64, 1, 128, 128))
 NAMES = ("oracle", "block-sparse", "window")

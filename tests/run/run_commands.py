@@ -194,11 +194,13 @@ def command_line(process: Path) -> bytes:
     return (process / "cmdline").read_bytes()
 
 
-def run(arguments: Sequence[str], **settings: Any) -> tuple[int, str]:
-    """Run a command to its end: exit code and output."""
+def run(arguments: Sequence[str], *, code: int = 0, **settings: Any) -> str:
+    """Run a command, which ends with `code`. Returns its output."""
     command = Command(arguments, **settings)
     try:
-        return command.finish(), command.output
+        ended = command.finish()
+        assert ended == code, f"{' '.join(arguments)}: {ended}\n{command.output}"
+        return command.output
     finally:
         if command.process.poll() is None:
             command.kill()

@@ -23,21 +23,19 @@ pytestmark = pytest.mark.distributed
 @pytest.mark.parametrize("entry", ["hysparse_megatron", "launch.local"])
 def test_cfg_prints_the_configuration(entry: str, tmp_path: Path) -> None:
     overrides = ["experiment=quickstart", "train.steps=321"]
-    code, output = run([*overrides, "--cfg", "job", "--resolve"], entry=("-m", entry), afresh=True)
-    assert code == 0, output
+    output = run([*overrides, "--cfg", "job", "--resolve"], entry=("-m", entry), afresh=True)
     assert from_yaml(output) == compose(overrides)
 
 
 @pytest.mark.parametrize("entry", ["hysparse_megatron", "launch.local"])
 def test_help(entry: str) -> None:
-    code, output = run(["--help"], entry=("-m", entry), afresh=True)
-    assert code == 0, output
+    output = run(["--help"], entry=("-m", entry), afresh=True)
     for word in ("usage:", "quickstart", "exit codes"):
         assert word in output
 
 
 def test_the_launcher_explains_its_own_option() -> None:
-    _, output = run(["--help"], entry=LOCAL)
+    output = run(["--help"], entry=LOCAL)
     assert "--nproc RANKS" in output
     assert "usage: hysparse launch" in output
 

@@ -22,7 +22,7 @@ def test_all_mistakes_at_once_before_anything_heavy(entry: str, tmp_path: Path) 
     obstacle = tmp_path / "file"
     obstacle.write_text("x")
     started = children_seconds()
-    code, output = run(
+    output = run(
         [
             "train.steps=-1",
             "model.layout=F 3*X",
@@ -35,9 +35,9 @@ def test_all_mistakes_at_once_before_anything_heavy(entry: str, tmp_path: Path) 
         entry=("-m", entry),
         afresh=True,
         PYTHONPROFILEIMPORTTIME="1",
+        code=2,
     )
     assert children_seconds() - started < QUICK_SECONDS
-    assert code == 2
     for expected in (
         "train.steps:",
         "unknown layer 'X'",
@@ -73,9 +73,8 @@ def test_all_mistakes_at_once_before_anything_heavy(entry: str, tmp_path: Path) 
 )
 def test_bad_settings(arguments: list[str], message: str, tmp_path: Path) -> None:
     started = children_seconds()
-    code, output = run(arguments, cwd=tmp_path, afresh=True)
+    output = run(arguments, cwd=tmp_path, afresh=True, code=2)
     assert children_seconds() - started < QUICK_SECONDS
-    assert code == 2
     assert message in output
     assert "Traceback" not in output
     assert list(tmp_path.iterdir()) == [], "nothing was created"
@@ -83,8 +82,7 @@ def test_bad_settings(arguments: list[str], message: str, tmp_path: Path) -> Non
 
 def test_a_run_directory_below_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    code, output = run([f"run_dir={tmp_path}/file/run"])
-    assert code == 2
+    output = run([f"run_dir={tmp_path}/file/run"], code=2)
     assert f"{tmp_path}/file is not a directory" in output
     assert (tmp_path / "file").read_text() == "x"
 
@@ -94,26 +92,22 @@ def test_a_run_directory_below_a_file(tmp_path: Path) -> None:
 )
 def test_a_wrong_world_size(world_size: str, message: str) -> None:
     rank = {"RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    code, output = run(["parallel.tp=2"], WORLD_SIZE=world_size, **rank)
-    assert code == 2
+    output = run(["parallel.tp=2"], WORLD_SIZE=world_size, **rank, code=2)
     assert message in output
 
 
 def test_the_launcher_counts_ranks_itself() -> None:
     for three in (["--nproc", "3"], ["--nproc=3"], ["--nproc-per-node=3"], ["--nproc_per_node=3"]):
-        code, output = run([*three, "parallel=tp2_pp2"], entry=LOCAL)
-        assert code == 2
+        output = run([*three, "parallel=tp2_pp2"], entry=LOCAL, code=2)
         assert "the world size, which is 3" in output
     for wrong in (["--nproc"], ["--nproc", "two"], ["--nproc", "0"], ["--nprocs=2"]):
-        code, output = run(wrong, entry=LOCAL)
-        assert code == 2
+        output = run(wrong, entry=LOCAL, code=2)
         assert "--nproc" in output
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_an_incomplete_launcher_is_told_on_any_rank(rank: str) -> None:
-    code, output = run([], RANK=rank)
-    assert code == 2
+    output = run([], RANK=rank, code=2)
     assert "WORLD_SIZE, LOCAL_RANK not set" in output
 
 
@@ -124,8 +118,7 @@ def test_a_locked_run_directory(copy_of_finished: Copy) -> None:
         lock.write("process 1 on somewhere")
         lock.flush()
         before = contents(run_dir)
-        code, output = run(arguments)
-        assert code == 2, output
+        output = run(arguments, code=2)
         assert f"{run_dir} is locked by process 1 on somewhere" in output
         assert contents(run_dir) == before
 
@@ -134,8 +127,7 @@ def test_resume_refused_over_existing_checkpoints(copy_of_finished: Copy) -> Non
     run_dir, arguments = copy_of_finished(20)
     before = contents(run_dir / "checkpoints")
     config = (run_dir / "config.yaml").read_text()
-    code, output = run([*arguments, "checkpoint.resume=false"])
-    assert code == 2, output
+    output = run([*arguments, "checkpoint.resume=false"], code=2)
     assert "checkpoint.resume=false would write over" in output
     assert contents(run_dir / "checkpoints") == before
     # A start that is refused is no start: the run stays described by what it ran with.
@@ -161,8 +153,7 @@ def test_only_damaged_checkpoints(copy_of_finished: Copy, damage: Callable) -> N
     damage(checkpoint)
     before = contents(run_dir / "checkpoints")
     metrics = (run_dir / "metrics.jsonl").read_bytes()
-    code, output = run(arguments)
-    assert code == 6, output
+    output = run(arguments, code=6)
     assert str(checkpoint) in output
     assert contents(run_dir / "checkpoints") == before
     assert (run_dir / "metrics.jsonl").read_bytes() == metrics
@@ -175,8 +166,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
 ) -> None:
     run_dir, arguments = copy_of_finished(30)
     flip_a_byte(run_dir / "checkpoints" / "step-00000030")
-    code, output = run(arguments)
-    assert code == 0, output
+    output = run(arguments)
     assert "step-00000030" in output.split("resuming after step")[0], "a warning names it"
     assert "resuming after step 20" in output
     assert facts(run_dir) == facts(finished.run_dir)
@@ -187,8 +177,7 @@ def test_changed_data_under_a_resume(copy_of_finished: Copy, tmp_path: Path) -> 
     other = write_text(tmp_path / "other", seed=-1)
     before = contents(run_dir / "checkpoints")
     config = (run_dir / "config.yaml").read_text()
-    code, output = run([*arguments, f"data.path={other}"])
-    assert code == 5, output
+    output = run([*arguments, f"data.path={other}"], code=5)
     assert "the data changed since" in output
     assert f"checkpoint.load={run_dir}" in output
     assert contents(run_dir / "checkpoints") == before
@@ -199,8 +188,7 @@ def test_changed_data_under_a_resume(copy_of_finished: Copy, tmp_path: Path) -> 
 
 def test_a_vocabulary_smaller_than_the_tokenizers(corpus: list[str], tmp_path: Path) -> None:
     command = [*TINY, *corpus, "train.steps=8", f"run_dir={tmp_path / 'run'}"]
-    code, output = run([*command, "model.vocab_size=299"])
-    assert code == 5, output
+    output = run([*command, "model.vocab_size=299"], code=5)
     assert "model.vocab_size is 299" in output
     assert "ids up to 299 of the tokenizer" in output
 
@@ -209,8 +197,7 @@ def test_a_vocabulary_smaller_than_the_tokenizers(corpus: list[str], tmp_path: P
 def test_a_prompt_that_cannot_be_continued(prompt: str, corpus: list[str], tmp_path: Path) -> None:
     given = ["tracking.sample_tokens=3", f"tracking.sample_prompt='{prompt}'"]
     of_bytes = ["data.tokenizer_vocab_size=257", "train.steps=8", f"run_dir={tmp_path / 'run'}"]
-    code, output = run([*TINY, *corpus, *of_bytes, *given])
-    assert code == 2, output
+    output = run([*TINY, *corpus, *of_bytes, *given], code=2)
     assert f"tracking.sample_prompt has {len(prompt)} tokens: give 1 to 63" in output
 
 
@@ -224,14 +211,12 @@ def test_a_tokenizer_with_an_id_more_than_the_model_has_rows(
     tokenizer.save(str(path))
     run_dir = tmp_path / "run"
     command = [*TINY, *corpus, "train.steps=8", f"run_dir={run_dir}", f"data.tokenizer={path}"]
-    code, output = run([*command, "model.vocab_size=257"])
-    assert code == 0, output
+    output = run([*command, "model.vocab_size=257"])
     assert "documents end with <|endoftext|> (id 256)" in output
     prompts = tmp_path / "prompts.txt"
     prompts.write_bytes(b"\xef\xbb\xbfalpha\n")  # a mark that editors write is no text
     options = ["--run-dir", str(run_dir), "--prompts-file", str(prompts), "--max-new-tokens=3"]
-    code, output = run(options, entry=("-m", "tools.generate"))
-    assert code == 0, output
+    output = run(options, entry=("-m", "tools.generate"))
     assert "\ufeff" not in output
 
 
@@ -239,8 +224,7 @@ def test_weights_that_are_not_there(corpus: list[str], tmp_path: Path) -> None:
     (tmp_path / "junk").mkdir()
     (tmp_path / "junk" / "notes.txt").write_text("no checkpoint")
     command = [*TINY, *corpus, "train.steps=8", f"run_dir={tmp_path / 'run'}"]
-    code, output = run([*command, f"checkpoint.load={tmp_path / 'junk'}"])
-    assert code == 6, output
+    output = run([*command, f"checkpoint.load={tmp_path / 'junk'}"], code=6)
     assert f"no valid checkpoint at {tmp_path / 'junk'}" in output
 
 
@@ -248,8 +232,7 @@ def test_weights_of_another_model(finished, settings: list[str], tmp_path: Path)
     source = tmp_path / "source"
     shutil.copytree(finished.run_dir, source)
     other = [*settings, "model.hidden_size=40", f"run_dir={tmp_path / 'run'}"]
-    code, output = run([*other, f"checkpoint.load={source}"])
-    assert code == 2, output
+    output = run([*other, f"checkpoint.load={source}"], code=2)
     assert "model.hidden_size: the checkpoint has 32, asked for 40" in output
     assert not (tmp_path / "run").exists()
 
@@ -259,8 +242,7 @@ def test_another_model_in_the_directory_of_a_run(copy_of_finished: Copy, entry: 
     run_dir, arguments = copy_of_finished(40)
     before = contents(run_dir)
     other = ["model.hidden_size=40", "model.layout=F F S", "optim.name=muon"]
-    code, output = run([*arguments, *other], entry=("-m", entry))
-    assert code == 2, output
+    output = run([*arguments, *other], entry=("-m", entry), code=2)
     for expected in (
         "step-00000040, which this run would go on from, was made with other settings:",
         "model.hidden_size: the checkpoint has 32, asked for 40",
@@ -283,8 +265,7 @@ def test_a_full_disk_during_a_save(copy_of_finished: Copy) -> None:
     """Files cannot grow beyond 200 kB; a shard is larger."""
     run_dir, arguments = copy_of_finished(20)
     before = contents(run_dir / "checkpoints")
-    code, output = run(arguments, entry=("-c", SMALL_FILES_ONLY))
-    assert code == 6, output
+    output = run(arguments, entry=("-c", SMALL_FILES_ONLY), code=6)
     assert "step-00000030 was not written" in output
     assert "Traceback" not in output.partition("CheckpointError:")[0]
     assert contents(run_dir / "checkpoints") == before, "the old one is whole, no new one is left"

@@ -82,12 +82,10 @@ def test_no_command_runs_what_is_in_a_checkpoint(
     told = capsys.readouterr().err
     assert told.count("is no description of tensors") == 2
     assert "os.mkdir has no place in it" in told or "posix.mkdir has no place in it" in told
-    code, output = run(arguments)
-    assert code == 6, output
+    output = run(arguments, code=6)
     assert "is no description of tensors" in output
     fresh = [f"run_dir={tmp_path / 'fresh'}", f"checkpoint.load={run_dir}"]
-    code, output = run([*arguments, *fresh])
-    assert code == 6, output
+    output = run([*arguments, *fresh], code=6)
     assert "Traceback" not in output
     assert not proof.exists()
 

@@ -45,14 +45,12 @@ def names(run_dir: Path) -> list[str]:
 
 def test_killed_between_the_shards_and_the_manifest(copy_of_finished: Copy, finished) -> None:
     run_dir, arguments = copy_of_finished(20)
-    code, _ = run(arguments, entry=("-c", KILLED_BEFORE_THE_MANIFEST))
-    assert code == -signal.SIGKILL
+    run(arguments, entry=("-c", KILLED_BEFORE_THE_MANIFEST), code=-signal.SIGKILL)
     complete, unfinished = names(run_dir)
     assert complete == "step-00000020"
     assert unfinished.startswith("step-00000030.tmp-")
     assert (run_dir / "checkpoints" / unfinished / "__0_0.distcp").exists(), "all but the manifest"
-    code, output = run(arguments)
-    assert code == 0, output
+    output = run(arguments)
     assert "resuming after step 20" in output
     assert names(run_dir) == ["step-00000020", "step-00000030", "step-00000040"]
     assert facts(run_dir) == facts(finished.run_dir)
@@ -74,44 +72,39 @@ def test_a_signal_during_a_save_waits_for_it(copy_of_finished: Copy, finished) -
         assert problems_of(run_dir / "checkpoints" / name) == []
         assert first.output.count(f"writing {name}") == (int(name.removeprefix("step-")) > 20)
     assert read_json(run_dir / "status.json")["state"] == "preempted"
-    code, output = run(arguments)
-    assert code == 0, output
+    output = run(arguments)
     assert f"resuming after step {stopped_at}" in output
     assert facts(run_dir) == facts(finished.run_dir)
 
 
 def test_the_end_waits_for_the_last_save(copy_of_finished: Copy) -> None:
     run_dir, arguments = copy_of_finished(30)
-    code, output = run(arguments, entry=("-c", SLOW_DISK), SECONDS_OF_A_SAVE="2")
-    assert code == 0, output
+    output = run(arguments, entry=("-c", SLOW_DISK), SECONDS_OF_A_SAVE="2")
     assert names(run_dir) == ["step-00000020", "step-00000030", "step-00000040"]
     assert output.index("saved") < output.index("hysparse generate --run-dir")
 
 
 def test_both_ways_of_saving_write_the_same(copy_of_finished: Copy, finished) -> None:
     run_dir, arguments = copy_of_finished(20)
-    code, output = run([*arguments, "checkpoint.asynchronous=false"])
-    assert code == 0, output
+    run([*arguments, "checkpoint.asynchronous=false"])
     assert facts(run_dir) == facts(finished.run_dir)
     for step in ("step-00000030", "step-00000040"):
         both = [str(path / "checkpoints" / step) for path in (run_dir, finished.run_dir)]
-        code, output = run(["diff", "--all", *both], entry=("-m", "tools.checkpoint"))
-        assert (code, output.rpartition(" tensors ")[2]) == (0, "are equal\n")
+        output = run(["diff", "--all", *both], entry=("-m", "tools.checkpoint"))
+        assert output.rpartition(" tensors ")[2] == "are equal\n"
 
 
 def test_going_back_to_a_step(copy_of_finished: Copy, finished) -> None:
     run_dir, arguments = copy_of_finished(40)
     back = [*arguments, "checkpoint.step=20"]
-    code, output = run(back)
-    assert code == 0, output
+    output = run(back)
     assert "resuming after step 20" in output
     assert output.count("set aside") == 2
     kept = [name for name in names(run_dir) if ".aside-" not in name]
     assert kept == ["step-00000020", "step-00000030", "step-00000040"]
     assert facts(run_dir) == facts(finished.run_dir)
     # A scheduler that starts the same command again goes on, and not back once more.
-    code, output = run(back)
-    assert code == 0, output
+    output = run(back)
     assert "note: checkpoint.step=20: an earlier start went there, and this one goes on" in output
     assert "is finished: step 40 of 40" in output
 
@@ -122,16 +115,14 @@ def test_a_step_that_is_damaged_or_missing(copy_of_finished: Copy, wanted: int) 
     shard = run_dir / "checkpoints" / "step-00000030" / "__0_0.distcp"
     shard.write_bytes(shard.read_bytes()[:-1])
     before = contents(run_dir / "checkpoints")
-    code, output = run([*arguments, f"checkpoint.step={wanted}"])
-    assert code == 6, output
+    output = run([*arguments, f"checkpoint.step={wanted}"], code=6)
     assert f"step-000000{wanted} is damaged or missing" in output
     assert contents(run_dir / "checkpoints") == before
 
 
 def test_a_step_that_no_run_has(settings: list[str], tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    code, output = run([*settings, f"run_dir={run_dir}", "checkpoint.step=20"])
-    assert code == 6, output
+    output = run([*settings, f"run_dir={run_dir}", "checkpoint.step=20"], code=6)
     assert f"checkpoint.step=20, but there is none in {run_dir / 'checkpoints'}" in output
 
 
@@ -140,8 +131,7 @@ def test_junk_beside_checkpoints(copy_of_finished: Copy, finished) -> None:
     (run_dir / "checkpoints" / "step-00000030").mkdir()
     (run_dir / "checkpoints" / "step-00000030" / "notes.txt").write_text("of others")
     (run_dir / "checkpoints" / "step-40").write_text("a file")
-    code, output = run(arguments)
-    assert code == 0, output
+    output = run(arguments)
     assert output.count("is damaged and left out") == 2
     assert "resuming after step 20" in output
     assert facts(run_dir) == facts(finished.run_dir)

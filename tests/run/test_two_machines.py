@@ -60,10 +60,7 @@ def test_torchrun_on_two_machines_repeats_the_run_on_one(
         "train.eval_interval=3",
     ]
     alone = tmp_path / "alone"
-    code, output = run(
-        ["--nproc", "4", *settings, f"run_dir={alone}"], entry=("-m", "launch.local")
-    )
-    assert code == 0, output
+    run(["--nproc", "4", *settings, f"run_dir={alone}"], entry=("-m", "launch.local"))
 
     run_dir = tmp_path / "run"
     started = [
