@@ -4,6 +4,7 @@ Only the composing is Hydra's: it makes no output directory, changes no working 
 up no logging. One process composes; the others read what `freeze` wrote.
 """
 
+import copy
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import Any, cast
 import yaml  # type: ignore[import-untyped]
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -76,8 +79,7 @@ def compose(overrides: Sequence[str]) -> Config:
     with initialize_config_dir(config_dir=str(config_directory()), version_base="1.3"):
         problems = [problem for override in overrides if (problem := _hydra_setting(override))]
         try:
-            words = (*path, *overrides)
-            tree = _compose_tree(words) if path else _compose_shipped(config_directory(), words)
+            tree = _compose_tree(path, overrides)
         except _COMPOSE_ERRORS as error:
             _compose_defaults(path)
             tried = [(_try(override, path, folders)) for override in overrides]
@@ -104,24 +106,43 @@ def group_options(group: str, folders: Sequence[Path] = ()) -> list[str]:
     return sorted(path.stem for root in roots for path in (root / group).glob("*.yaml"))
 
 
-def _compose_tree(overrides: Sequence[str]) -> dict[str, Any]:
-    composed: DictConfig = hydra_compose("config", overrides=list(overrides))
-    return cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
+def _compose_tree(path: Sequence[str], overrides: Sequence[str]) -> dict[str, Any]:
+    """The presets, and values over them as Hydra puts them there."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    words = tuple(override for override in overrides if _names_presets(override))
+    presets = _presets((*path, *words)) if path else _shipped(config_directory(), words)
+    values = [one for one, word in zip(parsed, overrides, strict=True) if word not in words]
+    ConfigLoaderImpl._apply_overrides_to_config(values, presets)
+    return cast(dict[str, Any], OmegaConf.to_container(presets, resolve=True))
+
+
+def _presets(words: Sequence[str]) -> DictConfig:
+    composed: DictConfig = hydra_compose("config", overrides=list(words))
+    return composed
+
+
+def _shipped(directory: Path, words: tuple[str, ...]) -> DictConfig:
+    """Presets of `directory` alone, without folders of a user's own."""
+    return copy.deepcopy(_read_shipped(directory, words))
 
 
 @cache
-def _compose_shipped(directory: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
-    """Without folders of a user's own: a sweep, a summary and imports ask for the same words again.
+def _read_shipped(directory: Path, words: tuple[str, ...]) -> DictConfig:
+    """Once: it takes four times as long as all else, and a sweep or a test asks for them again."""
+    return _presets(words)
 
-    `directory` has the presets. The tree is nobody's to change.
-    """
-    return _compose_tree(overrides)
+
+def _names_presets(override: str) -> bool:
+    """Or is Hydra's own to refuse; any other one is a value of the run."""
+    key, value = _key(override), override.partition("=")[2]
+    group = key in GROUPS and not value.startswith("{")
+    return group or "/" in key or "@" in key or key.startswith("hydra.")
 
 
 def _compose_defaults(path: Sequence[str]) -> None:
     """Compose with the search path alone: an override is not blamed for a mistake in a file."""
     try:
-        _compose_tree(path)
+        _compose_tree(path, [])
     except _COMPOSE_ERRORS as error:
         where = f"{config_directory()} or your own folders" if path else config_directory()
         message = f"a file under {where} is wrong: {_joined(error)}"
@@ -160,7 +181,7 @@ def _try(override: str, path: Sequence[str], folders: Sequence[Path]) -> Problem
     """What is wrong with one override, tried alone on top of the defaults."""
     key, value = _key(override), override.partition("=")[2]
     try:
-        _compose_tree([*path, override])
+        _compose_tree(path, [override])
         return None if key in GROUPS or type_of(key) is not None else unknown_key(key)
     except OverrideParseException as error:
         allowed = "key=value, with quotes around a value that holds , ( ) [ ] { } = or quotes"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import yaml  # type: ignore[import-untyped]
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hysparse_megatron.config.describe import allowed_values, is_mapping, type_of, unknown_key
@@ -45,7 +45,10 @@ def build(tree: dict[str, Any]) -> Config:
     """Fill the schema from nested plain values. Raises one `ConfigError` listing all mistakes."""
     node = schema_node(Config)
     problems: list[Problem] = []
+    defaults = _defaults()
     for key, value in _leaves(tree):
+        if key in defaults and repr(value) == repr(defaults[key]):
+            continue  # to put it there takes a hundred times as long
         if type_of(key) is None:
             problems.append(unknown_key(key))
             continue
@@ -59,6 +62,14 @@ def build(tree: dict[str, Any]) -> Config:
     if problems:
         raise as_error(problems)
     return cast(Config, OmegaConf.to_object(node))
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    """Dotted keys and plain values of what need not be given."""
+    tree = OmegaConf.to_container(_schema_node(Config), enum_to_str=True)
+    leaves = _leaves(cast(dict[str, Any], tree))
+    return {key: value for key, value in leaves if value != MISSING}
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -91,18 +102,22 @@ def from_yaml(text: str) -> Config:
 
 def config_hash(config: Config) -> str:
     """SHA-256 of the YAML text; equal on all ranks if and only if their settings are."""
-    return hashlib.sha256(to_yaml(config).encode()).hexdigest()
+    return _hash_of(to_yaml(config))
+
+
+def _hash_of(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def freeze(config: Config, run_dir: str | Path) -> str:
     """Write RUN_DIR/config.yaml, whole or not at all, and return the configuration's hash."""
-    target = Path(run_dir) / CONFIG_FILE
+    target, text = Path(run_dir) / CONFIG_FILE, to_yaml(config)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(target, to_yaml(config), durable=True)
+        write_whole(target, text, durable=True)
     except OSError as error:
         raise ConfigError(f"cannot write {target}: {error.strerror or error}") from error
-    return config_hash(config)
+    return _hash_of(text)
 
 
 def load_frozen(path: str | Path) -> Config:
