@@ -1,8 +1,11 @@
 """Commands that tests run, with what they write."""
 
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+Call = Callable[..., Any]
+"""The fixture `call`."""
 
 
 def captured(words: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:

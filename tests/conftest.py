@@ -15,8 +15,12 @@ import signal
 import sys
 import zlib
 from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
 
 import pytest
+
+from tests.captured import Call
 
 pytest_plugins = ["tests.distributed.table"]
 
@@ -110,6 +114,20 @@ def seed(request: pytest.FixtureRequest) -> int:
 def rng(seed: int) -> random.Random:
     """A generator of its own."""
     return random.Random(seed)
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Call:
+    """`call(main, arguments)`: a command in this process; what it wrote, as `out` and `err`."""
+
+    def in_process(main: Callable[[list[str]], int], arguments: list[str], code: int = 0) -> Any:
+        capsys.readouterr()
+        ended = main(arguments)
+        told = capsys.readouterr()
+        assert ended == code, told.out + told.err
+        return told
+
+    return in_process
 
 
 @pytest.fixture

@@ -20,6 +20,8 @@ from hysparse_kernels.benchmarking import selections, timer
 from hysparse_kernels.benchmarking.problem import Inputs, Problem, parse_shape
 from hysparse_kernels.benchmarking.timing import Timing
 
+from tests.captured import Call
+
 pytestmark = pytest.mark.thorough
 
 ON_CPU = ["--device", "cpu", "--backend", "reference", "--quick"]
@@ -112,11 +114,8 @@ def test_without_a_gpu_it_says_so_and_exits_with_2() -> None:
         (["--prefill-chunk", "0"], "--prefill-chunk"),
     ],
 )
-def test_a_wrong_option_is_named(
-    options: list[str], wrong: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(options) == 2
-    assert wrong in capsys.readouterr().err
+def test_a_wrong_option_is_named(options: list[str], wrong: str, call: Call) -> None:
+    assert wrong in call(main, options, code=2).err
 
 
 def test_default_problems_are_those_with_goals() -> None:

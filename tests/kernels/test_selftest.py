@@ -10,6 +10,8 @@ from hysparse_kernels.selftest import __main__ as selftest
 from hysparse_kernels.selftest.checks import CPU_CASES, run_case
 from hysparse_kernels.selftest.comparison import TOLERANCE, relative_error, wrong_selections
 
+from tests.captured import Call
+
 
 @pytest.fixture
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,22 +20,19 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_gpu")
 def test_without_a_gpu_it_says_what_would_run_and_exits_with_2(
-    capsys: pytest.CaptureFixture[str],
+    call: Call,
 ) -> None:
-    assert selftest.main([]) == 2
-    printed = capsys.readouterr().out
+    printed = call(selftest.main, [], code=2).out
     assert "GPU not found; backend=auto means reference here" in printed
     assert "the Triton kernels need a CUDA device" in printed
 
 
-def test_the_reference_passes_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
-    assert selftest.main(["--cpu"]) == 0
-    assert f"{3 * len(CPU_CASES)} checks passed, 0 failed" in capsys.readouterr().out
+def test_the_reference_passes_on_a_cpu(call: Call) -> None:
+    assert f"{3 * len(CPU_CASES)} checks passed, 0 failed" in call(selftest.main, ["--cpu"]).out
 
 
-def test_json_is_one_object(capsys: pytest.CaptureFixture[str]) -> None:
-    assert selftest.main(["--cpu", "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
+def test_json_is_one_object(call: Call) -> None:
+    report = json.loads(call(selftest.main, ["--cpu", "--json"]).out)
     assert report["exit_code"] == 0
     assert {check["operation"] for check in report["checks"]} == {
         "oracle",
@@ -44,17 +43,14 @@ def test_json_is_one_object(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(set(check["errors"]) == {"o", "dq", "dk", "dv", "dsink"} for check in sparse)
 
 
-def test_a_wrong_result_is_a_failed_check(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_wrong_result_is_a_failed_check(monkeypatch: pytest.MonkeyPatch, call: Call) -> None:
     right = dispatch.sliding_window_attention
 
     def wrong(*inputs: Any, window: int, **options: Any) -> Any:
         return right(*inputs, window=window - 1, **options)
 
     monkeypatch.setattr(dispatch, "sliding_window_attention", wrong)
-    assert selftest.main(["--cpu"]) == 1
-    printed = capsys.readouterr().out
+    printed = call(selftest.main, ["--cpu"], code=1).out
     assert "FAILED: o above" in printed
     assert f"{2 * len(CPU_CASES)} checks passed, {len(CPU_CASES)} failed" in printed
 

@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hysparse_megatron.config.frozen import load_frozen
 from hysparse_megatron.config.schema import Precision
 from hysparse_megatron.data.tokenizer import bytes_tokenizer, train_tokenizer
+from tests.captured import Call
 from tests.unit.model.tiny_models import randomize
 from tools import choose_full_layers, convert, evaluate, generate, prepare_data
 
@@ -67,7 +68,7 @@ def adopt(original: Path, folder: Path, layout: str, *options: str) -> Path:
 
 
 def test_layers_are_chosen_and_the_layout_adopted(
-    original: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    original: Path, text: Path, tmp_path: Path, call: Call,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)  # prepared data are cached here
@@ -75,8 +76,7 @@ def test_layers_are_chosen_and_the_layout_adopted(
     shared = ["--data", str(text), "--sequences", "16"]
     chosen = tmp_path / "layers.json"
     choose = ["--run-dir", str(windows), "--count", "2", "--json", str(chosen), *shared]
-    assert choose_full_layers.main(choose) == 0
-    told = capsys.readouterr().out
+    told = call(choose_full_layers.main, choose).out
     found = json.loads(chosen.read_text())
     [choice] = found["choices"]
     assert choice["losses"].keys() == {"1", "2", "3"}
@@ -112,7 +112,7 @@ def test_it_speaks_and_is_exported(
 
 
 def test_it_may_be_moved(
-    original: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    original: Path, text: Path, tmp_path: Path, call: Call,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """The settings name the tokenizer where it was; the folder has one itself."""
@@ -125,8 +125,7 @@ def test_it_may_be_moved(
     assert generate.main([*start, "--prompt", "a", "--max-new-tokens", "2"]) == 0
     assert evaluate.main([*start, "--data", str(text), "--sequences", "2"]) == 0
     assert choose_full_layers.main([*start, "--count", "1", "--data", str(text)]) == 0
-    assert convert.main(["export", *start, "exported"]) == 0
-    assert '--layout "F 3*S"' in capsys.readouterr().out
+    assert '--layout "F 3*S"' in call(convert.main, ["export", *start, "exported"]).out
 
 
 def test_without_a_tokenizer_text_is_refused(
@@ -189,11 +188,10 @@ def test_weights_in_bf16_are_trained_and_read_so(original: Path, tmp_path: Path)
 )
 def test_mistakes(
     layout: str, options: list[str], code: int, said: str,
-    original: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    original: Path, text: Path, tmp_path: Path, call: Call,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     start = adopt(original, tmp_path / "start", layout)
     arguments = ["--run-dir", str(start), "--data", str(text), *options]
-    assert choose_full_layers.main(arguments) == code
-    assert said in capsys.readouterr().err
+    assert said in call(choose_full_layers.main, arguments, code=code).err

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.distributed
 
 
 @pytest.mark.parametrize("entry", ["hysparse_megatron", "launch.local"])
-def test_cfg_prints_the_configuration(entry: str, tmp_path: Path) -> None:
+def test_cfg_prints_the_configuration(entry: str) -> None:
     overrides = ["experiment=quickstart", "train.steps=321"]
     output = run([*overrides, "--cfg", "job", "--resolve"], entry=("-m", entry), afresh=True)
     assert from_yaml(output) == compose(overrides)

@@ -60,9 +60,7 @@ def test_a_hardly_trained_model_answers_nothing(finished, tmp_path: Path) -> Non
     assert "0.0 % is the level of chance" in told
 
 
-def test_a_copying_model_answers_everything(
-    finished, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_copying_model_answers_everything(finished, monkeypatch: pytest.MonkeyPatch) -> None:
     """In place of the run's model, with the run's tokenizer on the way in and out."""
     manifest = next((finished.run_dir / "checkpoints").glob("*/manifest.json"))
     sha256 = json.loads(manifest.read_text())["data"]["tokenizer_sha256"]

@@ -13,7 +13,7 @@ from hysparse_megatron.command import hysparse
 from hysparse_megatron.completion import candidates
 from hysparse_megatron.completion import main as completion
 from hysparse_megatron.main import COMMANDS, main
-from tests.captured import captured
+from tests.captured import Call, captured
 
 ROOT = Path(__file__).parents[2]
 Capture = pytest.CaptureFixture[str]
@@ -26,12 +26,10 @@ def run(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
 
 
-def test_the_help_lists_every_command(capsys: Capture) -> None:
-    assert main(["--help"]) == 0
-    listed = capsys.readouterr().out
+def test_the_help_lists_every_command(call: Call) -> None:
+    listed = call(main, ["--help"]).out
     assert all(f"  {name} " in listed for name in COMMANDS)
-    assert main([]) == 2
-    assert capsys.readouterr().out == listed
+    assert call(main, [], code=2).out == listed
 
 
 def test_every_module_of_a_command_is_there_and_has_its_name() -> None:
@@ -75,11 +73,8 @@ def test_help_and_version_import_no_library() -> None:
         (["benchmark", "stpe"], "benchmark: no command (did you mean benchmark step?)"),
     ],
 )
-def test_an_unknown_command_names_the_nearest(
-    words: list[str], message: str, capsys: Capture
-) -> None:
-    assert main(words) == 2
-    assert message in capsys.readouterr().err
+def test_an_unknown_command_names_the_nearest(words: list[str], message: str, call: Call) -> None:
+    assert message in call(main, words, code=2).err
 
 
 def test_a_command_ends_as_its_module_does(tmp_path: Path) -> None:

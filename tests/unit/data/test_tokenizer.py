@@ -58,7 +58,7 @@ def test_vocabulary_has_every_byte_and_end_of_document_first() -> None:
         train_tokenizer(TEXTS, 256)
 
 
-def test_training_is_the_same_in_another_process(tmp_path: Path) -> None:
+def test_training_is_the_same_in_another_process() -> None:
     code = (
         "import sys\n"
         "from hysparse_megatron.data.tokenizer import train_tokenizer\n"

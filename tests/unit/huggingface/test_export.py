@@ -98,7 +98,7 @@ def test_lines_of_a_model_card_count(key: str, tmp_path: Path) -> None:
         assert getattr(imported, name) == getattr(model, name)
 
 
-def test_frequencies_that_change_with_the_text_are_refused(tmp_path: Path) -> None:
+def test_frequencies_that_change_with_the_text_are_refused() -> None:
     dynamic = {"rope_type": "dynamic", "factor": 2.0}
     with pytest.raises(ValueError, match="rope_type: got 'dynamic'"):
         HySparseConfig(rope_scaling=dynamic)

@@ -1,7 +1,6 @@
 """`generate` with transformers' caches: what it says, what the cache keeps, what is refused."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -82,9 +81,7 @@ def test_what_a_cache_keeps(exported: tuple[Run, PreTrainedModel]) -> None:
     assert kept == [total if kind == "F" else WINDOW - 1 for kind in model.config.layout]
 
 
-def test_prompts_of_different_lengths(
-    exported: tuple[Run, PreTrainedModel], tmp_path: Path
-) -> None:
+def test_prompts_of_different_lengths(exported: tuple[Run, PreTrainedModel]) -> None:
     """Padded on the left each prompt is continued as alone: its blocks count from its start."""
     run, model = exported
     tokenizer = AutoTokenizer.from_pretrained(run.path.parent / "exported", trust_remote_code=True)

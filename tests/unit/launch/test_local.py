@@ -14,7 +14,7 @@ import pytest
 from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.runtime.signals import STOP_SIGNALS
 from launch import checks, local
-from tests.captured import captured
+from tests.captured import Call, captured
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -68,7 +68,7 @@ def test_too_few_descriptors(tmp_path: Path) -> None:
 def test_the_disk_is_looked_at_before_training(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    call: Call,
     checkpoints: float,
     code: int,
 ) -> None:
@@ -88,8 +88,7 @@ def test_the_disk_is_looked_at_before_training(
     usage = shutil.disk_usage(tmp_path)._replace(free=int(checkpoints * one))
     monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: usage)
     monkeypatch.setattr(local, "Ranks", NoRanks)
-    assert local.main([f"run_dir={tmp_path / 'run'}", "checkpoint.keep=3"]) == code
-    told = capsys.readouterr()
+    told = call(local.main, [f"run_dir={tmp_path / 'run'}", "checkpoint.keep=3"], code=code)
     numbers = f"disk: {usage.free / 1e9:,.1f} GB free, a checkpoint takes {one / 1e9:,.2f} GB"
     if code:
         assert f"ConfigError: {numbers}" in told.err

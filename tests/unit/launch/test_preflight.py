@@ -19,6 +19,7 @@ from launch import checks
 from launch.findings import Finding, Level, as_text, has_failed
 from launch.preflight import main
 from launch.rank_checks import _merged, _same_everywhere
+from tests.captured import Call
 from tools.prepare_data import main as prepare_data
 
 TINY = ["model=tiny_hysparse", "train.steps=20"]
@@ -33,17 +34,15 @@ def only(findings: list[Finding], what: str) -> Finding:
     return found
 
 
-def test_a_good_run_has_no_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*TINY, f"run_dir={tmp_path / 'run'}"]) == 0
-    told = capsys.readouterr().out
+def test_a_good_run_has_no_failure(tmp_path: Path, call: Call) -> None:
+    told = call(main, [*TINY, f"run_dir={tmp_path / 'run'}"]).out
     for what in ("packages", "GPUs", "data", "disk", "run directory", "tracker"):
         assert f"OK    {what}" in told
     assert not (tmp_path / "run").exists(), "it only looks"
 
 
-def test_bad_settings_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["model.layout=S F"]) == 2
-    assert "model.layout" in capsys.readouterr().err
+def test_bad_settings_exit_with_2(call: Call) -> None:
+    assert "model.layout" in call(main, ["model.layout=S F"], code=2).err
 
 
 def test_a_package_out_of_its_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import pytest
 from hysparse_megatron.rundir import lock
 from hysparse_megatron.status import read_status, stamp, write_json
 from launch.requeue import RECORD, Decision, decide, main
+from tests.captured import Call
 
 
 def after(
@@ -82,15 +83,13 @@ def run_of(path: Path, started: float, **facts: Any) -> list[str]:
     return ["--max-restarts", "2", "--started", str(int(time.time()) - 60), str(path)]
 
 
-def test_the_command_prints_and_remembers(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_prints_and_remembers(tmp_path: Path, call: Call) -> None:
     arguments = run_of(tmp_path, time.time(), **failed(7))
-    assert main(arguments) == 0
-    assert capsys.readouterr().out.startswith("requeue: failed: rank 3 fell; it had got to step 7")
+    assert call(main, arguments).out.startswith(
+        "requeue: failed: rank 3 fell; it had got to step 7"
+    )
     assert json.loads((tmp_path / RECORD).read_text())["checkpoint_step"] == 7
-    assert main(arguments) == 0
-    assert capsys.readouterr().out.startswith("leave: ")
+    assert call(main, arguments).out.startswith("leave: ")
 
 
 def test_an_end_without_a_word_is_written_down(
@@ -113,12 +112,9 @@ def test_a_status_of_an_earlier_start_does_not_count(
     assert capsys.readouterr().out.startswith("requeue: told to stop")
 
 
-def test_a_garbled_record_counts_as_none(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_garbled_record_counts_as_none(tmp_path: Path, call: Call) -> None:
     (tmp_path / RECORD).write_text("{")
-    assert main(run_of(tmp_path, time.time(), **failed(7))) == 0
-    assert capsys.readouterr().out.startswith("requeue: ")
+    assert call(main, run_of(tmp_path, time.time(), **failed(7))).out.startswith("requeue: ")
 
 
 @pytest.mark.parametrize("seconds", [-3600, -10, 10])
@@ -134,16 +130,15 @@ def test_clocks_decide_nothing(
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"started": 7, "checkpoint_step": "x"}'])
-def test_a_garbled_status_is_decided_upon(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
-) -> None:
+def test_a_garbled_status_is_decided_upon(tmp_path: Path, call: Call, content: str) -> None:
     (tmp_path / "status.json").write_text(content)
     for known in (["--wrote", "1"], ["--started", "5"]):
-        assert main(["--max-restarts", "2", *known, str(tmp_path)]) == 0
-        assert capsys.readouterr().out.startswith("leave: ")
+        assert call(main, ["--max-restarts", "2", *known, str(tmp_path)]).out.startswith("leave: ")
     (tmp_path / "status.json").write_text('{"state": "running", "checkpoint_step": 3}')
-    assert main(["--max-restarts", "2", "--wrote", "1", str(tmp_path)]) == 0
-    assert "the ranks ended without a word" in capsys.readouterr().out
+    assert (
+        "the ranks ended without a word"
+        in call(main, ["--max-restarts", "2", "--wrote", "1", str(tmp_path)]).out
+    )
 
 
 def test_the_status_of_a_run_that_holds_the_directory_is_not_this_jobs(

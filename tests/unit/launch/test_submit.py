@@ -16,7 +16,7 @@ from hysparse_megatron.config.frozen import load_frozen
 from launch import submit
 from launch.local import Ending
 from launch.submit import main
-from tests.captured import captured
+from tests.captured import Call, captured
 from tests.checkpoints import write_step
 from tests.run.run_commands import children_seconds
 
@@ -44,12 +44,9 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Slurm:
     return put
 
 
-def test_dry_run_prints_all_and_changes_nothing(
-    slurm: Slurm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_dry_run_prints_all_and_changes_nothing(slurm: Slurm, tmp_path: Path, call: Call) -> None:
     asked = slurm()
-    assert main(["--dry-run", *SMALL, f"run_dir={tmp_path / 'run'}"]) == 0
-    told = capsys.readouterr().out
+    told = call(main, ["--dry-run", *SMALL, f"run_dir={tmp_path / 'run'}"]).out
     for part in ("parameters:", "GiB at the peak", "bytes sent by a rank", "OK    disk"):
         assert part in told
     assert "#SBATCH --nodes=2" in told
@@ -74,15 +71,14 @@ def test_a_dry_run_says_what_long_contexts_send(
     slurm: Slurm,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    call: Call,
 ) -> None:
     """Per micro-batch and rank, between the ranks that share a sequence."""
     slurm()
     free = shutil.disk_usage("/")._replace(free=10**14)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
     cluster = ("cluster=slurm", f"cluster.nodes={nodes}")
-    assert main(["--dry-run", f"experiment={name}", *cluster, f"run_dir={tmp_path}"]) == 0
-    told = capsys.readouterr().out
+    told = call(main, ["--dry-run", f"experiment={name}", *cluster, f"run_dir={tmp_path}"]).out
     assert f"{8 * nodes} ranks: tp 4" in told
     assert "context / micro-batch" in told
     assert crossing in told
@@ -112,20 +108,18 @@ def test_the_80b_on_32_nodes_within_15_seconds_without_torch(tmp_path: Path) -> 
 
 
 def test_submitting_freezes_the_run_and_notes_the_job(
-    slurm: Slurm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    slurm: Slurm, tmp_path: Path, call: Call
 ) -> None:
     asked = slurm()
     run_dir = tmp_path / "run"
-    assert main([*SMALL, f"run_dir={run_dir}", "train.seed=77"]) == 0
-    assert "submitted job 41" in capsys.readouterr().out
+    assert "submitted job 41" in call(main, [*SMALL, f"run_dir={run_dir}", "train.seed=77"]).out
     assert asked.read_text() == f"--parsable {run_dir}/job.sbatch\n"
     assert load_frozen(run_dir / "config.yaml").train.seed == 77
     record = json.loads((run_dir / "run.json").read_text())
     assert (record["jobs"], record["starts"]) == (["41"], [])
     assert len(record["id"]) == 8
     assert (run_dir / "logs").is_dir()
-    assert main([*SMALL, f"run_dir={run_dir}", "train.seed=78"]) == 0
-    assert "train.seed: 77 -> 78" in capsys.readouterr().out
+    assert "train.seed: 77 -> 78" in call(main, [*SMALL, f"run_dir={run_dir}", "train.seed=78"]).out
     again = json.loads((run_dir / "run.json").read_text())
     assert (again["id"], again["jobs"]) == (record["id"], ["41", "41"])
 
@@ -152,25 +146,21 @@ def test_what_sbatch_refuses_is_told(
 
 
 def test_without_slurm_it_says_what_it_would_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Call
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert main([*SMALL, f"run_dir={tmp_path / 'run'}"]) == 2
-    told = capsys.readouterr()
+    told = call(main, [*SMALL, f"run_dir={tmp_path / 'run'}"], code=2)
     assert f"no sbatch here; would run: sbatch --parsable {tmp_path}/run/job.sbatch" in told.err
     assert "#SBATCH --nodes=2" in told.out
     assert not (tmp_path / "run").exists()
 
 
-def test_a_failed_check_starts_nothing(
-    slurm: Slurm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_failed_check_starts_nothing(slurm: Slurm, tmp_path: Path, call: Call) -> None:
     asked = slurm()
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "dataset.json").write_text("{}")
     arguments = [*SMALL, f"run_dir={tmp_path / 'run'}", f"data.path={tmp_path / 'data'}"]
-    assert main(arguments) == 2
-    assert "not started: a check failed" in capsys.readouterr().err
+    assert "not started: a check failed" in call(main, arguments, code=2).err
     assert not asked.exists()
     assert not (tmp_path / "run").exists()
 
@@ -189,20 +179,14 @@ def test_a_failed_check_starts_nothing(
         (["cluster=slurmm"], "one of h100"),
     ],
 )
-def test_mistakes_exit_with_2(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["--dry-run", *SMALL, *arguments]) == 2
-    assert message in capsys.readouterr().err
+def test_mistakes_exit_with_2(arguments: list[str], message: str, call: Call) -> None:
+    assert message in call(main, ["--dry-run", *SMALL, *arguments], code=2).err
 
 
-def test_a_sweep_submits_a_job_for_each_point(
-    slurm: Slurm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_sweep_submits_a_job_for_each_point(slurm: Slurm, tmp_path: Path, call: Call) -> None:
     asked = slurm()
     sweep = [*SMALL, f"run_dir={tmp_path / 'sweep'}", "optim.learning_rate=1e-3,2e-3"]
-    assert main(["-m", *sweep]) == 0
-    told = capsys.readouterr().out
+    told = call(main, ["-m", *sweep]).out
     folders = [tmp_path / "sweep" / f"learning_rate_0.00{n}" for n in (1, 2)]
     assert asked.read_text() == "".join(f"--parsable {path}/job.sbatch\n" for path in folders)
     table = told[told.index("run  ") :].splitlines()
@@ -239,15 +223,14 @@ def test_a_queue_that_does_not_answer(
     slurm: Slurm,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    call: Call,
 ) -> None:
     asked = slurm()
     arguments = [*SMALL, f"run_dir={tmp_path / 'run'}"]
     assert main(arguments) == 0
     (tmp_path / "bin" / "squeue").write_text("#!/bin/sh\nexec sleep 60\n")
     monkeypatch.setattr(submit, "_QUEUE_SECONDS", 0.2)
-    assert main(arguments) == 2
-    assert "squeue gave no answer within 0.2 s, so that job 41" in capsys.readouterr().err
+    assert "squeue gave no answer within 0.2 s, so that job 41" in call(main, arguments, code=2).err
     assert len(asked.read_text().splitlines()) == 1
 
 

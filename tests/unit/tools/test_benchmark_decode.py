@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.captured import Call
 from tools.benchmark_decode import main
 
 SMALL = [
@@ -50,8 +51,5 @@ def test_caches_are_measured_and_compared(tmp_path: Path) -> None:
         (["--device", "cpu", "--output", "table.md"], "allowed a file that ends in .txt"),
     ],
 )
-def test_mistakes_end_with_2(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(arguments) == 2
-    assert message in capsys.readouterr().err
+def test_mistakes_end_with_2(arguments: list[str], message: str, call: Call) -> None:
+    assert message in call(main, arguments, code=2).err

@@ -4,6 +4,7 @@ import shlex
 
 import pytest
 
+from tests.captured import Call
 from tools.benchmark_host import PARTS, main
 from tools.step_benchmark.cases import make_cases
 from tools.step_benchmark.options import parse
@@ -11,9 +12,8 @@ from tools.step_benchmark.options import parse
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("part", PARTS)
-def test_the_commands_of_a_part_are_valid(part: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([part, "--gpus", "4", "--dry-run", "--output", "logs"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+def test_the_commands_of_a_part_are_valid(part: str, call: Call) -> None:
+    lines = call(main, [part, "--gpus", "4", "--dry-run", "--output", "logs"]).out.splitlines()
     assert lines
     logs = []
     for line in lines:
@@ -35,8 +35,5 @@ def test_the_commands_of_a_part_are_valid(part: str, capsys: pytest.CaptureFixtu
         ("7b --gpus 1024", "this host has"),
     ],
 )
-def test_numbers_that_cannot_be_are_refused(
-    arguments: str, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(arguments.split()) == 2
-    assert message in capsys.readouterr().err
+def test_numbers_that_cannot_be_are_refused(arguments: str, message: str, call: Call) -> None:
+    assert message in call(main, arguments.split(), code=2).err

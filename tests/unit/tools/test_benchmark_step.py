@@ -15,6 +15,7 @@ from hysparse_megatron.data.read import batches as data_batches
 from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.plan.memory import GIB
 from hysparse_megatron.plan.overview import make_overview
+from tests.captured import Call
 from tools.benchmark_step import main
 from tools.step_benchmark import child, request
 from tools.step_benchmark.cases import make_cases
@@ -304,11 +305,10 @@ BAD = [
 
 @pytest.mark.parametrize(("arguments", "text"), BAD)
 def test_mistakes_end_with_2_before_anything_runs(
-    arguments: str, text: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    arguments: str, text: str, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(request, "run", lambda one: pytest.fail("something ran"))
-    assert main(["--device", "cpu", *arguments.split()]) == 2
-    printed = capsys.readouterr()
+    printed = call(main, ["--device", "cpu", *arguments.split()], code=2)
     assert printed.out == ""
     assert text in printed.err
     assert printed.err.startswith("ConfigError: ")

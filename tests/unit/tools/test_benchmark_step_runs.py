@@ -12,6 +12,7 @@ from measured_steps import MINI, answered
 
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.errors import ConfigError
+from tests.captured import Call
 from tools.benchmark_step import main
 from tools.step_benchmark import child, request
 from tools.step_benchmark.options import parse
@@ -30,7 +31,7 @@ pytestmark = pytest.mark.thorough
 
 
 def test_a_case_without_memory_becomes_a_note_and_the_rest_goes_on(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, call: Call, tmp_path: Path
 ) -> None:
     asked: list[Request] = []
 
@@ -48,8 +49,7 @@ def test_a_case_without_memory_becomes_a_note_and_the_rest_goes_on(
 
     monkeypatch.setattr(request, "run", run)
     path = tmp_path / "new" / "steps.txt"
-    assert main([*MINI.split(), "--reference", "megatron", "--output", str(path)]) == 0
-    printed = capsys.readouterr().out
+    printed = call(main, [*MINI.split(), "--reference", "megatron", "--output", str(path)]).out
     assert path.read_text() == printed
     assert "out of memory: CUDA out of memory. Tried to allocate 9 GiB." in printed
     assert "swa / hysparse [64] 1.00" in printed
@@ -145,9 +145,7 @@ def test_real_curves_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.usefixtures("forks_for_commands")
-def test_other_selections_reach_the_sparse_layers_alone(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_other_selections_reach_the_sparse_layers_alone(tmp_path: Path, call: Call) -> None:
     model = compose(["model=hysparse_80b_a3b_mini"]).model
     facts = {"sequence": 64, "block_size": model.block_size}
     facts["num_selected"] = model.num_selected_blocks
@@ -167,17 +165,15 @@ def test_other_selections_reach_the_sparse_layers_alone(
 
     Captured({**facts, "sequence": 128}, {0: nothing}).save(file)
     arguments = f"{MINI} --layers 3 --layouts hysparse --picks {file}"
-    assert main(arguments.split()) == 1
-    assert "'sequence': 128" in capsys.readouterr().out
+    assert "'sequence': 128" in call(main, arguments.split(), code=1).out
     assert main([*MINI.split(), "--picks", "clusterd"]) == 2
 
 
-def test_a_case_is_split_over_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_case_is_split_over_ranks(tmp_path: Path, call: Call) -> None:
     arguments = f"{MINI} --layers 3 --layouts hysparse --splits 1,cp2,cp2-layerwise --steps 2"
     output = tmp_path / "rows.txt"
     more = ["--no-profile", "--no-repeat", "--output", str(output), "--set", "model.layout=F 2*S"]
-    assert main([*arguments.split(), *more]) == 0
-    printed = capsys.readouterr().out
+    printed = call(main, [*arguments.split(), *more]).out
     assert "hysparse cp2 / one device, tokens a second, planned " in printed
     assert "hysparse cp2-layerwise / hysparse cp2 [" in printed
     assert "hysparse cp2-layerwise / one device" not in printed

@@ -12,6 +12,7 @@ import torch
 from hysparse_megatron.checkpoint import store
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.config.frozen import freeze
+from tests.captured import Call
 from tests.checkpoints import write_checkpoint
 from tools.checkpoint import main
 
@@ -84,28 +85,24 @@ def steps(run_dir: Path) -> list[int]:
 Capture = pytest.CaptureFixture[str]
 
 
-def test_list(run_dir: Path, capsys: Capture) -> None:
+def test_list(run_dir: Path, call: Call) -> None:
     (run_dir / "checkpoints" / "step-00000012" / "manifest.json").unlink()
     damage(run_dir, 8)
-    assert main(["list", str(run_dir)]) == 0
-    header, *lines = capsys.readouterr().out.splitlines()
+    header, *lines = call(main, ["list", str(run_dir)]).out.splitlines()
     assert header.split() == ["step", "tokens", "size", "age", "state"]
     assert [int(line.split()[0]) for line in lines] == [20, 16, 12, 8, 4]
     assert lines[0].split()[1] == "20,000"
     assert "manifest.json" in lines[2]
     assert [line.split()[-1] for line in (*lines[:2], *lines[3:])] == ["complete"] * 4
-    assert main(["list", str(run_dir), "--content"]) == 0
-    lines = capsys.readouterr().out.splitlines()[1:]
+    lines = call(main, ["list", str(run_dir), "--content"]).out.splitlines()[1:]
     assert lines[0].split()[-1] == "valid"
     assert "__0_0.distcp has another content" in lines[3]
 
 
-def test_verify_names_the_damaged_file(run_dir: Path, capsys: Capture) -> None:
-    assert main(["verify", str(run_dir)]) == 0
-    assert capsys.readouterr().out.count("valid") == 5
+def test_verify_names_the_damaged_file(run_dir: Path, call: Call) -> None:
+    assert call(main, ["verify", str(run_dir)]).out.count("valid") == 5
     path = damage(run_dir, 8)
-    assert main(["verify", str(run_dir)]) == 6
-    output = capsys.readouterr().out
+    output = call(main, ["verify", str(run_dir)], code=6).out
     assert f"{path} has another content" in output
     assert output.count("valid") == 4
     assert main(["verify", str(path.parent)]) == 6
@@ -151,9 +148,8 @@ def test_diff(run_dir: Path, tensors: Tensors, capsys: Capture) -> None:
     assert "output.weight: largest difference nan" in capsys.readouterr().out
 
 
-def test_prune(run_dir: Path, capsys: Capture) -> None:
-    assert main(["prune", str(run_dir), "--dry-run"]) == 0
-    assert "would delete" in capsys.readouterr().out
+def test_prune(run_dir: Path, call: Call) -> None:
+    assert "would delete" in call(main, ["prune", str(run_dir), "--dry-run"]).out
     assert steps(run_dir) == [4, 8, 12, 16, 20]
     assert main(["prune", str(run_dir)]) == 0
     assert steps(run_dir) == [8, 12, 16, 20], "the run's own rules"
@@ -172,10 +168,9 @@ MISTAKES: list[tuple[Callable[[Path], list[str]], int, str]] = [
 
 @pytest.mark.parametrize(("arguments", "code", "text"), MISTAKES)
 def test_mistakes(
-    run_dir: Path, capsys: Capture, arguments: Callable[[Path], list[str]], code: int, text: str
+    run_dir: Path, call: Call, arguments: Callable[[Path], list[str]], code: int, text: str
 ) -> None:
-    assert main(arguments(run_dir)) == code
-    assert text in capsys.readouterr().err
+    assert text in call(main, arguments(run_dir), code=code).err
 
 
 def test_mistakes_of_the_command_line(run_dir: Path, capsys: Capture) -> None:

@@ -17,7 +17,7 @@ from hysparse_megatron.config.frozen import freeze
 from hysparse_megatron.data.tokenizer import bytes_tokenizer, train_tokenizer
 from hysparse_megatron.files import sha256_of
 from hysparse_megatron.huggingface.weights import model_weights
-from tests.captured import captured
+from tests.captured import Call, captured
 from tests.unit.huggingface.exports import IDS, load, random_run
 from tests.unit.model.tiny_models import tiny_config
 from tools.convert import main
@@ -45,64 +45,65 @@ def exported(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made / "out", tmp_path / "out"))
 
 
-def export(run_dir: Path, folder: Path, *options: str) -> int:
+def words(run_dir: Path, folder: Path, *options: str) -> list[str]:
     tokenizer = [] if "--tokenizer" in options else ["--tokenizer", str(run_dir / "tokenizer.json")]
-    return main(["export", "--run-dir", str(run_dir), *options, *tokenizer, str(folder)])
+    return ["export", "--run-dir", str(run_dir), *options, *tokenizer, str(folder)]
 
 
-Capture = pytest.CaptureFixture[str]
+def export(run_dir: Path, folder: Path, *options: str) -> int:
+    return main(words(run_dir, folder, *options))
+
+
+@pytest.fixture
+def refused(tmp_path: Path, call: Call) -> Call:
+    """What an export of a run to `out` that ends with a code says."""
+    return lambda run, code, *options: call(main, words(run, tmp_path / "out", *options), code).err
 
 
 class TestExportRefuses:
-    def test_what_is_no_run(self, tmp_path: Path, capsys: Capture) -> None:
-        assert export(tmp_path, tmp_path / "out") == 2
-        assert "is no run directory: no config.yaml" in capsys.readouterr().err
+    def test_what_is_no_run(self, tmp_path: Path, refused: Call) -> None:
+        assert "is no run directory: no config.yaml" in refused(tmp_path, 2)
 
-    def test_a_run_without_checkpoint(self, run: Path, tmp_path: Path, capsys: Capture) -> None:
+    def test_a_run_without_checkpoint(self, run: Path, refused: Call) -> None:
         shutil.rmtree(run / "checkpoints")
-        assert export(run, tmp_path / "out") == 6
-        assert "no valid checkpoint" in capsys.readouterr().err
+        assert "no valid checkpoint" in refused(run, 6)
 
-    def test_a_step_that_is_not_there(self, run: Path, tmp_path: Path, capsys: Capture) -> None:
-        assert export(run, tmp_path / "out", "--checkpoint", "7") == 6
-        assert "step-00000007 is damaged or missing" in capsys.readouterr().err
+    def test_a_step_that_is_not_there(self, run: Path, tmp_path: Path, refused: Call) -> None:
+        assert "step-00000007 is damaged or missing" in refused(run, 6, "--checkpoint", "7")
         assert export(run, tmp_path / "out", "--checkpoint", "last") == 2
         assert export(run, tmp_path / "out", "--checkpoint", "0") == 0
 
-    def test_a_damaged_checkpoint(self, run: Path, tmp_path: Path, capsys: Capture) -> None:
+    def test_a_damaged_checkpoint(self, run: Path, tmp_path: Path, refused: Call) -> None:
         path = next((run / "checkpoints").rglob("__0_9.distcp"))
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
-        assert export(run, tmp_path / "out") == 6
-        assert f"{path} has another content" in capsys.readouterr().err
+        assert f"{path} has another content" in refused(run, 6)
         assert not (tmp_path / "out").exists()
 
-    def test_another_model(self, run: Path, tmp_path: Path, capsys: Capture) -> None:
+    def test_another_model(self, run: Path, refused: Call) -> None:
         freeze(tiny_config("model.layout=F S W S", f"model.vocab_size={IDS}"), run)
-        assert export(run, tmp_path / "out") == 6
-        error = capsys.readouterr().err
+        error = refused(run, 6)
         assert "was made with other settings than the run's" in error
         name = "decoder.layers.3.self_attention.linear_qkv.linear.weight"
         assert f"{name}: the checkpoint has [64, 24], config.yaml has [72, 24]" in error
 
-    def test_a_folder_that_is_taken(self, run: Path, tmp_path: Path, capsys: Capture) -> None:
+    def test_a_folder_that_is_taken(self, run: Path, tmp_path: Path, refused: Call) -> None:
         (tmp_path / "out").mkdir()
         assert export(run, tmp_path / "out") == 0  # an empty one is not
-        assert export(run, tmp_path / "out") == 2
-        assert "exists and is not written over" in capsys.readouterr().err
+        assert "exists and is not written over" in refused(run, 2)
 
-    def test_another_tokenizer(self, tmp_path: Path, capsys: Capture) -> None:
+    def test_another_tokenizer(self, tmp_path: Path, refused: Call) -> None:
         run = random_run(tmp_path / "run", "model.layout=F", identity={"vocab_size": 300})
-        assert export(run, tmp_path / "out") == 2
-        assert "has 257 token ids, but the run trained with 300" in capsys.readouterr().err
-        assert export(run, tmp_path / "out", "--tokenizer", str(tmp_path / "none.json")) == 2
-        assert "cannot read the tokenizer" in capsys.readouterr().err
+        assert "has 257 token ids, but the run trained with 300" in refused(run, 2)
+        assert "cannot read the tokenizer" in refused(
+            run, 2, "--tokenizer", str(tmp_path / "none.json")
+        )
 
-    def test_a_tokenizer_that_is_gone(self, run: Path, tmp_path: Path, capsys: Capture) -> None:
+    def test_a_tokenizer_that_is_gone(self, run: Path, tmp_path: Path, call: Call) -> None:
         (run / "tokenizer.json").unlink()
-        assert main(["export", "--run-dir", str(run), str(tmp_path / "out")]) == 2
-        assert "name its tokenizer.json with --tokenizer" in capsys.readouterr().err
+        told = call(main, ["export", "--run-dir", str(run), str(tmp_path / "out")], code=2).err
+        assert "name its tokenizer.json with --tokenizer" in told
 
     @pytest.mark.parametrize(
         "option", [("--shard-size", "5"), ("--shard-size", "0GB"), ("--dtype", "fp8")]
@@ -111,7 +112,7 @@ class TestExportRefuses:
         assert export(run, tmp_path / "out", *option) == 2
 
 
-def test_the_tokenizer_is_found_by_its_hash(tmp_path: Path, capsys: Capture) -> None:
+def test_the_tokenizer_is_found_by_its_hash(tmp_path: Path) -> None:
     bytes_tokenizer().save(str(tmp_path / "tokenizer.json"))
     identity = {"tokenizer_sha256": sha256_of(tmp_path / "tokenizer.json"), "vocab_size": IDS}
     run = random_run(tmp_path / "run", "model.layout=F", identity=identity)
@@ -172,7 +173,7 @@ def test_a_package_that_is_not_there(
     package: str,
     made: Path,
     tmp_path: Path,
-    capsys: Capture,
+    call: Call,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)  # what is None cannot be imported
@@ -181,76 +182,71 @@ def test_a_package_that_is_not_there(
         "import": [str(made / "out")],
         "adopt": [str(made / "out"), "--layout", "F"],
     }
-    assert main([command, *given[command], str(tmp_path / "new")]) == 2
-    error = capsys.readouterr().err
+    error = call(main, [command, *given[command], str(tmp_path / "new")], code=2).err
     assert f"{command} needs the package {package}" in error
     assert "the extra `huggingface`" in error
     assert not (tmp_path / "new").exists()
 
 
 class TestImportRefuses:
-    def refused(self, source: Path, code: int, said: str, capsys: Capture) -> None:
+    def refused(self, source: Path, code: int, said: str, call: Call) -> None:
         target = source.parent / "start"
-        assert main(["import", str(source), str(target)]) == code
-        assert said in capsys.readouterr().err
-        assert not target.exists()
+        assert said in call(main, ["import", str(source), str(target)], code).err
         assert not list(source.parent.glob("start*"))
 
-    def test_what_is_no_model(self, tmp_path: Path, capsys: Capture) -> None:
+    def test_what_is_no_model(self, tmp_path: Path, call: Call) -> None:
         (tmp_path / "none").mkdir()
-        self.refused(tmp_path / "none", 2, "is no Hugging Face folder: it has no config", capsys)
+        self.refused(tmp_path / "none", 2, "is no Hugging Face folder: it has no config", call)
 
-    def test_another_architecture(self, exported: Path, capsys: Capture) -> None:
+    def test_another_architecture(self, exported: Path, call: Call) -> None:
         edit(exported, model_type="llama")
-        self.refused(exported, 2, "is a model of type llama, not hysparse", capsys)
+        self.refused(exported, 2, "is a model of type llama, not hysparse", call)
 
-    def test_settings_that_are_not_there_or_cannot_be(
-        self, exported: Path, capsys: Capture
-    ) -> None:
+    def test_settings_that_are_not_there_or_cannot_be(self, exported: Path, call: Call) -> None:
         edit(exported, num_attention_heads=3)
-        self.refused(exported, 2, "model.num_attention_heads", capsys)
+        self.refused(exported, 2, "model.num_attention_heads", call)
         edit(exported, num_attention_heads=8)
-        self.refused(exported, 2, "the tensors do not fit config.json", capsys)
+        self.refused(exported, 2, "the tensors do not fit config.json", call)
         settings = json.loads((exported / "config.json").read_text())
         del settings["block_size"]
         (exported / "config.json").write_text(json.dumps(settings))
-        self.refused(exported, 2, "lacks block_size", capsys)
+        self.refused(exported, 2, "lacks block_size", call)
         (exported / "config.json").write_text("{")
-        self.refused(exported, 2, "config.json cannot be read", capsys)
+        self.refused(exported, 2, "config.json cannot be read", call)
 
-    def test_what_transformers_would_read_besides(self, exported: Path, capsys: Capture) -> None:
+    def test_what_transformers_would_read_besides(self, exported: Path, call: Call) -> None:
         (exported / "adapter_config.json").touch()
-        self.refused(exported, 2, "merge the adapter into the weights first", capsys)
+        self.refused(exported, 2, "merge the adapter into the weights first", call)
         (exported / "adapter_config.json").unlink()
         edit(exported, per_layer_config={"0": {"sliding_window": 3}})
-        self.refused(exported, 2, "per_layer_config {'0': {'sliding_window': 3}}; allowed", capsys)
+        self.refused(exported, 2, "per_layer_config {'0': {'sliding_window': 3}}; allowed", call)
 
-    def test_shards_that_are_missing_or_truncated(self, exported: Path, capsys: Capture) -> None:
+    def test_shards_that_are_missing_or_truncated(self, exported: Path, call: Call) -> None:
         path = sorted(exported.glob("*.safetensors"))[1]
         content = path.read_bytes()
         path.write_bytes(content[:-100])
-        self.refused(exported, 6, f"{path} is missing or damaged", capsys)
+        self.refused(exported, 6, f"{path} is missing or damaged", call)
         path.unlink()
-        self.refused(exported, 6, f"{path} is missing or damaged", capsys)
+        self.refused(exported, 6, f"{path} is missing or damaged", call)
         save_file({"other": torch.zeros(1)}, path)
-        self.refused(exported, 6, "which model.safetensors.index.json says it holds", capsys)
+        self.refused(exported, 6, "which model.safetensors.index.json says it holds", call)
         (exported / "model.safetensors.index.json").unlink()
-        self.refused(exported, 2, "holds neither model.safetensors nor", capsys)
+        self.refused(exported, 2, "holds neither model.safetensors nor", call)
 
-    def test_quantised_weights(self, run: Path, tmp_path: Path, capsys: Capture) -> None:
+    def test_quantised_weights(self, run: Path, tmp_path: Path, call: Call) -> None:
         assert export(run, tmp_path / "out") == 0
         path = tmp_path / "out" / "model.safetensors"
         tensors = load_file(path)
         tensors["lm_head.weight"] = tensors["lm_head.weight"].to(torch.int8)
         save_file(tensors, path)
-        self.refused(tmp_path / "out", 2, "lm_head.weight is I8; allowed F32", capsys)
+        self.refused(tmp_path / "out", 2, "lm_head.weight is I8; allowed F32", call)
 
-    def test_another_tokenizer(self, exported: Path, capsys: Capture) -> None:
+    def test_another_tokenizer(self, exported: Path, call: Call) -> None:
         train_tokenizer(["abc abd bcd"] * 9, 260).save(str(exported / "tokenizer.json"))
-        self.refused(exported, 2, "260 token ids, but the model 257: it is another's", capsys)
+        self.refused(exported, 2, "260 token ids, but the model 257: it is another's", call)
 
     def test_a_tokenizer_with_tokens_added_beyond_the_rows(
-        self, exported: Path, tmp_path: Path, capsys: Capture
+        self, exported: Path, tmp_path: Path, call: Call
     ) -> None:
         """As many published folders have: they can be used but for these, there and back."""
         tokenizer = bytes_tokenizer()
@@ -260,14 +256,12 @@ class TestImportRefuses:
         (exported / "tokenizer_config.json").write_text(
             json.dumps(described | {"eos_token": "<end>"})
         )
-        self.refused(exported, 2, "documents would end with <end> (id 258)", capsys)
+        self.refused(exported, 2, "documents would end with <end> (id 258)", call)
         (exported / "tokenizer_config.json").write_text(json.dumps(described))
         start, again = tmp_path / "start", tmp_path / "again"
         said = "has 259 token ids, but the model 257: the 2 added from <pad> on cannot be used"
-        assert main(["import", str(exported), str(start)]) == 0
-        assert said in capsys.readouterr().out
-        assert main(["export", "--run-dir", str(start), str(again)]) == 0
-        assert said in capsys.readouterr().out
+        assert said in call(main, ["import", str(exported), str(start)]).out
+        assert said in call(main, ["export", "--run-dir", str(start), str(again)]).out
         assert load(again).config.vocab_size == 257
 
 

@@ -10,6 +10,7 @@ from hysparse_megatron.architecture.layout import parse_layout
 from hysparse_megatron.config.frozen import load_frozen
 from hysparse_megatron.runtime.faults import VARIABLE
 from hysparse_megatron.tracking.metrics import read_metrics
+from tests.captured import Call
 from tools.measure_adoption import main
 
 SMALL = ["--layers", "3", "--full-layers", "2", "--length", "64", "--original-steps", "4"]
@@ -18,13 +19,10 @@ SHORT = ["--steps", "3", "--decay", "1", "--sequences", "2", "--held-out", "4"]
 
 @pytest.mark.thorough
 @pytest.mark.usefixtures("forks_for_commands")
-def test_shares_are_of_the_losses_of_the_two_runs(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_shares_are_of_the_losses_of_the_two_runs(tmp_path: Path, call: Call) -> None:
     output, folder = tmp_path / "adoption.json", tmp_path / "kept"
     kept = ["--output", str(output), "--folder", str(folder)]
-    assert main([*SMALL, *SHORT, *kept, "--seeds", "7"]) == 0
-    told = capsys.readouterr().out
+    told = call(main, [*SMALL, *SHORT, *kept, "--seeds", "7"]).out
     [row] = json.loads(output.read_text())["seeds"]
     assert row["seed"] == 7
 
@@ -78,23 +76,18 @@ def test_shares_are_of_the_losses_of_the_two_runs(
         (["--steps", "10", "--decay", "10"], "--decay: got 10; allowed less than --steps=10"),
     ],
 )
-def test_mistakes_end_with_2(
-    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(arguments) == 2
-    assert said in capsys.readouterr().err
+def test_mistakes_end_with_2(arguments: list[str], said: str, call: Call) -> None:
+    assert said in call(main, arguments, code=2).err
 
 
 @pytest.mark.thorough
 @pytest.mark.usefixtures("forks_for_commands")
 def test_a_command_that_fails_is_shown(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(VARIABLE, "io_error@0:0:prepare")
     more = ["--folder", str(tmp_path), "--layout", "F S"]
-    assert main([*SMALL, *SHORT, *more, "--seeds", "1"]) == 5
-    told = capsys.readouterr().err
+    told = call(main, [*SMALL, *SHORT, *more, "--seeds", "1"], code=5).err
     assert "DataError" in told
     assert "ended with exit code 5: hysparse train --config" in told
-    assert main([*SMALL, *SHORT, *more, "--seeds", "1"]) == 2
-    assert "has seed-1 already" in capsys.readouterr().err
+    assert "has seed-1 already" in call(main, [*SMALL, *SHORT, *more, "--seeds", "1"], code=2).err

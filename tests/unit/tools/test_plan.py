@@ -14,7 +14,7 @@ from hysparse_megatron.config.schema import DataConfig
 from hysparse_megatron.data.prepare.cached import prepare_corpus
 from hysparse_megatron.data.tokenizer import train_tokenizer
 from hysparse_megatron.plan.overview import make_overview
-from tests.captured import captured
+from tests.captured import Call, captured
 from tests.run.run_commands import children_seconds
 from tools.plan import main
 
@@ -53,9 +53,8 @@ def test_the_80b_in_seconds_without_torch() -> None:
         assert expected in done.stdout
 
 
-def test_json_holds_what_the_overview_holds(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--gpus", "128", "--json", *LARGE]) == 0
-    values = json.loads(capsys.readouterr().out)
+def test_json_holds_what_the_overview_holds(call: Call) -> None:
+    values = json.loads(call(main, ["--gpus", "128", "--json", *LARGE]).out)
     overview = make_overview(compose(LARGE), 128)
     assert values["parameters"]["total"] == overview.parameters.total
     assert values["peak_bytes"] == overview.peak_bytes
@@ -73,21 +72,17 @@ def test_json_holds_what_the_overview_holds(capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.thorough
-def test_suggestions(capsys: pytest.CaptureFixture[str]) -> None:
+def test_suggestions(call: Call) -> None:
     free = [item for item in LARGE if not item.startswith(("parallel", "model.layout"))]
-    assert main(["--gpus", "128", "--suggest", "3", *free]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = call(main, ["--gpus", "128", "--suggest", "3", *free]).out.splitlines()
     assert len(lines) == 3
     for line in lines:
         assert main(["--gpus", "128", *free, *line.partition("  (")[0].split()]) == 0
 
 
-def test_the_picture_shows_stages_memory_and_cache(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_picture_shows_stages_memory_and_cache(tmp_path: Path, call: Call) -> None:
     path = tmp_path / "plan.svg"
-    assert main(["--gpus", "128", "--plot", str(path), *LARGE]) == 0
-    assert "KV cache" in capsys.readouterr().out
+    assert "KV cache" in call(main, ["--gpus", "128", "--plot", str(path), *LARGE]).out
     picture = ElementTree.parse(path).getroot()
     texts = ["".join(element.itertext()) for element in picture.iter() if "text" in element.tag]
     overview = make_overview(compose(LARGE), 128)
@@ -121,9 +116,7 @@ def test_the_picture_shows_stages_memory_and_cache(
         assert value in texts, value
 
 
-def test_the_picture_of_a_small_model_has_no_zeros(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_picture_of_a_small_model_has_no_zeros(tmp_path: Path) -> None:
     path = tmp_path / "plan.svg"
     small = ["model=hysparse_7b_mini", "model.vocab_size=1000"]
     assert main(["--gpus", "1", "--plot", str(path), *small]) == 0
@@ -222,8 +215,5 @@ BAD = [
 
 
 @pytest.mark.parametrize(("arguments", "text"), BAD)
-def test_mistakes_end_with_2(
-    arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main([*LARGE, *arguments]) == 2
-    assert text in capsys.readouterr().err
+def test_mistakes_end_with_2(arguments: list[str], text: str, call: Call) -> None:
+    assert text in call(main, [*LARGE, *arguments], code=2).err

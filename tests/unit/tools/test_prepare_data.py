@@ -15,7 +15,7 @@ import pytest
 
 from hysparse_megatron.data.card import load_prepared
 from hysparse_megatron.data.prepare.executors import RayTasks, SlurmJobs
-from tests.captured import captured
+from tests.captured import Call, captured
 from tools.measure_prepare import peak_tree_bytes, write_corpus
 from tools.prepare_data import _executor, _parser, main
 
@@ -57,30 +57,24 @@ def test_the_whole_command_without_torch(tmp_path: Path) -> None:
     assert "tokenizers" in card["versions"]
 
 
-def test_twice_is_once_and_verify_finds_damage(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_twice_is_once_and_verify_finds_damage(tmp_path: Path, call: Call) -> None:
     command = ["--tokenizer", "bytes", "--text-key", "body", "--workers", "1"]
     command += ["--output", str(tmp_path / "out"), str(corpus(tmp_path))]
-    assert main([*command, "--quiet"]) == 0
-    assert capsys.readouterr().err == ""
-    assert main(command) == 0
-    assert "is prepared already" in capsys.readouterr().err
+    assert call(main, [*command, "--quiet"]).err == ""
+    assert "is prepared already" in call(main, command).err
     path = tmp_path / "out" / "train.bin"
     content = bytearray(path.read_bytes())
     content[1] ^= 128
     path.write_bytes(content)
-    assert main(["--output", str(tmp_path / "out"), "--verify"]) == 5
-    assert "train.bin" in capsys.readouterr().err
+    assert "train.bin" in call(main, ["--output", str(tmp_path / "out"), "--verify"], code=5).err
 
 
-def test_max_bad(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_max_bad(tmp_path: Path, call: Call) -> None:
     path = corpus(tmp_path)
     path.write_text(path.read_text() + '\n{"body": 1}\nno json\n')
     command = ["--tokenizer", "bytes", "--text-key", "body", "--workers", "1", "--quiet"]
     command += ["--output", str(tmp_path / "out"), str(path), "--max-bad"]
-    assert main([*command, "1"]) == 5
-    assert "2 bad document(s) so far, 1 allowed" in capsys.readouterr().err
+    assert "2 bad document(s) so far, 1 allowed" in call(main, [*command, "1"], code=5).err
     assert main([*command, "-1"]) == 0
     assert load_prepared(str(tmp_path / "out")).bad_documents == 2
 
@@ -109,12 +103,11 @@ def test_mistakes(
     arguments: list[str],
     code: int,
     text: str,
-    capsys: pytest.CaptureFixture[str],
+    call: Call,
 ) -> None:
     source = str(corpus(tmp_path))
     given = [source if argument == "INPUT" else argument for argument in arguments]
-    assert main(["--output", str(tmp_path / "out"), *given]) == code
-    assert text in capsys.readouterr().err
+    assert text in call(main, ["--output", str(tmp_path / "out"), *given], code=code).err
     assert not (tmp_path / "out").exists()
 
 

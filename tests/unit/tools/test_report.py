@@ -17,7 +17,7 @@ from made_runs import evaluation_row, make_run, rows, step_row, with_text
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.plan.overview import make_overview
 from hysparse_megatron.plan.picture import draw
-from tests.captured import captured
+from tests.captured import Call, captured
 from tools import screenshots
 from tools.report import main
 from tools.run_data import smoothed
@@ -179,14 +179,13 @@ def test_a_run_that_has_just_begun(tmp_path: Path, capsys: Capture) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"id": "x", "starts": 7}'])
-def test_a_run_whose_record_is_garbled(tmp_path: Path, capsys: Capture, content: str) -> None:
+def test_a_run_whose_record_is_garbled(tmp_path: Path, call: Call, content: str) -> None:
     run = make_run(tmp_path / "run", rows(4))
     for name in ("run.json", "status.json"):
         (run / name).write_text(content)
     with (run / "metrics.jsonl").open("ab") as file:
         file.write(b"\xff\n17")
-    assert main([str(run)]) == 0
-    told = capsys.readouterr().err
+    told = call(main, [str(run)]).err
     assert f"{run / 'run.json'} is damaged" in told
     assert "2 lines that are no rows are left out" in told
 

@@ -11,6 +11,7 @@ import yaml
 from backports import zstd
 
 from hysparse_megatron.errors import ConfigError, DataError
+from tests.captured import Call
 from tools.prepare_data import main as prepare
 from tools.study.__main__ import main
 from tools.study.corpus import CARD, Recipe, is_held_out, page_text, write_corpus
@@ -145,12 +146,11 @@ def test_the_committed_studies_and_recipe_are_whole() -> None:
     ],
 )
 def test_a_study_that_cannot_be_is_refused(
-    change: dict[str, object], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    change: dict[str, object], told: str, tmp_path: Path, call: Call
 ) -> None:
     path = tmp_path / "study.yaml"
     path.write_text(yaml.safe_dump(yaml.safe_load(CLAIMS.read_text()) | change))
-    assert main(["table", str(path), "--results", str(tmp_path)]) == 2
-    assert told in capsys.readouterr().err
+    assert told in call(main, ["table", str(path), "--results", str(tmp_path)], code=2).err
 
 
 def result_of(run: Run, loss: float) -> Result:
@@ -187,7 +187,7 @@ def test_thinned_rows_keep_the_last_step_and_all_evaluations() -> None:
 
 @pytest.mark.thorough
 def test_a_portion_runs_what_is_lacking_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+    tmp_path: Path, call: Call, request: pytest.FixtureRequest
 ) -> None:
     text = tmp_path / "text.jsonl"
     lines = [json.dumps({"text": f"document {n}: " + "word " * 60}) for n in range(60)]
@@ -213,11 +213,9 @@ def test_a_portion_runs_what_is_lacking_once(
     study.write_text(yaml.safe_dump(content))
     places = {name: str(tmp_path / name) for name in ("data", "results", "work")}
     command = ["run", str(study), *(x for n, p in places.items() for x in (f"--{n}", p))]
-    assert main([*command, "--only", "full,dense"]) == 2
-    assert "dense" in capsys.readouterr().err
+    assert "dense" in call(main, [*command, "--only", "full,dense"], code=2).err
     command += ["--only", "full"]
-    assert main(command) == 0
-    assert "1 of 2 runs" in capsys.readouterr().out
+    assert "1 of 2 runs" in call(main, command).out
     [kept] = (tmp_path / "results").iterdir()
     result = json.loads(kept.read_text())
     assert [row["step"] for row in result["rows"] if "loss" in row] == [1, 2]
@@ -228,8 +226,8 @@ def test_a_portion_runs_what_is_lacking_once(
     assert kept.stat().st_mtime_ns == before
     content["variants"] = {"full": ["model.layout=3*F"]}
     study.write_text(yaml.safe_dump(content))
-    assert main(command) == 2  # a result of other settings is not taken for this study's
-    assert "other settings" in capsys.readouterr().err
+    # a result of other settings is not taken for this study's
+    assert "other settings" in call(main, command, code=2).err
 
 
 def test_a_recipe_that_is_none_is_refused(tmp_path: Path) -> None:
