@@ -8,7 +8,12 @@ Call = Callable[..., Any]
 """The fixture `call`."""
 
 
-def captured(words: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run to its end, with its output as text. `options` are those of `subprocess.run`."""
-    options = {"check": False, "capture_output": True, "text": True, **options}
-    return subprocess.run(words, **options)
+def captured(
+    words: Sequence[str], *, code: int | None = 0, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run to its end, with `code` unless that is None. `options` are those of `subprocess.run`."""
+    done = subprocess.run(words, capture_output=True, text=True, check=False, **options)
+    assert code in (None, done.returncode), (
+        f"{words}: {done.returncode}\n{done.stdout}{done.stderr}"
+    )
+    return done

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.captured import captured
+
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "container"
 SCRIPT = FOLDER / "install.sh"
@@ -29,8 +31,7 @@ def sections() -> dict[str, str]:
 
 
 def check_shell(text: str) -> None:
-    done = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    captured(["bash", "-n"], input=text)
 
 
 def test_the_dockerfile_is_of_known_instructions_and_its_shell_parses() -> None:

@@ -3,7 +3,6 @@
 import functools
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from hysparse_kernels.benchmarking import selections, timer
 from hysparse_kernels.benchmarking.problem import Inputs, Problem, parse_shape
 from hysparse_kernels.benchmarking.timing import Timing
 
-from tests.captured import Call
+from tests.captured import Call, captured
 
 pytestmark = pytest.mark.thorough
 
@@ -99,8 +98,7 @@ def test_a_prompt_in_chunks_is_one_in_one_piece() -> None:
 def test_without_a_gpu_it_says_so_and_exits_with_2() -> None:
     environment = {**os.environ, "PYTHONPATH": "kernels", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "benchmarks"]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 2
+    result = captured(command, env=environment, code=2)
     assert result.stderr.startswith("no CUDA device")
     assert result.stderr.count("\n") == 1
 

@@ -1,7 +1,6 @@
 """hysparse_kernels as a wheel of its own: built without a network, used without the checkout."""
 
 import shutil
-import subprocess
 import sys
 import sysconfig
 import tomllib
@@ -39,8 +38,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(ROOT / "kernels", folder / "kernels", ignore=ignored)
     options = ["--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", str(folder)]
     build = [sys.executable, "-m", "pip", "wheel", *options, str(folder / "kernels")]
-    done = subprocess.run(build, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    captured(build)
     (made,) = folder.glob("*.whl")
     return made
 
@@ -61,11 +59,7 @@ def test_the_wheel_has_the_package_alone(wheel: Path) -> None:
 def test_it_works_away_from_the_checkout(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     paths = [str(tmp_path / "site"), sysconfig.get_path("purelib")]
-    done = captured(
-        [sys.executable, "-I", "-S", "-c", PROGRAM, *paths],
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
+    done = captured([sys.executable, "-I", "-S", "-c", PROGRAM, *paths], cwd=tmp_path)
     version, file = done.stdout.split()
     assert version == hysparse_kernels.__version__
     assert Path(file).is_relative_to(tmp_path / "site")

@@ -55,29 +55,19 @@ def test_ctrl_c_in_the_first_seconds_of_a_run(seconds: float, tmp_path: Path) ->
 
 
 def test_make_help_lists_every_target() -> None:
-    done = captured(
-        ["make", "--no-print-directory", "help"],
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr
+    done = captured(["make", "--no-print-directory", "help"], cwd=ROOT)
     text = (ROOT / "Makefile").read_text()
     (phony,) = re.findall(r"^\.PHONY: (.*)$", text, flags=re.M)
     targets = re.findall(r"^([a-z-]+):", text, flags=re.M)
     assert set(targets) == set(phony.split())
     for target in targets:
         assert re.search(rf"^  make {target} +\w", done.stdout, flags=re.M), target
-    default = captured(
-        ["make", "--no-print-directory"],
-        cwd=ROOT,
-    )
-    assert default.stdout == done.stdout
+    assert captured(["make", "--no-print-directory"], cwd=ROOT).stdout == done.stdout
 
 
-def find_python(path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return captured(
-        ["/bin/sh", str(ROOT / "tools" / "find_python.sh"), *arguments],
-        env={"PATH": str(path)},
-    )
+def find_python(path: Path, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    words = ["/bin/sh", str(ROOT / "tools" / "find_python.sh"), *arguments]
+    return captured(words, env={"PATH": str(path)}, code=code)
 
 
 def write_python(path: Path, version: str, has_venv: bool = True) -> None:
@@ -99,26 +89,22 @@ def bin_folder(tmp_path: Path) -> Path:
 
 
 def test_no_python_says_what_to_install(bin_folder: Path) -> None:
-    done = find_python(bin_folder)
-    assert done.returncode == 1
+    done = find_python(bin_folder, code=1)
     assert done.stdout == ""
     for expected in ("Python 3.12", "pyenv install 3.12", "uv python install 3.12", "apt-get"):
         assert expected in done.stderr
 
 
 def test_an_empty_path_still_says_so(tmp_path: Path) -> None:
-    done = find_python(tmp_path)
-    assert done.returncode == 1
-    assert "needs Python 3.12" in done.stderr
+    assert "needs Python 3.12" in find_python(tmp_path, code=1).stderr
 
 
 def test_wrong_pythons_are_passed_over(bin_folder: Path) -> None:
     write_python(bin_folder / "python3", "3.11")
     write_python(bin_folder / "python3.12", "3.12", has_venv=False)
-    assert find_python(bin_folder).returncode == 1
+    find_python(bin_folder, code=1)
     write_python(bin_folder / "python", "3.12")
-    done = find_python(bin_folder)
-    assert (done.returncode, done.stdout.strip()) == (0, str(bin_folder / "python"))
+    assert find_python(bin_folder).stdout.strip() == str(bin_folder / "python")
 
 
 def test_a_preferred_python_comes_first(bin_folder: Path) -> None:

@@ -30,7 +30,7 @@ def test_the_harness_scores_an_exported_run(finished, tmp_path: Path) -> None:
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     (task,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/evaluation.md").read_text(), re.DOTALL)
     (tasks / "task.yaml").write_text(task.replace("lines.jsonl", str(data)))
-    done = captured(
+    captured(
         [
             *(sys.executable, "-m", "lm_eval", "--model", "hf", "--tasks", "last_word"),
             *("--model_args", f"pretrained={exported},trust_remote_code=True,dtype=float32"),
@@ -43,7 +43,6 @@ def test_the_harness_scores_an_exported_run(finished, tmp_path: Path) -> None:
         ),
         timeout=300,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
     (results,) = (tmp_path / "scores").rglob("results_*.json")
     found = json.loads(results.read_text())["results"]["last_word"]["perplexity,none"]
 

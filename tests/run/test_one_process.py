@@ -3,7 +3,6 @@
 import hashlib
 import signal
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +24,7 @@ from hysparse_megatron.checkpoint.store import is_proven
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.config.frozen import load_frozen
 from hysparse_megatron.tracking.selections import read_selections
+from tests.captured import captured
 
 pytestmark = pytest.mark.thorough
 
@@ -243,8 +243,7 @@ def test_a_blend_with_masks_and_skipped_steps(tmp_path: Path) -> None:
         corpus = write_text(tmp_path / f"{name}-text", number)
         prepared = [sys.executable, "-m", "tools.prepare_data", "--tokenizer", "bytes", "--quiet"]
         split = ["--validation-fraction", "0.4", "--output", str(tmp_path / name)]
-        done = subprocess.run([*prepared, *split, str(corpus)], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        captured([*prepared, *split, str(corpus)])
     settings = [
         *TINY,
         f"data.blend='3 {tmp_path}/first; 1 {tmp_path}/second'",

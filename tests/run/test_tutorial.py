@@ -2,13 +2,13 @@
 
 import re
 import shlex
-import subprocess
 from pathlib import Path
 
 import pytest
 from run_commands import ROOT, read_json, run, write_text
 
 from hysparse_megatron.data.tokenizer import train_tokenizer
+from tests.captured import captured
 from tests.docs.blocks import blocks_of
 
 pytestmark = [pytest.mark.distributed, pytest.mark.thorough]
@@ -34,7 +34,7 @@ ENDS = {"compare": 1}
 def of_make(line: str) -> list[str]:
     """What `make` runs, as words after `hysparse`."""
     words = ["make", "--no-print-directory", "--dry-run", *shlex.split(line)[1:]]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    done = captured(words, cwd=ROOT)
     [launched] = re.findall(r"hysparse (launch .*)$", done.stdout, flags=re.M)
     return [*shlex.split(launched), *SHORT]
 

@@ -41,14 +41,13 @@ Run = Callable[..., str]
 def make_wheel(folder: Path) -> Path:
     """Of a copy: building leaves folders behind, and takes what others left."""
     listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
-    files = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    files = captured(listed, cwd=ROOT).stdout
     for name in filter(None, files.split("\0")):
         if (ROOT / name).is_file() and not name.startswith("tests/"):
             (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, folder / "source" / name)
     options = ["--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder)]
-    build = [sys.executable, "-m", "pip", "wheel", *options, str(folder / "source")]
-    subprocess.run(build, check=True, capture_output=True)
+    captured([sys.executable, "-m", "pip", "wheel", *options, str(folder / "source")])
     (wheel,) = folder.glob("*.whl")
     return wheel
 
@@ -73,12 +72,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Run]:
     environment["PATH"] = f"{folder / 'env' / 'bin'}:{kept['PATH']}"
 
     def run(*words: str, code: int = 0) -> str:
-        done = captured(
-            ["hysparse", *words],
-            cwd=work,
-            env=environment,
-        )
-        assert done.returncode == code, done.stdout + done.stderr
+        done = captured(["hysparse", *words], cwd=work, env=environment, code=code)
         return done.stdout
 
     return work, run

@@ -1,9 +1,10 @@
 """`make test`: both halves run whatever the first one finds, and any failure ends red."""
 
-import subprocess
 from pathlib import Path
 
 import pytest
+
+from tests.captured import captured
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,7 +32,7 @@ def test_both_halves_run_and_a_failure_ends_red(
     program.chmod(0o755)
     # -o: what is installed stays as it is.
     command = ["make", "-o", ".venv/.installed", "test", f"PY={program}", "PYTEST_ARGS=-k some"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    result = captured(command, cwd=ROOT, code=None)
     first, second = calls.read_text().splitlines()
     assert "-m not alone and not fault and not slurm" in first
     assert "-m alone" in second

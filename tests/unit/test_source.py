@@ -1,6 +1,5 @@
 """The record of the code: its commit, and a diff that is kept, never written over, and bounded."""
 
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ import pytest
 
 from hysparse_megatron import source
 from hysparse_megatron.source import MAX_DIFF_BYTES, git_state, record_source
+from tests.captured import captured
 
 
 class Checkout:
@@ -25,7 +25,7 @@ class Checkout:
     def git(self, *arguments: str) -> str:
         identity = ["-c", "user.name=x", "-c", "user.email=x@example.com"]
         command = ["git", "-C", str(self.folder), *identity, *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return captured(command).stdout.strip()
 
     def commit(self) -> None:
         self.git("init")

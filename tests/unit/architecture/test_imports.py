@@ -1,12 +1,12 @@
 """Imports run one way: every part of the package stands on those below it."""
 
 import ast
-import subprocess
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import hysparse_megatron
+from tests.captured import captured
 
 PACKAGE = Path(hysparse_megatron.__file__).parent
 NAME = PACKAGE.name
@@ -107,7 +107,7 @@ def test_the_architecture_needs_no_torch() -> None:
     code += "for one in pkgutil.iter_modules(package.__path__, package.__name__ + '.'):\n"
     code += "    __import__(one.name)\n"
     code += "print([name for name in ('torch', 'megatron', 'omegaconf') if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = captured([sys.executable, "-c", code], timeout=60)
     assert done.stdout.strip() == "[]", done.stderr
 
 

@@ -1,7 +1,6 @@
 """Composing presets and overrides, and refusing wrong ones by name."""
 
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from math import lcm
@@ -25,6 +24,7 @@ from hysparse_megatron.config.schema import Precision, Schedule, TrackingMode
 from hysparse_megatron.config.validate import validate
 from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.plan.suggest import check
+from tests.captured import captured
 
 PRESETS = [(group, option) for group in GROUPS for option in group_options(group)]
 
@@ -259,7 +259,7 @@ def test_a_bad_configuration_is_found_without_loading_torch() -> None:
         "validate.validate(cli.load(cli.parse_arguments(['train.steps=0'])), world_size=1)\n"
         "print([name for name in ('torch', 'megatron', 'transformers') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    done = captured([sys.executable, "-c", code], timeout=30)
     assert done.stdout.strip() == "[]", done.stderr
 
 

@@ -5,7 +5,6 @@ import json
 import os
 import shlex
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -64,13 +63,11 @@ def test_the_text_is_the_one_that_was_reviewed(name: str) -> None:
 def test_it_is_sound_bash(name: str, tmp_path: Path) -> None:
     script = tmp_path / "job.sbatch"
     script.write_text(rendered(name))
-    done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    captured(["bash", "-n", str(script)])
     shellcheck = shutil.which("shellcheck")
     if shellcheck is None:
         pytest.skip("shellcheck is not installed")
-    done = subprocess.run([shellcheck, str(script)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
+    captured([shellcheck, str(script)])
 
 
 def config_of(*overrides: str) -> Config:
@@ -229,7 +226,7 @@ def test_a_job_with_odd_names_runs_nothing_but_its_own(tmp_path: Path) -> None:
     assert [problem for rule in RULES for problem in rule(config)] == []
     script = tmp_path / "job.sbatch"
     script.write_text(render_job(config, code=run_dir, folder=folder))
-    subprocess.run(["bash", "-n", str(script)], check=True)
+    captured(["bash", "-n", str(script)])
     programs = {"srun": SRUN, "scontrol": "#!/bin/sh\necho node1\n", "squeue": "#!/bin/sh\n"}
     for name, text in programs.items():
         (tmp_path / name).write_text(text)
@@ -242,12 +239,7 @@ def test_a_job_with_odd_names_runs_nothing_but_its_own(tmp_path: Path) -> None:
         "SLURM_JOB_ID": "7",
         "SLURM_JOB_NODELIST": "node1",
     }
-    done = captured(
-        ["bash", str(script)],
-        cwd=folder,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr
+    captured(["bash", str(script)], cwd=folder, env=environment)
     assert not list(tmp_path.rglob("canary"))
     checks, training = map(json.loads, asked.read_text().splitlines())
     own = [

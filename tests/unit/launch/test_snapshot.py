@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 from hysparse_megatron.source import git_state
 from launch import snapshot
 from launch.snapshot import make_snapshot, snapshot_folder
+from tests.captured import captured
 
 ROOT = Path(__file__).resolve().parents[3]
 PARTS = ("hysparse_megatron", "kernels", "launch", "conf")
@@ -20,6 +20,7 @@ SRUN = """#!/bin/bash
 while [[ $1 != */python* ]]; do shift; done
 exec "$1" -c 'import json, hysparse_kernels, hysparse_megatron.source as source
 import hysparse_megatron.launch.requeue as requeue
+from tests.captured import captured
 from hysparse_megatron.config.compose import config_directory
 where = [hysparse_kernels.__file__, requeue.__file__, source.__file__, str(config_directory())]
 print(json.dumps([where, source.git_state()]))' >> "$ASKED"
@@ -49,13 +50,13 @@ def test_a_job_runs_what_was_submitted(tmp_path: Path) -> None:
     }
     submit = [sys.executable, "-m", "launch.submit", "cluster=slurm_cpu", "train.steps=20"]
     run = [*submit, "train.global_batch_size=8", f"run_dir={run_dir}"]
-    subprocess.run(run, cwd=checkout, env=environment, check=True, capture_output=True)
+    captured(run, cwd=checkout, env=environment)
     for file in checkout.rglob("*.py"):  # somebody goes on working
         file.write_text("raise SystemExit('changed')\n")
     (checkout / "conf" / "config.yaml").unlink()
 
     script = ["bash", str(run_dir / "job.sbatch")]
-    subprocess.run(script, env=environment, check=True, capture_output=True)
+    captured(script, env=environment)
     (copied,) = (run_dir / "code").iterdir()
     for line in asked.read_text().splitlines():
         where, state = json.loads(line)
@@ -67,8 +68,8 @@ def test_a_job_runs_what_was_submitted(tmp_path: Path) -> None:
         ]
         assert state["snapshot"] == f"code/{copied.name}"
     shutil.rmtree(copied)
-    done = subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (1, f"{copied} is gone: submit the run again\n")
+    told = captured(script, env=environment, code=1).stderr
+    assert told == f"{copied} is gone: submit the run again\n"
 
 
 def test_equal_code_is_kept_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,12 @@
 """Rank and world size as launchers give them."""
 
-import subprocess
 import sys
 
 import pytest
 
 from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.runtime.launcher import Rank, rank_from_environment
+from tests.captured import captured
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 SRUN = {
@@ -69,5 +69,5 @@ def test_what_is_no_number_is_refused(name: str) -> None:
 
 def test_imports_no_torch() -> None:
     code = "import sys, hysparse_megatron.runtime.launcher; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = captured([sys.executable, "-c", code])
     assert done.stdout.strip() == "False"

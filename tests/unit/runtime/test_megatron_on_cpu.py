@@ -1,6 +1,5 @@
 """What lets megatron-core run without CUDA: devices that turn into the CPU, random streams."""
 
-import subprocess
 import sys
 from typing import Any
 
@@ -8,6 +7,7 @@ import pytest
 import torch
 
 from hysparse_megatron.runtime import megatron_on_cpu
+from tests.captured import captured
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="inactive where CUDA is used")
 
@@ -232,5 +232,4 @@ assert optimizer.SGD is torch.optim.SGD
 assert optimizer.USING_PYTORCH_OPTIMIZER
 assert not (distrib_optimizer.HAVE_APEX_OR_TE or distrib_optimizer.USING_TE_OPTIMIZER)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    captured([sys.executable, "-c", code])

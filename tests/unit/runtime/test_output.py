@@ -6,8 +6,11 @@ import sys
 
 import pytest
 
+from tests.captured import captured
+
 PROGRAM = """
 import sys
+from tests.captured import captured
 from hysparse_megatron.command import command
 def main(argv):
     for number in range(5000):
@@ -57,6 +60,5 @@ def test_no_file_takes_the_place_of_a_closed_output(closed: int, tmp_path) -> No
     program = PROGRAM.replace("def main(argv):", "def main(argv):\n    file = open(argv[0], 'w')")
     command = [sys.executable, "-c", program.format(is_run=True), str(tmp_path / "file")]
     shell = ["sh", "-c", f'exec "$@" {closed}>&-', "sh", *command]
-    done = subprocess.run(shell, capture_output=True, text=True, check=False)
-    assert done.returncode == 7
+    captured(shell, code=7)
     assert (tmp_path / "file").read_text() == ""

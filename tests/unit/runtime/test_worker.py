@@ -1,12 +1,12 @@
 """Threads without a hang."""
 
-import subprocess
 import sys
 import threading
 
 import pytest
 
 from hysparse_megatron.runtime.worker import Worker
+from tests.captured import captured
 
 
 def test_it_works_and_is_done() -> None:
@@ -39,6 +39,4 @@ except (MemoryError, RuntimeError):
 @pytest.mark.parametrize("left", [0, 8_400_000])
 def test_without_memory_it_is_an_error(left: int) -> None:
     """For no thread; or for its stack alone, where `threading.Thread.start` never returns."""
-    command = [sys.executable, "-c", PROGRAM, str(left)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 7, done.stderr
+    captured([sys.executable, "-c", PROGRAM, str(left)], timeout=60, code=7)

@@ -146,7 +146,7 @@ for mode in (TrackingMode.off, TrackingMode.offline):
     print("wandb" in sys.modules)
     sys.modules.setdefault("wandb", None)  # importing it from here on raises
 """
-    done = captured([sys.executable, "-c", code, str(tmp_path)], check=True)
+    done = captured([sys.executable, "-c", code, str(tmp_path)])
     assert done.stdout.split() == ["False", "True"]
 
 
@@ -217,7 +217,7 @@ tracker.close(0)
 def test_offline_for_real_keeps_its_id_over_a_restart(tmp_path: Path) -> None:
     told = []
     for _ in range(2):
-        done = captured([sys.executable, "-c", REAL, str(tmp_path)], check=True)
+        done = captured([sys.executable, "-c", REAL, str(tmp_path)])
         (line,) = [line for line in done.stdout.splitlines() if "wandb sync" in line]
         told.append(Path(line.rpartition("wandb sync ")[2]))
     for folder in told:
