@@ -72,6 +72,17 @@ def _reader(state: TrainingState, batches: Batches) -> Callable[[int], list[Batc
     return lambda step: list(source.microbatches(Position(step * train.global_batch_size)))
 
 
+def _trained(
+    config: Config, batches: Batches, steps: int
+) -> tuple[TrainingState, Callable[[int], list[Batch]]]:
+    """A state after `steps`, and its reader."""
+    state = prepare(config)
+    read = _reader(state, batches)
+    for step in range(steps):
+        train_step(state, step, read(step))
+    return state, read
+
+
 @dataclass
 class Continuation:
     """What a rank has and does from a checkpoint on."""
@@ -100,10 +111,7 @@ def train_and_save(
     rank: int, config: Config, tokens: Batches, run_dir: Path, save_after: int
 ) -> Continuation:
     """Train on `tokens`, saving after `save_after` of them; reports what comes after the save."""
-    state = prepare(config)
-    read = _reader(state, tokens)
-    for step in range(save_after):
-        train_step(state, step, read(step))
+    state, read = _trained(config, tokens, save_after)
     save(state, run_dir, save_after)
     return _continue(state, read, save_after, len(tokens))
 
@@ -117,10 +125,7 @@ def train_while_saving(
     rank: int, config: Config, tokens: Batches, run_dir: Path, save_after: int
 ) -> Continuation:
     """`train_and_save`, whose files are written only after the last step."""
-    state = prepare(config)
-    read = _reader(state, tokens)
-    for step in range(save_after):
-        train_step(state, step, read(step))
+    state, read = _trained(config, tokens, save_after)
     trained = threading.Event()
 
     def start(path: Path) -> Job:

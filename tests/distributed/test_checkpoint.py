@@ -63,41 +63,62 @@ LOADED = [
 INSTANCES = Case("dp2-cp2-2-instances", dp=2, cp=2, instances=2, model=QKV_BIAS, train=SHORT)
 
 
-@pytest.fixture(scope="module")
-def saved(
-    pool: WorkerPool, reference_for: ReferenceFor, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, list[np.ndarray], Continuation]:
-    """A run saved at TP 2 x PP 2, its data, and how it went on."""
-    run_dir = tmp_path_factory.mktemp("run")
-    reference = reference_for(SAVED.config())
-    tokens = reference.tokens[:STEPS]
+SavedRun = tuple[Path, list[np.ndarray], Continuation]
+"""A run directory, its data, and how the run went on after the save."""
+
+
+def save_run(case: Case, pool: WorkerPool, reference_for: ReferenceFor, run_dir: Path) -> SavedRun:
+    config = case.config()
+    tokens = reference_for(config).tokens[:STEPS]
     runs = pool.run(
-        SAVED.world_size,
+        case.world_size,
         train_and_save,
-        config=SAVED.config(),
+        config=config,
         tokens=tokens,
         run_dir=run_dir,
         save_after=SAVE_AFTER,
     )
-    # The batches were chosen on one process; this run is known to go the same way.
-    np.testing.assert_allclose(
-        runs[0].losses, reference.losses[SAVE_AFTER:STEPS], rtol=0, atol=LOSS_TOLERANCE
-    )
     return run_dir, tokens, runs[0]
 
 
-@pytest.mark.parametrize("case", [*LOADED, INSTANCES], ids=lambda case: case.name)
-def test_any_layout_continues(
-    case: Case, pool: WorkerPool, saved: tuple[Path, list[np.ndarray], Continuation]
-) -> None:
+def assert_goes_on(
+    case: Case, saved_as: Case, pool: WorkerPool, saved: SavedRun, **options: Any
+) -> list[Continuation]:
+    """Losses within rounding at any size, and to the bit at the saved one."""
     run_dir, tokens, original = saved
     runs = pool.run(
-        case.world_size, load_and_train, config=case.config(), tokens=tokens, run_dir=run_dir
+        case.world_size,
+        load_and_train,
+        config=case.config(),
+        tokens=tokens,
+        run_dir=run_dir,
+        **options,
     )
     for run in runs:
         assert run.first_step == SAVE_AFTER
         assert abs(run.eval_loss - original.eval_loss) <= EVAL_TOLERANCE
         np.testing.assert_allclose(run.losses, original.losses, rtol=0, atol=LOSS_TOLERANCE)
+        if case is saved_as:
+            assert run.losses == original.losses
+            assert run.grad_norms == original.grad_norms
+    return runs
+
+
+@pytest.fixture(scope="module")
+def saved(
+    pool: WorkerPool, reference_for: ReferenceFor, tmp_path_factory: pytest.TempPathFactory
+) -> SavedRun:
+    """Saved at TP 2 x PP 2."""
+    run = save_run(SAVED, pool, reference_for, tmp_path_factory.mktemp("run"))
+    # The batches were chosen on one process; this run is known to go the same way.
+    wanted = reference_for(SAVED.config()).losses[SAVE_AFTER:STEPS]
+    np.testing.assert_allclose(run[2].losses, wanted, rtol=0, atol=LOSS_TOLERANCE)
+    return run
+
+
+@pytest.mark.parametrize("case", [*LOADED, INSTANCES], ids=lambda case: case.name)
+def test_any_layout_continues(case: Case, pool: WorkerPool, saved: SavedRun) -> None:
+    runs = assert_goes_on(case, SAVED, pool, saved)
     if case.instances > 1:
         each_instance_is_whole(runs, case.instances)
 
@@ -116,7 +137,7 @@ def each_instance_is_whole(runs: list[Continuation], instances: int) -> None:
 
 @pytest.mark.parametrize("case", [LOADED[2], INSTANCES], ids=lambda case: case.name)
 def test_chain_of_layouts_returns_to_the_first(
-    case: Case, pool: WorkerPool, saved: tuple[Path, list[np.ndarray], Continuation], tmp_path: Path
+    case: Case, pool: WorkerPool, saved: SavedRun, tmp_path: Path
 ) -> None:
     """TP 2 x PP 2 -> saved again by another without a step between -> TP 2 x PP 2."""
     run_dir, tokens, original = saved
@@ -137,9 +158,7 @@ def test_chain_of_layouts_returns_to_the_first(
     assert runs[0].grad_norms == original.grad_norms
 
 
-def test_weights_need_no_pickle(
-    pool: WorkerPool, saved: tuple[Path, list[np.ndarray], Continuation]
-) -> None:
+def test_weights_need_no_pickle(pool: WorkerPool, saved: SavedRun) -> None:
     """From the shares of four ranks; the same numbers as megatron-core loads into one process."""
     run_dir, _, _ = saved
     [read] = pool.run(1, weights_without_pickle, run_dir=run_dir)
@@ -149,9 +168,7 @@ def test_weights_need_no_pickle(
     assert loaded.keys() == read.keys()
 
 
-def test_checkpoint_of_another_model_is_refused(
-    pool: WorkerPool, saved: tuple[Path, list[np.ndarray], Continuation]
-) -> None:
+def test_checkpoint_of_another_model_is_refused(pool: WorkerPool, saved: SavedRun) -> None:
     run_dir, _, _ = saved
     other = Case("wider", model={"ffn_hidden_size": 96})
     [message] = pool.run(1, load_error, config=other.config(), run_dir=run_dir)
@@ -232,46 +249,6 @@ def test_leftover_of_a_killed_write_is_replaced(pool: WorkerPool, checkpoints: P
     assert not unfinished.exists()
     files = read_manifest(step_directory(checkpoints, 300))["files"]
     assert sorted(files) == ["__0_0.distcp", "__1_0.distcp", INDEX]
-
-
-SavedRun = tuple[Path, list[np.ndarray], Continuation]
-"""A run directory, its data, and how the run went on after the save."""
-
-
-def save_run(case: Case, pool: WorkerPool, reference_for: ReferenceFor, run_dir: Path) -> SavedRun:
-    config = case.config()
-    tokens = reference_for(config).tokens[:STEPS]
-    runs = pool.run(
-        case.world_size,
-        train_and_save,
-        config=config,
-        tokens=tokens,
-        run_dir=run_dir,
-        save_after=SAVE_AFTER,
-    )
-    return run_dir, tokens, runs[0]
-
-
-def assert_goes_on(
-    case: Case, saved_as: Case, pool: WorkerPool, saved: SavedRun, **options: Any
-) -> None:
-    """Losses within rounding at any size, and to the bit at the saved one."""
-    run_dir, tokens, original = saved
-    runs = pool.run(
-        case.world_size,
-        load_and_train,
-        config=case.config(),
-        tokens=tokens,
-        run_dir=run_dir,
-        **options,
-    )
-    for run in runs:
-        assert run.first_step == SAVE_AFTER
-        assert abs(run.eval_loss - original.eval_loss) <= EVAL_TOLERANCE
-        np.testing.assert_allclose(run.losses, original.losses, rtol=0, atol=LOSS_TOLERANCE)
-        if case is saved_as:
-            assert run.losses == original.losses
-            assert run.grad_norms == original.grad_norms
 
 
 EXPERTS_SAVED = Case("ep2-tp2-sp-cp2", tp=2, sp=True, cp=2, ep=2, model=EXPERTS, train=SHORT)

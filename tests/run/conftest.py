@@ -1,14 +1,16 @@
 """One corpus and one finished run for all tests of the command line."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from run_commands import TINY, run, write_text
 
 STEPS = 40
+Copy = Callable[[int], tuple[Path, list[str]]]
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,14 @@ class FinishedRun:
     run_dir: Path
     arguments: list[str]
     output: str
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """As before, whatever a tool in this process asked for."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -51,9 +61,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, settings: list[str]) -> F
 
 
 @pytest.fixture
-def copy_of_finished(
-    finished: FinishedRun, settings: list[str], tmp_path: Path
-) -> Callable[[int], tuple[Path, list[str]]]:
+def copy_of_finished(finished: FinishedRun, settings: list[str], tmp_path: Path) -> Copy:
     """A run directory that stands after so many steps, and the command that goes on."""
 
     def copy(step: int) -> tuple[Path, list[str]]:

@@ -144,6 +144,13 @@ class Command:
         self._reader.join(30)
         return code
 
+    def __enter__(self) -> "Command":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.process.poll() is None:
+            self.kill()
+
     def kill(self) -> None:
         """End the command and everything it started (ranks have sessions of their own)."""
         for pid in [self.process.pid, *descendants(self.process.pid)]:
@@ -196,14 +203,10 @@ def command_line(process: Path) -> bytes:
 
 def run(arguments: Sequence[str], *, code: int = 0, **settings: Any) -> str:
     """Run a command, which ends with `code`. Returns its output."""
-    command = Command(arguments, **settings)
-    try:
+    with Command(arguments, **settings) as command:
         ended = command.finish()
         assert ended == code, f"{' '.join(arguments)}: {ended}\n{command.output}"
         return command.output
-    finally:
-        if command.process.poll() is None:
-            command.kill()
 
 
 def children_seconds() -> float:

@@ -5,7 +5,6 @@ import math
 import random
 import shutil
 import string
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,14 +25,6 @@ IDS, LENGTH, LAYERS = 300, 64, 4
 NOISE = 3e-3
 """In nats. A random model is badly conditioned: rounding moves its loss by 1e-5, now and then by
 4e-4; another layer that sees everything, by some 1e-2."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """As before, whatever a tool asked for."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -62,16 +53,20 @@ def text(tmp_path_factory: pytest.TempPathFactory, session_seed: int) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where prepared data are cached."""
+    monkeypatch.chdir(tmp_path)
+
+
 def adopt(original: Path, folder: Path, layout: str, *options: str) -> Path:
     assert convert.main(["adopt", str(original), str(folder), "--layout", layout, *options]) == 0
     return folder
 
 
 def test_layers_are_chosen_and_the_layout_adopted(
-    original: Path, text: Path, tmp_path: Path, call: Call,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    monkeypatch.chdir(tmp_path)  # prepared data are cached here
+    original: Path, text: Path, tmp_path: Path, call: Call
+) -> None:
     windows = adopt(original, tmp_path / "windows", f"{LAYERS}*W", "--window", "3")
     shared = ["--data", str(text), "--sequences", "16"]
     chosen = tmp_path / "layers.json"
@@ -98,25 +93,19 @@ def test_layers_are_chosen_and_the_layout_adopted(
     assert math.isfinite(found["first_alone"])
 
 
-def test_it_speaks_and_is_exported(
-    original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_it_speaks_and_is_exported(original: Path, tmp_path: Path, call: Call) -> None:
     start = adopt(original, tmp_path / "start", "F 2*S F", "--window", "4", "--block-size", "4")
-    capsys.readouterr()
     arguments = ["--prompt", "some words", "--max-new-tokens", "5", "--ignore-end"]
-    assert generate.main(["--run-dir", str(start), *arguments]) == 0
-    assert "decode: 4 tokens" in capsys.readouterr().err
+    assert "decode: 4 tokens" in call(generate.main, ["--run-dir", str(start), *arguments]).err
     assert convert.main(["export", "--run-dir", str(start), str(tmp_path / "exported")]) == 0
     described = json.loads((tmp_path / "exported" / "generation_config.json").read_text())
     assert described["suppress_tokens"][0] == 257  # those that the tokenizer does not have
 
 
 def test_it_may_be_moved(
-    original: Path, text: Path, tmp_path: Path, call: Call,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    original: Path, text: Path, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The settings name the tokenizer where it was; the folder has one itself."""
-    monkeypatch.chdir(tmp_path)
     adopt(original, Path("start"), "4*W").rename(tmp_path / "moved")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -124,15 +113,14 @@ def test_it_may_be_moved(
     start = ["--run-dir", str(tmp_path / "moved")]
     assert generate.main([*start, "--prompt", "a", "--max-new-tokens", "2"]) == 0
     assert evaluate.main([*start, "--data", str(text), "--sequences", "2"]) == 0
-    assert choose_full_layers.main([*start, "--count", "1", "--data", str(text)]) == 0
-    assert '--layout "F 3*S"' in call(convert.main, ["export", *start, "exported"]).out
+    choose = [*start, "--count", "1", "--data", str(text)]
+    assert '--layout "F 3*S"' in call(choose_full_layers.main, choose).out
+    assert convert.main(["export", *start, "exported"]) == 0
 
 
 def test_without_a_tokenizer_text_is_refused(
-    original: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    monkeypatch.chdir(tmp_path)
+    original: Path, text: Path, capsys: pytest.CaptureFixture[str], call: Call
+) -> None:
     shutil.copytree(original, "bare")
     Path("bare", "tokenizer.json").unlink()
     start = ["--run-dir", str(adopt(Path("bare"), Path("start"), "4*W"))]
@@ -142,26 +130,24 @@ def test_without_a_tokenizer_text_is_refused(
         (evaluate, ["--data", str(text)]),
         (choose_full_layers, ["--count", "2", "--data", str(text)]),
     ):
-        assert tool.main([*start, *options]) == 5
-        assert "step-00000000 does not say its tokenizer" in capsys.readouterr().err
+        told = call(tool.main, [*start, *options], code=5).err
+        assert "step-00000000 does not say its tokenizer" in told
     prompt = ["--prompt", "a", "--max-new-tokens", "2"]
-    assert generate.main([*start, *prompt]) == 5
-    assert "name its file with --tokenizer" in capsys.readouterr().err
+    told = call(generate.main, [*start, *prompt], code=5).err
+    assert "name its file with --tokenizer" in told
     assert generate.main([*start, *prompt, "--tokenizer", str(original)]) == 0
 
 
 def test_data_of_another_model_are_refused(
-    original: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    monkeypatch.chdir(tmp_path)
+    original: Path, text: Path, tmp_path: Path, call: Call
+) -> None:
     texts = [path.read_text() for path in text.iterdir()]
     train_tokenizer(texts, 290).save("tokenizer.json")
     prepare = ["--tokenizer", "tokenizer.json", "--output", "prepared", "--quiet", str(text)]
     assert prepare_data.main([*prepare, "--validation-fraction", "0.2"]) == 0
     start = adopt(original, tmp_path / "start", "4*W")
-    assert evaluate.main(["--run-dir", str(start), "--data", "prepared"]) == 5
-    assert "prepared: prepared with another tokenizer" in capsys.readouterr().err
+    told = call(evaluate.main, ["--run-dir", str(start), "--data", "prepared"], code=5).err
+    assert "prepared: prepared with another tokenizer" in told
 
 
 def test_weights_in_bf16_are_trained_and_read_so(original: Path, tmp_path: Path) -> None:
@@ -187,11 +173,8 @@ def test_weights_in_bf16_are_trained_and_read_so(original: Path, tmp_path: Path)
     ],
 )
 def test_mistakes(
-    layout: str, options: list[str], code: int, said: str,
-    original: Path, text: Path, tmp_path: Path, call: Call,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    monkeypatch.chdir(tmp_path)
-    start = adopt(original, tmp_path / "start", layout)
+    layout: str, options: list[str], code: int, said: str, original: Path, text: Path, call: Call
+) -> None:
+    start = adopt(original, Path("start"), layout)
     arguments = ["--run-dir", str(start), "--data", str(text), *options]
     assert said in call(choose_full_layers.main, arguments, code=code).err

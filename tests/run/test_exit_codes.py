@@ -6,13 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import Copy
 from run_commands import LOCAL, TINY, children_seconds, contents, facts, read_json, run, write_text
 
 from hysparse_megatron.data.tokenizer import bytes_tokenizer
 
 pytestmark = pytest.mark.thorough
-
-Copy = Callable[[int], tuple[Path, list[str]]]
 
 QUICK_SECONDS = 5.0
 

@@ -4,13 +4,13 @@ import hashlib
 import json
 import os
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from conftest import Copy
 from run_commands import run
 
 from hysparse_megatron.config.frozen import freeze, load_frozen
@@ -18,15 +18,6 @@ from tools import checkpoint as checkpoint_tool
 from tools import convert, evaluate, generate
 
 pytestmark = pytest.mark.thorough
-
-Copy = Callable[[int], tuple[Path, list[str]]]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 class Payload:

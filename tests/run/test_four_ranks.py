@@ -27,14 +27,10 @@ def test_preempted_in_the_middle_and_continued(corpus: list[str], tmp_path: Path
         "checkpoint.interval=1000",
         f"run_dir={run_dir}",
     ]
-    first = Command(arguments, entry=LOCAL)
-    try:
+    with Command(arguments, entry=LOCAL) as first:
         first.wait_for("step  3/40")
         first.send(signal.SIGTERM)
         assert first.finish() == 3, first.output
-    finally:
-        if first.process.poll() is None:
-            first.kill()
     assert "reads on from oracle 0 across the cut" in first.output
     (told,) = re.findall(r"([\d,]+) parameters on 4 model-parallel ranks", first.output)
     (saved,) = (run_dir / "checkpoints").iterdir()

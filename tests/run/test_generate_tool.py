@@ -2,7 +2,6 @@
 
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,13 +21,6 @@ CACHE = re.compile(
 SPEED = re.compile(
     r"^(?:prefill|decode): (\d+) tokens in [\d.]+ s, [\d,.]+ tokens/s(?:$| \()", re.M
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

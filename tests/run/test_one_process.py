@@ -4,10 +4,10 @@ import hashlib
 import signal
 import statistics
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import Copy
 from run_commands import (
     TINY,
     Command,
@@ -27,8 +27,6 @@ from hysparse_megatron.tracking.selections import read_selections
 from tests.captured import captured
 
 pytestmark = pytest.mark.thorough
-
-Copy = Callable[[int], tuple[Path, list[str]]]
 
 STEPS = 40
 

@@ -1,17 +1,15 @@
 """Checkpoints of whole runs: killed, stopped or out of space while one is written."""
 
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import Copy
 from run_commands import Command, contents, facts, read_json, run
 
 from hysparse_megatron.checkpoint.store import problems_of
 
 pytestmark = pytest.mark.thorough
-
-Copy = Callable[[int], tuple[Path, list[str]]]
 
 MAIN = """
 from hysparse_megatron.__main__ import main
@@ -58,14 +56,10 @@ def test_killed_between_the_shards_and_the_manifest(copy_of_finished: Copy, fini
 
 def test_a_signal_during_a_save_waits_for_it(copy_of_finished: Copy, finished) -> None:
     run_dir, arguments = copy_of_finished(20)
-    first = Command(arguments, entry=("-c", SLOW_DISK), SECONDS_OF_A_SAVE="3")
-    try:
+    with Command(arguments, entry=("-c", SLOW_DISK), SECONDS_OF_A_SAVE="3") as first:
         first.wait_for("writing step-00000030")
         first.send(signal.SIGTERM)
         assert first.finish() == 3, first.output
-    finally:
-        if first.process.poll() is None:
-            first.kill()
     stopped_at = int(names(run_dir)[-1].removeprefix("step-"))
     assert f"saved at step {stopped_at}" in first.output
     for name in names(run_dir):
