@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from hysparse_megatron.architecture.layout import LayoutError, parse_layout
@@ -61,15 +61,26 @@ class Suggestion:
 
 def suggest(config: Config, world_size: int, count: int = 5) -> list[Suggestion]:
     """Plans of the same model and global batch that work on `world_size` ranks, fastest first."""
-    found = list(_working(config, world_size))
+    asked, _ = with_run_vocabulary(config)
+    found = _fitting(asked, _plans(asked, world_size), world_size)
     found.sort(key=lambda one: (one.overview.time.seconds, one.overview.peak_bytes))
     return found[:count]
 
 
 def nearest(config: Config, world_size: int, count: int = 3) -> list[Suggestion]:
     """Plans that work and change the fewest and smallest of the settings, nearest first."""
-    found = list(_working(config, world_size))
-    found.sort(key=lambda one: (_distance(config, one.overview.config), one.overview.time.seconds))
+    asked, _ = with_run_vocabulary(config)
+
+    def distance(plan: Config) -> float:
+        return _distance(config, plan)
+
+    found: list[Suggestion] = []
+    for _, alike in itertools.groupby(sorted(_plans(asked, world_size), key=distance), distance):
+        if len(found) >= count:
+            break  # memory and time of plans that are further off need not be known
+        found += sorted(
+            _fitting(asked, alike, world_size), key=lambda one: one.overview.time.seconds
+        )
     return found[:count]
 
 
@@ -126,15 +137,17 @@ def _memory_problem(config: Config, world_size: int) -> Problem | None:
     return Problem("cluster.memory_gib", got, f"at most {limit:g} GiB (see tools/plan.py)")
 
 
-def _working(config: Config, world_size: int) -> Iterator[Suggestion]:
-    config, _ = with_run_vocabulary(config)
+def _plans(config: Config, world_size: int) -> Iterator[Config]:
+    """Those that no rule refuses."""
     for candidate in _candidates(config, world_size):
-        plan = _mended(candidate, world_size)
-        if plan is None:
-            continue
-        overview = make_overview(plan, world_size)
-        if overview.fits:
-            yield Suggestion(overview, config)
+        if (plan := _mended(candidate, world_size)) is not None:
+            yield plan
+
+
+def _fitting(asked: Config, plans: Iterable[Config], world_size: int) -> list[Suggestion]:
+    """Those of `plans` that need no more memory than there is."""
+    overviews = (make_overview(plan, world_size) for plan in plans)
+    return [Suggestion(overview, asked) for overview in overviews if overview.fits]
 
 
 def _mended(candidate: Config, world_size: int) -> Config | None:
