@@ -19,7 +19,7 @@ from hysparse_megatron.architecture.layout import parse_layout
 from hysparse_megatron.architecture.model import Balancing, ModelConfig
 from hysparse_megatron.architecture.parameters import padded_vocab_size
 from hysparse_megatron.checkpoint import store
-from hysparse_megatron.config.frozen import CONFIG_FILE, load_frozen, schema_node, to_yaml
+from hysparse_megatron.config.frozen import CONFIG_FILE, load_frozen, schema_node, to_tree
 from hysparse_megatron.config.schema import Config, OptimizerName
 from hysparse_megatron.errors import CheckpointError, ConfigError, Problem
 
@@ -54,7 +54,7 @@ _MOST_LINES = 20
 
 def compared_settings(config: Config) -> dict[str, Any]:
     """What a manifest says of its run's settings, so that `refuse_mismatch` can compare them."""
-    tree = yaml.safe_load(to_yaml(config))
+    tree = to_tree(config)
     return {"model": tree["model"], "optim": {"name": tree["optim"]["name"]}}
 
 

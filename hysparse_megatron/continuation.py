@@ -13,12 +13,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
-
 from hysparse_megatron.checkpoint import store
 from hysparse_megatron.checkpoint.manifest import read_manifest
 from hysparse_megatron.config.describe import type_of
-from hysparse_megatron.config.frozen import CONFIG_FILE, build, load_frozen, to_yaml
+from hysparse_megatron.config.frozen import CONFIG_FILE, build, load_frozen, to_tree
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.errors import ConfigError
 
@@ -31,7 +29,7 @@ _SCHEDULE = ("learning_rate", "min_learning_rate", "schedule", "warmup_steps", "
 
 def recorded_settings(config: Config) -> dict[str, Any]:
     """What a manifest says of its run's settings, so that `check_continuation` can compare them."""
-    tree = yaml.safe_load(to_yaml(config))
+    tree = to_tree(config)
     return {"settings": {section: tree[section] for section in ("train", "optim")}}
 
 
@@ -66,7 +64,7 @@ def _former_settings(config: Config, manifest: dict[str, Any], directory: Path) 
     """
     with contextlib.suppress(ConfigError):
         if "settings" in manifest:
-            return build({**yaml.safe_load(to_yaml(config)), **_known(manifest["settings"])})
+            return build({**to_tree(config), **_known(manifest["settings"])})
         return load_frozen(directory.parents[1] / CONFIG_FILE)
     return None
 

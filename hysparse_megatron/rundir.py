@@ -21,12 +21,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-import yaml
-
 from hysparse_megatron import __version__
 from hysparse_megatron.checkpoint.store import published
 from hysparse_megatron.compatibility import refuse_mismatch
-from hysparse_megatron.config.frozen import CONFIG_FILE, config_hash, freeze, load_frozen, to_yaml
+from hysparse_megatron.config.frozen import CONFIG_FILE, config_hash, freeze, load_frozen, to_tree
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.continuation import check_continuation
 from hysparse_megatron.errors import ConfigError, HySparseError
@@ -253,7 +251,7 @@ def _changed_keys(path: Path, config: Config) -> list[str]:
 def _flat(config: Config) -> dict[str, str]:
     """`section.key: value` pairs of a configuration."""
     flat: dict[str, str] = {}
-    for name, value in yaml.safe_load(to_yaml(config)).items():
+    for name, value in to_tree(config).items():
         if isinstance(value, dict):
             flat |= {f"{name}.{key}": str(inner) for key, inner in value.items()}
         else:

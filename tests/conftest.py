@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
+import hypothesis
 import pytest
 
 from tests.captured import Call
@@ -45,6 +46,9 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     # Threads of several tests at a time would spin for one another's cores: four times the CPU.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # Examples take as long as what else the machine does lets them.
+    hypothesis.settings.register_profile("tests", deadline=None)
+    hypothesis.settings.load_profile("tests")
 
 
 def pytest_report_header(config: pytest.Config) -> str:

@@ -3,7 +3,8 @@
 import copy
 import functools
 import hashlib
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any, cast
 
@@ -84,9 +85,24 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return leaves
 
 
+def to_tree(config: Config) -> dict[str, Any]:
+    """The whole configuration as nested plain values, in the order of the schema."""
+    return cast(dict[str, Any], _plain(config))
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return {item.name: _plain(getattr(value, item.name)) for item in fields(value)}
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    return value.name if isinstance(value, Enum) else value
+
+
 def to_yaml(config: Config) -> str:
-    """The whole configuration as YAML, in the order of the schema, nothing left to resolve."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    """The same as YAML, nothing left to resolve."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_tree(config)))
 
 
 def from_yaml(text: str) -> Config:

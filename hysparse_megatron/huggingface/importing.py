@@ -17,7 +17,7 @@ from hysparse_megatron.architecture.parameters import padded_vocab_size
 from hysparse_megatron.checkpoint.assemble import Source, save_weights
 from hysparse_megatron.compatibility import compared_settings
 from hysparse_megatron.config.compose import compose
-from hysparse_megatron.config.frozen import freeze, to_yaml
+from hysparse_megatron.config.frozen import freeze, to_tree
 from hysparse_megatron.config.schema import Config, Precision
 from hysparse_megatron.data.card import TOKENIZER_NAME
 from hysparse_megatron.errors import ConfigError
@@ -182,7 +182,7 @@ def _config(
 
 
 def _experiment(config: Config) -> str:
-    tree: dict[str, Any] = yaml.safe_load(to_yaml(config))
+    tree = to_tree(config)
     for name in _NO_ARCHITECTURE:
         del tree["model"][name]
     chosen: dict[str, Any] = {

@@ -7,10 +7,8 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
-
 from hysparse_megatron.architecture.parameters import parameters_of
-from hysparse_megatron.config.frozen import to_yaml
+from hysparse_megatron.config.frozen import to_tree
 from hysparse_megatron.config.schema import VALIDATION, Config
 from hysparse_megatron.errors import HySparseError
 from hysparse_megatron.rundir import RunDirectory
@@ -41,7 +39,7 @@ def recorded(
         yield []
         return
     metrics = MetricsFile(directory.metrics)
-    facts = {**yaml.safe_load(to_yaml(config)), "run": directory.facts, **described}
+    facts = {**to_tree(config), "run": directory.facts, **described}
     trackers: list[Tracker | TensorBoard] = [
         Tracker(config.tracking, directory.facts["id"], config.name, directory.path, facts, log)
     ]

@@ -1,25 +1,14 @@
 """One corpus and one finished run for all tests of the command line."""
 
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from run_commands import TINY, run, write_text
+from run_commands import TINY, Copy, FinishedRun, run, write_text
 
 STEPS = 40
-Copy = Callable[[int], tuple[Path, list[str]]]
-
-
-@dataclass(frozen=True)
-class FinishedRun:
-    """A run of one process, and what it wrote to its console."""
-
-    run_dir: Path
-    arguments: list[str]
-    output: str
 
 
 @pytest.fixture(autouse=True, scope="module")

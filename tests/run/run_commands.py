@@ -11,7 +11,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,19 @@ TINY = [
 ]
 
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC")
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run of one process, and what it wrote to its console."""
+
+    run_dir: Path
+    arguments: list[str]
+    output: str
+
+
+Copy = Callable[[int], tuple[Path, list[str]]]
+"""A run directory that stands after so many steps, and the command that goes on."""
 
 
 def write_text(folder: Path, seed: int) -> Path:

@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FinishedRun
 from hysparse_kernels.benchmarking.selections import Captured
-from run_commands import run
+from run_commands import FinishedRun, run
 
 
 @pytest.mark.thorough

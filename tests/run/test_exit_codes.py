@@ -6,8 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Copy
-from run_commands import LOCAL, TINY, children_seconds, contents, facts, read_json, run, write_text
+from run_commands import (
+    LOCAL,
+    TINY,
+    Copy,
+    children_seconds,
+    contents,
+    facts,
+    read_json,
+    run,
+    write_text,
+)
 
 from hysparse_megatron.data.tokenizer import bytes_tokenizer
 

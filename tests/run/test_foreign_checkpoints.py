@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Copy
-from run_commands import run
+from run_commands import Copy, run
 
 from hysparse_megatron.config.frozen import freeze, load_frozen
 from tools import checkpoint as checkpoint_tool

@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Copy
 from run_commands import (
     TINY,
     Command,
+    Copy,
     contents,
     facts,
     processes_naming,

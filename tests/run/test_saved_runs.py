@@ -4,8 +4,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from conftest import Copy
-from run_commands import Command, contents, facts, read_json, run
+from run_commands import Command, Copy, contents, facts, read_json, run
 
 from hysparse_megatron.checkpoint.store import problems_of
 

@@ -45,7 +45,7 @@ def carried(kinds: str, cut: int) -> int | None:
 
 
 @given(plans())
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_what_crosses_every_cut(case: tuple[PipelinePlan, str, list[int]]) -> None:
     plan, kinds, starts = case
     assert plan.oracle_into(0) is None
@@ -57,7 +57,7 @@ def test_what_crosses_every_cut(case: tuple[PipelinePlan, str, list[int]]) -> No
 
 
 @given(plans())
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_who_is_read(case: tuple[PipelinePlan, str, list[int]]) -> None:
     plan, kinds, _ = case
     read = {oracle_of(kinds, layer) for layer, kind in enumerate(kinds) if kind == "S"}
@@ -67,7 +67,7 @@ def test_who_is_read(case: tuple[PipelinePlan, str, list[int]]) -> None:
 
 
 @given(plans())
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_pattern_places_and_description(case: tuple[PipelinePlan, str, list[int]]) -> None:
     plan, kinds, starts = case
     marked = "".join(("|" if i in starts[1:] else "") + "*" for i in range(len(kinds)))

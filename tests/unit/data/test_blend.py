@@ -29,7 +29,7 @@ from tests.token_files import write_indexed
 WEIGHTS = st.lists(st.integers(1, 400).map(lambda n: n / 100), min_size=1, max_size=8)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(WEIGHTS, st.integers(1, 5000))
 def test_counts_stay_within_one_sample_of_the_weights(weights: list[float], length: int) -> None:
     which, own = Blend(weights).locate(np.arange(length))
@@ -43,7 +43,7 @@ def test_counts_stay_within_one_sample_of_the_weights(weights: list[float], leng
         assert np.abs(np.cumsum(chosen) - expected).max() < 1 + 1e-6
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(WEIGHTS, st.lists(st.integers(0, 10**9), min_size=1, max_size=20))
 def test_a_place_is_the_same_whatever_else_is_asked(
     weights: list[float], positions: list[int]

@@ -14,7 +14,7 @@ def epoch_ids(num_samples: int, epoch: int, seed: int = 0, fingerprint: str = "f
 
 
 @pytest.mark.thorough
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     num_samples=st.integers(1, 5000),
     epoch=st.integers(0, 2**31),
@@ -45,7 +45,7 @@ def test_epochs_seeds_and_data_are_ordered_differently(seed: int) -> None:
         assert (first == other).mean() < 0.02
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(2, 300), st.lists(st.integers(0, 5000), min_size=1, max_size=60))
 def test_any_subset_in_any_order_gives_the_same_ids(num_samples: int, chosen: list[int]) -> None:
     everything = sample_ids(np.arange(5001), seed=3, fingerprint="f", num_samples=num_samples)

@@ -37,7 +37,7 @@ from hysparse_megatron.errors import DataError
 TEXTS = make_texts(60)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs"])))
 def test_bytes_are_what_their_tokenizer_json_gives(text: str) -> None:
     kept = Tokenizer.from_str(bytes_tokenizer().to_str())

@@ -20,7 +20,6 @@ SRUN = """#!/bin/bash
 while [[ $1 != */python* ]]; do shift; done
 exec "$1" -c 'import json, hysparse_kernels, hysparse_megatron.source as source
 import hysparse_megatron.launch.requeue as requeue
-from tests.captured import captured
 from hysparse_megatron.config.compose import config_directory
 where = [hysparse_kernels.__file__, requeue.__file__, source.__file__, str(config_directory())]
 print(json.dumps([where, source.git_state()]))' >> "$ASKED"

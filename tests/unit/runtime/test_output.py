@@ -10,7 +10,6 @@ from tests.captured import captured
 
 PROGRAM = """
 import sys
-from tests.captured import captured
 from hysparse_megatron.command import command
 def main(argv):
     for number in range(5000):

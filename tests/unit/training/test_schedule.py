@@ -68,7 +68,7 @@ def runs(draw: st.DrawFn) -> tuple[OptimConfig, int]:
 
 
 @given(runs())
-@hypothesis_settings(deadline=None, max_examples=300)
+@hypothesis_settings(max_examples=300)
 def test_every_step_of_every_schedule(run: tuple[OptimConfig, int]) -> None:
     optim, steps = run
     got = rates(optim, steps, list(range(steps)))
