@@ -1,7 +1,9 @@
 """Commands that tests run, with what they write."""
 
+import os
 import subprocess
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 Call = Callable[..., Any]
@@ -17,3 +19,9 @@ def captured(
         f"{words}: {done.returncode}\n{done.stdout}{done.stderr}"
     )
     return done
+
+
+def import_path(*folders: str | Path) -> str:
+    """PYTHONPATH of a command that looks in `folders`, and then where this process was told to."""
+    given = os.environ.get("PYTHONPATH")
+    return os.pathsep.join([*map(str, folders), *([given] if given else [])])

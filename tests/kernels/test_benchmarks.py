@@ -19,7 +19,7 @@ from hysparse_kernels.benchmarking import selections, timer
 from hysparse_kernels.benchmarking.problem import Inputs, Problem, parse_shape
 from hysparse_kernels.benchmarking.timing import Timing
 
-from tests.captured import Call, captured
+from tests.captured import Call, captured, import_path
 
 pytestmark = pytest.mark.thorough
 
@@ -96,7 +96,7 @@ def test_a_prompt_in_chunks_is_one_in_one_piece() -> None:
 
 
 def test_without_a_gpu_it_says_so_and_exits_with_2() -> None:
-    environment = {**os.environ, "PYTHONPATH": "kernels", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "PYTHONPATH": import_path("kernels"), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "benchmarks"]
     result = captured(command, env=environment, code=2)
     assert result.stderr.startswith("no CUDA device")

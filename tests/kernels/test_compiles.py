@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.captured import captured
+from tests.captured import captured, import_path
 
 
 @pytest.mark.thorough
@@ -14,7 +14,7 @@ from tests.captured import captured
     [("triton_compiles", 61), ("hopper_compiles", 36), ("decode_compiles", 238)],
 )
 def test_kernels_compile_without_a_gpu(kernels: str, number: int) -> None:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([".", "kernels"])}
+    environment = {**os.environ, "PYTHONPATH": import_path(".", "kernels")}
     environment.pop("TRITON_INTERPRET", None)
     result = captured(
         [sys.executable, "-m", f"tests.kernels.{kernels}"], env=environment, timeout=500

@@ -6,14 +6,14 @@ import sys
 import pytest
 import torch
 
-from tests.captured import captured
+from tests.captured import captured, import_path
 
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("cases", ["triton_cases", "gating_cases", "decode_cases", "prefill_cases"])
 def test_triton_kernels_agree_with_the_reference(cases: str, seed: int) -> None:
     # A process of its own: the interpreter is chosen when the kernels are imported.
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([".", "kernels"])}
+    environment = {**os.environ, "PYTHONPATH": import_path(".", "kernels")}
     if not torch.cuda.is_available():
         environment["TRITON_INTERPRET"] = "1"
     captured(

@@ -13,7 +13,7 @@ from hysparse_megatron.command import hysparse
 from hysparse_megatron.completion import candidates
 from hysparse_megatron.completion import main as completion
 from hysparse_megatron.main import COMMANDS, main
-from tests.captured import Call, captured
+from tests.captured import Call, captured, import_path
 
 ROOT = Path(__file__).parents[2]
 Capture = pytest.CaptureFixture[str]
@@ -21,7 +21,7 @@ Capture = pytest.CaptureFixture[str]
 
 def run(*words: str, cwd: Path, code: int) -> subprocess.CompletedProcess[str]:
     """As a process of its own, from a folder outside the checkout."""
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    environment = {**os.environ, "PYTHONPATH": import_path(ROOT, ROOT / "kernels")}
     command = [sys.executable, "-m", "hysparse_megatron.main", *words]
     return captured(command, cwd=cwd, env=environment, code=code)
 
@@ -112,7 +112,7 @@ def test_bash_completes_by_the_script(tmp_path: Path, capsys: Capture) -> None:
     asked = f"COMP_WORDS=({program} checkpoint pr); COMP_CWORD=2; _hysparse {program}"
     done = captured(
         ["bash", "-c", f'{script}\n{asked}; echo "${{COMPREPLY[@]}}"'],
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"},
+        env={**os.environ, "PYTHONPATH": import_path(ROOT, ROOT / "kernels")},
     )
     assert done.stdout == "prune\n", done.stderr
 

@@ -11,7 +11,7 @@ import pytest
 import hysparse_megatron
 from hysparse_megatron.architecture.layers import KINDS, AttentionLayer, LayerKind
 from hysparse_megatron.config.compose import compose
-from tests.captured import captured
+from tests.captured import captured, import_path
 
 CHECKOUT = Path(hysparse_megatron.__file__).parents[1]
 
@@ -89,10 +89,9 @@ def test_new_kinds_are_added_in_one_file_and_the_attention_body(tmp_path: Path) 
             assert before in text, before
             text = text.replace(before, after, 1)
         (package / name).write_text(text)
-    paths = [tmp_path, CHECKOUT, CHECKOUT / "kernels"]
     done = captured(
         [sys.executable, "-m", "tests.unit.architecture.new_kinds"],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))},
+        env={**os.environ, "PYTHONPATH": import_path(tmp_path, CHECKOUT, CHECKOUT / "kernels")},
         cwd=tmp_path,
         timeout=300,
     )

@@ -11,7 +11,7 @@ import pytest
 from hysparse_megatron.source import git_state
 from launch import snapshot
 from launch.snapshot import make_snapshot, snapshot_folder
-from tests.captured import captured
+from tests.captured import captured, import_path
 
 ROOT = Path(__file__).resolve().parents[3]
 PARTS = ("hysparse_megatron", "kernels", "launch", "conf")
@@ -41,7 +41,7 @@ def test_a_job_runs_what_was_submitted(tmp_path: Path) -> None:
     environment = {
         **os.environ,
         "PATH": f"{programs}:{os.environ['PATH']}",
-        "PYTHONPATH": f"{checkout / 'kernels'}",
+        "PYTHONPATH": import_path(checkout / "kernels"),
         "GIT_CEILING_DIRECTORIES": str(tmp_path),
         "ASKED": str(asked),
         "SLURM_JOB_ID": "7",
