@@ -2,11 +2,15 @@
 
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from math import lcm
 from pathlib import Path
+from typing import Any
 
+import hydra
 import pytest
+from omegaconf import OmegaConf
 
 from hysparse_megatron.architecture.layout import parse_layout
 from hysparse_megatron.architecture.stages import live_oracle, stage_layers
@@ -93,6 +97,41 @@ def test_overrides_win_over_presets() -> None:
     assert config.train.precision is Precision.bf16
     assert config.train.steps == 7
     assert config.run_dir == "runs/other"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train.steps=7", "experiment=recipe_160m"],
+        ["experiment=recipe_160m", "train.steps=7", "train.steps=8"],
+        ["+data.evaluation.code=x", "++model.window=5", "data.evaluation.prose=y"],
+        ["~data.evaluation", "model=tiny_full", "model.layout=F F"],
+        ["model={layout: F}", "train.batch_ramp=[1,2,3]", "checkpoint=null"],
+        ["train.steps=${optim.warmup_steps}", "name='${model.layout} a'"],
+        ["checkpoint@train=default"],
+        ["+model@other=tiny_full"],
+        ["train.nonsense=1"],
+        ["+train.steps=1"],
+        ["~train.nonsense"],
+        ["experiment=nowhere"],
+        ["train.steps="],
+        ["train.steps=[1"],
+    ],
+)
+def test_presets_and_values_come_together_as_hydra_puts_them(words: list[str]) -> None:
+    """Presets are read once for many values, which Hydra's own composition does not do."""
+
+    def outcome(way: Callable[[], Any]) -> Any:
+        try:
+            return way()
+        except Exception as error:
+            return type(error)
+
+    def by_hydra() -> Any:
+        return OmegaConf.to_container(hydra.compose("config", overrides=words), resolve=True)
+
+    with hydra.initialize_config_dir(config_dir=str(config_directory()), version_base="1.3"):
+        assert outcome(lambda: compose_module._compose_tree((), words)) == outcome(by_hydra)
 
 
 @pytest.mark.parametrize("plus", ["+", "++"])
