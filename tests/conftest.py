@@ -5,8 +5,6 @@ and torch as they are; fixtures that outlive a test take `session_seed`. HYSPARS
 all randomized tests, and no others, with the m seeds from HYSPARSE_TEST_SEED on: `make test-seeds`.
 """
 
-from __future__ import annotations
-
 import gc
 import os
 import random

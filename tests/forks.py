@@ -5,8 +5,6 @@ itself may break: imports and their order, seeds of hashes, an interpreter's opt
 tests about those, of wheels, of torchrun and of Slurm are started afresh.
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import functools

@@ -1,7 +1,5 @@
 """Token files of made-up documents, by Megatron's own writer."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 import numpy as np

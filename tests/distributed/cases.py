@@ -4,8 +4,6 @@ Big enough for several blocks per sequence and two oracles with readers, small e
 steps in seconds.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass, field
 from typing import Any

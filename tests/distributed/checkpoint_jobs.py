@@ -1,7 +1,5 @@
 """What one rank does in the tests of checkpoints; runs inside a worker, like `ranks.py`."""
 
-from __future__ import annotations
-
 import contextlib
 import pickle
 import resource

@@ -1,7 +1,5 @@
 """What "trains like one process" means, as numbers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """One pool of processes and one reference run per model, for the whole session."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 

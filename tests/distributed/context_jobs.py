@@ -1,7 +1,5 @@
 """What one rank does in the tests of context parallelism; runs inside a worker of `pool.py`."""
 
-from __future__ import annotations
-
 from collections import Counter
 from typing import Any
 from unittest import mock

@@ -3,8 +3,6 @@
 Shapes: S sequence, B micro-batch, M micro-batches.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

@@ -7,8 +7,6 @@ or a timeout all workers are killed: a rank that waits in a collective for a dea
 brought back.
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import ctypes

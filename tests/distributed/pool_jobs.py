@@ -1,7 +1,5 @@
 """Jobs for the tests of the pool itself; they import no megatron-core, so they start quickly."""
 
-from __future__ import annotations
-
 import os
 import time
 

@@ -1,7 +1,5 @@
 """One start of a whole run in workers of the pool."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock

@@ -1,7 +1,5 @@
 """What one rank does in the tests of the probe; runs inside a worker of `pool.py`."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 

@@ -4,8 +4,6 @@ Everything here runs inside a worker of `pool.py`; results are NumPy arrays and 
 Shapes: S sequence, B micro-batch, M micro-batches, HKV KV groups on the rank, K selected, N blocks.
 """
 
-from __future__ import annotations
-
 import contextlib
 import re
 from collections import defaultdict

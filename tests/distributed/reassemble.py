@@ -1,7 +1,5 @@
 """Parameters, gradients and selections of all ranks put together as one process would have them."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 

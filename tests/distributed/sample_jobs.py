@@ -1,7 +1,5 @@
 """What one rank does in the test of written texts; runs inside a worker of `pool.py`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What one rank does in the tests of slow ranks; runs inside a worker of `pool.py`."""
 
-from __future__ import annotations
-
 import os
 import time
 from typing import Any

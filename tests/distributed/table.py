@@ -1,7 +1,5 @@
 """The table of compared layouts at the end of a session, from the reports of all its workers."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import pytest

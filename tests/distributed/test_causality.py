@@ -5,8 +5,6 @@ a change of token t every loss before position t must be what it was; with docum
 every loss after the end of its document.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Checkpoints: any layout can load them; how several ranks write them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What context-parallel ranks send each other, and that a hybrid block sends it once."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections import Counter
 

@@ -1,7 +1,5 @@
 """What is exported does not depend on the ranks that saved it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

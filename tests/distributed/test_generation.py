@@ -1,7 +1,5 @@
 """Checkpoints of any layout generate on one process, and on tensor ranks alike."""
 
-from __future__ import annotations
-
 import random
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a rank keeps, where, and sends: ranks that share a KV group, and activations on the host."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace

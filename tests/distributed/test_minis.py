@@ -1,7 +1,5 @@
 """The thin twins of the paper's models, at full depth: like one process, and learning real text."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

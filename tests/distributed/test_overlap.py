@@ -1,7 +1,5 @@
 """What data-parallel ranks send beside computing: when they do, and that it changes nothing."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """Every parallel layout trains like one process: losses, grad norms, gradients and selections."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from dataclasses import replace

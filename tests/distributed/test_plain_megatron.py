@@ -1,7 +1,5 @@
 """`examples/plain_megatron.py` trains as this project's own loop does, and is short."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 import socket

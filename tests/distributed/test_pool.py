@@ -1,7 +1,5 @@
 """The pool reports what went wrong, recovers from it, and leaves nothing behind."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 

@@ -1,7 +1,5 @@
 """Whole runs that stop and go on with other batch sizes and ranks: nothing twice, nothing never."""
 
-from __future__ import annotations
-
 import json
 import random
 from pathlib import Path

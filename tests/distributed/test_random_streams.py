@@ -1,7 +1,5 @@
 """Random numbers agree between ranks where they must, and differ where they must."""
 
-from __future__ import annotations
-
 import itertools
 
 import numpy as np

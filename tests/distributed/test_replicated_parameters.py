@@ -4,8 +4,6 @@ megatron-core sums the gradient of such a parameter over ranks only if it is mar
 forgotten mark lets the ranks drift apart without an error.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

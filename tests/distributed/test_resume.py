@@ -1,7 +1,5 @@
 """The same layout goes on from a checkpoint bit by bit, with dropout, in everything it has."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

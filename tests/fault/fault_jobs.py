@@ -1,7 +1,5 @@
 """What one rank does in the tests of bad steps; runs inside a worker of `tests/distributed`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """Random inputs of attention on a GPU, and how far one result is from another."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

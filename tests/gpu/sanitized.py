@@ -6,8 +6,6 @@ synccheck too; racecheck with HYSPARSE_HOPPER=0, as it does not follow the memor
 the warps of the Hopper kernels hand data over, and complains of cuDNN's too. None of those runs.
 """
 
-from __future__ import annotations
-
 import random
 import sys
 

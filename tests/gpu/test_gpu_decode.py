@@ -1,7 +1,5 @@
 """The decode kernels on a GPU against the reference: every type and size, repeats, graphs."""
 
-from __future__ import annotations
-
 import random
 
 import pytest

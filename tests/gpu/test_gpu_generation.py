@@ -1,7 +1,5 @@
 """Decode steps recorded as a CUDA graph against those launched one by one."""
 
-from __future__ import annotations
-
 import dataclasses
 import random
 from collections.abc import Iterator

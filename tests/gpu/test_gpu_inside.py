@@ -1,7 +1,5 @@
 """Looking inside a run on a GPU: profiles, a memory snapshot, runs that repeat bit for bit."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import pickle

@@ -1,7 +1,5 @@
 """What only a GPU can show of the kernels: bitwise repeats, 64-bit offsets, no host in the way."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 

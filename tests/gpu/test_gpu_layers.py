@@ -3,8 +3,6 @@
 Without a GPU and Transformer Engine every test here is skipped.
 """
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Iterator
 

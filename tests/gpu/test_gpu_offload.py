@@ -3,8 +3,6 @@
 `pytest -s` shows what was measured.
 """
 
-from __future__ import annotations
-
 import gc
 import time
 from dataclasses import dataclass

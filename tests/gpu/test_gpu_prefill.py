@@ -1,7 +1,5 @@
 """Prompts in chunks on a GPU against one piece in fp64: every type and kind of cache, no waits."""
 
-from __future__ import annotations
-
 import random
 
 import pytest

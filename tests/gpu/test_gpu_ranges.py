@@ -1,7 +1,5 @@
 """Ranges of queries on a GPU: the fast kernels against the fp64 reference and the square call."""
 
-from __future__ import annotations
-
 import itertools
 import random
 from typing import Any, NamedTuple

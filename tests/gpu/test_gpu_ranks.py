@@ -3,8 +3,6 @@
 With fewer than two GPUs every test here is skipped.
 """
 
-from __future__ import annotations
-
 import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path

@@ -5,8 +5,6 @@
 bf16 numbers are wrong, so that bf16 is left to tests/gpu.
 """
 
-from __future__ import annotations
-
 import random
 import sys
 from dataclasses import dataclass

@@ -4,8 +4,6 @@
 interpreter (TRITON_INTERPRET=1) in fp32.
 """
 
-from __future__ import annotations
-
 import random
 import sys
 

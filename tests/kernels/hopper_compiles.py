@@ -3,8 +3,6 @@
 What runs is the launching code itself, on CPU tensors, with launches turned into compilations.
 """
 
-from __future__ import annotations
-
 import functools
 
 import torch

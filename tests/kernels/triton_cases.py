@@ -4,8 +4,6 @@
 in Triton's interpreter (TRITON_INTERPRET=1) in fp32, where rounding cannot hide a mistake.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import random

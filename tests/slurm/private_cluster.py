@@ -1,7 +1,5 @@
 """A Slurm of our own: one controller and two nodes on this machine, from the system's packages."""
 
-from __future__ import annotations
-
 import contextlib
 import getpass
 import json

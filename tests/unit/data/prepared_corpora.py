@@ -1,7 +1,5 @@
 """Corpora and requests for the tests of preparation."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import json

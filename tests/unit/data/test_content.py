@@ -1,7 +1,5 @@
 """Token files that hold something else than their card says, in small files and in large ones."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import time

@@ -1,7 +1,5 @@
 """The sets of `data.evaluation`: prepared folders and text, in the tokenizer of the run."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Which samples an evaluation reads: from all over the split, however they are computed."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Every kind of input gives the same documents, wherever it is cut."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import os

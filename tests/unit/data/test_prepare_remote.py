@@ -1,7 +1,5 @@
 """Sources that are no files of this machine: streams, memory, an object store."""
 
-from __future__ import annotations
-
 import io
 import json
 import tracemalloc

@@ -1,7 +1,5 @@
 """Kills, several workers, faults of the disk, and what an output folder may be."""
 
-from __future__ import annotations
-
 import fcntl
 import json
 import random

@@ -1,7 +1,5 @@
 """Tokenizers a corpus can be prepared with."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

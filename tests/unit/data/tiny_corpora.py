@@ -1,7 +1,5 @@
 """Small corpora for the data tests."""
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Callable

@@ -3,8 +3,6 @@
 On a CPU, where the same hooks copy to other memory of the machine.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable
 from typing import Any

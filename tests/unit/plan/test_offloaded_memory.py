@@ -1,7 +1,5 @@
 """What plans say of activations that wait in host memory."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

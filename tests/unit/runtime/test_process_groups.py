@@ -1,7 +1,5 @@
 """Process groups leave nothing behind."""
 
-from __future__ import annotations
-
 import os
 
 from hysparse_megatron.config.schema import ParallelConfig

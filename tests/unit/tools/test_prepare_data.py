@@ -1,7 +1,5 @@
 """`python -m tools.prepare_data`: its options, exit codes, signals and memory."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal
