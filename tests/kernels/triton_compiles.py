@@ -92,7 +92,7 @@ def main() -> None:
     assert set(compiled) == {
         "forward_kernel", "dq_kernel", "dkv_kernel", "group_scores_kernel", "topk_kernel",
         "forward_index_kernel", "map_kernel", "count_kernel", "compact_kernel", "work_item_kernel",
-        "_forward", "_backward",
+        "_forward", "_backward", "_sink_kernel",
     }  # fmt: skip
     print(f"{compiled.total()} compiled with triton {triton.__version__}")
 

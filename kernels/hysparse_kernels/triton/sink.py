@@ -20,14 +20,14 @@ def sink_gradient(sink: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     """
     gradient = torch.empty_like(sink)
     batch, groups, heads, sequence = delta.shape
-    _kernel[(groups * heads,)](
+    _sink_kernel[(groups * heads,)](
         sink, lse, delta, gradient, *delta.stride(), batch, heads, sequence, ROWS=_ROWS
     )
     return gradient
 
 
 @triton.jit(do_not_specialize=["d_b", "d_g", "d_h", "d_s", "batch", "heads", "sequence"])
-def _kernel(
+def _sink_kernel(
     sink, lse, delta, gradient, d_b, d_g, d_h, d_s, batch, heads, sequence, ROWS: tl.constexpr
 ):  # fmt: skip
     head = tl.program_id(0)
