@@ -38,8 +38,9 @@ def _call(
     value_dim: int,
     cu_seqlens: Tensor | None = None,
     queries: QueryRange | None = None,
+    optional: bool = True,
 ) -> None:
-    """Forward and backward of one mode, one group."""
+    """Forward and backward of one mode, one group; with selection or sinks where `optional`."""
 
     def tensor(count: int, width: int, length: int = 200) -> Tensor:
         return torch.zeros(1, length, count, width, dtype=torch.bfloat16)
@@ -47,12 +48,13 @@ def _call(
     length = 200 if queries is None else queries.queries
     query, key, value = tensor(heads, head_dim, length), tensor(1, head_dim), tensor(1, value_dim)
     indices = torch.zeros(1, 1, length, 2, dtype=torch.int32)
-    lists, sink, selector = None, torch.zeros(heads), None
+    lists, sink, selector = None, torch.zeros(heads) if optional else None, None
     if mode == portable.BLOCKS:
         lists = build_block_lists(indices, heads, 64, cu_seqlens, queries, with_triton=False)
         cu_seqlens = None
     if mode == portable.CAUSAL:
-        sink, selector = None, Selector(SelectionRule(64, 2), 200, cu_seqlens, queries)
+        sink = None
+        selector = Selector(SelectionRule(64, 2), 200, cu_seqlens, queries) if optional else None
     schedule = KeySchedule(
         mode, keys=64, window=100, lists=lists, cu_seqlens=cu_seqlens, queries=queries
     )
@@ -80,6 +82,11 @@ def main() -> None:
     _call(portable.WINDOW, 16, 128, 128, packed, part)
     _call(portable.BLOCKS, 16, 128, 128, None, part)
     _call(portable.BLOCKS, 4, 192, 128, packed, part)
+    # Full layers and recompute select nothing; sinks are a setting.
+    _call(portable.CAUSAL, 4, 128, 128, optional=False)
+    _call(portable.CAUSAL, 16, 192, 128, packed, part, optional=False)
+    _call(portable.WINDOW, 4, 128, 128, optional=False)
+    _call(portable.BLOCKS, 16, 192, 128, packed, optional=False)
     assert set(compiled) == {"oracle_kernel", "forward_kernel", "dq_kernel", "dkv_kernel"}
     print(f"{len(compiled)} compiled for sm_90a with triton {triton.__version__}")
 

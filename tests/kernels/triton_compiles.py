@@ -30,8 +30,9 @@ def _call(
     block_size: int,
     cu_seqlens: torch.Tensor | None,
     queries: QueryRange | None = None,
+    optional: bool = True,
 ) -> None:
-    """Forward and backward of every operation, two groups."""
+    """Forward and backward of every operation, two groups; selection, sinks where `optional`."""
     length = 200 if queries is None else queries.queries
 
     def tensor(count: int, width: int, tokens: int = length) -> torch.Tensor:
@@ -39,7 +40,7 @@ def _call(
 
     query = tensor(2 * heads, dims[0])
     key, value = tensor(2, dims[0], 200), tensor(2, dims[1], 200)
-    sink = torch.zeros(2 * heads, requires_grad=True)
+    sink = torch.zeros(2 * heads, requires_grad=True) if optional else None
     start, accumulate = 0, None
     if queries is not None:
         start, accumulate = queries.start, KeyValueGradients()
@@ -50,7 +51,7 @@ def _call(
     lists = build_block_lists(indices, heads, block_size, cu_seqlens, queries, with_triton=False)
     outputs = []
     for keys, its_sink in (
-        (CausalKeys(SelectionRule(block_size, 2)), None),
+        (CausalKeys(SelectionRule(block_size, 2), select=optional), None),
         (SelectedKeys(indices, block_size, lists), sink),
         (WindowKeys(100), sink),
     ):
@@ -60,7 +61,7 @@ def _call(
         )  # fmt: skip
         outputs.append(attend(call).output)
     torch.cat(outputs).sum().backward()
-    if queries is not None:
+    if queries is not None or not optional:
         return
     block_topk(torch.zeros(3, 40), 4)
     for width in (1, dims[1]):
@@ -89,6 +90,7 @@ def main() -> None:
     packed = torch.tensor([0, 50, 50, 200], dtype=torch.int32)
     _call(3, (96, 64), 32, packed)
     _call(4, (64, 64), 32, packed, QueryRange(30, 100, 200))
+    _call(4, (128, 128), 64, packed, optional=False)
     assert set(compiled) == {
         "forward_kernel", "dq_kernel", "dkv_kernel", "group_scores_kernel", "topk_kernel",
         "forward_index_kernel", "map_kernel", "count_kernel", "compact_kernel", "work_item_kernel",

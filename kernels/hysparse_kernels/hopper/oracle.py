@@ -220,8 +220,11 @@ def _consumer(
         q2 = flat(q2_smem.index(HALF), 64, 64)
     row = gl.arange(0, 64, layout=s_row)
     column = gl.arange(0, KEYS, layout=gl.SliceLayout(0, s_layout))
-    rows = scratch + (gl.program_id(0).to(gl.int64) * 2 + HALF) * 64 * (num_blocks + 1)
-    row_scratch = rows + 64
+    rows = scratch  # none without scores
+    row_scratch = scratch
+    if SCORES:
+        rows = scratch + (gl.program_id(0).to(gl.int64) * 2 + HALF) * 64 * (num_blocks + 1)
+        row_scratch = rows + 64
     step = 0
     turn = 0
     for item in range(gl.cdiv(items, programs)):
