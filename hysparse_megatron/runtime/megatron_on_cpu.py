@@ -7,10 +7,8 @@ nothing where CUDA is used.
 
 1. `torch.cuda.current_device`, `synchronize`, `Stream`, `current_stream` and friends: inert
    stand-ins.
-2. A `TorchFunctionMode` that turns CUDA devices in tensor factories, `.cuda()` and `.to()` into CPU
-   and lets `Tensor.type()` answer with the CUDA name that the distributed optimizer compares with.
-   PyTorch does not run such a mode inside a backward pass; everything megatron-core calls there
-   goes through the stand-ins of point 1.
+2. Tensor factories, `.cuda()` and `.to()` take the CPU for a CUDA device, and `Tensor.type()`
+   answers with the CUDA name that the distributed optimizer compares with.
 3. The "CUDA generator" is PyTorch's CPU generator, so that the tensor-parallel random streams are
    real: forked, different between ranks, restored by activation recompute.
 4. Experts are sent split sizes as NumPy arrays, which megatron-core makes of CUDA tensors only and
@@ -24,32 +22,31 @@ nothing where CUDA is used.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy
 import torch
-from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 
 _CPU = torch.device("cpu")
 
-_FACTORIES = frozenset(
-    {
-        torch.arange,
-        torch.empty,
-        torch.empty_like,
-        torch.empty_strided,
-        torch.full,
-        torch.full_like,
-        torch.ones,
-        torch.ones_like,
-        torch.rand,
-        torch.randn,
-        torch.randint,
-        torch.tensor,
-        torch.zeros,
-        torch.zeros_like,
-    }
+_FACTORIES = (
+    "arange",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "full",
+    "full_like",
+    "ones",
+    "ones_like",
+    "rand",
+    "randn",
+    "randint",
+    "tensor",
+    "zeros",
+    "zeros_like",
 )
 
 
@@ -59,29 +56,43 @@ def _names_cuda(device: Any) -> bool:
     return isinstance(device, str) and device.startswith("cuda")
 
 
-class _CudaIsCpu(TorchFunctionMode):
-    """Answers requests for CUDA tensors with CPU tensors."""
+def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with the CPU for a CUDA device."""
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in _FACTORIES:
-            if _names_cuda(kwargs.get("device")):
-                kwargs = {**kwargs, "device": _CPU}
-        elif func is torch.Tensor.cuda:
-            return args[0]
-        elif func is torch.Tensor.to:
-            if _names_cuda(kwargs.get("device")):
-                kwargs = {**kwargs, "device": _CPU}
-            args = tuple(_CPU if _names_cuda(argument) else argument for argument in args)
-        elif func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            return func(*args).replace("torch.", "torch.cuda.", 1)
-        return func(*args, **kwargs)
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if _names_cuda(kwargs.get("device")):
+            kwargs["device"] = _CPU
+        if len(args) > 1 and _names_cuda(args[1]):  # of a tensor's `to`
+            args = (args[0], _CPU, *args[2:])
+        return function(*args, **kwargs)
+
+    return call
+
+
+def _cuda_type(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A tensor's `type`, with the name of the CUDA type."""
+
+    @functools.wraps(function)
+    def call(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            return function(tensor, *args, **kwargs)
+        return function(tensor).replace("torch.", "torch.cuda.", 1)
+
+    return call
+
+
+def _replace_functions() -> None:
+    """Not a `TorchFunctionMode`, which every operation would go through: a fifth of a small step.
+
+    Modes such as `with torch.device("meta")` see the functions behind these, as before.
+    """
+    _device_constructors()  # keeps those that it finds at its first call
+    for name in _FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    torch.Tensor.to = _on_cpu(torch.Tensor.to)  # type: ignore[assignment]
+    torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor  # type: ignore[assignment]
+    torch.Tensor.type = _cuda_type(torch.Tensor.type)  # type: ignore[assignment]
 
 
 class _Event:
@@ -206,7 +217,6 @@ def install() -> bool:
     megatron_random._set_cuda_rng_state = _set_cpu_generator_state
     megatron_random._CUDA_RNG_STATE_TRACKER = _make_tracker()
     megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
-    # Entered for the life of the process: megatron-core asks for CUDA tensors at any time.
-    _CudaIsCpu().__enter__()
+    _replace_functions()
     _installed = True
     return True

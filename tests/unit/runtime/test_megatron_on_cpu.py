@@ -28,20 +28,16 @@ def tracker(seed: int) -> Any:
     return made
 
 
-def modes() -> int:
-    return torch._C._len_torch_function_stack()
-
-
 def test_installing_twice_changes_nothing_more() -> None:
     from megatron.core.tensor_parallel import random as megatron_random
 
-    before = modes(), torch.cuda.current_device, megatron_random._CUDA_RNG_STATE_TRACKER
+    def replaced() -> tuple[Any, ...]:
+        tracker = megatron_random._CUDA_RNG_STATE_TRACKER
+        return torch.empty, torch.Tensor.to, torch.cuda.current_device, tracker
+
+    before = replaced()
     assert megatron_on_cpu.install()
-    assert (
-        modes(),
-        torch.cuda.current_device,
-        megatron_random._CUDA_RNG_STATE_TRACKER,
-    ) == before
+    assert replaced() == before
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1", torch.device("cuda"), torch.device("cuda:0")])
@@ -90,6 +86,16 @@ def test_moves(device: Any) -> None:
     x.requires_grad_()
     x.cuda().sum().backward()
     assert torch.equal(x.grad, torch.ones(3))
+
+
+def test_devices_of_contexts() -> None:
+    """A model without memory is built in one, with factories that are no functions of PyTorch's."""
+    with torch.device("meta"):
+        assert torch.empty(2).device.type == "meta"
+        assert torch.zeros_like(torch.ones(2)).device.type == "meta"
+        assert torch.nn.Linear(2, 3).weight.device.type == "meta"
+        assert torch.empty(2, device="cuda").device.type == "cpu"
+    assert torch.empty(2).device.type == "cpu"
 
 
 def test_type_names_are_those_of_cuda() -> None:
