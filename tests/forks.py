@@ -8,6 +8,7 @@ tests about those, of wheels, of torchrun and of Slurm are started afresh.
 import atexit
 import contextlib
 import functools
+import gc
 import io
 import json
 import os
@@ -279,8 +280,15 @@ if __name__ == "__main__":
     from tests import forks
 
     quiet_libraries()
+    import hysparse_kernels.triton.topk  # noqa: F401
+    import megatron.core.models.mimo.optimizer  # noqa: F401 - as building any optimizer does
+    import transformers.models.llama.configuration_llama  # noqa: F401
+
     import hysparse_megatron.training.run  # noqa: F401
     import tests.distributed.ranks  # noqa: F401
 
+    # Collections of forks would look at all that was imported, and so copy it.
+    gc.collect()
+    gc.freeze()
     forks.serve(socket.socket(fileno=int(sys.argv[1])))
     os._exit(0)

@@ -117,7 +117,7 @@ def test_a_batch_costs_next_to_nothing_of_a_quickstart_step(
         f"model.vocab_size={quickstart.data.tokenizer_vocab_size}",
         "data.tokenizer_vocab_size=300",
         "data.validation_fraction=0.2",
-        "train.steps=6",
+        "train.steps=4",
         "train.eval_batches=1",
         "optim.warmup_steps=1",
         "optim.decay_steps=1",
