@@ -22,7 +22,7 @@ from tests.kernels.drawn_cases import Inputs
 pytestmark = pytest.mark.usefixtures("seed")
 SELECTED = 4
 SHAPES = ((32, 2, 128, 128), (8, 2, 64, 64), (16, 1, 192, 128), (4, 4, 128, 64), (64, 1, 128, 128))
-NAMES = ("oracle", "block-sparse", "window")
+NAMES = ("oracle", "causal", "block-sparse", "window")
 
 
 class Results(NamedTuple):
@@ -48,7 +48,7 @@ def attend(
     leaves = [tensor.detach().requires_grad_() for tensor in inputs[:4]]
     query, key, value, sink = leaves
     shared = accumulate.attach(key, value)
-    outputs, selected, sink_used = [], [], name != "oracle"
+    outputs, selected, sink_used = [], [], name in NAMES[2:]
     for start, stop in ranges:
         own: dict[str, Any] = {
             "query_start": start, "cu_seqlens": cu_seqlens, "backend": backend,
@@ -58,11 +58,12 @@ def attend(
             outputs.append(sliding_window_attention(part, *shared, window=window, sink=sink, **own))
             continue
         own |= {"block_size": BLOCK, "accumulate": accumulate}
-        if name == "oracle":
+        if name in ("oracle", "causal"):
+            own["select"] = name == "oracle"
             found = oracle_attention(part, *shared, num_selected=SELECTED, **own)
             outputs.append(found.output)
-            assert found.block_indices is not None
-            selected.append(found.block_indices)
+            if found.block_indices is not None:
+                selected.append(found.block_indices)
             continue
         chosen = indices[:, :, start:stop].contiguous()
         lists = prepare_selection(
@@ -125,7 +126,8 @@ def test_ranges_equal_the_reference(
         ours, exact = getattr(got, field), getattr(wanted, field)
         if exact is not None:
             assert error(ours, exact) < 1e-2, field
-    if got.indices is not None:
+    if name == "oracle":
+        assert got.indices is not None
         square = attend(name, inputs, [(0, length)], *common, "triton").indices
         assert square is not None
         assert torch.equal(got.indices, torch.cat([square[:, :, a:b] for a, b in ranges], 2))
