@@ -59,8 +59,8 @@ class Case:
 
     @property
     def planned_tokens_per_second(self) -> float:
-        """By the planner, which knows the speed of a device only if `cluster` is set: a ratio to
-        another case says more than the number."""
+        """By the planner, which knows links only if `cluster` is set: a ratio to another case says
+        more than the number."""
         return self.tokens / self.overview.time.seconds
 
     @property
@@ -112,6 +112,8 @@ def slice_config(
         overrides.append(f"model.moe.num_experts={options.experts}")
     if options.vocab is not None:
         overrides.append(f"model.vocab_size={options.vocab}")
+    if options.device == "cuda":  # by which the planner knows that activations are fused
+        overrides.append(f"cluster.peak_tflops={options.peak_tflops}")
     config = compose([*overrides, *split.overrides, *options.set, *more])
     if config.model.vocab_size is None:
         raise ConfigError(f"model.vocab_size: got null; give --vocab, {options.model} has none")

@@ -2,7 +2,7 @@
 
     hysparse study corpus --sources unpacked --output corpus
     hysparse study run tools/study/claims.yaml --data data --results results --work work \\
-        --minutes 25 --jobs 2
+        --minutes 25
     hysparse study table tools/study/claims.yaml --results results
 
 `--data` is a folder of datasets that hysparse prepare-data made: `train` and those that the study's

@@ -119,6 +119,18 @@ def test_flops_and_memory_are_the_planners() -> None:
     assert row.share_of_peak == pytest.approx(row.tflops / 1000)
 
 
+def test_a_gpu_is_planned_for_as_one() -> None:
+    """A CPU fuses no activations and would keep 2.7 GiB more."""
+    results = Path(child.__file__).parent / "results"
+    log = results / "2026-12-01-h200-7b_8k_trained.json"
+    sizes = "--model hysparse_7b --layers 8 --vocab 8192 --lengths 8192 --layouts full,hysparse"
+    options = parse(f"{sizes} --no-repeat --set train.recompute=none".split())
+    options.device = "cuda"
+    for case, row in zip(make_cases(options), json.loads(log.read_text())["rows"], strict=True):
+        measured = Row(case, {"memory": row["measured"]["memory"]}, peak_tflops=989.0)
+        assert measured.memory_ratio == pytest.approx(1, abs=0.03)
+
+
 def test_batches_are_those_of_training() -> None:
     overrides = ["train.seq_length=24", "train.micro_batch_size=2", "train.global_batch_size=6"]
     config = compose(["model=hysparse_7b_mini", "model.vocab_size=90", *overrides])
