@@ -11,13 +11,11 @@ from unittest import mock
 
 import numpy as np
 import torch
-from megatron.core.tensor_parallel import random as megatron_random
 from torch import Tensor
 
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.model import attend
 from hysparse_megatron.model.layer import HySparseLayer
-from hysparse_megatron.runtime import megatron_on_cpu
 from hysparse_megatron.training.state import TrainingState
 from hysparse_megatron.training.step import evaluate, train_step
 from tests.distributed.ranks import (
@@ -148,19 +146,3 @@ def initial_weights(rank: int, config: Config) -> tuple[Place, dict[str, Piece]]
     """The rank's weights before the first step."""
     state = prepare(config)
     return place_of(state), pieces(state, lambda parameter: parameter)
-
-
-def installed_twice(rank: int) -> tuple[bool, list[int], list[int]]:
-    """Whether a second `install()` says it is active, and what was installed before and after."""
-    megatron_on_cpu.install()
-    before = _installed()
-    return megatron_on_cpu.install(), before, _installed()
-
-
-def _installed() -> list[int]:
-    return [
-        len(torch.overrides._get_current_function_mode_stack()),
-        id(megatron_random.get_cuda_rng_tracker()),
-        id(torch.cuda.current_device),
-        id(torch.cuda.current_stream),
-    ]

@@ -4,10 +4,8 @@ import itertools
 
 import numpy as np
 import pytest
-import torch
 
 from hysparse_megatron.config.schema import Precision, Recompute
-from hysparse_megatron.runtime import megatron_on_cpu
 from tests.distributed.cases import (
     EXPERTS,
     HALF_BATCH,
@@ -17,7 +15,7 @@ from tests.distributed.cases import (
     random_tokens,
     without_cuts,
 )
-from tests.distributed.jobs import DropoutRun, dropout_in_steps, initial_weights, installed_twice
+from tests.distributed.jobs import DropoutRun, dropout_in_steps, initial_weights
 from tests.distributed.pool import WorkerPool
 from tests.distributed.ranks import train
 from tests.distributed.reassemble import whole
@@ -170,21 +168,3 @@ def test_layers_do_not_start_alike(pool: WorkerPool) -> None:
     [(_, weights)] = pool.run(1, initial_weights, config=Case("one-process").config())
     values = [weights[f"decoder.layers.{layer}.mlp.linear_fc1.weight"].value for layer in range(8)]
     assert_nothing_shared(values[:4], values[4:])
-
-
-def test_adaptations_leave_a_machine_with_cuda_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(megatron_on_cpu, "_installed", False)
-    before = (torch.cuda.current_device, torch.cuda.synchronize, torch.cuda.current_stream)
-    modes = len(torch.overrides._get_current_function_mode_stack())
-    assert megatron_on_cpu.install() is False
-    assert not megatron_on_cpu.is_active()
-    assert before == (torch.cuda.current_device, torch.cuda.synchronize, torch.cuda.current_stream)
-    assert len(torch.overrides._get_current_function_mode_stack()) == modes
-
-
-def test_adaptations_are_installed_once(pool: WorkerPool) -> None:
-    [(active, before, after)] = pool.run(1, installed_twice)
-    assert active
-    assert before == after
-    assert before[0] == 1

@@ -28,15 +28,25 @@ def tracker(seed: int) -> Any:
     return made
 
 
-def test_installing_twice_changes_nothing_more() -> None:
+def replaced() -> tuple[Any, ...]:
     from megatron.core.tensor_parallel import random as megatron_random
 
-    def replaced() -> tuple[Any, ...]:
-        tracker = megatron_random._CUDA_RNG_STATE_TRACKER
-        return torch.empty, torch.Tensor.to, torch.cuda.current_device, tracker
+    tracker = megatron_random._CUDA_RNG_STATE_TRACKER
+    return torch.empty, torch.Tensor.to, torch.cuda.current_device, tracker
 
+
+def test_installing_twice_changes_nothing_more() -> None:
     before = replaced()
     assert megatron_on_cpu.install()
+    assert replaced() == before
+
+
+def test_a_machine_with_cuda_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(megatron_on_cpu, "_installed", False)
+    before = replaced()
+    assert megatron_on_cpu.install() is False
+    assert not megatron_on_cpu.is_active()
     assert replaced() == before
 
 
