@@ -59,7 +59,7 @@ test-seeds: $(STAMP) ## Run TESTS, those that draw random numbers, with SEEDS se
 	@HYSPARSE_TEST_SEEDS=$(SEEDS) $(PY) -m pytest -q -n $(JOBS) --dist worksteal \
 		-m "$(BESIDE) and not distributed" $(TESTS) $(PYTEST_ARGS)
 
-test-fault: $(STAMP) ## Break runs in every way and look how they end (under 10 minutes)
+test-fault: $(STAMP) ## Break runs in every way and look how they end (about 5 minutes)
 	@$(PY) -m pytest -m fault tests/fault $(PYTEST_ARGS)
 
 test-slurm: $(STAMP) ## Run jobs in a private Slurm; as root installs Debian's if there is none

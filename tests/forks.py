@@ -1,8 +1,8 @@
 """Commands as forks of one process that has imported what they all import: seconds less each.
 
 A fork is a process like any other: of its own session, memory and end. It cannot show what a start
-itself may break: imports and their order, seeds of hashes, an interpreter's options. Commands of
-tests about those, of wheels, of torchrun and of Slurm are started afresh.
+itself may break: imports and their order, seeds of hashes, an interpreter's options and variables.
+Commands of tests about those, of wheels, of torchrun and of Slurm are started afresh.
 """
 
 import atexit
@@ -27,8 +27,8 @@ from typing import Any, NoReturn
 ROOT = Path(__file__).resolve().parents[1]
 _MOST_BYTES = 1 << 20
 _Popen = subprocess.Popen  # in tests, another may take its place
-COMMAND_LINE = "command line"
-"""A file in memory that holds it, open in every fork: what `ps` shows is the server's."""
+COMMAND_LINE, ENVIRONMENT = "command line", "environment"
+"""Files in memory that hold them, open in every fork: what `ps` shows is the server's."""
 
 
 class Fork:
@@ -208,8 +208,9 @@ def _become(request: dict[str, Any], descriptors: list[int]) -> NoReturn:
 
 def run_python(words: Sequence[str]) -> NoReturn:
     """End this process as `python *words` would."""
-    line = os.memfd_create(COMMAND_LINE)
-    os.write(line, "\0".join([sys.executable, *words]).encode())
+    variables = [f"{name}={value}" for name, value in os.environ.items()]
+    for name, values in ((COMMAND_LINE, [sys.executable, *words]), (ENVIRONMENT, variables)):
+        os.write(os.memfd_create(name), "\0".join(values).encode())
     # The server's know what it was started with. Unbuffered, as PYTHONUNBUFFERED makes them.
     for name, number, errors in (("stdout", 1, "strict"), ("stderr", 2, "backslashreplace")):
         raw = io.FileIO(number, "w", closefd=False)

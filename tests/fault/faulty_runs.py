@@ -20,7 +20,16 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from hysparse_megatron.checkpoint.store import MANIFEST, published, step_directory, step_of
 from hysparse_megatron.runtime.faults import VARIABLE
 from hysparse_megatron.runtime.last_words import WAIT_SECONDS
-from tests.run.run_commands import LOCAL, TINY, TRAIN, Command, processes_naming, read_json, rows
+from tests.run.run_commands import (
+    LOCAL,
+    TINY,
+    TRAIN,
+    Command,
+    environment_of,
+    processes_naming,
+    read_json,
+    rows,
+)
 
 TIMEOUT = 20
 """Seconds that ranks wait for each other. Only faults that stop a rank wait for so long; imports
@@ -86,7 +95,6 @@ class FaultyRun:
                 arguments,
                 entry=LOCAL,
                 closes_after=whose_output_ends_at,
-                afresh=True,
                 **variables,
             )
         )
@@ -102,7 +110,7 @@ class FaultyRun:
             "MASTER_PORT": str(port),
         }
         arguments = [*self.settings, *overrides]
-        return self._keep(Command(arguments, entry=TRAIN, afresh=True, **place, **variables))
+        return self._keep(Command(arguments, entry=TRAIN, **place, **variables))
 
     def _keep(self, command: Command) -> Command:
         self._started.append(command)
@@ -192,9 +200,7 @@ def rank_pids(run: FaultyRun) -> list[int]:
     for line in processes_naming(f"run_dir={run.run_dir}"):
         pid, _, command = line.partition(":")
         if "-m hysparse_megatron" in command:
-            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-            (rank,) = (e for e in environment if e.startswith(b"RANK="))
-            found[int(rank.partition(b"=")[2])] = int(pid)
+            found[int(environment_of(Path("/proc") / pid)["RANK"])] = int(pid)
     return [found[rank] for rank in sorted(found)]
 
 

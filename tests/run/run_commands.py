@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from hysparse_megatron.tracking.metrics import results
-from tests.forks import COMMAND_LINE, Fork, fork_server
+from tests.forks import COMMAND_LINE, ENVIRONMENT, Fork, fork_server
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -102,7 +102,8 @@ class Command:
         output, there = os.pipe()
         self._output = os.fdopen(output)
         started = environment(**variables)
-        # CUDA outlasts no fork.
+        # Interpreters read theirs at their start; CUDA outlasts no fork.
+        afresh |= any(name.startswith("PYTHON") for name in variables)
         if afresh or torch.cuda.is_available():
             self.process: Fork | subprocess.Popen[bytes] = subprocess.Popen(
                 [sys.executable, *entry, *arguments],
@@ -208,11 +209,23 @@ def processes_naming(text: str) -> list[str]:
 
 def command_line(process: Path) -> bytes:
     """Of the process at /proc/...; that of a fork is its own. Raises OSError if it has ended."""
+    return _of_fork(process, COMMAND_LINE) or (process / "cmdline").read_bytes()
+
+
+def environment_of(process: Path) -> dict[str, str]:
+    """As `command_line`."""
+    found = _of_fork(process, ENVIRONMENT) or (process / "environ").read_bytes()
+    lines = (line.partition("=") for line in found.decode().split("\0"))
+    return {name: value for name, _, value in lines}
+
+
+def _of_fork(process: Path, name: str) -> bytes | None:
+    """One of its files in memory; None of another process."""
     for opened in (process / "fd").iterdir():
         with contextlib.suppress(FileNotFoundError):  # closed since
-            if COMMAND_LINE in os.readlink(opened):
+            if f"memfd:{name} " in os.readlink(opened):
                 return opened.read_bytes()
-    return (process / "cmdline").read_bytes()
+    return None
 
 
 def run(arguments: Sequence[str], *, code: int = 0, **settings: Any) -> str:
