@@ -169,7 +169,8 @@ def build_model(
     groups = build_process_groups(config.parallel, config.model.num_query_groups)
     layers = resolve_layers(config.model, device)
     megatron = make_megatron_config(config, layers)
-    megatron.apply_rope_fusion = False  # the fused rotation knows one position a row of tokens
+    # The fused rotation knows one position a row of tokens; prompts have many lengths to compile.
+    megatron.apply_rope_fusion = megatron.compiled_fusions = False
     (model,) = build_chunks(config, megatron, vocab_size, groups, layers, draw=False)
     # No buffer, which `to` would move; a step that is recorded must not copy it.
     model.rotary_pos_emb.inv_freq = model.rotary_pos_emb.inv_freq.to(device)

@@ -23,6 +23,7 @@ from hysparse_megatron.model.attend import Attend, Projected
 from hysparse_megatron.model.megatron_config import HySparseConfig
 from hysparse_megatron.model.norm import RMSNorm
 from hysparse_megatron.model.projection import GroupedProjection
+from hysparse_megatron.model.rotary import CompiledRotation
 from hysparse_megatron.model.sharing import Shared
 from hysparse_megatron.runtime.process_groups import RunGroups
 
@@ -116,6 +117,10 @@ class BaseAttention(MegatronModule):
             query, key = self.q_layernorm(query), self.k_layernorm(key)
         if rotary_pos_emb is None:
             return query, key
+        if self.config.compiled_fusions:
+            scale = self.config.architecture.rope_scaling.attention_scale
+            turn = rotary_pos_emb.cos() * scale, rotary_pos_emb.sin() * scale
+            return CompiledRotation.apply(query, *turn), CompiledRotation.apply(key, *turn)
         return tuple(  # type: ignore[return-value]
             apply_rotary_pos_emb(
                 tensor,

@@ -25,6 +25,7 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor
 from torch.profiler import record_function
 
+from hysparse_megatron.model.loss import CompiledCrossEntropy
 from hysparse_megatron.runtime.annotations import LOSS
 
 
@@ -112,6 +113,9 @@ class LanguageModel(HybridModel):
         """
         self._padding(logits.detach()).fill_(torch.finfo(logits.dtype).min)
         with record_function(LOSS):
+            if self.config.compiled_fusions:
+                losses = CompiledCrossEntropy.apply(logits, labels.t(), self.pg_collection.tp)
+                return losses.t().contiguous()
             return super().compute_language_model_loss(labels, logits)
 
     def _padding(self, columns: Tensor) -> Tensor:

@@ -110,7 +110,8 @@ def fusions(choice: LayerChoice, model: ModelConfig, deterministic: bool = False
     """megatron-core's settings of fused operations for these layers.
 
     Those that compile with torch (activation, residual) are for CUDA: on a CPU compiling takes
-    longer than a test. megatron-core's deterministic mode refuses the fused loss.
+    longer than a test. megatron-core's deterministic mode refuses Transformer Engine's loss; where
+    the engine is not there, see `HySparseConfig.compiled_fusions`.
     """
     engine = choice.transformer_engine
     settings: dict[str, Any] = {
@@ -121,8 +122,8 @@ def fusions(choice: LayerChoice, model: ModelConfig, deterministic: bool = False
         "bias_activation_fusion": choice.on_cuda,
         # The fused rotation has no factor on cosines and sines.
         "apply_rope_fusion": engine and model.rope_scaling.attention_scale == 1.0,
-        "cross_entropy_loss_fusion": choice.on_cuda and not deterministic,
-        "cross_entropy_fusion_impl": "te" if engine else "native",
+        "cross_entropy_loss_fusion": engine and not deterministic,
+        "cross_entropy_fusion_impl": "te",
         "moe_grouped_gemm": engine and model.moe.num_experts > 0,
         "moe_permute_fusion": engine and model.moe.num_experts > 0,
     }

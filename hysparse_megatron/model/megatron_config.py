@@ -35,6 +35,10 @@ class HySparseConfig(TransformerConfig):
     init_seed: int = 0
     """Seed from which all initial weights are derived."""
 
+    compiled_fusions: bool = False
+    """Whether torch compiles what Transformer Engine has kernels for: the rotation, the loss and
+    the backward pass of norms."""
+
     recomputes_norms: bool = False
     """Whether the backward pass makes the outputs of the layers' norms again."""
 
@@ -208,6 +212,7 @@ def make_megatron_config(config: Config, layers: LayerChoice = LOCAL) -> HySpars
         **fusions(layers, model, config.debug.deterministic),
         **_point_to_point(parallel.vpp),
         **_recompute(config.train, layers),
+        compiled_fusions=layers.on_cuda and not layers.transformer_engine,
         recomputes_norms=config.train.recomputes(RecomputeModule.norm),
         offload=(
             Offload(config.train.offload_min_bytes) if config.train.offload_activations else None

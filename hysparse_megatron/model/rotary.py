@@ -1,4 +1,4 @@
-"""Frequencies of the rotary position embedding, scaled or not.
+"""The rotary position embedding: its frequencies, scaled or not, and the rotation itself.
 
 megatron-core's embedding holds what is computed here: its own computation cuts fractions of a
 head's channels off to whole numbers, knows llama3 with fixed settings alone, and its YaRN rotates
@@ -9,8 +9,10 @@ is position times frequency, and far into a text one other bit of a frequency sh
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
+from megatron.core.jit import jit_fuser
 from torch import Tensor
 
 from hysparse_megatron.architecture.model import ModelConfig
@@ -65,3 +67,32 @@ def _yarn_ramp(model: ModelConfig) -> Tensor:
         last += 0.001
     pairs = torch.arange(width // 2, dtype=torch.float32, device="cpu")
     return ((pairs - first) / (last - first)).clamp(0, 1)
+
+
+class CompiledRotation(torch.autograd.Function):
+    """What megatron-core's `apply_rotary_pos_emb` computes, in one pass each way.
+
+    For GPUs without Transformer Engine, where the plain operations read and write a query six
+    times over. Products and their sum are rounded once, to the tensor's dtype.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        """[S, B, heads, D] by fp32 [S, 1 or B, 1, rotary dim], turned by the same angle in both
+        halves of the rotated channels."""
+        ctx.save_for_backward(cosine, sine)
+        return _rotated(tensor, cosine, sine)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        """Turned back by as much."""
+        cosine, sine = ctx.saved_tensors
+        return _rotated(grad, cosine, -sine), None, None
+
+
+@jit_fuser
+def _rotated(tensor: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    width = cosine.shape[-1]
+    first, second = tensor[..., :width].chunk(2, dim=-1)
+    turned = tensor[..., :width] * cosine + torch.cat((-second, first), dim=-1) * sine
+    return torch.cat((turned.to(tensor.dtype), tensor[..., width:]), dim=-1)

@@ -245,7 +245,7 @@ def _alike(config: Config, plan: PipelinePlan, layers: list[int]) -> dict[int, i
 
 
 def head_bytes(config: Config) -> int:
-    """Bytes of the loss on the last stage: logits, softmax in fp32, and the logits' gradient.
+    """Bytes of the loss on the last stage: logits and their gradient, on a CPU probabilities too.
 
     With `train.loss_chunk` of a chunk of tokens at a time, and the hidden states of all of them.
     """
@@ -253,7 +253,7 @@ def head_bytes(config: Config) -> int:
     assert model.vocab_size is not None
     tokens, element = rank_tokens(config), element_bytes(config)
     columns = padded_vocab_size(model.vocab_size) // parallel.tp
-    per_token = columns * (2 * element + 4)
+    per_token = columns * (2 * element + (0 if _activations_are_fused(config) else 4))
     if train.loss_chunk is None:
         return tokens * per_token
     # Gathered over tensor-parallel ranks, and their gradient.

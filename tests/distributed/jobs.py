@@ -16,6 +16,7 @@ from torch import Tensor
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.model import attend
 from hysparse_megatron.model.layer import HySparseLayer
+from hysparse_megatron.model.norm import RMSNorm
 from hysparse_megatron.training.state import TrainingState
 from hysparse_megatron.training.step import evaluate, train_step
 from tests.distributed.ranks import (
@@ -38,6 +39,15 @@ def forget_sequence_parallel(state: TrainingState) -> None:
     """Make the mistake that lets tensor-parallel ranks drift apart, for one norm."""
     [chunk] = state.chunks
     del chunk.module.decoder.layers[1].input_layernorm.weight.sequence_parallel
+
+
+def compile_fusions(state: TrainingState) -> None:
+    """Compute as a GPU without Transformer Engine does; the compiler itself is off in tests."""
+    for chunk in state.chunks:
+        chunk.module.config.compiled_fusions = True
+        for module in chunk.module.modules():
+            if isinstance(module, RMSNorm):
+                module.compiled = True
 
 
 # Causality ---------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.distributed.cases import HALF_BATCH, INSIDE, Case, random_tokens
-from tests.distributed.jobs import FORGOTTEN, forget_sequence_parallel
+from tests.distributed.jobs import FORGOTTEN, compile_fusions, forget_sequence_parallel
 from tests.distributed.pool import WorkerPool
 from tests.distributed.ranks import Mutate, Piece, RankRun, train
 
@@ -44,6 +44,25 @@ def test_forgotten_mark_is_found(pool: WorkerPool, session_seed: int) -> None:
     found = disagreements(runs)
     assert f"gradient of {FORGOTTEN} in step 0" in found
     assert f"value of {FORGOTTEN}" in found
+
+
+@pytest.mark.parametrize("sp", [False, True])
+def test_compiled_fusions_round_differently_at_most(
+    sp: bool, pool: WorkerPool, session_seed: int
+) -> None:
+    """In the first step: Adam makes whole steps of what rounding leaves of a gradient of 0."""
+    case = Case("tp2-full", "2*F", tp=2, sp=sp, model=QK_NORM, train=HALF_BATCH)
+    plain = run_steps(case, pool, session_seed)
+    compiled = run_steps(case, pool, session_seed, compile_fusions)
+    for expected, found in zip(plain, compiled, strict=True):
+        assert found.losses[0] == pytest.approx(expected.losses[0], rel=1e-6)
+        assert found.grad_norms[0] == pytest.approx(expected.grad_norms[0], rel=1e-5)
+        for name, piece in expected.gradients[0].items():
+            wanted, got = piece.value, found.gradients[0][name].value
+            error = np.linalg.norm(got - wanted)
+            assert 0 <= error < 1e-5 * np.linalg.norm(wanted) + 1e-8, name
+    [first, *_] = plain
+    assert first.gradients[0].keys() == compiled[0].gradients[0].keys()
 
 
 def run_steps(

@@ -7,8 +7,9 @@ import random
 
 import pytest
 import torch
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.process_groups_config import ProcessGroupCollection
-from tiny_models import SEQUENCE, tiny_config, tiny_model
+from tiny_models import SEQUENCE, tiny_config, tiny_megatron_config, tiny_model
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -18,7 +19,8 @@ from hysparse_megatron.config.schema import Config
 from hysparse_megatron.config.validate import validate
 from hysparse_megatron.huggingface.settings import from_rope_parameters, rope_parameters
 from hysparse_megatron.model.layers import LayerChoice, fusions
-from hysparse_megatron.model.rotary import rotary_frequencies
+from hysparse_megatron.model.rotary import CompiledRotation, rotary_frequencies
+from tests.unit.single_process import DEVICE
 
 
 def fp32_error(base: float) -> float:
@@ -142,3 +144,33 @@ def test_the_fused_rotation_is_left_out_where_it_cannot_scale() -> None:
     assert not fusions(engine, accepted(yarn))["apply_rope_fusion"]
     yarn["attention_factor"] = 1.0
     assert fusions(engine, accepted(yarn))["apply_rope_fusion"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiled_rotation_is_megatron_cores(dtype: torch.dtype, rng: random.Random) -> None:
+    """Of drawn shapes, some channels not rotated; rounded once, where that rounds each product."""
+    config = tiny_megatron_config(tiny())
+    for _ in range(10):
+        length, batch, heads = rng.randint(1, 30), rng.randint(1, 3), rng.randint(1, 5)
+        width = 2 * rng.randint(1, 20)
+        rest, scale = rng.choice([0, 3]), rng.uniform(0.5, 2)
+        of_rows = rng.choice([1, batch])
+        angles = 30 * torch.randn(length, of_rows, 1, width // 2, device=DEVICE).double()
+        angles = torch.cat((angles, angles), dim=-1)
+        given = torch.randn(length, batch, heads, width + rest, device=DEVICE).to(dtype)
+        given.requires_grad_()
+        exact = given.detach().double().requires_grad_()
+        group = torch.distributed.ProcessGroup  # asked for nothing
+        expected = apply_rotary_pos_emb(exact, angles, config, mscale=scale, cp_group=group)
+        turn = (angles.cos() * scale).float(), (angles.sin() * scale).float()
+        found = CompiledRotation.apply(given, *turn)
+        direction = torch.randn_like(found)
+        found.backward(direction)
+        expected.backward(direction.double())
+        unit = max(torch.finfo(dtype).eps, 4 * 2**-24)
+        for got, wanted in ((found, expected), (given.grad, exact.grad)):
+            assert got.dtype is dtype
+            # Either half of a pair is a sum of two products.
+            bound = unit * wanted.abs() + 8 * 2**-24 * scale * exact.detach().abs().amax()
+            bound = bound + 8 * 2**-24 * scale * direction.double().abs().amax()
+            assert ((got.double() - wanted).abs() <= bound).all()

@@ -12,7 +12,7 @@ from megatron.training.determinism import (
 
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.errors import ConfigError
-from hysparse_megatron.model.layers import LayerChoice
+from hysparse_megatron.model.layers import LayerChoice, fusions
 from hysparse_megatron.model.megatron_config import make_megatron_config
 from hysparse_megatron.runtime import determinism
 
@@ -68,10 +68,9 @@ def test_an_environment_that_allows_any_order_is_refused(name: str, value: str) 
 
 
 def test_the_model_is_told() -> None:
-    """Also that its loss on a GPU is the one that repeats."""
-    on_gpu = LayerChoice(False, "", on_cuda=True)
+    """Also that its loss on a GPU is one that repeats."""
+    engine = LayerChoice(True, "", on_cuda=True)
     for value in (False, True):
         config = compose([f"debug.deterministic={value}"])
-        megatron = make_megatron_config(config, on_gpu)
-        assert megatron.deterministic_mode is value
-        assert megatron.cross_entropy_loss_fusion is not value
+        assert make_megatron_config(config).deterministic_mode is value
+        assert fusions(engine, config.model, value)["cross_entropy_loss_fusion"] is not value
