@@ -118,8 +118,7 @@ class BaseAttention(MegatronModule):
         if rotary_pos_emb is None:
             return query, key
         if self.config.compiled_fusions:
-            scale = self.config.architecture.rope_scaling.attention_scale
-            turn = rotary_pos_emb.cos() * scale, rotary_pos_emb.sin() * scale
+            turn = rotary_pos_emb.unbind()
             return CompiledRotation.apply(query, *turn), CompiledRotation.apply(key, *turn)
         return tuple(  # type: ignore[return-value]
             apply_rotary_pos_emb(

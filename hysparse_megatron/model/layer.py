@@ -28,7 +28,10 @@ class HySparseLayer(TransformerLayer):
         rotary_pos_emb: Tensor | None,
         attend: Attend,
     ) -> tuple[Tensor, Shared | None]:
-        """[S / T or S, B, C] and what the last oracle shared -> the same pair after this layer."""
+        """[S / T or S, B, C] and what the last oracle shared -> the same pair after this layer.
+
+        `rotary_pos_emb`: angles [S, 1, 1, D], with `compiled_fusions` their cosines and sines.
+        """
         with self._remade(self.input_layernorm, attend):
             normed = self.input_layernorm(hidden_states)
             attention, shared = self.self_attention(normed, shared, rotary_pos_emb, attend)

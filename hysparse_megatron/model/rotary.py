@@ -69,6 +69,12 @@ def _yarn_ramp(model: ModelConfig) -> Tensor:
     return ((pairs - first) / (last - first)).clamp(0, 1)
 
 
+def cosines_and_sines(angles: Tensor, scale: float) -> Tensor:
+    """Both of all angles, [2, ...], times `scale`: what `CompiledRotation` of every layer reads and
+    keeps for its backward pass."""
+    return torch.stack((angles.cos(), angles.sin())) * scale
+
+
 class CompiledRotation(torch.autograd.Function):
     """What megatron-core's `apply_rotary_pos_emb` computes, in one pass each way.
 

@@ -31,6 +31,7 @@ from hysparse_megatron.model.context_parallel import Shard
 from hysparse_megatron.model.megatron_config import HySparseConfig
 from hysparse_megatron.model.offload import ON_DEVICE, Keep
 from hysparse_megatron.model.regather import Regather
+from hysparse_megatron.model.rotary import cosines_and_sines
 from hysparse_megatron.model.sharing import Shared, SharedAttention, pack, unpack
 from hysparse_megatron.runtime.process_groups import RunGroups
 
@@ -123,6 +124,9 @@ class HySparseStack(MegatronModule):
         self.input_tensor = None
         if rotary_pos_emb is not None:
             rotary_pos_emb = self._shard(rotary_pos_emb.shape[0]).take(rotary_pos_emb)
+            if self.config.compiled_fusions:
+                scale = self.config.architecture.rope_scaling.attention_scale
+                rotary_pos_emb = cosines_and_sines(rotary_pos_emb, scale)
         with self._keeping(hidden, rotary_pos_emb) as keep:
             hidden, shared = self._through_layers(hidden, rotary_pos_emb, documents, attend, keep)
         if self.post_process:

@@ -89,6 +89,15 @@ def test_short_steps_are_what_the_logs_say() -> None:
     assert f"| 64 in 4 groups | {faster('8k_block_64_4')[-1]} | |" in page
 
 
+def test_steps_without_transformer_engine_are_what_the_log_says() -> None:
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    folder = ROOT / "tools" / "step_benchmark" / "results"
+    log = (folder / "2026-12-01-h200-92m_8k.txt").read_text(encoding="utf-8")
+    full, hysparse, rotation, *compiled = re.findall(r"median ([\d,]+) tokens/s", log)
+    assert f"| plain operations | {full} | {rotation} | {hysparse} |" in page
+    assert f"| all compiled | {compiled[0]} | | {compiled[1]} |" in page
+
+
 KEPT = re.findall(r"^\| (none|`full`|`\[.*\]`) \| ([\d,]+) \| ([\d.]+) \|$", PAGE, flags=re.M)
 
 

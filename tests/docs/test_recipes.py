@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import statistics
+from pathlib import Path
 
 import pytest
 import yaml
@@ -21,13 +22,32 @@ from tools.study.corpus import Recipe
 TEXT = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
 ROWS = re.findall(r"^\| `(recipe_\w+)` \| (\d+) \| (.*) \|$", TEXT, flags=re.M)
 RESULTS = ROOT / "tools" / "recipe_results"
-RECORDED = RESULTS / "2026-12-01-h200-recipe_160m"
-AGAIN = RESULTS / "2026-12-01-h200-recipe_160m-again"
-OF_THAT_RUN = ("name", "run_dir", "data.path", "train.eval_interval", "train.deadline_minutes")
+DAY = "2026-12-01-h200-"
+RUN_TO = {"recipe_160m": 99, "recipe_1b": 6}
+AGAIN = RESULTS / f"{DAY}recipe_160m-again"
+OF_THAT_RUN = (
+    *("name", "run_dir", "data.path"),
+    *("train.eval_interval", "train.eval_batches", "train.deadline_minutes"),
+)
+
+
+def recorded(name: str) -> Path:
+    return RESULTS / (DAY + name)
 
 
 def losses(run: RunData) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in run.steps}
+
+
+def section(name: str) -> str:
+    """What the page says of the recorded run."""
+    [found] = [part for part in TEXT.split("\n## ") if f"`{name}`\n" in part[:60]]
+    return found
+
+
+def test_every_recorded_run_has_a_section() -> None:
+    folders = {path.name.removeprefix(DAY) for path in RESULTS.iterdir() if path.is_dir()}
+    assert folders == {*RUN_TO, AGAIN.name.removeprefix(DAY)}
 
 
 def test_every_recipe_has_a_row() -> None:
@@ -58,61 +78,76 @@ def test_rows_are_what_the_planner_says(name: str, gpus: str, figures: str) -> N
     ]
 
 
-def test_the_recorded_run_is_of_the_recipe() -> None:
-    recorded = dict(flat(load_run(RECORDED).config))
-    today = dict(flat(yaml.safe_load(to_yaml(compose(["experiment=recipe_160m"])))))
-    compared = (recorded.keys() & today.keys()) - set(OF_THAT_RUN)
+@pytest.mark.parametrize("name", RUN_TO)
+def test_the_recorded_run_is_of_the_recipe(name: str) -> None:
+    ran = dict(flat(load_run(recorded(name)).config))
+    today = dict(flat(yaml.safe_load(to_yaml(compose([f"experiment={name}"])))))
+    compared = (ran.keys() & today.keys()) - set(OF_THAT_RUN)
     assert len(compared) > 50
-    assert {key: recorded[key] for key in compared} == {key: today[key] for key in compared}
+    assert {key: ran[key] for key in compared} == {key: today[key] for key in compared}
 
 
-def test_the_curve_is_that_of_the_recorded_run() -> None:
-    run, again = load_run(RECORDED), load_run(AGAIN)
-    first, second = losses(run), losses(again)
+@pytest.mark.parametrize("name", RUN_TO)
+def test_the_curve_is_that_of_the_recorded_run(name: str) -> None:
+    run, text = load_run(recorded(name)), section(name)
+    columns = [losses(run), *([losses(load_run(AGAIN))] if name in AGAIN.name else [])]
     tokens = {row["step"]: row["tokens"] / 1e6 for row in run.steps}
-    shown = [int(step) for step in re.findall(r"^\| (\d+) \| [\d.]+ million \|", TEXT, flags=re.M)]
-    assert len(shown) >= 9
-    assert shown[-1] == max(first)
+    shown = [int(step) for step in re.findall(r"^\| (\d+) \| [\d.]+ million \|", text, flags=re.M)]
+    assert len(shown) >= 6
+    assert shown[-1] == max(columns[0]) == RUN_TO[name]
     for step in shown:
-        cells = f"{tokens[step]:.1f} million | {first[step]:.4f} | {second[step]:.4f}"
-        assert f"| {step} | {cells} |" in TEXT
+        cells = " | ".join(f"{column[step]:.4f}" for column in columns)
+        assert f"| {step} | {tokens[step]:.1f} million | {cells} |" in text
+
+
+def test_held_out_losses_are_those_of_the_recorded_runs() -> None:
+    run, again = load_run(recorded("recipe_160m")), load_run(AGAIN)
     [start, end] = [row["eval_loss"] for row in run.evaluations]
-    repeated = again.evaluations[-1]["eval_loss"]
+    [repeated] = [row["eval_loss"] for row in again.evaluations if row["step"] == 50]
     assert (
         f"{start:.4f} before the first step, {end:.4f} after step 50, {repeated:.4f} when" in TEXT
     )
 
 
-def test_speed_and_memory_are_those_of_the_recorded_run() -> None:
-    steps = load_run(RECORDED).steps
+@pytest.mark.parametrize("name", RUN_TO)
+def test_speed_and_memory_are_those_of_the_recorded_run(name: str) -> None:
+    steps, text = load_run(recorded(name)).steps, section(name)
+    config = compose([f"experiment={name}"])
     median = {
         key: statistics.median(row[key] for row in steps)
         for key in ("tokens_per_second", "step_seconds", "mfu")
     }
-    hours = median["step_seconds"] * compose(["experiment=recipe_160m"]).train.steps / 3600
+    hours = median["step_seconds"] * config.train.steps / 3600
     assert (
         f"{median['tokens_per_second']:,.0f} tokens/s, {median['step_seconds']:.2f} s a step, "
         f"{median['mfu']:.1%} of".replace("%", " %")
-        in TEXT
+        in text
     )
-    assert f"{hours:.1f} hours for the whole run" in TEXT
-    peak = max(row["peak_memory_bytes"] for row in steps) / 2**30
-    assert f"Memory: {peak:.1f} GiB at most" in TEXT
+    assert f"{hours:.1f} hours for the" in text
+    assert f"The first step takes {steps[0]['step_seconds']:.1f} s" in text
+    peak = max(row["peak_memory_bytes"] for row in steps)
+    memory = overview_of(config, 1).ranks[0].memory
+    tensors = memory.total - memory.runtime
+    assert (
+        f"Memory: {peak / 2**30:.1f} GiB in tensors at most, where the plan says "
+        f"{tensors / 2**30:.1f} GiB and {memory.runtime / 2**30:.1f} GiB for CUDA" in text
+    )
+    assert peak == pytest.approx(tensors, rel=0.01)
 
 
 def test_another_start_is_within_what_the_page_asks_for(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     [command] = re.findall(r"^    hysparse compare (.*)$", TEXT, flags=re.M)
-    recorded, _, *options = shlex.split(command)
-    assert ROOT / recorded == RECORDED
-    assert compare_runs([str(RECORDED), str(AGAIN), *options]) == 0
+    first, _, *options = shlex.split(command)
+    assert ROOT / first == recorded("recipe_160m")
+    assert compare_runs([str(ROOT / first), str(AGAIN), *options]) == 0
     [furthest] = re.findall(r"at most (\S+)%, at step", capsys.readouterr().out)
     assert f"never further apart than {furthest} %" in TEXT.replace("\n", " ")
 
 
 def test_the_text_is_told() -> None:
-    text = json.loads((RESULTS / f"{RECORDED.name}-text.json").read_text())
+    text = json.loads((RESULTS / f"{DAY}text.json").read_text())
     assert f"begins with `{text['fingerprint']}`" in TEXT
     sources = Recipe.read(ROOT / "tools" / "study" / "recipe.yaml").sources
     projects = [name for source in sources for name in source.projects]

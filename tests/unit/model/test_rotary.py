@@ -19,7 +19,7 @@ from hysparse_megatron.config.schema import Config
 from hysparse_megatron.config.validate import validate
 from hysparse_megatron.huggingface.settings import from_rope_parameters, rope_parameters
 from hysparse_megatron.model.layers import LayerChoice, fusions
-from hysparse_megatron.model.rotary import CompiledRotation, rotary_frequencies
+from hysparse_megatron.model.rotary import CompiledRotation, cosines_and_sines, rotary_frequencies
 from tests.unit.single_process import DEVICE
 
 
@@ -162,8 +162,7 @@ def test_a_compiled_rotation_is_megatron_cores(dtype: torch.dtype, rng: random.R
         exact = given.detach().double().requires_grad_()
         group = torch.distributed.ProcessGroup  # asked for nothing
         expected = apply_rotary_pos_emb(exact, angles, config, mscale=scale, cp_group=group)
-        turn = (angles.cos() * scale).float(), (angles.sin() * scale).float()
-        found = CompiledRotation.apply(given, *turn)
+        found = CompiledRotation.apply(given, *cosines_and_sines(angles, scale).float())
         direction = torch.randn_like(found)
         found.backward(direction)
         expected.backward(direction.double())
