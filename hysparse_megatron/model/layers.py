@@ -37,6 +37,11 @@ class LayerChoice:
     hooks, see `TrainConfig.saves_weights_by_hooks`."""
 
     @property
+    def compiles(self) -> bool:
+        """See `HySparseConfig.compiled_fusions`; on a CPU compiling takes longer than a test."""
+        return self.on_cuda and not self.transformer_engine
+
+    @property
     def name(self) -> str:
         """As `model.layers` calls it."""
         return "te" if self.transformer_engine else "local"
@@ -83,6 +88,8 @@ def _has_apex(device: torch.device) -> bool:
 def describe_layers(choice: LayerChoice, model: ModelConfig) -> str:
     """For the start-up log."""
     extras = [f"FP8 linears ({model.fp8.value})"] if model.fp8 is not Fp8.none else []
+    if choice.compiles:
+        extras.append("rotation, loss and the gradients of norms compiled")
     if not choice.sums_weight_gradients:
         extras.append("weight gradients added to their sum after the matrix products")
     elif choice.transformer_engine:

@@ -212,7 +212,7 @@ def make_megatron_config(config: Config, layers: LayerChoice = LOCAL) -> HySpars
         **fusions(layers, model, config.debug.deterministic),
         **_point_to_point(parallel.vpp),
         **_recompute(config.train, layers),
-        compiled_fusions=layers.on_cuda and not layers.transformer_engine,
+        compiled_fusions=layers.compiles,
         recomputes_norms=config.train.recomputes(RecomputeModule.norm),
         offload=(
             Offload(config.train.offload_min_bytes) if config.train.offload_activations else None

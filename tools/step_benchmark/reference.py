@@ -86,6 +86,8 @@ def _as_by_default(megatron: HySparseConfig) -> HySparseConfig:
     own.bias_activation_fusion = on_gpu
     own.bias_dropout_fusion = on_gpu
     own.apply_rope_fusion = has_transformer_engine()
+    own.cross_entropy_loss_fusion = on_gpu
+    own.cross_entropy_fusion_impl = "te" if has_transformer_engine() else "native"
     own.moe_grouped_gemm = has_transformer_engine() and bool(own.num_moe_experts)
     return own
 

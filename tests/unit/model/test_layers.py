@@ -123,6 +123,22 @@ def test_weights_that_come_out_of_hooks_are_not_added_to_inside(
     assert compose(settings).train.saves_weights_by_hooks is by_hooks
 
 
+def test_what_is_compiled_is_what_no_engine_brings() -> None:
+    told = "rotation, loss and the gradients of norms compiled"
+    for choice in (
+        LayerChoice(False, "", on_cuda=True),
+        LayerChoice(True, "", on_cuda=True),
+        LOCAL,
+    ):
+        compiles = choice.on_cuda and not choice.transformer_engine
+        assert (told in describe_layers(choice, model())) is compiles
+    on_gpu = LayerChoice(False, "", on_cuda=True)
+    config = compose([])
+    assert make_megatron_config(config, on_gpu).compiled_fusions
+    assert not make_megatron_config(config).compiled_fusions
+    assert RMSNorm(make_megatron_config(config, on_gpu), 8).compiled
+
+
 def test_fusions() -> None:
     assert not any(
         value for name, value in fusions(LOCAL, model()).items() if name.endswith("fusion")
