@@ -30,10 +30,12 @@ from hysparse_megatron.runtime.process_groups import RunGroups
 
 @dataclass
 class AttentionSubmodules:
-    """The linear layers of an attention layer, from megatron-core or Transformer Engine."""
+    """What an attention layer is built of."""
 
     linear_qkv: type
     linear_proj: type
+    head_norm: type
+    """Of queries and keys, if the model has such norms."""
 
 
 class BaseAttention(MegatronModule):
@@ -75,8 +77,8 @@ class BaseAttention(MegatronModule):
         if config.qk_layernorm:
             # megatron-core sums the gradients of parameters with these names over tensor ranks.
             width = config.architecture.head_dim
-            self.q_layernorm = RMSNorm(config, width, config.layernorm_epsilon)
-            self.k_layernorm = RMSNorm(config, width, config.layernorm_epsilon)
+            self.q_layernorm = submodules.head_norm(config, width, config.layernorm_epsilon)
+            self.k_layernorm = submodules.head_norm(config, width, config.layernorm_epsilon)
         heads = config.num_attention_heads // config.tensor_model_parallel_size
         self.sink_names = described.sinks
         for sink in self.sink_names:
@@ -117,7 +119,7 @@ class BaseAttention(MegatronModule):
             query, key = self.q_layernorm(query), self.k_layernorm(key)
         if rotary_pos_emb is None:
             return query, key
-        if self.config.compiled_fusions:
+        if self.config.compiled_rotation:
             turn = rotary_pos_emb.unbind()
             return CompiledRotation.apply(query, *turn), CompiledRotation.apply(key, *turn)
         return tuple(  # type: ignore[return-value]

@@ -113,10 +113,16 @@ class LanguageModel(HybridModel):
         """
         self._padding(logits.detach()).fill_(torch.finfo(logits.dtype).min)
         with record_function(LOSS):
-            if self.config.compiled_fusions:
+            if self._loss_is_compiled:
                 losses = CompiledCrossEntropy.apply(logits, labels.t(), self.pg_collection.tp)
                 return losses.t().contiguous()
             return super().compute_language_model_loss(labels, logits)
+
+    @property
+    def _loss_is_compiled(self) -> bool:
+        """Where megatron-core would take its own compiled loss."""
+        config = self.config
+        return config.cross_entropy_loss_fusion and config.cross_entropy_fusion_impl == "native"
 
     def _padding(self, columns: Tensor) -> Tensor:
         """The view of those of this rank's columns [..., V / T] that are no token's."""

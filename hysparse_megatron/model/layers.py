@@ -20,7 +20,7 @@ from megatron.core.transformer.moe.experts import GroupedMLPSubmodules
 
 from hysparse_megatron.architecture.model import Fp8, Layers, ModelConfig
 from hysparse_megatron.errors import ConfigError
-from hysparse_megatron.model.norm import RMSNorm
+from hysparse_megatron.model.norm import CompiledRMSNorm, RMSNorm
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,6 @@ class LayerChoice:
     sums_weight_gradients: bool = True
     """Whether matrix products may add weight gradients to their sum; not where weights come out of
     hooks, see `TrainConfig.saves_weights_by_hooks`."""
-
-    @property
-    def compiles(self) -> bool:
-        """See `HySparseConfig.compiled_fusions`; on a CPU compiling takes longer than a test."""
-        return self.on_cuda and not self.transformer_engine
 
     @property
     def name(self) -> str:
@@ -88,8 +83,10 @@ def _has_apex(device: torch.device) -> bool:
 def describe_layers(choice: LayerChoice, model: ModelConfig) -> str:
     """For the start-up log."""
     extras = [f"FP8 linears ({model.fp8.value})"] if model.fp8 is not Fp8.none else []
-    if choice.compiles:
+    if choice.on_cuda and not choice.transformer_engine:
         extras.append("rotation, loss and the gradients of norms compiled")
+    elif choice.on_cuda and not _engine_rotates(choice, model):
+        extras.append("rotation compiled")
     if not choice.sums_weight_gradients:
         extras.append("weight gradients added to their sum after the matrix products")
     elif choice.transformer_engine:
@@ -116,9 +113,8 @@ def fuse_weight_gradients(choice: LayerChoice, model: torch.nn.Module) -> None:
 def fusions(choice: LayerChoice, model: ModelConfig, deterministic: bool = False) -> dict[str, Any]:
     """megatron-core's settings of fused operations for these layers.
 
-    Those that compile with torch (activation, residual) are for CUDA: on a CPU compiling takes
-    longer than a test. megatron-core's deterministic mode refuses Transformer Engine's loss; where
-    the engine is not there, see `HySparseConfig.compiled_fusions`.
+    Those that compile with torch (activation, residual, loss) are for CUDA: on a CPU compiling
+    takes longer than a test. megatron-core's deterministic mode refuses Transformer Engine's loss.
     """
     engine = choice.transformer_engine
     settings: dict[str, Any] = {
@@ -127,10 +123,9 @@ def fusions(choice: LayerChoice, model: ModelConfig, deterministic: bool = False
         ),
         "bias_dropout_fusion": choice.on_cuda,
         "bias_activation_fusion": choice.on_cuda,
-        # The fused rotation has no factor on cosines and sines.
-        "apply_rope_fusion": engine and model.rope_scaling.attention_scale == 1.0,
-        "cross_entropy_loss_fusion": engine and not deterministic,
-        "cross_entropy_fusion_impl": "te",
+        "apply_rope_fusion": _engine_rotates(choice, model),
+        "cross_entropy_loss_fusion": choice.on_cuda,
+        "cross_entropy_fusion_impl": "te" if engine and not deterministic else "native",
         "moe_grouped_gemm": engine and model.moe.num_experts > 0,
         "moe_permute_fusion": engine and model.moe.num_experts > 0,
     }
@@ -140,11 +135,18 @@ def fusions(choice: LayerChoice, model: ModelConfig, deterministic: bool = False
     return settings
 
 
+def _engine_rotates(choice: LayerChoice, model: ModelConfig) -> bool:
+    """Whether Transformer Engine has a rotation for it: without a factor on cosines and sines."""
+    return choice.transformer_engine and model.rope_scaling.attention_scale == 1.0
+
+
 @dataclass(frozen=True)
 class LayerModules:
     """The classes that a spec names."""
 
     norm: type
+    head_norm: type
+    """Of queries and keys: ours, whose gradients tensor-parallel ranks sum."""
     column_linear: type
     row_linear: type
     norm_and_column_linear: type | None
@@ -160,12 +162,14 @@ class LayerModules:
     @classmethod
     def of(cls, choice: LayerChoice) -> LayerModules:
         """Those of an implementation; imports Transformer Engine only if it is the one."""
+        norm = CompiledRMSNorm if choice.on_cuda else RMSNorm
         if not choice.transformer_engine:
-            return cls(RMSNorm, ColumnParallelLinear, RowParallelLinear, None, None)
+            return cls(norm, norm, ColumnParallelLinear, RowParallelLinear, None, None)
         from megatron.core.extensions import transformer_engine as te
 
         return cls(
             te.TENorm,
+            norm,
             te.TEColumnParallelLinear,
             te.TERowParallelLinear,
             te.TELayerNormColumnParallelLinear,

@@ -42,6 +42,7 @@ class CompiledCrossEntropy(torch.autograd.Function):
 
 @jit_fuser
 def _largest(logits: Tensor) -> Tensor:
+    """Of this rank's columns, fp32 [S, B]."""
     return logits.amax(dim=-1).float()
 
 
@@ -57,6 +58,7 @@ def _sums(logits: Tensor, columns: Tensor, largest: Tensor) -> Tensor:
 
 @jit_fuser
 def _gradient(logits: Tensor, columns: Tensor, log_total: Tensor, grad: Tensor) -> Tensor:
+    """[S, B, V / T] in the logits' dtype; the others are fp32 and ids [S, B]."""
     probabilities = (logits.float() - log_total.unsqueeze(-1)).exp()
     is_label = torch.arange(logits.shape[-1], device=logits.device) == columns.unsqueeze(-1)
     return ((probabilities - is_label.float()) * grad.unsqueeze(-1)).to(logits.dtype)

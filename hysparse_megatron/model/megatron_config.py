@@ -35,9 +35,8 @@ class HySparseConfig(TransformerConfig):
     init_seed: int = 0
     """Seed from which all initial weights are derived."""
 
-    compiled_fusions: bool = False
-    """Whether torch compiles what Transformer Engine has kernels for: the rotation, the loss and
-    the backward pass of norms."""
+    compiled_rotation: bool = False
+    """Whether torch compiles the rotation: on GPUs, where Transformer Engine has none for it."""
 
     recomputes_norms: bool = False
     """Whether the backward pass makes the outputs of the layers' norms again."""
@@ -173,6 +172,7 @@ def make_megatron_config(config: Config, layers: LayerChoice = LOCAL) -> HySpars
     dtype = torch.bfloat16 if config.train.precision is Precision.bf16 else torch.float32
     plan = plan_pipeline(model.layout, parallel.pp, parallel.vpp)
     num_layers = plan.layout.num_layers
+    fused = fusions(layers, model, config.debug.deterministic)
     return HySparseConfig(
         num_layers=num_layers,
         hidden_size=model.hidden_size,
@@ -209,10 +209,10 @@ def make_megatron_config(config: Config, layers: LayerChoice = LOCAL) -> HySpars
         use_cpu_initialization=not layers.on_cuda,
         masked_softmax_fusion=False,
         deterministic_mode=config.debug.deterministic,
-        **fusions(layers, model, config.debug.deterministic),
+        **fused,
         **_point_to_point(parallel.vpp),
         **_recompute(config.train, layers),
-        compiled_fusions=layers.compiles,
+        compiled_rotation=layers.on_cuda and not fused["apply_rope_fusion"],
         recomputes_norms=config.train.recomputes(RecomputeModule.norm),
         offload=(
             Offload(config.train.offload_min_bytes) if config.train.offload_activations else None

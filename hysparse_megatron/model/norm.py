@@ -16,7 +16,6 @@ class RMSNorm(torch.nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.eps = eps
-        self.compiled = getattr(config, "compiled_fusions", False)
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         # The weight is replicated over tensor-parallel ranks. With sequence parallelism each rank
         # sees other tokens, and megatron-core sums the gradients of parameters marked so.
@@ -24,9 +23,15 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., C] -> [..., C] in the input's dtype."""
-        if self.compiled:
-            return _WithCompiledBackward.apply(hidden_states, self.weight, self.eps)
         return torch.nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.eps)
+
+
+class CompiledRMSNorm(RMSNorm):
+    """The same for GPUs, with its gradients in one compiled pass."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[..., C] -> [..., C] in the input's dtype."""
+        return _WithCompiledBackward.apply(hidden_states, self.weight, self.eps)
 
 
 class _WithCompiledBackward(torch.autograd.Function):

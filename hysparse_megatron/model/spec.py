@@ -46,7 +46,9 @@ def layer_spec(kind: LayerKind, has_experts: bool, modules: LayerModules) -> Mod
             self_attention=ModuleSpec(
                 module=ATTENTION[kind],
                 submodules=AttentionSubmodules(
-                    linear_qkv=after_norm, linear_proj=modules.row_linear
+                    linear_qkv=after_norm,
+                    linear_proj=modules.row_linear,
+                    head_norm=modules.head_norm,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,

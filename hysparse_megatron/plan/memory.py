@@ -147,7 +147,7 @@ def _feed_forward_activations(config: Config, layer: int) -> Counter[str]:
     kept["residual stream and norms"] += 2 * rows * model.hidden_size * element
     # Both halves of the first projection and their product; on a CPU each half once more
     # (activated; plus an offset that is 0), which megatron-core's fused activation makes again.
-    widths = 3 if _activations_are_fused(config) else 5
+    widths = 3 if _on_gpus(config) else 5
     if not model.is_moe_layer(layer):
         kept["feed-forward"] += tokens * widths * (model.ffn_hidden_size // parallel.tp) * element
         return kept
@@ -158,20 +158,20 @@ def _feed_forward_activations(config: Config, layer: int) -> Counter[str]:
     kept["routing"] += rows * moe.num_experts * 3 * 4
     routed = rows * moe.num_active_experts
     # As above, and the product weighted by the router, with which it is fused too.
-    widths = 3 if _activations_are_fused(config) else 6
+    widths = 3 if _on_gpus(config) else 6
     kept["experts"] += routed * (model.hidden_size + widths * model.expert_width) * element
     return kept
 
 
-def _activations_are_fused(config: Config) -> bool:
-    """Whether the run is on GPUs: where nothing is known of the machine it may be a CPU."""
+def _on_gpus(config: Config) -> bool:
+    """Whether the run is: functions are fused there. It may be a CPU where no machine is known."""
     return config.cluster.peak_tflops is not None
 
 
 def _gradient_of_activation(config: Config, layer: int) -> int:
     """Bytes that the backward pass of a layer holds beside what is kept: the gradient of the first
     projection's halves, which take no more than the parts that unfused activations keep."""
-    if not _activations_are_fused(config):
+    if not _on_gpus(config):
         return 0
     model, element = config.model, element_bytes(config)
     if not model.is_moe_layer(layer):
@@ -247,13 +247,15 @@ def _alike(config: Config, plan: PipelinePlan, layers: list[int]) -> dict[int, i
 def head_bytes(config: Config) -> int:
     """Bytes of the loss on the last stage: logits and their gradient, on a CPU probabilities too.
 
+    One copy more than with Transformer Engine, whose loss overwrites the logits: whether a machine
+    has it is not known here.
     With `train.loss_chunk` of a chunk of tokens at a time, and the hidden states of all of them.
     """
     model, train, parallel = config.model, config.train, config.parallel
     assert model.vocab_size is not None
     tokens, element = rank_tokens(config), element_bytes(config)
     columns = padded_vocab_size(model.vocab_size) // parallel.tp
-    per_token = columns * (2 * element + (0 if _activations_are_fused(config) else 4))
+    per_token = columns * (2 * element + (0 if _on_gpus(config) else 4))
     if train.loss_chunk is None:
         return tokens * per_token
     # Gathered over tensor-parallel ranks, and their gradient.

@@ -63,9 +63,20 @@ def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         if _names_cuda(kwargs.get("device")):
             kwargs["device"] = _CPU
-        if len(args) > 1 and _names_cuda(args[1]):  # of a tensor's `to`
-            args = (args[0], _CPU, *args[2:])
         return function(*args, **kwargs)
+
+    return call
+
+
+def _to_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A tensor's `to`, likewise: it takes the device by place, too."""
+    by_name = _on_cpu(function)
+
+    @functools.wraps(function)
+    def call(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args and _names_cuda(args[0]):
+            args = (_CPU, *args[1:])
+        return by_name(tensor, *args, **kwargs)
 
     return call
 
@@ -90,7 +101,7 @@ def _replace_functions() -> None:
     _device_constructors()  # keeps those that it finds at its first call
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
-    torch.Tensor.to = _on_cpu(torch.Tensor.to)  # type: ignore[assignment]
+    torch.Tensor.to = _to_cpu(torch.Tensor.to)  # type: ignore[assignment]
     torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor  # type: ignore[assignment]
     torch.Tensor.type = _cuda_type(torch.Tensor.type)  # type: ignore[assignment]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.model import attend
 from hysparse_megatron.model.layer import HySparseLayer
-from hysparse_megatron.model.norm import RMSNorm
+from hysparse_megatron.model.norm import CompiledRMSNorm, RMSNorm
 from hysparse_megatron.training.state import TrainingState
 from hysparse_megatron.training.step import evaluate, train_step
 from tests.distributed.ranks import (
@@ -44,10 +44,11 @@ def forget_sequence_parallel(state: TrainingState) -> None:
 def compile_fusions(state: TrainingState) -> None:
     """Compute as a GPU without Transformer Engine does; the compiler itself is off in tests."""
     for chunk in state.chunks:
-        chunk.module.config.compiled_fusions = True
+        chunk.module.config.compiled_rotation = True
+        chunk.module.config.cross_entropy_loss_fusion = True
         for module in chunk.module.modules():
             if isinstance(module, RMSNorm):
-                module.compiled = True
+                module.__class__ = CompiledRMSNorm
 
 
 # Causality ---------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Which layers are chosen and why, and what a checkpoint may hold; see also tests/gpu."""
 
 import importlib.util
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -24,7 +25,7 @@ from hysparse_megatron.model.layers import (
     resolve_layers,
 )
 from hysparse_megatron.model.megatron_config import make_megatron_config
-from hysparse_megatron.model.norm import RMSNorm
+from hysparse_megatron.model.norm import CompiledRMSNorm, RMSNorm
 from hysparse_megatron.model.projection import GroupedProjection
 from hysparse_megatron.model.spec import layer_spec
 
@@ -123,20 +124,50 @@ def test_weights_that_come_out_of_hooks_are_not_added_to_inside(
     assert compose(settings).train.saves_weights_by_hooks is by_hooks
 
 
-def test_what_is_compiled_is_what_no_engine_brings() -> None:
-    told = "rotation, loss and the gradients of norms compiled"
-    for choice in (
-        LayerChoice(False, "", on_cuda=True),
-        LayerChoice(True, "", on_cuda=True),
-        LOCAL,
-    ):
-        compiles = choice.on_cuda and not choice.transformer_engine
-        assert (told in describe_layers(choice, model())) is compiles
-    on_gpu = LayerChoice(False, "", on_cuda=True)
-    config = compose([])
-    assert make_megatron_config(config, on_gpu).compiled_fusions
-    assert not make_megatron_config(config).compiled_fusions
-    assert RMSNorm(make_megatron_config(config, on_gpu), 8).compiled
+ON_GPU = LayerChoice(False, "", on_cuda=True)
+WITH_ENGINE = LayerChoice(True, "", on_cuda=True)
+YARN = [
+    *("model.rope_scaling.type=yarn", "model.rope_scaling.factor=4"),
+    "model.rope_scaling.original_max_position_embeddings=512",
+]
+
+
+@pytest.mark.parametrize(
+    ("choice", "scaling", "told"),
+    [
+        (LOCAL, [], None),
+        (ON_GPU, [], "rotation, loss and the gradients of norms"),
+        (WITH_ENGINE, [], None),
+        # Which has no rotation with a factor on cosines and sines.
+        (WITH_ENGINE, YARN, "rotation"),
+    ],
+)
+def test_what_is_compiled_is_what_no_engine_brings(
+    choice: LayerChoice, scaling: list[str], told: str | None
+) -> None:
+    config = compose(scaling)
+    found = re.search(r", ([a-z, ]+) compiled", describe_layers(choice, config.model))
+    assert (found and found[1]) == told
+    if fusions(choice, config.model)["apply_rope_fusion"]:
+        return  # megatron-core refuses that where the engine is not installed
+    assert make_megatron_config(config, choice).compiled_rotation is (told is not None)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_every_model_on_a_gpu_has_a_fused_loss(deterministic: bool) -> None:
+    """Those that are loaded for evaluation, and megatron-core's own around our layers, too."""
+    for choice in ON_GPU, WITH_ENGINE, LOCAL:
+        found = fusions(choice, model(), deterministic)
+        assert found["cross_entropy_loss_fusion"] is choice.on_cuda
+        engine = choice is WITH_ENGINE and not deterministic
+        assert found["cross_entropy_fusion_impl"] == ("te" if engine else "native")
+
+
+def test_norms_on_a_gpu_have_compiled_gradients() -> None:
+    on_gpu = LayerModules.of(ON_GPU)
+    assert (on_gpu.norm, on_gpu.head_norm) == (CompiledRMSNorm, CompiledRMSNorm)
+    on_cpu = LayerModules.of(LOCAL)
+    assert (on_cpu.norm, on_cpu.head_norm) == (RMSNorm, RMSNorm)
 
 
 def test_fusions() -> None:
@@ -158,7 +189,7 @@ class Fused:
 
 @pytest.mark.parametrize("has_experts", [False, True])
 def test_a_fused_norm_keeps_its_name_in_checkpoints(has_experts: bool) -> None:
-    modules = LayerModules(RMSNorm, torch.nn.Linear, torch.nn.Linear, Fused, None)
+    modules = LayerModules(RMSNorm, RMSNorm, torch.nn.Linear, torch.nn.Linear, Fused, None)
     layer = layer_spec(LayerKind.SPARSE, has_experts, modules).submodules
     assert layer.input_layernorm is IdentityOp
     assert layer.self_attention.submodules.linear_qkv is Fused

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_models import tiny_config, tiny_megatron_config
 
-from hysparse_megatron.model.norm import RMSNorm
+from hysparse_megatron.model.norm import CompiledRMSNorm, RMSNorm
 from tests.unit.single_process import DEVICE
 
 
@@ -15,8 +15,7 @@ def plain(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 def built(width: int, *overrides: str, eps: float = 1e-5, compiled: bool = False) -> RMSNorm:
     config = tiny_megatron_config(tiny_config(*overrides))
-    config.compiled_fusions = compiled
-    return RMSNorm(config, width, eps).to(DEVICE)
+    return (CompiledRMSNorm if compiled else RMSNorm)(config, width, eps).to(DEVICE)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -73,4 +73,5 @@ def test_the_model_is_told() -> None:
     for value in (False, True):
         config = compose([f"debug.deterministic={value}"])
         assert make_megatron_config(config).deterministic_mode is value
-        assert fusions(engine, config.model, value)["cross_entropy_loss_fusion"] is not value
+        loss = fusions(engine, config.model, value)["cross_entropy_fusion_impl"]
+        assert loss == ("native" if value else "te")
