@@ -125,7 +125,7 @@ def _sample(config: Config) -> tuple[Tensor, str, int]:
     from hysparse_megatron.data.sources import load_data, open_samples
     from hysparse_megatron.errors import DataError
 
-    corpus = load_data(config.data, config.train.seed)
+    corpus = load_data(config.data)
     length = config.train.seq_length
     try:
         split, samples = "validation", open_samples(corpus, "validation", length)

@@ -268,12 +268,13 @@ def _train_original(args: argparse.Namespace, seed: int, folder: Path) -> Path:
 
     import torch
 
+    from hysparse_megatron.data.prepare.cached import prepare_corpus
     from hysparse_megatron.data.read.batches import BatchSource
     from hysparse_megatron.data.read.order import Position
-    from hysparse_megatron.data.sources import load_data, open_samples
+    from hysparse_megatron.data.sources import open_samples
 
     settings = dataclasses.replace(compose([]).data, validation_fraction=_HELD_OUT_SHARE)
-    data = load_data(settings, seed)
+    data = prepare_corpus(settings, seed)
     batches = BatchSource(
         open_samples(data, "train", args.length),
         seed=seed + _ORIGINAL_ORDER,

@@ -26,6 +26,7 @@ from hysparse_megatron.data.prepare.executors import Executor, LocalProcesses, R
 from hysparse_megatron.data.prepare.progress import Progress
 from hysparse_megatron.data.prepare.request import (
     MAX_DOCUMENT_BYTES,
+    SPLIT_SEED,
     VALIDATION_FRACTION,
     PrepareRequest,
     sources_of,
@@ -87,7 +88,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="F",
         help="chance of a document to be held out, 0 for none (default %(default)s)",
     )
-    add("--seed", type=int, default=1234, metavar="N", help="of the split (default %(default)s)")
+    add(
+        "--seed",
+        type=int,
+        default=SPLIT_SEED,
+        metavar="N",
+        help="of the split (default %(default)s)",
+    )
     add("--verify", action="store_true", help="read the result again and check all of it")
     add("--overwrite", action="store_true", help="prepare again, and replace what is there")
     add("--quiet", action="store_true", help="print warnings and errors alone")

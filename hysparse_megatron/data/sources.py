@@ -150,19 +150,19 @@ def _require_end(path: str, own: TrainingData, other: str, first: TrainingData) 
         )
 
 
-def load_data(data: DataConfig, seed: int, progress: Progress | None = None) -> TrainingData:
-    """What a run's settings name, prepared if it is not; `seed` of the split.
+def load_data(data: DataConfig, progress: Progress | None = None) -> TrainingData:
+    """What a run's settings name, prepared if it is not.
 
     Raises:
         DataError: bad, missing or too little data; see `load_blend` and `prepare_corpus`.
     """
     if data.blend is not None:
         return load_blend(data.blend)
-    return prepare_corpus(data, seed, progress)
+    return prepare_corpus(data, progress=progress)
 
 
 def load_evaluations(
-    data: DataConfig, seed: int, corpus: TrainingData, progress: Progress | None = None
+    data: DataConfig, corpus: TrainingData, progress: Progress | None = None
 ) -> dict[str, TrainingData]:
     """The sets of `data.evaluation` by name, in the tokenizer of `corpus`; see `load_data`.
 
@@ -173,7 +173,7 @@ def load_evaluations(
     tokenizer_sha256 = corpus.identity()["tokenizer_sha256"]
     for name, path in data.evaluation.items():
         try:
-            own = load_data(with_path(data, path, corpus.tokenizer_path), seed, progress)
+            own = load_data(with_path(data, path, corpus.tokenizer_path), progress)
         except DataError as error:
             raise DataError(f"data.evaluation.{name}: {error}") from error
         if own.identity()["tokenizer_sha256"] != tokenizer_sha256:

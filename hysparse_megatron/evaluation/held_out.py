@@ -33,7 +33,7 @@ def held_out_batches(
     With the length and number of the run's own evaluations they are the samples of those.
 
     Args:
-        loaded: its configuration names the data and the seed of their split.
+        loaded: its configuration names the data.
         length: S, in tokens.
         sequences: how many; all of the split where it has no more.
         batch_size: sequences at a time, at most.
@@ -50,8 +50,7 @@ def held_out_batches(
     elif loaded.tokenizer_sha256 is None and config.tokenizer is None and config.blend is None:
         # Training would make a tokenizer of the text.
         raise DataError(_UNKNOWN.format(loaded.checkpoint))
-    seed = loaded.config.train.seed
-    corpus = on_every_rank(lambda: load_data(config, seed), os_error=DataError)
+    corpus = on_every_rank(lambda: load_data(config), os_error=DataError)
     place = data or "the run's data"
     if loaded.tokenizer_sha256 not in (None, corpus.identity()["tokenizer_sha256"]):
         raise DataError(

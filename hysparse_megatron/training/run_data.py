@@ -35,8 +35,8 @@ def prepare_data(
 
     def prepare() -> tuple[TrainingData, dict[str, TrainingData]]:
         faults.reach("prepare", 0)
-        corpus = load_data(config.data, config.train.seed, log)
-        return corpus, load_evaluations(config.data, config.train.seed, corpus, log)
+        corpus = load_data(config.data, log)
+        return corpus, load_evaluations(config.data, corpus, log)
 
     first = rank.local_rank == 0
     built = _attended(watch, lambda: prepare() if first else None)

@@ -163,7 +163,7 @@ def test_a_token_that_one_rank_alone_reads(new_run: NewRun, tmp_path: Path) -> N
     """In the middle of training: a file that changes meanwhile is looked at when it is read."""
     run, cache = new_run(), f"data.cache_dir={tmp_path}/cache"
     config = compose([*run.settings, cache])
-    corpus = load_data(config.data, config.train.seed)
+    corpus = load_data(config.data)
     assert isinstance(corpus, PreparedCorpus)
     samples = TokenSamples(corpus.train_prefix, config.train.seq_length)
     # The last of step 4, which is read when step 3 begins, behind the slow one; in the second half

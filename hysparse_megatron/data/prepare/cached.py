@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from hysparse_megatron.config.schema import DataConfig
 from hysparse_megatron.data.card import CARD_NAME, PreparedCorpus, load_prepared
 from hysparse_megatron.data.prepare.progress import Lines
-from hysparse_megatron.data.prepare.request import PrepareRequest, hash_of, sources_of
+from hysparse_megatron.data.prepare.request import SPLIT_SEED, PrepareRequest, hash_of, sources_of
 from hysparse_megatron.data.prepare.run import prepare
 from hysparse_megatron.data.prepare.sources import Source, standard_library
 from hysparse_megatron.data.tokenizer import TokenizerChoice, choose_tokenizer
@@ -24,7 +24,7 @@ _HASHED_BYTES = 1_000_000_000
 
 
 def prepare_corpus(
-    data: DataConfig, seed: int, progress: Callable[[str], None] | None = None
+    data: DataConfig, seed: int = SPLIT_SEED, progress: Callable[[str], None] | None = None
 ) -> PreparedCorpus:
     """Tokenize what `data.path` names into a training and a validation split, or find it done.
 
@@ -33,7 +33,8 @@ def prepare_corpus(
 
     Args:
         data: says what and how; the result goes to a folder of its own below its `cache_dir`.
-        seed: of the split.
+        seed: of the split; runs of any `train.seed` have the same, so that none trains on what
+            another is evaluated on.
         progress: is told what is being done. What it raises ends the preparation; the same call
             goes on with it.
 

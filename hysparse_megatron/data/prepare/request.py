@@ -23,6 +23,8 @@ FORMAT = 2
 MAX_DOCUMENT_BYTES = 64 * 1024 * 1024
 """A longer JSON line or row is bad: a process holds a document, and copies of it, in memory."""
 VALIDATION_FRACTION = 0.01
+SPLIT_SEED = 1234
+"""Of all runs that read text themselves: what one holds out no other one has trained on."""
 
 _TRAINING_BYTES = 8_000_000
 """Text a tokenizer is trained on at most: merges hardly change beyond, the time does."""
@@ -54,7 +56,7 @@ class PrepareRequest:
     vocab_size: int = 0
     text_key: str = "text"
     validation_fraction: float = VALIDATION_FRACTION
-    seed: int = 1234
+    seed: int = SPLIT_SEED
     deduplicate: bool = False
     max_document_bytes: int = MAX_DOCUMENT_BYTES
     description: str = ""

@@ -15,8 +15,6 @@ from hysparse_megatron.data.sources import load_blend, load_evaluations
 from hysparse_megatron.data.tokenizer import choose_tokenizer
 from hysparse_megatron.errors import DataError
 
-SEED = 7
-
 
 @pytest.fixture
 def settings(tmp_path: Path) -> DataConfig:
@@ -28,7 +26,7 @@ def test_text_and_prepared_folders(
 ) -> None:
     text = write_json_lines(tmp_path / "other.jsonl", 30, seed=2)
     sets = {"other": str(text), "own": shared_corpus.directory}
-    found = load_evaluations(replace(settings, evaluation=sets), SEED, shared_corpus)
+    found = load_evaluations(replace(settings, evaluation=sets), shared_corpus)
     assert list(found) == ["other", "own"]
     assert found["own"] == shared_corpus
     other = found["other"]
@@ -36,9 +34,9 @@ def test_text_and_prepared_folders(
     assert other.tokenizer_sha256 == shared_corpus.tokenizer_sha256
     assert other.train_documents + other.validation_documents == 30
     # What `--data` of tools.evaluate and a later start find.
-    again = load_evaluations(replace(settings, evaluation=sets), SEED, shared_corpus)
+    again = load_evaluations(replace(settings, evaluation=sets), shared_corpus)
     assert again == found
-    assert load_evaluations(settings, SEED, shared_corpus) == {}
+    assert load_evaluations(settings, shared_corpus) == {}
 
 
 def test_all_documents_end_alike(settings: DataConfig, tmp_path: Path) -> None:
@@ -53,7 +51,7 @@ def test_all_documents_end_alike(settings: DataConfig, tmp_path: Path) -> None:
 
     text = write_json_lines(tmp_path / "other.jsonl", 30, seed=2)
     settings = replace(settings, evaluation={"other": str(text)})
-    other = load_evaluations(settings, SEED, corpus)["other"]
+    other = load_evaluations(settings, corpus)["other"]
     assert other.end_of_document == corpus.end_of_document
     assert isinstance(other, PreparedCorpus)
     ends = [tokens[-1] for tokens in documents(other.train_prefix)]
@@ -62,7 +60,7 @@ def test_all_documents_end_alike(settings: DataConfig, tmp_path: Path) -> None:
     ended = rf"documents end with token {plain.end_of_document}, those of .* with "
     settings = replace(settings, evaluation={"plain": plain.directory})
     with pytest.raises(DataError, match=rf"data\.evaluation\.plain: .*{ended}"):
-        load_evaluations(settings, SEED, corpus)
+        load_evaluations(settings, corpus)
     with pytest.raises(DataError, match=rf"{plain.directory}: its {ended}"):
         load_blend(f"1 {corpus.directory}; 1 {plain.directory}")
 
@@ -74,7 +72,7 @@ def test_mistakes_name_the_set(
     other = prepare(source, tmp_path / "cache", vocab_size=290)
     settings = replace(settings, evaluation={"other": other.directory})
     with pytest.raises(DataError, match=r"data\.evaluation\.other: .* another tokenizer"):
-        load_evaluations(settings, SEED, shared_corpus)
+        load_evaluations(settings, shared_corpus)
     settings = replace(settings, evaluation={"none": str(tmp_path / "none")})
     with pytest.raises(DataError, match=r"data\.evaluation\.none: .*cannot be read"):
-        load_evaluations(settings, SEED, shared_corpus)
+        load_evaluations(settings, shared_corpus)

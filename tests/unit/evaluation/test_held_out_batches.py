@@ -27,7 +27,7 @@ def test_the_same_samples_as_in_training(tmp_path: Path, batch_size: int) -> Non
             "data.validation_fraction=0.3",
         ]
     )
-    corpus = load_data(config.data, config.train.seed)
+    corpus = load_data(config.data)
     in_training = EvaluationBatches(
         open_samples(corpus, "validation", LENGTH),
         num_samples=8,
