@@ -170,7 +170,7 @@ def build_model(
     layers = resolve_layers(config.model, device)
     megatron = make_megatron_config(config, layers)
     # The fused rotation knows one position a row of tokens; prompts have many lengths to compile.
-    megatron.apply_rope_fusion = megatron.compiled_rotation = False
+    megatron.apply_rope_fusion = megatron.compiled_inputs = False
     (model,) = build_chunks(config, megatron, vocab_size, groups, layers, draw=False)
     # No buffer, which `to` would move; a step that is recorded must not copy it.
     model.rotary_pos_emb.inv_freq = model.rotary_pos_emb.inv_freq.to(device)

@@ -84,9 +84,10 @@ def describe_layers(choice: LayerChoice, model: ModelConfig) -> str:
     """For the start-up log."""
     extras = [f"FP8 linears ({model.fp8.value})"] if model.fp8 is not Fp8.none else []
     if choice.on_cuda and not choice.transformer_engine:
-        extras.append("rotation, loss and the gradients of norms compiled")
-    elif choice.on_cuda and not _engine_rotates(choice, model):
-        extras.append("rotation compiled")
+        extras.append("projections' parts, rotation, loss and the gradients of norms compiled")
+    elif choice.on_cuda:
+        rotation = "" if _engine_rotates(choice, model) else " and rotation"
+        extras.append(f"projections' parts{rotation} compiled")
     if not choice.sums_weight_gradients:
         extras.append("weight gradients added to their sum after the matrix products")
     elif choice.transformer_engine:

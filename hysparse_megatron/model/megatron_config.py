@@ -35,8 +35,9 @@ class HySparseConfig(TransformerConfig):
     init_seed: int = 0
     """Seed from which all initial weights are derived."""
 
-    compiled_rotation: bool = False
-    """Whether torch compiles the rotation: on GPUs, where Transformer Engine has none for it."""
+    compiled_inputs: bool = False
+    """Whether torch compiles what makes attention's inputs of the projection: on GPUs the cut into
+    parts, and the rotation if Transformer Engine has none for it."""
 
     recomputes_norms: bool = False
     """Whether the backward pass makes the outputs of the layers' norms again."""
@@ -44,6 +45,11 @@ class HySparseConfig(TransformerConfig):
     offload: Offload | None = None
     """Keeps what layers save for the backward pass in host memory, for all stacks of a rank; None
     keeps it on the device."""
+
+    @property
+    def compiled_rotation(self) -> bool:
+        """Whether torch compiles the rotation."""
+        return self.compiled_inputs and not self.apply_rope_fusion
 
     @property
     def recomputes_attention(self) -> bool:
@@ -172,7 +178,6 @@ def make_megatron_config(config: Config, layers: LayerChoice = LOCAL) -> HySpars
     dtype = torch.bfloat16 if config.train.precision is Precision.bf16 else torch.float32
     plan = plan_pipeline(model.layout, parallel.pp, parallel.vpp)
     num_layers = plan.layout.num_layers
-    fused = fusions(layers, model, config.debug.deterministic)
     return HySparseConfig(
         num_layers=num_layers,
         hidden_size=model.hidden_size,
@@ -209,10 +214,10 @@ def make_megatron_config(config: Config, layers: LayerChoice = LOCAL) -> HySpars
         use_cpu_initialization=not layers.on_cuda,
         masked_softmax_fusion=False,
         deterministic_mode=config.debug.deterministic,
-        **fused,
+        **fusions(layers, model, config.debug.deterministic),
         **_point_to_point(parallel.vpp),
         **_recompute(config.train, layers),
-        compiled_rotation=layers.on_cuda and not fused["apply_rope_fusion"],
+        compiled_inputs=layers.on_cuda,
         recomputes_norms=config.train.recomputes(RecomputeModule.norm),
         offload=(
             Offload(config.train.offload_min_bytes) if config.train.offload_activations else None

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.jit import jit_fuser
 from megatron.core.tensor_parallel import all_gather_last_dim_from_tensor_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
@@ -29,6 +30,39 @@ from torch import Tensor
 from hysparse_megatron.architecture.layers import Part
 from hysparse_megatron.model.megatron_config import HySparseConfig
 from hysparse_megatron.runtime.process_groups import RunGroups
+
+
+def _cut(fused: Tensor, *widths: int) -> tuple[Tensor, ...]:
+    """[S, B, groups, sum of widths] -> views [S, B, groups, width]."""
+    return fused.split(widths, dim=-1)
+
+
+class CompiledCut(torch.autograd.Function):
+    """The same for GPUs, copied to storages of their own in one pass each way.
+
+    The plain gradient is a concatenation, whose kernel is slow where pieces are as narrow as gates.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, fused: Tensor, *widths: int) -> tuple[Tensor, ...]:
+        """[S, B, groups, sum of widths] -> [S, B, groups, width] each."""
+        return _copies(fused, widths)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Of all pieces side by side."""
+        return _joined(grads), *[None] * len(grads)
+
+
+@jit_fuser
+def _copies(fused: Tensor, widths: tuple[int, ...]) -> tuple[Tensor, ...]:
+    pieces = fused.split(widths, dim=-1)
+    return tuple(piece.clone(memory_format=torch.contiguous_format) for piece in pieces)
+
+
+@jit_fuser
+def _joined(pieces: tuple[Tensor, ...]) -> Tensor:
+    return torch.cat(pieces, dim=-1)
 
 
 class GroupedProjection(MegatronModule):
@@ -93,7 +127,8 @@ class GroupedProjection(MegatronModule):
         others alive.
         """
         fused, _ = self.linear(hidden_states)
-        pieces = fused.unflatten(-1, (-1, sum(self.widths()))).split(self.widths(), dim=-1)
+        cut = CompiledCut.apply if self.config.compiled_inputs else _cut
+        pieces = cut(fused.unflatten(-1, (-1, sum(self.widths()))), *self.widths())
         found = dict(zip((part.name for part in self.parts), pieces, strict=True))
         if self.ranks_per_group > 1:
             found |= self._gathered(found)

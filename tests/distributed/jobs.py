@@ -44,7 +44,7 @@ def forget_sequence_parallel(state: TrainingState) -> None:
 def compile_fusions(state: TrainingState) -> None:
     """Compute as a GPU without Transformer Engine does; the compiler itself is off in tests."""
     for chunk in state.chunks:
-        chunk.module.config.compiled_rotation = True
+        chunk.module.config.compiled_inputs = True
         chunk.module.config.cross_entropy_loss_fusion = True
         for module in chunk.module.modules():
             if isinstance(module, RMSNorm):

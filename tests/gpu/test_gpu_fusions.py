@@ -10,7 +10,7 @@ import sys
 
 from tests.docs.blocks import ROOT
 
-FILES = [f"tests/unit/model/test_{name}.py" for name in ("loss", "norm", "rotary")]
+FILES = [f"tests/unit/model/test_{name}.py" for name in ("loss", "norm", "projection", "rotary")]
 
 
 def test_compiled_functions_keep_the_bounds_of_plain_ones() -> None:

@@ -136,17 +136,17 @@ YARN = [
     ("choice", "scaling", "told"),
     [
         (LOCAL, [], None),
-        (ON_GPU, [], "rotation, loss and the gradients of norms"),
-        (WITH_ENGINE, [], None),
+        (ON_GPU, [], "projections' parts, rotation, loss and the gradients of norms"),
+        (WITH_ENGINE, [], "projections' parts"),
         # Which has no rotation with a factor on cosines and sines.
-        (WITH_ENGINE, YARN, "rotation"),
+        (WITH_ENGINE, YARN, "projections' parts and rotation"),
     ],
 )
 def test_what_is_compiled_is_what_no_engine_brings(
     choice: LayerChoice, scaling: list[str], told: str | None
 ) -> None:
     config = compose(scaling)
-    found = re.search(r", ([a-z, ]+) compiled", describe_layers(choice, config.model))
+    found = re.search(r", ([a-z', ]+) compiled", describe_layers(choice, config.model))
     assert (found and found[1]) == told
     if fusions(choice, config.model)["apply_rope_fusion"]:
         return  # megatron-core refuses that where the engine is not installed
