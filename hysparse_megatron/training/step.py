@@ -80,12 +80,14 @@ def train_step(
     if state.loads is not None:
         share = _counted_share(state, microbatches)
         state.megatron.moe_grad_scale_func = lambda: share
-    sums = _run_schedule(state, microbatches, step + 1, forward_only=False)
-    loss = sums.loss / max(sums.tokens, 1)
-    # Before the decision, and also after a bad loss: both are collective.
+    pending = _run_schedule(state, microbatches, step + 1, forward_only=False)
+    # Before the decision, and also after a bad loss: both are collective. And before the loss is
+    # looked at: they are launched while the GPU still works at the backward pass.
     with record_function(OPTIMIZER):
         state.optimizer.prepare_grads()
         grad_norm = float(state.optimizer.get_grad_norm())
+    sums = pending.read()
+    loss = sums.loss / max(sums.tokens, 1)
     bad = decide(sums.finite_here, loss, grad_norm)
     if bad is None:
         with record_function(OPTIMIZER):
@@ -142,7 +144,7 @@ def evaluate(
         for microbatches in batches:
             if not go_on():
                 return None
-            found = _run_schedule(state, microbatches, None, forward_only=True)
+            found = _run_schedule(state, microbatches, None, forward_only=True).read()
             loss, tokens = loss + found.loss, tokens + found.tokens
     if not tokens:
         raise DataError("the held-out samples have no token whose loss counts")
@@ -160,9 +162,22 @@ class _Sums:
     """Whether this rank's part of the loss is finite."""
 
 
+@dataclass(frozen=True)
+class _PendingSums:
+    """What the device has yet to compute of them."""
+
+    on_device: Tensor
+    """fp64 [3]: loss, tokens and whether this rank's part is finite."""
+
+    def read(self) -> _Sums:
+        """Waits for the device."""
+        loss, tokens, finite_here = self.on_device.tolist()
+        return _Sums(loss, int(tokens), bool(finite_here))
+
+
 def _run_schedule(
     state: TrainingState, microbatches: Sequence[Batch], step: int | None, forward_only: bool
-) -> _Sums:
+) -> _PendingSums:
     """Run megatron-core's schedule for `step` (from 1; None in an evaluation)."""
     train = state.config.train
     schedule = get_forward_backward_func(state.groups.pp.size(), state.config.parallel.vpp)
@@ -184,11 +199,10 @@ def _run_schedule(
     total = torch.zeros(2, dtype=torch.float64, device=state.device)
     for output in outputs:
         total += output["loss_and_tokens"]
-    finite_here = bool(total.isfinite().all())
+    finite_here = total.isfinite().all(dim=0, keepdim=True)
     dist.all_reduce(total, group=state.groups.dp_cp)
     dist.broadcast(total, src=_last_rank(state.groups.pp), group=state.groups.pp)
-    loss, tokens = total.tolist()
-    return _Sums(loss, int(tokens), finite_here)
+    return _PendingSums(torch.cat((total, finite_here.double())))
 
 
 def _last_rank(group: dist.ProcessGroup) -> int:
