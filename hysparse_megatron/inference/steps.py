@@ -28,7 +28,7 @@ def why_no_graph(loaded: LoadedModel, cache: KvCache) -> str | None:
     if loaded.groups.tp.size() > 1:
         return "the model is split over ranks"
     if config.moe.num_experts:
-        return "the host must know how many tokens each expert gets"
+        return "experts that run one after another wait for their counts of tokens on the host"
     chunk = Chunk.replayed(range(len(cache.capacities)), cache.capacities, cache.device)
     heads = (config.num_attention_heads, config.head_dim)
     query = torch.empty(1, 1, *heads, dtype=loaded.dtype, device=cache.device)

@@ -1,6 +1,6 @@
 """Mixture of experts: megatron-core's layer, whose load is measured.
 
-Router, all-to-all dispatch and experts are megatron-core's.
+Router, all-to-all dispatch and experts are megatron-core's, but for `local_experts`.
 Shapes: S sequence, B batch, E experts.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
+from megatron.core.transformer.moe.experts import TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.router import TopKRouter
@@ -21,6 +21,7 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 from torch import Tensor
 
 from hysparse_megatron.model.layers import LayerModules
+from hysparse_megatron.model.local_experts import LocalExperts
 from hysparse_megatron.model.megatron_config import HySparseConfig
 
 
@@ -45,6 +46,13 @@ class _OneRankDispatcher(MoEAlltoAllTokenDispatcher):
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
         """Results as they are."""
         return hidden_states
+
+    def _maybe_dtoh_and_synchronize(self, point: str, tokens_per_expert: Tensor) -> Tensor:
+        """Grouped products read counts on the device: the host then waits for nothing."""
+        assert isinstance(self.config, HySparseConfig)
+        if self.config.grouped_experts:
+            return tokens_per_expert
+        return super()._maybe_dtoh_and_synchronize(point, tokens_per_expert)
 
 
 class _MoELayer(MoELayer):
@@ -78,7 +86,7 @@ def moe_layer(modules: LayerModules) -> Callable[..., MoELayer]:
     if modules.grouped_experts is not None:
         experts = functools.partial(TEGroupedMLP, submodules=modules.grouped_experts)
     else:
-        experts = functools.partial(SequentialMLP, submodules=modules.expert_linears)
+        experts = functools.partial(LocalExperts, submodules=modules.expert_linears)
     return functools.partial(
         _MoELayer,
         submodules=MoESubmodules(

@@ -2,8 +2,9 @@
 
 `te` is Transformer Engine through megatron-core's wrappers: norm and linear layer in one, RMSNorm,
 grouped GEMM for experts, fused rotation and loss, FP8. `local` is megatron-core's own layers and
-our norm; it runs anywhere. Weights, their names in checkpoints and what they are drawn from are the
-same, so that a run may change from one to the other.
+our norm, with torch's grouped products for experts where it has them; it runs anywhere. Weights,
+their names in checkpoints and what they are drawn from are the same, so that a run may change from
+one to the other.
 """
 
 from __future__ import annotations
@@ -35,6 +36,13 @@ class LayerChoice:
     sums_weight_gradients: bool = True
     """Whether matrix products may add weight gradients to their sum; not where weights come out of
     hooks, see `TrainConfig.saves_weights_by_hooks`."""
+    grouped_products: bool = False
+    """Whether torch multiplies many bf16 matrices in one launch here."""
+
+    @property
+    def apex_sums(self) -> bool:
+        """Whether megatron-core's own layers add weight gradients to their sum, with apex."""
+        return self.apex_weight_gradients and self.sums_weight_gradients
 
     @property
     def name(self) -> str:
@@ -56,7 +64,11 @@ def resolve_layers(model: ModelConfig, device: torch.device) -> LayerChoice:
         raise ConfigError(
             f"model.fp8: {model.fp8.value} needs Transformer Engine, but {missing}; use none"
         )
-    facts = {"apex_weight_gradients": _has_apex(device), "on_cuda": device.type == "cuda"}
+    facts = {
+        "apex_weight_gradients": _has_apex(device),
+        "on_cuda": device.type == "cuda",
+        "grouped_products": _has_grouped_products(device),
+    }
     if missing is None:
         version = importlib.metadata.version("transformer-engine")
         return LayerChoice(True, f"Transformer Engine {version}", **facts)
@@ -80,14 +92,37 @@ def _has_apex(device: torch.device) -> bool:
     )
 
 
-def describe_layers(choice: LayerChoice, model: ModelConfig) -> str:
-    """For the start-up log."""
+def _has_grouped_products(device: torch.device) -> bool:
+    """Elsewhere `grouped_mm` is a loop on the host, which waits for the device."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
+def groups_experts(choice: LayerChoice, model: ModelConfig, dtype: torch.dtype) -> bool:
+    """Whether experts run at once by torch's grouped products; see `HySparseConfig`.
+
+    Those give weight gradients of their own, where apex adds to the fp32 sum: then, as where they
+    are not there, experts run one after another.
+    """
+    if choice.transformer_engine or choice.apex_sums or model.moe.num_experts == 0:
+        return False
+    # Rows of all matrices begin at multiples of 16 bytes, and there is a limit of matrices.
+    fits = model.hidden_size % 8 == model.expert_width % 8 == 0 and model.moe.num_experts < 1024
+    return choice.grouped_products and dtype is torch.bfloat16 and fits
+
+
+def describe_layers(choice: LayerChoice, model: ModelConfig, grouped_experts: bool = False) -> str:
+    """For the start-up log; `grouped_experts` is that of `HySparseConfig`."""
     extras = [f"FP8 linears ({model.fp8.value})"] if model.fp8 is not Fp8.none else []
     if choice.on_cuda and not choice.transformer_engine:
         extras.append("projections' parts, rotation, loss and the gradients of norms compiled")
     elif choice.on_cuda:
         rotation = "" if _engine_rotates(choice, model) else " and rotation"
         extras.append(f"projections' parts{rotation} compiled")
+    if model.moe.num_experts and not choice.transformer_engine:
+        how = "in torch's grouped products" if grouped_experts else "one after another"
+        extras.append(f"experts {how}")
     if not choice.sums_weight_gradients:
         extras.append("weight gradients added to their sum after the matrix products")
     elif choice.transformer_engine:
@@ -119,9 +154,7 @@ def fusions(choice: LayerChoice, model: ModelConfig, deterministic: bool = False
     """
     engine = choice.transformer_engine
     settings: dict[str, Any] = {
-        "gradient_accumulation_fusion": (
-            choice.apex_weight_gradients and choice.sums_weight_gradients
-        ),
+        "gradient_accumulation_fusion": choice.apex_sums,
         "bias_dropout_fusion": choice.on_cuda,
         "bias_activation_fusion": choice.on_cuda,
         "apply_rope_fusion": _engine_rotates(choice, model),
@@ -157,7 +190,7 @@ class LayerModules:
 
     @property
     def expert_linears(self) -> MLPSubmodules:
-        """Of shared experts and of experts that run one after another."""
+        """Of shared experts, and of experts without `grouped_experts`."""
         return MLPSubmodules(linear_fc1=self.column_linear, linear_fc2=self.row_linear)
 
     @classmethod

@@ -17,7 +17,7 @@ from hysparse_megatron.config.schema import (
     TrainConfig,
 )
 from hysparse_megatron.errors import ConfigError
-from hysparse_megatron.model.layers import LOCAL, LayerChoice, LayerModules, fusions
+from hysparse_megatron.model.layers import LOCAL, LayerChoice, LayerModules, fusions, groups_experts
 from hysparse_megatron.model.offload import Offload
 from hysparse_megatron.model.sharing import SharedWidths
 
@@ -38,6 +38,10 @@ class HySparseConfig(TransformerConfig):
     compiled_inputs: bool = False
     """Whether torch compiles what makes attention's inputs of the projection: on GPUs the cut into
     parts, and the rotation if Transformer Engine has none for it."""
+
+    grouped_experts: bool = False
+    """Whether all experts of a rank run at once, by torch's grouped matrix products; else those of
+    Transformer Engine do, or each runs alone. Decided by `layers.groups_experts`."""
 
     recomputes_norms: bool = False
     """Whether the backward pass makes the outputs of the layers' norms again."""
@@ -218,6 +222,7 @@ def make_megatron_config(config: Config, layers: LayerChoice = LOCAL) -> HySpars
         **_point_to_point(parallel.vpp),
         **_recompute(config.train, layers),
         compiled_inputs=layers.on_cuda,
+        grouped_experts=groups_experts(layers, model, dtype),
         recomputes_norms=config.train.recomputes(RecomputeModule.norm),
         offload=(
             Offload(config.train.offload_min_bytes) if config.train.offload_activations else None

@@ -14,6 +14,12 @@ from hysparse_megatron.architecture.layers import Branch, LayerKind
 from hysparse_megatron.architecture.parameters import RankParameters, padded_vocab_size
 from hysparse_megatron.architecture.stages import PipelinePlan
 from hysparse_megatron.config.schema import Config, OptimizerName, Precision, RecomputeModule
+from hysparse_megatron.plan.feed_forward import (
+    expert_matrices,
+    feed_forward_activations,
+    gradient_of_activation,
+    on_gpus,
+)
 from hysparse_megatron.plan.flops import feed_forward_of
 from hysparse_megatron.plan.offload import ON_ITS_WAY, HostCopies, leaving, on_its_way, travels
 from hysparse_megatron.plan.traffic import (
@@ -135,51 +141,8 @@ def layer_activations(config: Config, plan: PipelinePlan, layer: int) -> Counter
         kept["shared key and value"] += of * key_value_elements(config) * element
     else:
         kept["attention"] += tokens * key_value_elements(config) * element
-    kept += _feed_forward_activations(config, layer)
+    kept += feed_forward_activations(config, layer)
     return kept
-
-
-def _feed_forward_activations(config: Config, layer: int) -> Counter[str]:
-    model, parallel = config.model, config.parallel
-    element, rows = element_bytes(config), token_rows(config)
-    tokens = rank_tokens(config)
-    kept: Counter[str] = Counter()
-    kept["residual stream and norms"] += 2 * rows * model.hidden_size * element
-    # Both halves of the first projection and their product; on a CPU each half once more
-    # (activated; plus an offset that is 0), which megatron-core's fused activation makes again.
-    widths = 3 if _on_gpus(config) else 5
-    if not model.is_moe_layer(layer):
-        kept["feed-forward"] += tokens * widths * (model.ffn_hidden_size // parallel.tp) * element
-        return kept
-    moe = model.moe
-    shared_width = moe.shared_expert_ffn_hidden_size // parallel.tp
-    kept["feed-forward"] += tokens * widths * shared_width * element
-    # Logits, scores and probabilities of the router in fp32.
-    kept["routing"] += rows * moe.num_experts * 3 * 4
-    routed = rows * moe.num_active_experts
-    # As above, and the product weighted by the router, with which it is fused too.
-    widths = 3 if _on_gpus(config) else 6
-    kept["experts"] += routed * (model.hidden_size + widths * model.expert_width) * element
-    return kept
-
-
-def _on_gpus(config: Config) -> bool:
-    """Whether the run is: functions are fused there. It may be a CPU where no machine is known."""
-    return config.cluster.peak_tflops is not None
-
-
-def _gradient_of_activation(config: Config, layer: int) -> int:
-    """Bytes that the backward pass of a layer holds beside what is kept: the gradient of the first
-    projection's halves, which take no more than the parts that unfused activations keep."""
-    if not _on_gpus(config):
-        return 0
-    model, element = config.model, element_bytes(config)
-    if not model.is_moe_layer(layer):
-        width = model.ffn_hidden_size // config.parallel.tp
-        return rank_tokens(config) * 2 * width * element
-    shared_width = model.moe.shared_expert_ffn_hidden_size // config.parallel.tp
-    routed = token_rows(config) * model.moe.num_active_experts
-    return (rank_tokens(config) * 2 * shared_width + routed * 3 * model.expert_width) * element
 
 
 def _kept_activations(config: Config, plan: PipelinePlan, layer: int) -> Counter[str]:
@@ -213,7 +176,7 @@ def _parts_again(config: Config, plan: PipelinePlan, layer: int) -> Counter[str]
     if train.recomputes(RecomputeModule.norm):
         again["residual stream and norms"] += 2 * _residual_bytes(config)
     if train.recomputes(feed_forward_of(config.model, layer)):
-        parts = _feed_forward_activations(config, layer)
+        parts = feed_forward_activations(config, layer)
         del parts["residual stream and norms"]  # its input
         again += parts
     return again
@@ -223,12 +186,21 @@ def _working_again(config: Config, plan: PipelinePlan, layer: int) -> int:
     """Bytes that the backward pass of one layer makes again, with what it holds beside them."""
     if config.train.recomputes_layer(plan.place_of(layer)):
         whole = sum(layer_activations(config, plan, layer).values())
-        return whole + _gradient_of_activation(config, layer)
+        return whole + gradient_of_activation(config, layer)
     if not config.train.recomputes(feed_forward_of(config.model, layer)):
         # A norm's output, or less than is counted as the kernels' workspace.
         return _residual_bytes(config) if config.train.recomputes(RecomputeModule.norm) else 0
-    parts = _feed_forward_activations(config, layer)
-    return sum(parts.values()) + _gradient_of_activation(config, layer)
+    parts = feed_forward_activations(config, layer)
+    return sum(parts.values()) + gradient_of_activation(config, layer)
+
+
+def _beside_experts(config: Config, plan: PipelinePlan, layer: int) -> int:
+    """Bytes that the backward pass of experts holds beside what is kept or made again."""
+    matrices = expert_matrices(config, layer)
+    again = config.train.recomputes_layer(plan.place_of(layer))
+    if not matrices or again or config.train.recomputes(RecomputeModule.experts):
+        return matrices  # the gradient is counted with what is made again
+    return matrices + gradient_of_activation(config, layer)
 
 
 def _alike(config: Config, plan: PipelinePlan, layers: list[int]) -> dict[int, int]:
@@ -255,7 +227,7 @@ def head_bytes(config: Config) -> int:
     assert model.vocab_size is not None
     tokens, element = rank_tokens(config), element_bytes(config)
     columns = padded_vocab_size(model.vocab_size) // parallel.tp
-    per_token = columns * (2 * element + (0 if _on_gpus(config) else 4))
+    per_token = columns * (2 * element + (0 if on_gpus(config) else 4))
     if train.loss_chunk is None:
         return tokens * per_token
     # Gathered over tensor-parallel ranks, and their gradient.
@@ -292,8 +264,11 @@ def rank_memory(
     one, travelling = _kept_and_travelling(config, plan, layers)
     received, more = _received(config, plan, stages)
     one += received
-    working = _workspace(config, plan, layers)
-    working += max(_working_again(config, plan, layer) for layer in _alike(config, plan, layers))
+    scratch = _workspace(config, plan, layers)
+    working = max(
+        max(scratch, _beside_experts(config, plan, layer)) + _working_again(config, plan, layer)
+        for layer in _alike(config, plan, layers)
+    )
     if len(plan.stages) - 1 in stages:
         working = max(working, head_bytes(config))
     activations = {name: round(size * flying) for name, size in one.items() if size}

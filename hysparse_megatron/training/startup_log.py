@@ -77,7 +77,7 @@ def describe_start(state: TrainingState, corpus: TrainingData, log: Log) -> None
         f"data parallel {state.groups.dp.size()}, device {state.device.type}"
     )
     log(f"attention backend {backend.name}: {backend.reason}")
-    log(describe_layers(state.layers, config.model))
+    log(describe_layers(state.layers, config.model, state.megatron.grouped_experts))
     log(
         f"initial weights: {state.num_parameters():,} parameters of rank 0 built and drawn in "
         f"{state.build_seconds:.1f} s"

@@ -16,6 +16,7 @@ from torch import Tensor
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.model import attend
 from hysparse_megatron.model.layer import HySparseLayer
+from hysparse_megatron.model.local_experts import LocalExperts
 from hysparse_megatron.model.norm import CompiledRMSNorm, RMSNorm
 from hysparse_megatron.training.state import TrainingState
 from hysparse_megatron.training.step import evaluate, train_step
@@ -49,6 +50,18 @@ def compile_fusions(state: TrainingState) -> None:
         for module in chunk.module.modules():
             if isinstance(module, RMSNorm):
                 module.__class__ = CompiledRMSNorm
+
+
+# Grouped experts ---------------------------------------------------------------------------------
+
+
+def group_experts(state: TrainingState) -> None:
+    """Compute experts as a Hopper GPU without Transformer Engine does in bf16."""
+    state.megatron.grouped_experts = True
+    for chunk in state.chunks:
+        for module in chunk.module.modules():
+            if isinstance(module, LocalExperts):  # whose configuration is a copy
+                module.config.grouped_experts = True  # type: ignore[attr-defined]
 
 
 # Causality ---------------------------------------------------------------------------------------

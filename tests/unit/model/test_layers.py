@@ -22,6 +22,7 @@ from hysparse_megatron.model.layers import (
     describe_layers,
     fuse_weight_gradients,
     fusions,
+    groups_experts,
     resolve_layers,
 )
 from hysparse_megatron.model.megatron_config import make_megatron_config
@@ -168,6 +169,55 @@ def test_norms_on_a_gpu_have_compiled_gradients() -> None:
     assert (on_gpu.norm, on_gpu.head_norm) == (CompiledRMSNorm, CompiledRMSNorm)
     on_cpu = LayerModules.of(LOCAL)
     assert (on_cpu.norm, on_cpu.head_norm) == (RMSNorm, RMSNorm)
+
+
+EXPERTS = ["model.moe.num_experts=4", "model.moe.num_active_experts=2"]
+ON_HOPPER = LayerChoice(False, "", on_cuda=True, grouped_products=True)
+
+
+@pytest.mark.parametrize(
+    ("choice", "overrides", "precision", "grouped"),
+    [
+        (ON_HOPPER, EXPERTS, "bf16", True),
+        (ON_HOPPER, EXPERTS, "fp32", False),
+        (ON_HOPPER, [], "bf16", False),
+        (ON_HOPPER, [*EXPERTS, "model.moe.expert_ffn_hidden_size=36"], "bf16", False),
+        (ON_HOPPER, ["model.moe.num_experts=1024"], "bf16", False),
+        (replace(ON_HOPPER, grouped_products=False), EXPERTS, "bf16", False),
+        (replace(ON_HOPPER, transformer_engine=True), EXPERTS, "bf16", False),
+        (replace(ON_HOPPER, apex_weight_gradients=True), EXPERTS, "bf16", False),
+        (
+            replace(ON_HOPPER, apex_weight_gradients=True, sums_weight_gradients=False),
+            EXPERTS,
+            "bf16",
+            True,
+        ),
+        (LOCAL, EXPERTS, "bf16", False),
+    ],
+    ids=lambda value: None if isinstance(value, LayerChoice | list) else str(value),
+)
+def test_which_experts_are_grouped(
+    choice: LayerChoice, overrides: list[str], precision: str, grouped: bool
+) -> None:
+    config = compose(["model=tiny_hysparse", *overrides, f"train.precision={precision}"])
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    assert groups_experts(choice, config.model, dtype) is grouped
+    if not choice.transformer_engine:  # of which megatron-core asks whether it is there
+        assert make_megatron_config(config, choice).grouped_experts is grouped
+    told = describe_layers(choice, config.model, grouped)
+    assert ("experts in torch's grouped products" in told) is grouped
+    alone = bool(overrides) and not grouped and not choice.transformer_engine
+    assert ("experts one after another" in told) is alone
+
+
+@pytest.mark.parametrize(("major", "there"), [(8, False), (9, True), (10, True), (12, False)])
+def test_grouped_products_are_where_torch_has_a_kernel(
+    major: int, there: bool, no_packages: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+    assert resolve_layers(model(), CUDA).grouped_products is there
+    assert not resolve_layers(model(), CPU).grouped_products
 
 
 def test_fusions() -> None:
