@@ -10,7 +10,7 @@ import pytest
 from tools.prepare_data import _parser as prepare_parser
 from tools.study.__main__ import _parser
 from tools.study.plan import read_study
-from tools.study.results import read_result
+from tools.study.results import Result, read_result
 from tools.study.table import lookup
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,15 +18,21 @@ STUDY = ROOT / "tools" / "study"
 TEXT = (ROOT / "docs" / "reproduction.md").read_text(encoding="utf-8")
 
 
+def finished(name: str) -> dict[str, Result]:
+    """The results of a study by run."""
+    study = read_study(STUDY / f"{name}.yaml")
+    found = {run.name: read_result(STUDY / "results" / study.name, run) for run in study.runs}
+    return {run: result for run, result in found.items() if result}
+
+
 @pytest.mark.thorough
 def test_losses_and_counts_are_those_of_the_results() -> None:
-    study = read_study(STUDY / "ablations.yaml")
-    results = STUDY / "results" / study.name
-    found = {run.name: read_result(results, run) for run in study.runs}
-    done = {name: result for name, result in found.items() if result}
-    words = {3: "three"}
-    total = len(study.runs) + len(read_study(STUDY / "claims.yaml").runs)
-    assert f"**{words[len(done)]} of its {total} runs are finished**" in TEXT.replace("\n", " ")
+    done, claims = finished("ablations"), finished("claims")
+    word = {4: "four"}[len(done) + len(claims)]
+    total = sum(len(read_study(STUDY / f"{name}.yaml").runs) for name in ("ablations", "claims"))
+    assert f"**{word} of its {total} runs are finished**" in TEXT.replace("\n", " ")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"has begun, {word} of its runs are finished" in readme
     shown = [done[f"{name}-seed1"] for name in ("full", "hysparse", "windows")]
     rows = [[result.rows[-1]["eval_loss"] for result in shown]]
     for where in ("code.loss.0.all.loss", "prose.loss.0.all.loss"):
@@ -35,6 +41,49 @@ def test_losses_and_counts_are_those_of_the_results() -> None:
         assert f"| {' | '.join(f'{loss:.4f}' for loss in row)} |" in TEXT
     hours = sum(result.seconds for result in done.values()) / 3600
     assert f"({hours:.2f} hours for all three)" in TEXT
+
+
+@pytest.mark.thorough
+def test_the_run_of_the_claims_is_as_told() -> None:
+    [result] = finished("claims").values()
+    losses = {row["step"]: row["eval_loss"] for row in result.rows if "eval_loss" in row}
+    [steps] = re.findall(r"^\| steps of ([\d,]+) \| (.*) \|$", TEXT, flags=re.M)
+    shown = [int(step.replace(",", "")) for step in steps[1].split(" | ")]
+    assert shown[-1] == max(losses) == int(steps[0].replace(",", ""))
+    assert f"| {' | '.join(f'{losses[step]:.4f}' for step in shown)} |" in TEXT
+    assert f"its validation loss is {losses[600]:.2f} at step 600" in TEXT
+    for text in ("code", "prose"):
+        places = ("all", "bins.0", "bins.15")
+        found = [lookup(result.evaluations, f"{text}.loss.0.{place}.loss") for place in places]
+        assert f"| {text} | {' | '.join(f'{loss:.4f}' for loss in found)} |" in TEXT
+    for place, task in enumerate(("needle", "multi-key needle", "variable tracking")):
+        means = [
+            lookup(result.evaluations, f"recall.scores.{2 * place + length}.mean")
+            for length in (0, 1)
+        ]
+        assert f"| {task} | {means[0] * 100:.0f} % | {means[1] * 100:.0f} % |" in TEXT
+    speed = f"({result.seconds / 3600:.2f} hours, {result.tokens_per_second:,.0f} tokens a second"
+    assert speed in TEXT
+
+
+@pytest.mark.thorough
+def test_what_its_layers_do_is_as_told() -> None:
+    [result] = finished("claims").values()
+    evaluated = {row["step"]: row for row in result.rows if "eval_loss" in row}
+    last, early = evaluated[2289], evaluated[200]
+    masses = [last[f"oracle_mass/layer_{layer:03}"] for layer in (4, 8, 0)]
+    agreed = [last[f"neighbour_agreement/layer_{layer:03}"] * 100 for layer in (0, 4, 8)]
+    text = re.sub(r"\s+", " ", TEXT)
+    assert "({:.2f} and {:.2f} of it), the first one {:.2f}".format(*masses) in text
+    assert "agree on {:.0f}, {:.0f} and {:.0f} % of".format(*agreed) in text
+    spans = {}
+    for when, row in (("last", last), ("early", early)):
+        for gate in ("sparse", "window"):
+            values = [row[f"{gate}_gate/layer_{layer:03}"] for layer in (5, 6, 7, 9, 10, 11)]
+            spans[when, gate] = f"{min(values):.2f} to {max(values):.2f}"
+    assert f"they let {spans['last', 'sparse']} of the sparse branch through" in text
+    assert f"of the window {spans['last', 'window']}." in text
+    assert f"it was {spans['early', 'sparse']}, and {spans['early', 'window']}." in text
 
 
 def test_shown_commands_are_valid() -> None:
