@@ -135,6 +135,18 @@ def test_speed_and_memory_are_those_of_the_recorded_run(name: str) -> None:
     assert peak == pytest.approx(tensors, rel=0.01)
 
 
+def test_steps_that_are_no_curve_are_as_logged() -> None:
+    [name] = re.findall(r"Log: `(\S+-1b_moe\.txt)`", TEXT)
+    log = (ROOT / "tools" / "step_benchmark" / "results" / name).read_text(encoding="utf-8")
+    steps = re.findall(r"^step \d: ([\d.]+) s, ([\d.]+) GiB", log, flags=re.M)
+    speeds = re.findall(r"^step +\d/6 .* ([\d,]+) tokens/s", log, flags=re.M)
+    assert len(steps) == len(speeds) == 6
+    first, last = (f"{float(seconds):.1f} s" for seconds, _ in (steps[0], steps[-1]))
+    text = re.sub(r"\s+", " ", TEXT)
+    assert f"the first takes {first}, the sixth {last}, at {speeds[-1]} tokens/s" in text
+    assert f"with {max(memory for _, memory in steps)} GiB in tensors at most" in text
+
+
 def test_another_start_is_within_what_the_page_asks_for(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
