@@ -355,11 +355,16 @@ def main(seed: int) -> None:
         # The first token of a block, the last of a window; more splits than keys.
         Case(6, 2, 24, 16, 64, 1, 128, (64, 127), (1, 0), fp32, fp32, programs=100),
         # Long blocks in pieces: head dims 192/128 need tiles of 32 keys in fp32.
-        Case(4, 1, 192, 128, 128, 2, 70, (300, 3), (0, 1), fp32, FP8),
+        Case(
+            4, 1, 192, 128, 128, 2, 70, (300, 3), (0, 1), fp32, FP8, gate_per_channel=True
+        ),
         # More splits than the second kernel adds up at a time.
-        Case(2, 1, 16, 16, 16, 4, 700, (1100,), (0,), fp32, fp32, programs=45),
-    ]
-    for case in [*fixed, *(draw(rng, rng.choice([fp32, fp32, fp16])) for _ in range(8))]:
+        Case(
+            2, 1, 16, 16, 16, 4, 700, (1100,), (0,), fp32, fp32, (1, 1), has_sinks=False,
+            programs=45,
+        ),
+    ]  # fmt: skip
+    for case in [*fixed, *(draw(rng, dtype) for dtype in (fp32, fp16, fp32, fp16, fp32))]:
         run(case, cpu, rng.randrange(2**31))
         print(f"{case} agrees", flush=True)
     print("all cases agree")

@@ -345,7 +345,8 @@ def interpreted(generator: random.Random) -> None:
         for _ in range(3):
             case = draw(generator, interpreted=True, packed=generator.random() < 0.5)
             compare_lists(replace(case, block_size=4), "cpu", seed())
-        compare(Case(16, 1, 16, 32, 16, 2, 17, 1, 39, (20, 0, 19)), torch.float32, "cpu", seed())
+        # A window that skips a tile of keys: most drawn sequences are too short for that.
+        compare(Case(16, 1, 16, 32, 16, 2, 5, 1, 39, (2, 0, 37)), torch.float32, "cpu", seed())
         for packed in (False, True, True):
             case = draw(generator, interpreted=True, packed=packed)
             compare(case, torch.float32, "cpu", seed())
