@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         default=VALIDATION_FRACTION,
         metavar="F",
-        help="chance of a document to be held out, 0 for none (default %(default)s)",
+        help="chance of a document to be held out, 0 for none, 1 for all (default %(default)s)",
     )
     add(
         "--seed",

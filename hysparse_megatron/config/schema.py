@@ -305,8 +305,8 @@ class DataConfig:
     """Share of the documents held out for evaluation, chosen by their texts; 0, for
     `train.eval_batches=0`, holds out none."""
     evaluation: dict[str, str] = field(default_factory=dict, hash=False)
-    """Further evaluation sets, `{code: data/code}`: names and paths like `path`, each evaluated on
-    its own validation split in the run's tokenizer, with rows and curves under its name."""
+    """Further evaluation sets, `{code: data/code}`: the validation splits of prepared datasets, or
+    text, all of it, in the run's tokenizer, with rows and curves under their names."""
     text_key: str = "text"
     """Field of a JSON line that holds the document."""
     verify: bool = True

@@ -204,10 +204,14 @@ def check_content(
 
 
 def with_path(data: DataConfig, path: str, tokenizer_path: str | None) -> DataConfig:
-    """The settings with other data: a prepared folder, or text to read with that tokenizer."""
-    is_prepared = os.path.isfile(os.path.join(path, CARD_NAME))
-    tokenizer = None if is_prepared else tokenizer_path
-    return dataclasses.replace(data, path=path, blend=None, tokenizer=tokenizer)
+    """The settings with other data to evaluate on: a prepared folder, or text to read with that
+    tokenizer, all of it but of the text that is trained on."""
+    other = dataclasses.replace(data, path=path, blend=None, tokenizer=tokenizer_path)
+    if os.path.isfile(os.path.join(path, CARD_NAME)):
+        return dataclasses.replace(other, tokenizer=None)
+    if data.path is not None and os.path.realpath(path) == os.path.realpath(data.path):
+        return other
+    return dataclasses.replace(other, validation_fraction=1.0)
 
 
 def open_samples(data: TrainingData, split: str, seq_length: int) -> Samples:
@@ -217,6 +221,11 @@ def open_samples(data: TrainingData, split: str, seq_length: int) -> Samples:
         prints = [part.fingerprint for part in data.parts]
         return BlendedSamples(samples, prints, data.weights)  # type: ignore[arg-type]
     if split == "train":
+        if data.train_tokens == 0:
+            raise DataError(
+                f"{data.source}: all of it is held out, as a set to evaluate on; train on other "
+                "data, or prepare it with a smaller --validation-fraction"
+            )
         return TokenSamples(data.train_prefix, seq_length, data.vocab_size)
     if data.validation_tokens < seq_length + 1:
         raise DataError(

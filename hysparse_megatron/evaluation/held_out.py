@@ -37,8 +37,8 @@ def held_out_batches(
         length: S, in tokens.
         sequences: how many; all of the split where it has no more.
         batch_size: sequences at a time, at most.
-        data: text or a prepared dataset in place of the run's; of text, documents are held out as
-            in training, `data.validation_fraction` of them.
+        data: text or a prepared dataset in place of the run's; all of text is evaluated, but of
+            that which the run was trained on what it held out.
         note: told if the run's data are not those of the checkpoint any more.
 
     Raises:

@@ -222,7 +222,7 @@ class _Corpus:
         half of the document. Copies of it are dropped: they hold that end too.
         """
         used = targets[targets != _DROPPED]
-        if not validation_fraction or len(np.unique(used)) != 1:
+        if validation_fraction in (0, 1) or len(np.unique(used)) != 1:
             return
         lengths = np.concatenate(list(self.lengths()))
         kept = np.where(targets == _DROPPED, 0, lengths)

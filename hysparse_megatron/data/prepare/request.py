@@ -41,7 +41,7 @@ class PrepareRequest:
             a lock.
         tokenizer: see `choose_tokenizer`; None trains one of `vocab_size` ids on the corpus.
         text_key: field of a JSON line, or column, that holds the text.
-        validation_fraction: chance of a text to be held out, < 1; 0 holds out none. Where a split
+        validation_fraction: chance of a text to be held out; 0 holds out none, 1 all. Where a split
             would get no document, the longest one is cut in two.
         seed: of the split. Where a document goes depends on this seed and its text alone.
         deduplicate: leave out documents whose text came before.

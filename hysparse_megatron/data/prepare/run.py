@@ -66,7 +66,7 @@ def prepare(
             cannot be written (names the path).
         HySparseError: a process of the executor was lost.
     """
-    if not 0.0 <= request.validation_fraction < 1.0:
+    if not 0.0 <= request.validation_fraction <= 1.0:
         raise ConfigError(
             f"validation fraction {request.validation_fraction} is not between 0 and 1"
         )
@@ -268,8 +268,9 @@ class _Run:
                 "too few documents for two splits: the longest is cut after "
                 f"{made.cut.place:,} tokens, and what follows is held out; its copies are left out"
             )
-        for split in SPLITS:
-            if not made.documents[split] and (split == "train" or self.request.validation_fraction):
+        held_out = self.request.validation_fraction
+        for split, wanted in (("train", held_out < 1), ("validation", held_out > 0)):
+            if wanted and not made.documents[split]:
                 count = sum(record.num_documents for record in records) - made.duplicates
                 raise DataError(
                     f"{self.request.description}: none of {count} document(s) with text fell into "

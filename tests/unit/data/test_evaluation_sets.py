@@ -11,7 +11,7 @@ from tiny_corpora import prepare, write_json_lines
 from hysparse_megatron.config.schema import DataConfig
 from hysparse_megatron.data.card import PreparedCorpus
 from hysparse_megatron.data.prepare import run
-from hysparse_megatron.data.sources import load_blend, load_evaluations
+from hysparse_megatron.data.sources import load_blend, load_data, load_evaluations, open_samples
 from hysparse_megatron.data.tokenizer import choose_tokenizer
 from hysparse_megatron.errors import DataError
 
@@ -32,11 +32,34 @@ def test_text_and_prepared_folders(
     other = found["other"]
     assert isinstance(other, PreparedCorpus)
     assert other.tokenizer_sha256 == shared_corpus.tokenizer_sha256
-    assert other.train_documents + other.validation_documents == 30
+    assert (other.train_documents, other.validation_documents) == (0, 30)
     # What `--data` of tools.evaluate and a later start find.
     again = load_evaluations(replace(settings, evaluation=sets), shared_corpus)
     assert again == found
     assert load_evaluations(settings, shared_corpus) == {}
+
+
+@pytest.mark.parametrize("text_is_one_document", [False, True])
+def test_all_of_text_is_evaluated(
+    shared_corpus: PreparedCorpus, settings: DataConfig, tmp_path: Path, text_is_one_document: bool
+) -> None:
+    """But of the run's own what it holds out, however it is named."""
+    text = write_json_lines(tmp_path / "other.jsonl", 30, seed=2)
+    if text_is_one_document:
+        text = text.rename(tmp_path / "other.txt")
+    [other] = load_evaluations(
+        replace(settings, evaluation={"other": str(text)}), shared_corpus
+    ).values()
+    assert isinstance(other, PreparedCorpus)
+    assert other.train_tokens == 0
+    assert other.validation_documents == (1 if text_is_one_document else 30)
+    own = replace(settings, path=f"{tmp_path}/./{text.name}", evaluation={"own": str(text)})
+    trained_on = load_data(replace(own, tokenizer=shared_corpus.tokenizer_path))
+    [held_out] = load_evaluations(own, shared_corpus).values()
+    assert held_out == trained_on
+    assert 0 < trained_on.validation_tokens < other.validation_tokens
+    with pytest.raises(DataError, match="all of it is held out, as a set to evaluate on"):
+        open_samples(other, "train", 16)
 
 
 def test_all_documents_end_alike(settings: DataConfig, tmp_path: Path) -> None:
@@ -54,7 +77,7 @@ def test_all_documents_end_alike(settings: DataConfig, tmp_path: Path) -> None:
     other = load_evaluations(settings, corpus)["other"]
     assert other.end_of_document == corpus.end_of_document
     assert isinstance(other, PreparedCorpus)
-    ends = [tokens[-1] for tokens in documents(other.train_prefix)]
+    ends = [tokens[-1] for tokens in documents(other.validation_prefix)]
     assert set(ends) == {corpus.end_of_document}
 
     ended = rf"documents end with token {plain.end_of_document}, those of .* with "

@@ -342,7 +342,7 @@ def test_nothing_held_out(tmp_path: Path) -> None:
 
 def test_bad_requests_are_refused(tmp_path: Path) -> None:
     source = write_json_lines(tmp_path / "corpus.jsonl", 20)
-    for fraction in (1.0, -1.0, float("nan")):
+    for fraction in (1.5, -1.0, float("nan")):
         with pytest.raises(ConfigError, match="validation fraction"):
             prepare(source, tmp_path / "cache", validation_fraction=fraction)
     with pytest.raises(DataError, match="vocab_size 256"):
