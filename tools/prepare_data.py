@@ -88,13 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="F",
         help="chance of a document to be held out, 0 for none, 1 for all (default %(default)s)",
     )
-    add(
-        "--seed",
-        type=int,
-        default=SPLIT_SEED,
-        metavar="N",
-        help="of the split (default %(default)s)",
-    )
+    add("--seed", type=int, default=SPLIT_SEED, metavar="N", help="of the split (%(default)s)")
     add("--verify", action="store_true", help="read the result again and check all of it")
     add("--overwrite", action="store_true", help="prepare again, and replace what is there")
     add("--quiet", action="store_true", help="print warnings and errors alone")

@@ -171,6 +171,10 @@ def _experts(model: ModelConfig, num_layers: int) -> dict[str, object]:
     }
 
 
+def _offload(train: TrainConfig) -> Offload | None:
+    return Offload(train.offload_min_bytes) if train.offload_activations else None
+
+
 def make_megatron_config(config: Config, layers: LayerChoice = LOCAL) -> HySparseConfig:
     """The configuration that all layers of all stages are built from.
 
@@ -224,9 +228,7 @@ def make_megatron_config(config: Config, layers: LayerChoice = LOCAL) -> HySpars
         compiled_inputs=layers.on_cuda,
         grouped_experts=groups_experts(layers, model, dtype),
         recomputes_norms=config.train.recomputes(RecomputeModule.norm),
-        offload=(
-            Offload(config.train.offload_min_bytes) if config.train.offload_activations else None
-        ),
+        offload=_offload(config.train),
         plan=plan,
         architecture=model,
         cp_keep_kv=parallel.cp_keep_kv,
