@@ -77,7 +77,11 @@ BAD = [
     ([], 2, "no INPUT"),
     (["INPUT"], 2, "--tokenizer: missing"),
     (["INPUT", "--tokenizer", "bytes", "--workers", "0"], 2, "--workers: got 0"),
-    (["INPUT", "--tokenizer", "bytes", "--validation-fraction", "1"], 2, "validation fraction 1.0"),
+    (
+        ["INPUT", "--tokenizer", "bytes", "--validation-fraction", "1.5"],
+        2,
+        "validation fraction 1.5",
+    ),
     (["INPUT", "--tokenizer", "nowhere.json"], 5, "cannot read the tokenizer"),
     (["nowhere.jsonl", "--tokenizer", "bytes"], 5, "nowhere.jsonl: cannot be read"),
     (["INPUT", "--tokenizer", "bytes", "--workers", "1"], 5, "missing field 'text'"),
