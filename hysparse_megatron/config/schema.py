@@ -340,7 +340,7 @@ class CheckpointConfig:
     """Compare the content of every file with its hash before loading; sizes always are."""
     accept_changed_data: bool = False
     """Go on, with a warning, though the data are not those that the checkpoint was trained on, or
-    `load` names weights of another tokenizer."""
+    a set of `data.evaluation` is another, or `load` names weights of another tokenizer."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,21 +48,23 @@ def choose_checkpoint(config: Config, checkpoints: Path, log: Log) -> Path | Non
     return latest
 
 
-def resume(state: TrainingState, latest: Path | None, corpus: TrainingData, log: Log) -> Progress:
-    """Load the newest checkpoint of the run, or foreign weights; returns where to go on."""
+def resume(
+    state: TrainingState,
+    latest: Path | None,
+    corpus: TrainingData,
+    evaluations: Mapping[str, TrainingData],
+    log: Log,
+) -> Progress:
+    """Load the newest checkpoint of the run, or foreign weights; returns where to go on.
+
+    `evaluations` are the sets of `data.evaluation` by name.
+    """
     if latest is not None:
         facts = on_rank_zero(lambda: store.read_manifest(latest), CheckpointError)
         if "data" not in facts:
             raise weights_alone(latest)
-        changed = changed_fields(facts["data"], corpus.identity())
-        if changed:
-            text = f"the data changed since {latest} was written: {', '.join(changed)}"
-            if not state.config.checkpoint.accept_changed_data:
-                raise DataError(
-                    f"{text}. Restore it, go on with it by checkpoint.accept_changed_data=true, or "
-                    f"start a new run_dir with checkpoint.load={latest}"
-                )
-            log(f"WARNING: {text}. Going on with the new data as checkpoint.accept_changed_data")
+        for line in check_data(state.config, latest, facts, corpus, evaluations):
+            log(f"WARNING: {line}")
         config = state.config
         # Once more, as this may be an older checkpoint than the one that was looked at first.
         on_rank_zero(lambda: check_continuation(config, latest), ConfigError)
@@ -88,6 +90,41 @@ def resume(state: TrainingState, latest: Path | None, corpus: TrainingData, log:
         load_state(state, directory, weights_only=True)
         log(f"starting from the weights of {directory}")
     return Progress()
+
+
+def check_data(
+    config: Config,
+    directory: Path,
+    manifest: dict[str, Any],
+    corpus: TrainingData,
+    evaluations: Mapping[str, TrainingData],
+) -> list[str]:
+    """Refuse other data than that of the run which wrote `directory`, to train or to evaluate on.
+
+    A set of `data.evaluation` is compared with the one that had its name: losses of two texts would
+    be one curve. Returns warnings where `checkpoint.accept_changed_data` is set. Raises DataError.
+    """
+    since = f"since {directory} was written"
+    former: dict[str, dict[str, Any]] = manifest.get("evaluation_data", {})
+    found = [
+        (f"data.evaluation.{name} changed {since}", "give it another name", lines)
+        for name, data in evaluations.items()
+        if name in former and (lines := changed_fields(former[name], data.identity()))
+    ]
+    if lines := changed_fields(manifest["data"], corpus.identity()):
+        advice = f"start a new run_dir with checkpoint.load={directory}"
+        found.insert(0, (f"the data changed {since}", advice, lines))
+    texts = [(f"{text}: {', '.join(lines)}", advice) for text, advice, lines in found]
+    if config.checkpoint.accept_changed_data:
+        return [
+            f"{text}. Going on with the new data as checkpoint.accept_changed_data says"
+            for text, _ in texts
+        ]
+    for text, advice in texts:
+        raise DataError(
+            f"{text}. Restore it, go on with it by checkpoint.accept_changed_data=true, or {advice}"
+        )
+    return []
 
 
 def check_tokenizer(
@@ -146,7 +183,12 @@ def warn_of_past_skips(config: Config, progress: Progress, log: Log) -> None:
 
 
 def manifest_facts(
-    config: Config, corpus: TrainingData, run_id: str | None, step: int, progress: dict[str, Any]
+    config: Config,
+    corpus: TrainingData,
+    evaluations: Mapping[str, TrainingData],
+    run_id: str | None,
+    step: int,
+    progress: dict[str, Any],
 ) -> dict[str, Any]:
     """What a manifest says beside the step and the files; rank 0 alone knows the run's id."""
     del step  # the writer of the manifest puts it in
@@ -160,6 +202,7 @@ def manifest_facts(
         "config_hash": config_hash(config),
         **compared_settings(config),
         "data": corpus.identity(),
+        "evaluation_data": {name: data.identity() for name, data in evaluations.items()},
         "parallel": dataclasses.asdict(config.parallel),
         "world_size": dist.get_world_size(),
         "versions": versions(),

@@ -107,12 +107,12 @@ def _from_start_to_end(run: Run, overrides: Sequence[str]) -> None:
     corpus, others = prepare_data(config, run.rank, run.watch, log)
     state = build_state(config, corpus.vocab_size, run.device)
     describe_start(state, corpus, log)
-    progress = resume(state, latest, corpus, log)
+    progress = resume(state, latest, corpus, others, log)
     on_rank_zero(lambda: directory.keep_settings() if directory else None, ConfigError)
     batches, evaluations = open_batches(state, corpus, others, run.watch)
     describe_evaluations(evaluations, config.train.seq_length, log)
 
-    saver = _saver(run, state, corpus, latest)
+    saver = _saver(run, state, corpus, others, latest)
     measure = _meter(run, state, corpus).measure
     described = describe_run(config, corpus.vocab_size, run.rank.world_size)
     lost = run.watch.lose_output
@@ -192,7 +192,13 @@ def _machine(device: torch.device, rank: Rank) -> dict[str, Any]:
     }
 
 
-def _saver(run: Run, state: TrainingState, corpus: TrainingData, latest: Path | None) -> Saver:
+def _saver(
+    run: Run,
+    state: TrainingState,
+    corpus: TrainingData,
+    evaluations: dict[str, TrainingData],
+    latest: Path | None,
+) -> Saver:
     def published(checkpoint: Path, seconds: float) -> None:
         """A checkpoint is complete, so many seconds after its save began."""
         run.watch.deadline.saw_save(seconds)
@@ -200,7 +206,7 @@ def _saver(run: Run, state: TrainingState, corpus: TrainingData, latest: Path | 
             outcome.note_checkpoint(run.directory, checkpoint)
 
     run_id = run.directory.facts["id"] if run.directory else None
-    facts = functools.partial(manifest_facts, run.config, corpus, run_id)
+    facts = functools.partial(manifest_facts, run.config, corpus, evaluations, run_id)
     return Saver(state, run.checkpoints, facts, run.log, published, latest)
 
 

@@ -27,6 +27,7 @@ def test_changed_data_under_a_resume(straight: FaultyRun, new_run: NewRun, tmp_p
     run = new_run()
     run.take_over(straight, 8)
     before = contents(run.run_dir / "checkpoints")
+    config = (run.run_dir / "config.yaml").read_text()
     other = write_text(tmp_path / "other", seed=-1)
     output = run.run(f"data.path={other}", code=5)
     old = read_json(run.checkpoint(8) / "manifest.json")["data"]
@@ -34,8 +35,10 @@ def test_changed_data_under_a_resume(straight: FaultyRun, new_run: NewRun, tmp_p
     for field in ("fingerprint", "source", "train_tokens"):
         assert f"{field}: {old[field]} -> " in output
     assert "vocab_size" not in output, "what is as it was is not told"
+    assert f"checkpoint.load={run.run_dir}" in output
     run.assert_ended("failed", 5, None, "the data changed since")
     assert contents(run.run_dir / "checkpoints") == before
+    assert (run.run_dir / "config.yaml").read_text() == config, "of the data it was trained on"
 
     output = run.run(f"data.path={other}", "checkpoint.accept_changed_data=true", code=0)
     assert "WARNING: the data changed since" in output

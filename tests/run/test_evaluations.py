@@ -46,6 +46,11 @@ def test_every_set_has_its_loss(one_text: Path, tmp_path: Path) -> None:
     assert found["all"]["loss"] == pytest.approx(last["eval_loss"], abs=1e-5)
     assert found["all"]["tokens"] == last["eval_tokens"]
 
+    # Another text by that name would go on in its curve.
+    changed = [f"data.evaluation={{other: '{one_text}'}}", "train.steps=3"]
+    told = run([*SHORT, f"run_dir={run_dir}", f"data.path={one_text}", cache, *changed], code=5)
+    assert "data.evaluation.other changed since" in told
+
 
 def test_without_evaluation_no_text_is_too_short(tmp_path: Path) -> None:
     """For a validation split, that is."""

@@ -15,7 +15,6 @@ from run_commands import (
     facts,
     read_json,
     run,
-    write_text,
 )
 
 from hysparse_megatron.data.tokenizer import bytes_tokenizer
@@ -178,20 +177,6 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
     assert "step-00000030" in output.split("resuming after step")[0], "a warning names it"
     assert "resuming after step 20" in output
     assert facts(run_dir) == facts(finished.run_dir)
-
-
-def test_changed_data_under_a_resume(copy_of_finished: Copy, tmp_path: Path) -> None:
-    run_dir, arguments = copy_of_finished(20)
-    other = write_text(tmp_path / "other", seed=-1)
-    before = contents(run_dir / "checkpoints")
-    config = (run_dir / "config.yaml").read_text()
-    output = run([*arguments, f"data.path={other}"], code=5)
-    assert "the data changed since" in output
-    assert f"checkpoint.load={run_dir}" in output
-    assert contents(run_dir / "checkpoints") == before
-    assert (run_dir / "config.yaml").read_text() == config, "of the data it was trained on"
-    status = read_json(run_dir / "status.json")
-    assert (status["state"], status["exit_code"]) == ("failed", 5)
 
 
 def test_a_vocabulary_smaller_than_the_tokenizers(corpus: list[str], tmp_path: Path) -> None:

@@ -142,4 +142,4 @@ def test_weights_alone_are_not_continued(tmp_path: Path) -> None:
     random_run(tmp_path / "run", "model.layout=F")
     checkpoint = store.resolve(tmp_path / "run")
     with pytest.raises(CheckpointError, match=r"new run_dir with checkpoint\.load="):
-        resume(SimpleNamespace(), checkpoint, SimpleNamespace(), print)
+        resume(SimpleNamespace(), checkpoint, SimpleNamespace(), {}, print)

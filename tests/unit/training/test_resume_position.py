@@ -16,7 +16,12 @@ from hysparse_megatron.data.read.order import Position
 from hysparse_megatron.data.sources import changed_fields
 from hysparse_megatron.errors import CheckpointError, DataError
 from hysparse_megatron.training.loop import Progress
-from hysparse_megatron.training.resume import check_tokenizer, progress_of, warn_of_past_skips
+from hysparse_megatron.training.resume import (
+    check_data,
+    check_tokenizer,
+    progress_of,
+    warn_of_past_skips,
+)
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +72,6 @@ def test_weights_of_another_tokenizer(config: Config, tmp_path: Path) -> None:
     corpus: Any = SimpleNamespace(
         tokenizer_path="/data/tokenizer.json", identity=lambda: {"tokenizer_sha256": "a" * 64}
     )
-    accepting = dataclasses.replace(
-        config, checkpoint=dataclasses.replace(config.checkpoint, accept_changed_data=True)
-    )
     for known in ({}, {"data": {}}, {"data": {"tokenizer_sha256": "a" * 64}}):
         assert check_tokenizer(config, tmp_path, known, corpus) == []
     for key in ("data", "tokenizer"):  # of a run, and of weights from elsewhere
@@ -78,8 +80,42 @@ def test_weights_of_another_tokenizer(config: Config, tmp_path: Path) -> None:
         with pytest.raises(DataError, match=told) as caught:
             check_tokenizer(config, tmp_path, other, corpus)
         assert "data.tokenizer" in str(caught.value)
-        (warning,) = check_tokenizer(accepting, tmp_path, other, corpus)
+        (warning,) = check_tokenizer(accepting(config), tmp_path, other, corpus)
         assert re.search(told, warning)
+
+
+def of(fingerprint: str) -> Any:
+    """Data with that fingerprint."""
+    return SimpleNamespace(identity=lambda: {"fingerprint": fingerprint})
+
+
+def accepting(config: Config) -> Config:
+    """As `config`, but for changed data."""
+    return dataclasses.replace(
+        config, checkpoint=dataclasses.replace(config.checkpoint, accept_changed_data=True)
+    )
+
+
+def test_a_set_of_another_text_by_the_name_of_one(config: Config, tmp_path: Path) -> None:
+    """Its losses would go on in the other's curve; sets that come and go are no change."""
+    manifest = {
+        "data": of("train").identity(),
+        "evaluation_data": {name: of(name).identity() for name in ("web", "gone")},
+    }
+    corpus, same = of("train"), {"web": of("web"), "new": of("any")}
+    assert check_data(config, tmp_path, manifest, corpus, same) == []
+    early = {"data": manifest["data"]}
+    assert check_data(config, tmp_path, early, corpus, {"web": of("other")}) == []
+
+    changed = {**same, "web": of("other")}
+    told = r"data\.evaluation\.web changed since \S+ was written: fingerprint: web -> other\. "
+    with pytest.raises(DataError, match=told) as caught:
+        check_data(config, tmp_path, manifest, corpus, changed)
+    assert "or give it another name" in str(caught.value)
+    both = check_data(accepting(config), tmp_path, manifest, of("text"), changed)
+    assert [line.split(" changed")[0] for line in both] == ["the data", "data.evaluation.web"]
+    with pytest.raises(DataError, match=r"^the data changed .* checkpoint\.load="):
+        check_data(config, tmp_path, manifest, of("text"), changed)
 
 
 def test_the_same_tokens_made_elsewhere_are_the_same_data() -> None:
