@@ -14,6 +14,7 @@ import sys
 import zlib
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -47,6 +48,13 @@ def pytest_configure(config: pytest.Config) -> None:
     # Examples take as long as what else the machine does lets them.
     hypothesis.settings.register_profile("tests", deadline=None)
     hypothesis.settings.load_profile("tests")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`-m alone`: of a few files; to import all the others takes longer than most of its tests."""
+    if config.option.markexpr != "alone" or not collection_path.match("test_*.py"):
+        return None
+    return None if "mark.alone" in collection_path.read_text(encoding="utf-8") else True
 
 
 def pytest_report_header(config: pytest.Config) -> str:
