@@ -143,6 +143,7 @@ def _cudnn_takes(query: Tensor, value: Tensor) -> bool:
         query.is_cuda
         and torch.backends.cudnn.is_available()
         and not torch.are_deterministic_algorithms_enabled()
+        and query.shape[1] > 1  # a square, or a rectangle before it, of one token is refused
         and query.shape[-1] % 8 == value.shape[-1] % 8 == 0
         and value.shape[-1] <= 128
         and query.shape[-1] <= 192

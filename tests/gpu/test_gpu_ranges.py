@@ -116,6 +116,8 @@ def test_ranges_equal_the_reference(
     cu_seqlens = documents(batch, length, rng) if with_documents else None
     indices = random_blocks(batch, shape[1], length, cu_seqlens)
     places = sorted({0, length, *(rng.randrange(length) for _ in range(rng.randint(1, 3)))})
+    if trial == 1:  # each range begins with one of a single query, which cuDNN does not take
+        places = sorted({*places, *(place + 1 for place in places[:-1])})
     ranges = list(itertools.pairwise(places))
     left_out = rng.choice([0, 1]) if len(ranges) > 2 else 0
     ranges = rng.sample(ranges, len(ranges) - left_out)

@@ -136,6 +136,18 @@ def test_gradients_from_cudnn_are_added(wanted: bool, monkeypatch: pytest.Monkey
     assert autograd._Attention.backward(context, query)[:3] == alone
 
 
+def test_cudnn_gets_no_single_query(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It refuses one query of one key, and what stands before a range may be one key."""
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+
+    def takes(queries: int) -> bool:
+        query, value = (SimpleNamespace(is_cuda=True, shape=(2, queries, 4, 64)) for _ in range(2))
+        return autograd._cudnn_takes(query, value)  # type: ignore[arg-type]
+
+    assert takes(2)
+    assert not takes(1)
+
+
 def _exact_backward(saved: Saved, keys: slice, scale: float, *, causal: bool) -> tuple[Tensor, ...]:
     """What cuDNN's computes, of [B, S, heads, width]."""
     heads = saved.query.shape[2] // saved.key.shape[2]
