@@ -28,7 +28,7 @@ def finished(name: str) -> dict[str, Result]:
 @pytest.mark.thorough
 def test_losses_and_counts_are_those_of_the_results() -> None:
     done, claims = finished("ablations"), finished("claims")
-    word = {4: "four"}[len(done) + len(claims)]
+    word = {5: "five"}[len(done) + len(claims)]
     total = sum(len(read_study(STUDY / f"{name}.yaml").runs) for name in ("ablations", "claims"))
     assert f"**{word} of its {total} runs are finished**" in TEXT.replace("\n", " ")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -44,31 +44,54 @@ def test_losses_and_counts_are_those_of_the_results() -> None:
 
 
 @pytest.mark.thorough
-def test_the_run_of_the_claims_is_as_told() -> None:
-    [result] = finished("claims").values()
-    losses = {row["step"]: row["eval_loss"] for row in result.rows if "eval_loss" in row}
-    [steps] = re.findall(r"^\| steps of ([\d,]+) \| (.*) \|$", TEXT, flags=re.M)
-    shown = [int(step.replace(",", "")) for step in steps[1].split(" | ")]
-    assert shown[-1] == max(losses) == int(steps[0].replace(",", ""))
-    assert f"| {' | '.join(f'{losses[step]:.4f}' for step in shown)} |" in TEXT
-    assert f"its validation loss is {losses[600]:.2f} at step 600" in TEXT
-    for text in ("code", "prose"):
-        places = ("all", "bins.0", "bins.15")
-        found = [lookup(result.evaluations, f"{text}.loss.0.{place}.loss") for place in places]
-        assert f"| {text} | {' | '.join(f'{loss:.4f}' for loss in found)} |" in TEXT
-    for place, task in enumerate(("needle", "multi-key needle", "variable tracking")):
-        means = [
-            lookup(result.evaluations, f"recall.scores.{2 * place + length}.mean")
-            for length in (0, 1)
-        ]
-        assert f"| {task} | {means[0] * 100:.0f} % | {means[1] * 100:.0f} % |" in TEXT
-    speed = f"({result.seconds / 3600:.2f} hours, {result.tokens_per_second:,.0f} tokens a second"
-    assert speed in TEXT
+def test_the_runs_of_the_claims_are_as_told() -> None:
+    done = finished("claims")
+    losses = {
+        run: {row["step"]: row["eval_loss"] for row in result.rows if "eval_loss" in row}
+        for run, result in done.items()
+    }
+    [header] = re.findall(r"^\| loss on .*, by steps of ([\d,]+) \| (.*) \|$", TEXT, flags=re.M)
+    num_steps, *shown = (
+        int(step.replace(",", "")) for step in [header[0], *header[1].split(" | ")]
+    )
+    assert list(done) == ["full-seed1", "hysparse_1_3-seed1"]
+    full, ours = losses.values()
+    assert shown[-1] == num_steps == max(full) == max(ours)
+    recall: dict[str, list[str]] = {}
+    by_place: dict[str, dict[str, list[float]]] = {"code": {}, "prose": {}}
+    for (run, result), layout in zip(done.items(), ("full", "HySparse 1:3"), strict=True):
+        assert f"| {layout} | {' | '.join(f'{losses[run][step]:.4f}' for step in shown)} |" in TEXT
+        for text in ("code", "prose"):
+            places = ("all", "bins.0", "bins.15")
+            found = [lookup(result.evaluations, f"{text}.loss.0.{place}.loss") for place in places]
+            told = " | ".join(f"{loss:.4f}" for loss in found)
+            assert f"| {text} | {layout} | {told} |" in TEXT
+            by_place[text][layout] = found
+        for place, task in enumerate(("needle", "multi-key needle", "variable tracking")):
+            for length in (0, 1):
+                where = f"recall.scores.{2 * place + length}.mean"
+                mean = lookup(result.evaluations, where)
+                recall.setdefault(task, []).append(f"{mean * 100:.0f} %")
+    for task, means in recall.items():
+        assert f"| {task} | {' | '.join(means)} |" in TEXT
+    text = re.sub(r"\s+", " ", TEXT)
+    (_, *code), (_, *prose) = (
+        [round(a - b, 2) for a, b in zip(*found.values(), strict=True)]
+        for found in by_place.values()
+    )
+    assert f"it is {code[0]} on code and {prose[0]} on prose" in text
+    assert f"within the last 512 {code[1]} and {prose[1]}" in text
+    gaps = [f"{full[step] - ours[step]:.2f}" for step in shown if step >= 800]
+    assert f"{', '.join(gaps[:-1])} and {gaps[-1]} nats from step 800 on" in text
+    assert f"loss is {ours[600]:.2f} at step 600, that of full attention {full[600]:.2f}" in text
+    hours = " and ".join(f"{result.seconds / 3600:.2f}" for result in done.values())
+    speeds = " and ".join(f"{result.tokens_per_second:,.0f}" for result in done.values())
+    assert f"({hours} hours, {speeds} tokens a second" in text
 
 
 @pytest.mark.thorough
 def test_what_its_layers_do_is_as_told() -> None:
-    [result] = finished("claims").values()
+    result = finished("claims")["hysparse_1_3-seed1"]
     evaluated = {row["step"]: row for row in result.rows if "eval_loss" in row}
     last, early = evaluated[2289], evaluated[200]
     masses = [last[f"oracle_mass/layer_{layer:03}"] for layer in (4, 8, 0)]

@@ -126,12 +126,14 @@ def test_the_committed_studies_and_recipe_are_whole() -> None:
     assert len(read_study(CLAIMS.with_name("ablations.yaml")).variants) == 12
     study = read_study(CLAIMS)
     runs = study.runs
-    assert len(runs) == len({run.name for run in runs}) == 15
-    assert {run.seed for run in runs[:5]} == {1}
+    assert len(runs) == len({run.name for run in runs}) == 18
+    assert {run.seed for run in runs[:6]} == {1}
     # 300 million tokens of 16 x 8,192 a step.
     assert all(f"train.steps={math.ceil(3e8 / 131072)}" in run.overrides for run in runs)
-    # Variants differ in their layout alone.
-    assert len({tuple(o for o in run.overrides if "layout" not in o) for run in runs[:5]}) == 1
+    # Variants differ in their layers alone.
+    of_layers = ("model.layout=", "model.full_gate=")
+    rest = {tuple(o for o in run.overrides if not o.startswith(of_layers)) for run in runs[:6]}
+    assert len(rest) == 1
     assert {source.domain for source in Recipe.read(RECIPE).sources} == {"code", "prose"}
 
 
