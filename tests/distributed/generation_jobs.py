@@ -38,10 +38,12 @@ NEW_TOKENS = 12
 
 @dataclass
 class Sequences:
-    """Token ids of some sequences, and by sequence logits [S, V] and selections [HKV, S, K]."""
+    """Token ids of some sequences, and by sequence logits [S, V], by how much of the largest one may
+    be off, and selections [HKV, S, K]."""
 
     tokens: list[np.ndarray]
     logits: list[np.ndarray]
+    allowed: list[float]
     selections: list[list[np.ndarray]]
 
     @classmethod
@@ -50,6 +52,7 @@ class Sequences:
         return cls(
             [of_one.numpy() for of_one in tokens],
             [of_one.logits.numpy() for of_one in computed],
+            [of_one.allowed for of_one in computed],
             [[picks.numpy() for picks in of_one.selections] for of_one in computed],
         )
 

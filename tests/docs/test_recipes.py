@@ -22,7 +22,9 @@ from tools.study.corpus import Recipe
 TEXT = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
 ROWS = re.findall(r"^\| `(recipe_\w+)` \| (\d+) \| (.*) \|$", TEXT, flags=re.M)
 RESULTS = ROOT / "tools" / "recipe_results"
-RUN_TO = {"recipe_160m": 99, "recipe_1b": 6, "recipe_1b_moe": 15}
+DAY = "2026-12-01-h200-"
+RUN_TO = {"recipe_160m": 99, "recipe_1b": 6}
+AGAIN = RESULTS / f"{DAY}recipe_160m-again"
 OF_THAT_RUN = (
     *("name", "run_dir", "data.path"),
     *("train.eval_interval", "train.eval_batches", "train.deadline_minutes"),
@@ -30,11 +32,7 @@ OF_THAT_RUN = (
 
 
 def recorded(name: str) -> Path:
-    [found] = RESULTS.glob(f"????-??-??-h200-{name}")
-    return found
-
-
-AGAIN = recorded("recipe_160m-again")
+    return RESULTS / (DAY + name)
 
 
 def losses(run: RunData) -> dict[int, float]:
@@ -48,8 +46,8 @@ def section(name: str) -> str:
 
 
 def test_every_recorded_run_has_a_section() -> None:
-    folders = {path for path in RESULTS.iterdir() if path.is_dir()}
-    assert folders == {AGAIN, *map(recorded, RUN_TO)}
+    folders = {path.name.removeprefix(DAY) for path in RESULTS.iterdir() if path.is_dir()}
+    assert folders == {*RUN_TO, AGAIN.name.removeprefix(DAY)}
 
 
 def test_every_recipe_has_a_row() -> None:
@@ -92,8 +90,7 @@ def test_the_recorded_run_is_of_the_recipe(name: str) -> None:
 @pytest.mark.parametrize("name", RUN_TO)
 def test_the_curve_is_that_of_the_recorded_run(name: str) -> None:
     run, text = load_run(recorded(name)), section(name)
-    again = [AGAIN] if AGAIN.name.endswith(f"{name}-again") else []
-    columns = [losses(run), *(losses(load_run(path)) for path in again)]
+    columns = [losses(run), *([losses(load_run(AGAIN))] if name in AGAIN.name else [])]
     tokens = {row["step"]: row["tokens"] / 1e6 for row in run.steps}
     shown = [int(step) for step in re.findall(r"^\| (\d+) \| [\d.]+ million \|", text, flags=re.M)]
     assert len(shown) >= 6
@@ -138,6 +135,18 @@ def test_speed_and_memory_are_those_of_the_recorded_run(name: str) -> None:
     assert peak == pytest.approx(tensors, rel=0.01)
 
 
+def test_steps_that_are_no_curve_are_as_logged() -> None:
+    [name] = re.findall(r"Log: `(\S+-1b_moe\.txt)`", TEXT)
+    log = (ROOT / "tools" / "step_benchmark" / "results" / name).read_text(encoding="utf-8")
+    steps = re.findall(r"^step \d: ([\d.]+) s, ([\d.]+) GiB", log, flags=re.M)
+    speeds = re.findall(r"^step +\d/6 .* ([\d,]+) tokens/s", log, flags=re.M)
+    assert len(steps) == len(speeds) == 6
+    first, last = (f"{float(seconds):.1f} s" for seconds, _ in (steps[0], steps[-1]))
+    text = re.sub(r"\s+", " ", TEXT)
+    assert f"the first takes {first}, the sixth {last}, at {speeds[-1]} tokens/s" in text
+    assert f"with {max(memory for _, memory in steps)} GiB in tensors at most" in text
+
+
 def test_another_start_is_within_what_the_page_asks_for(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -150,7 +159,7 @@ def test_another_start_is_within_what_the_page_asks_for(
 
 
 def test_the_text_is_told() -> None:
-    text = json.loads((RESULTS / "2026-12-01-h200-text.json").read_text())
+    text = json.loads((RESULTS / f"{DAY}text.json").read_text())
     assert f"begins with `{text['fingerprint']}`" in TEXT
     sources = Recipe.read(ROOT / "tools" / "study" / "recipe.yaml").sources
     projects = [name for source in sources for name in source.projects]
