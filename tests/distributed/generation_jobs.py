@@ -38,8 +38,8 @@ NEW_TOKENS = 12
 
 @dataclass
 class Sequences:
-    """Token ids of some sequences, and by sequence logits [S, V], by how much of the largest one may
-    be off, and selections [HKV, S, K]."""
+    """Token ids of some sequences, and by sequence logits [S, V], by how much of the largest each
+    may be off, and selections [HKV, S, K]."""
 
     tokens: list[np.ndarray]
     logits: list[np.ndarray]
