@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import functools
 import gc
+import importlib
 import io
 import json
 import os
@@ -281,12 +282,26 @@ if __name__ == "__main__":
     from tests import forks
 
     quiet_libraries()
-    import hysparse_kernels.triton.topk  # noqa: F401
-    import megatron.core.models.mimo.optimizer  # noqa: F401 - as building any optimizer does
-    import transformers.models.llama.configuration_llama  # noqa: F401
-
-    import hysparse_megatron.training.run  # noqa: F401
-    import tests.distributed.ranks  # noqa: F401
+    # What training, saving and loading import when they come to it; test_checkpoint.py looks.
+    for name in (
+        "hysparse_kernels.decode.launch",
+        "hysparse_kernels.triton.launch",
+        "hysparse_megatron.evaluation.held_out",
+        "hysparse_megatron.inference.generate",
+        "hysparse_megatron.training.run",
+        "megatron.core.datasets.indexed_dataset",
+        "megatron.core.dist_checkpointing.exchange_utils",
+        "megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader",
+        "megatron.core.dist_checkpointing.strategies.fully_parallel",
+        "megatron.core.dist_checkpointing.strategies.state_dict_saver",
+        "megatron.core.models.mimo.optimizer",
+        "numpy.ma",
+        "tests.distributed.ranks",
+        "torch._subclasses.schema_check_mode",
+        "torch.utils.serialization.config",
+        "transformers.models.llama.configuration_llama",
+    ):
+        importlib.import_module(name)
 
     # Collections of forks would look at all that was imported, and so copy it.
     gc.collect()

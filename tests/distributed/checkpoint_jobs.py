@@ -3,6 +3,7 @@
 import contextlib
 import pickle
 import resource
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -112,6 +113,13 @@ def train_and_save(
     state, read = _trained(config, tokens, save_after)
     save(state, run_dir, save_after)
     return _continue(state, read, save_after, len(tokens))
+
+
+def imported_late(rank: int, job: Callable[..., Any], **arguments: Any) -> list[str]:
+    """Modules that a job was the first to import."""
+    known = set(sys.modules)
+    job(rank, **arguments)
+    return sorted(sys.modules.keys() - known)
 
 
 def save_initial(rank: int, config: Config, run_dir: Path) -> None:

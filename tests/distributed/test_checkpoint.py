@@ -30,6 +30,7 @@ from tests.distributed.cases import (
 from tests.distributed.checkpoint_jobs import (
     Continuation,
     fail_in_background,
+    imported_late,
     load_and_train,
     load_error,
     load_weights,
@@ -112,6 +113,18 @@ def saved(
     wanted = reference_for(SAVED.config()).losses[SAVE_AFTER:STEPS]
     np.testing.assert_allclose(run[2].losses, wanted, rtol=0, atol=LOSS_TOLERANCE)
     return run
+
+
+def test_what_ranks_import_stands_in_what_they_are_forked_from(
+    pool: WorkerPool, saved: SavedRun, tmp_path: Path
+) -> None:
+    """Else each of some thousand imports it anew: tests/forks.py has the list."""
+    run_dir, tokens, _ = saved
+    common = {"config": LOADED[0].config(), "tokens": tokens}
+    save = {"job": train_and_save, "run_dir": tmp_path / "run", "save_after": SAVE_AFTER}
+    for own in (save, {"job": load_and_train, "run_dir": run_dir}):
+        [late] = pool.run(1, imported_late, **own, **common)
+        assert late == [], own["job"]
 
 
 @pytest.mark.parametrize("case", [*LOADED, INSTANCES], ids=lambda case: case.name)

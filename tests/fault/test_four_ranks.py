@@ -6,21 +6,19 @@ import signal
 from pathlib import Path
 
 import pytest
-from run_commands import LOCAL, TINY, Command, facts, processes_naming, read_json, run
 
 from hysparse_megatron.checkpoint.store import problems_of
 from hysparse_megatron.checkpoint.tensors import OPTIMIZER, read_index
+from tests.run.run_commands import LOCAL, TINY, Command, facts, processes_naming, read_json, run
 
-pytestmark = pytest.mark.distributed
 
-
-def test_preempted_in_the_middle_and_continued(corpus: list[str], tmp_path: Path) -> None:
+def test_preempted_in_the_middle_and_continued(data: list[str], tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     arguments = [
         "--nproc",
         "4",
         *TINY,
-        *corpus,
+        *data,
         "parallel=tp2_pp2",
         "model.layout=F S | S F",
         "train.steps=40",
