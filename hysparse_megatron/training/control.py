@@ -117,14 +117,17 @@ class Deadline:
             self.end = float(environment["SLURM_JOB_END_TIME"])
         self._save_seconds = 0.0
         self._step_seconds = 0.0
+        self._is_first_step = True
 
     def saw_save(self, seconds: float) -> None:
         """Learn how long a save takes."""
         self._save_seconds = max(self._save_seconds, seconds)
 
     def saw_step(self, seconds: float) -> None:
-        """Learn how long a step takes."""
-        self._step_seconds = seconds
+        """Learn how long a step takes; a start's first one, which compiles, says nothing of it."""
+        if not self._is_first_step:
+            self._step_seconds = seconds
+        self._is_first_step = False
 
     def reserve(self) -> float:
         """How long before the end to stop: half more than the longest save, and two steps.
