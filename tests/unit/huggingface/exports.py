@@ -18,6 +18,7 @@ from hysparse_megatron.runtime.process_groups import destroy_process_groups
 from hysparse_megatron.training.state import TrainingState, build_state
 from tests.checkpoints import save
 from tests.distributed.ranks import SelectionRecorder
+from tests.unit.model import rounding
 from tests.unit.model.tiny_models import SEQUENCE, randomize, tiny_config
 from tests.unit.single_process import DEVICE
 from tools.convert import main
@@ -115,3 +116,20 @@ def random_run(path: Path, *overrides: str, identity: dict | None = None) -> Pat
 def load(folder: Path, **options: object) -> PreTrainedModel:
     """What users load."""
     return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options).eval()
+
+
+@torch.no_grad()
+def differences(found: Tensor, model: PreTrainedModel, tokens: Tensor) -> tuple[float, float]:
+    """Of `found` and the model's logits [B, S, ids], in the largest; and how much is allowed."""
+    expected = model(tokens).logits
+    error = rounding.apart(found, expected)
+    if error <= rounding.USUAL:
+        return error, rounding.USUAL
+    moved = rounding.moved_by_rounding(model, lambda: model(tokens).logits, expected)
+    return error, rounding.allowed(moved)
+
+
+def assert_logits(found: Tensor, model: PreTrainedModel, tokens: Tensor) -> None:
+    """They are those of `model`, to what rounding makes of it."""
+    error, allowed = differences(found, model, tokens)
+    assert error <= allowed, f"off by {error:.1e} of the largest, not {allowed:.1e}"

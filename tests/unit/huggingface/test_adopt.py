@@ -23,6 +23,7 @@ from hysparse_megatron.data.tokenizer import bytes_tokenizer
 from hysparse_megatron.runtime.process_groups import destroy_process_groups
 from hysparse_megatron.training.state import TrainingState
 from tests.unit.huggingface.adopted import logits, start
+from tests.unit.huggingface.exports import assert_logits
 from tests.unit.model.tiny_models import randomize
 from tests.unit.single_process import DEVICE
 from tools.convert import main
@@ -121,12 +122,7 @@ def test_full_layers_are_the_original(
     model = original(name, tmp_path / "original")
     module = start(adopt(tmp_path / "original", tmp_path / "start", "4*F", *SMALL), states)
     tokens = torch.randint(0, IDS, (2, LENGTH))
-    with torch.no_grad():
-        expected = model(tokens).logits
-    scale = float(expected.abs().max())
-    torch.testing.assert_close(
-        logits(module, tokens)[..., :IDS], expected, rtol=1e-5, atol=1e-5 * scale
-    )
+    assert_logits(logits(module, tokens)[..., :IDS], model, tokens)
 
 
 def test_what_covers_the_text_starts_as_the_original(

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -21,7 +20,7 @@ from hysparse_megatron.training.state import TrainingState
 from hysparse_megatron.training.step import Batch, train_step
 from tests.checkpoints import save
 from tests.unit.huggingface.adopted import start
-from tests.unit.huggingface.exports import IDS, Run, load
+from tests.unit.huggingface.exports import IDS, Run, assert_logits, load
 from tests.unit.model.tiny_models import randomize
 from tools.convert import main
 
@@ -83,12 +82,6 @@ def batch() -> Batch:
     }
 
 
-def assert_equal(found: Tensor, expected: Tensor) -> None:
-    """To 1e-5 of the largest."""
-    atol = 1e-5 * float(expected.abs().max())
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=atol)
-
-
 @pytest.mark.parametrize("layout", ["4*F", "F S W F"])
 @pytest.mark.parametrize("name", MODELS)
 def test_trained_and_exported(
@@ -103,10 +96,10 @@ def test_trained_and_exported(
     expected = run.logits(tokens)
     exported = load(run.export(tmp_path / "exported"))
     with torch.no_grad():
-        assert_equal(exported(tokens).logits, expected)
+        assert_logits(expected, exported, tokens)
         before = model(tokens).logits
         assert float((before - expected).abs().max()) > 1e-3 * float(before.abs().max())
         if layout == "4*F":  # the architecture of the original, with the weights as they are now
             model = AutoModelForCausalLM.from_pretrained(tmp_path / "original").eval()
             model.load_state_dict(load_file(tmp_path / "exported" / "model.safetensors"))
-            assert_equal(model(tokens).logits, expected)
+            assert_logits(expected, model, tokens)

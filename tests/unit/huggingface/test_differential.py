@@ -15,6 +15,7 @@ from hysparse_megatron.runtime.process_groups import destroy_process_groups
 from hysparse_megatron.training.state import TrainingState
 from tests.unit.huggingface.adopted import logits, start
 from tests.unit.huggingface.drawn_folders import Folder, draw
+from tests.unit.huggingface.exports import differences
 from tests.unit.huggingface.folder_flaws import FLAWS
 from tools.convert import main
 
@@ -23,30 +24,18 @@ pytestmark = [pytest.mark.thorough, pytest.mark.usefixtures("group")]
 COUNT = int(os.environ.get("HYSPARSE_TEST_FOLDERS", "24"))
 
 
-def difference(folder: Folder, target: Path) -> tuple[float, float]:
-    """Of all logits, in the largest of transformers'; and how far apart they may be.
-
-    That is 1e-5. Few draws amplify rounding more: there it is what fp32 is off in transformers.
-    """
+def compare(folder: Folder, target: Path) -> tuple[float, float]:
+    """Adopted and original: see `differences`."""
     assert adopt(folder, target) == 0, "refused"
     model = AutoModelForCausalLM.from_pretrained(folder.path, dtype=torch.float32).eval()
     length = 4 * min(64, model.config.max_position_embeddings)
     tokens = torch.randint(0, model.config.vocab_size, (2, length))
     states: list[TrainingState] = []
     try:
-        module = start(target, states)
-        with torch.no_grad():
-            expected = model(tokens).logits
-        found = logits(module, tokens)[..., : model.config.vocab_size]
+        found = logits(start(target, states), tokens)[..., : model.config.vocab_size]
     finally:
         destroy_process_groups()
-    scale = float(expected.abs().max())
-    apart = float((found - expected).abs().max()) / scale
-    if apart <= 1e-5:
-        return apart, 1e-5
-    with torch.no_grad():
-        rounding = float((model.double()(tokens).logits - expected).abs().max()) / scale
-    return apart, max(1e-5, 8 * rounding)
+    return differences(found, model, tokens)
 
 
 def adopt(folder: Folder, target: Path) -> int:
@@ -69,7 +58,7 @@ def test_drawn_folders(seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[
         capsys.readouterr()
         if number % 2 == 0:
             try:
-                found, allowed = difference(folder, target)
+                found, allowed = compare(folder, target)
             except Exception as error:
                 found, allowed = float("inf"), 0.0
                 print(type(error).__name__, error)

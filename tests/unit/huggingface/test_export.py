@@ -9,7 +9,7 @@ import torch
 from hysparse_megatron.architecture.layers import KINDS, FullGate, GateKind, SinkKind
 from hysparse_megatron.huggingface.configuration_hysparse import _ALLOWED, HySparseConfig
 from hysparse_megatron.huggingface.settings import EXPORTED, from_json
-from tests.unit.huggingface.exports import IDS, MOE, load, saved_run
+from tests.unit.huggingface.exports import IDS, MOE, assert_logits, load, saved_run
 from tests.unit.model.tiny_models import SEQUENCE
 from tests.unit.model.tiny_models import VARIANTS as ATTENTION
 
@@ -82,7 +82,7 @@ def test_lines_of_a_model_card_count(key: str, tmp_path: Path) -> None:
         tmp_path / "run", "model.layout=F", "model.rope_scaling.type=yarn", *wanted
     ) as run:
         tokens = torch.randint(0, IDS, (2, SEQUENCE))
-        expected = run.logits(tokens)
+        ours = run.logits(tokens)
         folder = run.export(tmp_path / "exported")
     path = folder / "config.json"
     described = json.loads(path.read_text())
@@ -90,9 +90,7 @@ def test_lines_of_a_model_card_count(key: str, tmp_path: Path) -> None:
     described["rope_parameters"] = plain
     described[key] = (plain if key == "rope_parameters" else {}) | {"rope_type": "yarn", **YARN}
     path.write_text(json.dumps(described))
-    with torch.no_grad():
-        found = load(folder)(tokens).logits
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    assert_logits(ours, load(folder), tokens)
     imported, model = from_json(described), run.config.model
     for name in ("rotary_base", "rotary_fraction", "rope_scaling"):
         assert getattr(imported, name) == getattr(model, name)
@@ -108,12 +106,7 @@ def test_frequencies_that_change_with_the_text_are_refused() -> None:
 def test_logits_are_equal(overrides: list[str], tmp_path: Path) -> None:
     with saved_run(tmp_path / "run", *overrides) as run:
         tokens = run.clear_tokens()
-        expected = run.logits(tokens)
-        model = load(run.export(tmp_path / "exported"))
-    with torch.no_grad():
-        found = model(tokens).logits
-    assert found.shape == expected.shape
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+        assert_logits(run.logits(tokens), load(run.export(tmp_path / "exported")), tokens)
 
 
 def test_what_is_exported_is_what_the_modeling_file_computes() -> None:

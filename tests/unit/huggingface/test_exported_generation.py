@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, DynamicCache, PreTrainedModel, StaticCache
 
-from tests.unit.huggingface.exports import IDS, MOE, Run, load, saved_run
+from tests.unit.huggingface.exports import IDS, MOE, Run, assert_logits, load, saved_run
 from tests.unit.single_process import default_group
 
 pytestmark = pytest.mark.usefixtures("seed")
@@ -34,12 +34,6 @@ def greedy(model: PreTrainedModel, tokens: Tensor, **options: object) -> Tensor:
     return model.generate(tokens, max_new_tokens=NEW, do_sample=False, eos_token_id=None, **options)
 
 
-def assert_equal(found: Tensor, expected: Tensor) -> None:
-    """To 1e-5 of the largest."""
-    atol = 1e-5 * float(expected.abs().max())
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=atol)
-
-
 @pytest.mark.parametrize("length", [1, 3, 4, 5, 11])
 def test_greedy_tokens_are_those_of_full_passes(
     exported: tuple[Run, PreTrainedModel], length: int
@@ -64,11 +58,10 @@ def test_prefill_in_chunks(exported: tuple[Run, PreTrainedModel]) -> None:
     run, model = exported
     tokens = run.clear_tokens(batch=2, length=23)
     with torch.no_grad():
-        whole = model(tokens).logits
         for sizes in ([1] * 23, [7, 1, 8, 7], [BLOCK, 19], [22, 1]):
             cache = DynamicCache(config=model.config)
             parts = [model(part, cache=cache).logits for part in tokens.split(sizes, dim=1)]
-            assert_equal(torch.cat(parts, dim=1), whole)
+            assert_logits(torch.cat(parts, dim=1), model, tokens)
 
 
 def test_what_a_cache_keeps(exported: tuple[Run, PreTrainedModel]) -> None:
@@ -110,7 +103,7 @@ def test_padding_changes_no_logit_and_no_gradient(exported: tuple[Run, PreTraine
     model.zero_grad(set_to_none=True)
     alone = model(tokens, labels=tokens)
     alone.loss.backward()
-    assert_equal(found.logits[:, left : left + 17], alone.logits)
+    assert_logits(found.logits[:, left : left + 17], model, tokens)
     torch.testing.assert_close(found.loss, alone.loss, rtol=1e-5, atol=1e-5)
     for name, parameter in model.named_parameters():
         scale = float(parameter.grad.abs().max())

@@ -3,8 +3,7 @@
 Shapes: B sequences, S tokens of one, V padded vocabulary, HKV KV groups, K selected.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -20,6 +19,7 @@ from hysparse_megatron.inference.forward import advance, logits_of
 from hysparse_megatron.inference.kv_cache import KvCache
 from hysparse_megatron.model import attend_cached
 from tests.distributed.ranks import SelectionRecorder
+from tests.unit.model import rounding
 from tests.unit.model.tiny_models import randomize, tiny_config, tiny_model
 
 LEAST_GAP = 1e-4
@@ -52,12 +52,8 @@ class Computed:
 
     @property
     def allowed(self) -> float:
-        """By how much of the largest logit one may be off: 1e-5, or what rounding makes of a few.
-
-        Layers amplify it: of some thousand drawn models one was off by 3e-5. Additions in another
-        order count as roundings of weights do, of which there are some per layer.
-        """
-        return max(1e-5, 16 * self.moved)
+        """By how much of the largest logit one may be off."""
+        return rounding.allowed(self.moved)
 
 
 def at_once(model: HybridModel, tokens: Tensor) -> Computed:
@@ -84,25 +80,16 @@ def without_near_ties(
                 break
         else:
             raise AssertionError(f"no {length} tokens without near-ties in {MOST_TRIES} tries")
-        with _rounded(model):
-            moved = (at_once(model, tokens).logits - found.logits).abs().max()
-            found.moved = (moved / found.logits.abs().max()).item()
+        _measure_rounding(model, tokens, found)
         sequences.append(tokens)
         computed.append(found)
     return sequences, computed
 
 
-@contextlib.contextmanager
-def _rounded(model: HybridModel) -> Iterator[None]:
-    """Each weight is multiplied by 1, or by the next number above or below."""
-    former = [parameter.detach().clone() for parameter in model.parameters()]
-    with torch.no_grad():
-        for parameter in model.parameters():
-            steps = torch.randint(-1, 2, parameter.shape)
-            parameter.mul_(1 + steps * torch.finfo(parameter.dtype).eps)
-        yield
-        for parameter, kept in zip(model.parameters(), former, strict=True):
-            parameter.copy_(kept)
+def _measure_rounding(model: HybridModel, tokens: Tensor, found: Computed) -> None:
+    found.moved = rounding.moved_by_rounding(
+        model, lambda: at_once(model, tokens).logits, found.logits
+    )
 
 
 def make_cache(config: Config, capacities: Sequence[int], **other: Any) -> KvCache:
