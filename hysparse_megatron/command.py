@@ -163,6 +163,6 @@ def _close(words: Sequence[str], known: Iterable[str]) -> list[str]:
 
 def positive(text: str) -> int:
     """A whole number from 1, as the type of an option. Raises argparse.ArgumentTypeError."""
-    if not text.isdigit() or not int(text):
+    if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"got {text}; allowed a whole number from 1")
     return int(text)

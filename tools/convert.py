@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _size(text: str) -> int:
     number, unit = text[:-2], text[-2:].upper()
-    if not number.isdigit() or unit not in UNITS or not int(number):
+    if not number.isdecimal() or unit not in UNITS or not int(number):
         raise argparse.ArgumentTypeError(f"got {text}; allowed a whole number and KB, MB or GB")
     return int(number) * UNITS[unit]
 

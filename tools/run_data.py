@@ -83,7 +83,7 @@ class RunData:
         for row in self.evaluations:
             for key, value in row.items():
                 quantity, _, layer = key.partition("/layer_")
-                if layer.isdigit():
+                if layer.isdecimal():
                     steps, values = found.setdefault(quantity, {}).setdefault(int(layer), ([], []))
                     steps.append(row["step"])
                     values.append(value)
@@ -102,8 +102,11 @@ def load_run(path: Path) -> RunData:
         record = read_record(path)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} is no whole run directory: {error}") from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path}: {CONFIG_FILE} must hold keys and values")
+    sections = ("model", "parallel", "train")
+    if not isinstance(config, dict) or not all(
+        isinstance(config.get(name, {}), dict) for name in sections
+    ):
+        raise ConfigError(f"{path}: {CONFIG_FILE} must hold keys and values in sections")
     if not record:
         text = f"warning: {path / RECORD_FILE} is damaged or not there: its starts are left out"
         print(text, file=sys.stderr)

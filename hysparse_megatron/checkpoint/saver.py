@@ -57,7 +57,7 @@ class Saver:
         Raises NumericalStop, and saves nothing, where that is not finite.
         """
         repeated = self._pending is not None and self._pending.step == step
-        self.finish()
+        self.finish_save()
         if repeated:
             return
         rank = rank_not_finite(self._state)
@@ -79,7 +79,7 @@ class Saver:
         )
         self._waited_seconds = time.monotonic() - started
         if not asynchronous:
-            self.finish()
+            self.finish_save()
 
     @property
     def is_busy(self) -> bool:
@@ -94,10 +94,19 @@ class Saver:
         else:
             self._waited_seconds += time.monotonic() - started
 
-    def finish(self) -> None:
-        """Wait for a save that is under way, and for the deletions after one."""
+    def finish_save(self) -> None:
+        """Wait for a save that is under way."""
         if self._pending is not None:
             self._complete()
+
+    @property
+    def is_deleting(self) -> bool:
+        """Whether checkpoints that are not kept are still being deleted, by this rank alone."""
+        return self._deleting is not None and self._deleting.is_alive()
+
+    def finish(self) -> None:
+        """Wait for a save that is under way, and for the deletions after one."""
+        self.finish_save()
         if self._deleting is not None:
             self._deleting.join()
 

@@ -214,7 +214,7 @@ def meant(run_dir: Path, text: str) -> tuple[Path, int | None]:
     """`path` and `step` of `resolve` for `newest`, a step of the run, or the path of another."""
     if text == "newest":
         return run_dir, None
-    return (run_dir, int(text)) if text.isdigit() else (Path(text), None)
+    return (run_dir, int(text)) if text.isdecimal() else (Path(text), None)
 
 
 def nothing_at(path: Path) -> CheckpointError:

@@ -88,6 +88,7 @@ class TextTokenizer(Encoder):
         if token_id is None:
             raise DataError(f"the tokenizer has no end-of-document token {end_of_document!r}")
         tokenizer.encode_special_tokens = True
+        tokenizer.add_special_tokens([end_of_document])  # its file may have it as an ordinary one
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
@@ -327,8 +328,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise DataError(
-            f"vocab_size {vocab_size} is too small: {MIN_VOCAB_SIZE} ids are needed for the 256 "
-            f"bytes and {END_OF_DOCUMENT}"
+            f"vocab_size {vocab_size} is too small: {END_OF_DOCUMENT} and bytes are {MIN_VOCAB_SIZE}"
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

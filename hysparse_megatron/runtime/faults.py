@@ -23,7 +23,8 @@ evaluation before the first. Without the variable nothing here does anything.
 Kinds that do not touch numbers happen at a place, by default in the middle of the forward pass;
 `arg` may name another: `sigusr1@1:4:evaluation`, `sigterm@0:4:save`, `slow@0:0:prepare/30`. At
 `write` and `prune`, where files of a checkpoint are written or deleted, the step is that one's; at
-`read` the one whose batches are read.
+`read` the one whose batches are read. `close`, at step 0, comes when `status.json` says how the run
+ended, before rank 0 closes its trackers.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from hysparse_megatron.errors import ConfigError
 
 VARIABLE = "HYSPARSE_FAULT"
 
-PLACES = ("read", "forward", "evaluation", "save", "write", "manifest", "prune", "prepare")
+PLACES = ("read", "forward", "evaluation", "save", "write", "manifest", "prune", "prepare", "close")
 """Where the program passes by: see the calls of `reach`."""
 
 _SIGNALS = {
@@ -98,7 +99,7 @@ def parse(text: str) -> list[Fault]:
         kind, _, where = entry.partition("@")
         rank, _, rest = where.partition(":")
         step, _, arg = rest.partition(":")
-        if kind not in KINDS or not rank.isdigit() or not step.isdigit():
+        if kind not in KINDS or not rank.isdecimal() or not step.isdecimal():
             raise ConfigError(
                 f"{VARIABLE}: got {entry}; allowed kind@rank:step[:arg] with a kind of "
                 f"{', '.join(KINDS)}"

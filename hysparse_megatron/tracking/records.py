@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from hysparse_megatron.architecture.parameters import parameters_of
@@ -12,6 +12,7 @@ from hysparse_megatron.config.frozen import to_tree
 from hysparse_megatron.config.schema import VALIDATION, Config
 from hysparse_megatron.errors import HySparseError
 from hysparse_megatron.rundir import RunDirectory
+from hysparse_megatron.runtime import faults
 from hysparse_megatron.tracking.metrics import Console, MetricsFile, evaluation_of
 from hysparse_megatron.tracking.tensorboard import TensorBoard
 from hysparse_megatron.tracking.wandb import Tracker
@@ -28,26 +29,29 @@ def recorded(
     described: dict[str, Any],
     log: Log,
     lost: Callable[[OSError], None],
+    at_last: contextlib.ExitStack,
 ) -> Iterator[list[Callable[[Row], None]]]:
     """What gets the rows of `metrics.jsonl`, on rank 0 alone: the others have no `directory`.
 
-    `described` are facts for the trackers beside configuration and run record. Closed at the end,
-    with the exit code of what happened within. `lost` is told why the run directory cannot be
-    written, instead of an error that would leave the other ranks waiting.
+    `described` are facts for the trackers beside configuration and run record. The file is closed
+    at the end; the trackers, which may take their time, with `at_last`, and with the exit code of
+    what has happened by then. `lost` is told why the run directory cannot be written, instead of an
+    error that would leave the other ranks waiting.
     """
     if directory is None:
         yield []
         return
     metrics = MetricsFile(directory.metrics)
     facts = {**to_tree(config), "run": directory.facts, **described}
-    trackers: list[Tracker | TensorBoard] = [
-        Tracker(config.tracking, directory.facts["id"], config.name, directory.path, facts, log)
-    ]
+    tracker = Tracker(
+        config.tracking, directory.facts["id"], config.name, directory.path, facts, log
+    )
+    trackers: list[Tracker | TensorBoard] = [tracker]
     if config.tracking.tensorboard:
         trackers.append(TensorBoard(directory.path, first_step, log))
+    at_last.enter_context(_closed(trackers))
     every = config.tracking.steps_between_lines(config.train.steps)
     console = Console(config.train, every)
-    exit_code = 1
 
     def keep(write: Callable[[], None], again: Callable[[], None] | None = None) -> None:
         with contextlib.suppress(OSError):
@@ -62,12 +66,21 @@ def recorded(
             functools.partial(_print_row, console, log),
             lambda row: keep(lambda: directory.status.write("running", step=row["step"])),
         ]
+    finally:
+        keep(metrics.close, lambda: None)
+
+
+@contextlib.contextmanager
+def _closed(trackers: Sequence[Tracker | TensorBoard]) -> Iterator[None]:
+    exit_code = 1
+    try:
+        yield
         exit_code = 0
     except HySparseError as error:
         exit_code = error.exit_code
         raise
     finally:
-        keep(metrics.close, lambda: None)
+        faults.reach("close", 0)
         for tracker in trackers:
             tracker.close(exit_code)
 

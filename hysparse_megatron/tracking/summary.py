@@ -18,6 +18,14 @@ from hysparse_megatron.files import write_whole
 from hysparse_megatron.rundir import RunDirectory
 from hysparse_megatron.tracking.metrics import by_evaluation, read_metrics
 
+_OF_ONE_START = (
+    "checkpoint.step",
+    "checkpoint.resume",
+    "checkpoint.accept_changed_data",
+    "optim.accept_schedule_change",
+)
+"""Settings that say where one start goes on from, or what may have changed before it."""
+
 
 def write_summary(
     config: Config,
@@ -101,13 +109,9 @@ def _suggestions(
         --config {shlex.quote(f"{directory.path}/config.yaml")}
 """
     local = f"{hysparse()} launch --nproc {num_ranks}"
-    own = ("name=", "run_dir=", "checkpoint.load=")
-    others = shlex.join(override for override in overrides if not override.startswith(own))
+    own = ("name", "run_dir", "checkpoint.load")
     # Another text has other datasets and steps.
-    reading = ("data.path=", "data.blend=", "data.skip_steps=", "data.tokenizer=")
-    elsewhere = shlex.join(
-        override for override in overrides if not override.startswith((*own, *reading))
-    )
+    reading = ("data.path", "data.blend", "data.skip_steps", "data.tokenizer")
     layout = config.model.layout
     full, windows = (
         shlex.quote(f"model.layout={layout.replace('S', kind)}") for kind in ("F", "W")
@@ -122,15 +126,24 @@ def _suggestions(
         told = f"; its learning rate goes from {rates[0]:.3g} to {rates[1]:.3g}"
         accept = " optim.accept_schedule_change=true"
     return f"""    # train on: the newest checkpoint is found and continued{told}
-    {local} {shlex.join(overrides)} train.steps={2 * steps}{accept}
+    {local} {_without(overrides)} train.steps={2 * steps}{accept}
     # the same model with full attention everywhere, and with windows instead of sparse layers
-    {local} {others} name={config.name}-full {full}
-    {local} {others} name={config.name}-windows {windows}
+    {local} {_without(overrides, *own)} name={config.name}-full {full}
+    {local} {_without(overrides, *own)} name={config.name}-windows {windows}
     # start from these weights in one process, on your own text
-    {hysparse()} train {elsewhere} name={config.name}-tuned \\
+    {hysparse()} train {_without(overrides, *own, *reading)} name={config.name}-tuned \\
         {one_process} \\
         {weights} data.path=FILE_OR_FOLDER {tokenizer}
 """
+
+
+def _without(overrides: Sequence[str], *keys: str) -> str:
+    """All but those of `keys`, and those that were meant for one start."""
+    return shlex.join(
+        override
+        for override in overrides
+        if override.lstrip("+").partition("=")[0] not in (*_OF_ONE_START, *keys)
+    )
 
 
 def _override(key: str, path: str) -> str:

@@ -9,6 +9,9 @@ from typing import Any, Literal, cast
 from hysparse_megatron.config.schema import TrackingConfig, TrackingMode
 from hysparse_megatron.tracking.metrics import chart_values, sample_html
 
+SECONDS_TO_FINISH = 40
+"""For what is not uploaded yet: less than launchers leave a rank that outlives the others."""
+
 
 class Tracker:
     """Sends rows to W&B, or does nothing when tracking is off or has failed."""
@@ -53,12 +56,16 @@ class Tracker:
             self._run = None
 
     def close(self, exit_code: int) -> None:
-        """Finish the run."""
+        """Finish the run, in `SECONDS_TO_FINISH` at most."""
         if self._run is not None:
             try:
                 self._run.finish(exit_code=exit_code)
             except Exception as error:
-                self._warn(f"W&B did not finish: {error}")
+                why = str(error).rstrip(".")
+                self._warn(
+                    f"W&B did not finish: {why}. Upload what was kept with: "
+                    f"wandb sync {self._run_directory()}"
+                )
             self._run = None
 
     def _run_directory(self) -> Path:
@@ -95,7 +102,12 @@ def _start(
         dir=str(directory),
         mode=cast(Literal["online", "offline"], mode),
         config=config,
-        settings=wandb.Settings(init_timeout=30, silent=True),
+        settings=wandb.Settings(
+            init_timeout=30,
+            finish_timeout=SECONDS_TO_FINISH,
+            finish_timeout_raises=True,
+            silent=True,
+        ),
     )
     run.define_metric("train/step")
     run.define_metric("*", step_metric="train/step")

@@ -113,7 +113,7 @@ class Deadline:
         self.end: float | None = None
         if minutes is not None:
             self.end = self._started + 60 * minutes
-        elif environment.get("SLURM_JOB_END_TIME", "").isdigit():
+        elif environment.get("SLURM_JOB_END_TIME", "").isdecimal():
             self.end = float(environment["SLURM_JOB_END_TIME"])
         self._save_seconds = 0.0
         self._step_seconds = 0.0
@@ -202,8 +202,12 @@ class Watch:
             yield Flag.LOST_OUTPUT
 
     def forget_stop_file(self) -> None:
-        """Delete the stop file, for the next start. Call it on rank 0."""
-        self._stop_file.unlink(missing_ok=True)
+        """Delete the stop file for the next start, or say that it cannot be. Call it on rank 0."""
+        try:
+            self._stop_file.unlink(missing_ok=True)
+        except OSError as error:
+            why = error.strerror or error
+            _tell(f"WARNING: {self._stop_file} cannot be deleted ({why}): the next start stops too")
 
     def attend[Result](self, action: Callable[[], Result]) -> Result:
         """Run `action`, which must not use process groups, in a thread, polling until all are done.
@@ -229,6 +233,11 @@ class Watch:
         if failure:
             raise failure[0]
         return outcome[0]
+
+    def wait_while(self, is_busy: Callable[[], bool]) -> None:
+        """Poll until `is_busy` on no rank, however long that takes. Collective."""
+        while Flag.BUSY in self.poll([Flag.BUSY] if is_busy() else ()):
+            time.sleep(_LOOK_SECONDS)
 
     def stop_before_first_step(self) -> None:
         """Raise Preempted if a stop was agreed on: there is nothing to save yet."""

@@ -14,6 +14,7 @@ from hysparse_megatron.errors import (
     CheckpointError,
     ConfigError,
     HySparseError,
+    OutputError,
     Preempted,
     RankFailure,
 )
@@ -83,6 +84,13 @@ def note_checkpoint(directory: RunDirectory, checkpoint: Path) -> None:
         directory.status.saw_checkpoint(step, (checkpoint / store.MANIFEST).stat().st_mtime)
 
 
+def note_saved(directory: RunDirectory, checkpoint: Path) -> None:
+    """The same of a run that goes on, said at once: it may be killed before its next row."""
+    note_checkpoint(directory, checkpoint)
+    with contextlib.suppress(OSError):  # whoever writes the rows tells all ranks of a full disk
+        directory.write_status("running")
+
+
 def write_finish(
     config: Config,
     directory: RunDirectory,
@@ -109,6 +117,7 @@ def write_end(directory: RunDirectory, error: BaseException, watch: Watch) -> No
         rank = error.rank
     elif isinstance(error, Preempted):
         rank = watch.stopping_rank
+    if isinstance(error, Preempted | OutputError):
         watch.forget_stop_file()
     cause = str(error) if ours else f"{type(error).__name__}: {error}"
     state = STATES.get(code, "failed")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,8 @@ class Run:
     watch: Watch
     directory: RunDirectory | None
     log: Callable[[str], None]
+    at_last: ExitStack
+    """What may take its time: left when `status.json` says how the run has ended."""
 
     @property
     def checkpoints(self) -> Path:
@@ -76,23 +78,24 @@ def run(config: Config, rank: Rank, overrides: Sequence[str] = ()) -> None:
     deadline = Deadline(config.train.deadline_minutes)
     watch = Watch(device, Signals(), deadline, config.run_path / STOP_FILE)
     directory: RunDirectory | None = None
-    try:
-        require_equal("the configuration", config_hash(config), ConfigError)
-        attention_backend(config, device)
-        step_profile.refuse_unusable(config.debug.profile, device)
-        with _memory_watched(config, rank, device):
-            directory = outcome.open_directory(config, _machine(device, rank), log)
-            _from_start_to_end(Run(config, rank, device, watch, directory, log), overrides)
-    except BaseException as error:
-        told = last_words.explain(error)
-        if directory is not None:
-            outcome.write_end(directory, told, watch)
-        if told is not error:
-            raise told from error
-        raise
-    finally:
-        if directory is not None:
-            directory.close()
+    with ExitStack() as at_last:
+        try:
+            require_equal("the configuration", config_hash(config), ConfigError)
+            attention_backend(config, device)
+            step_profile.refuse_unusable(config.debug.profile, device)
+            with _memory_watched(config, rank, device):
+                directory = outcome.open_directory(config, _machine(device, rank), log)
+                if directory is not None:
+                    at_last.callback(directory.close)
+                this = Run(config, rank, device, watch, directory, log, at_last)
+                _from_start_to_end(this, overrides)
+        except BaseException as error:
+            told = last_words.explain(error)
+            if directory is not None:
+                outcome.write_end(directory, told, watch)
+            if told is not error:
+                raise told from error
+            raise
     runtime_device.stop()
 
 
@@ -113,13 +116,13 @@ def _from_start_to_end(run: Run, overrides: Sequence[str]) -> None:
     describe_evaluations(evaluations, config.train.seq_length, log)
 
     saver = _saver(run, state, corpus, others, latest)
-    measure = _meter(run, state, corpus).measure
     described = describe_run(config, corpus.vocab_size, run.rank.world_size)
     lost = run.watch.lose_output
-    with recorded(config, directory, progress.step, described, log, lost) as on_row:
+    start, at_last = progress.step, run.at_last
+    with recorded(config, directory, start, described, log, lost, at_last) as on_row:
         hooks = Hooks(
             on_row=on_row,
-            measure=measure,
+            measure=_meter(run, state, corpus).measure,
             on_first_step=lambda: rendezvous.set_timeout(config.parallel.timeout_seconds),
             save=saver.save,
             on_good_step=saver.saw_good_step,
@@ -138,18 +141,22 @@ def _from_start_to_end(run: Run, overrides: Sequence[str]) -> None:
                 ) as hooks.around_step,
             ):
                 train(state, ahead, evaluations, progress, run.watch, hooks)
-        # Raised by all ranks together, so that they can wait for each other's files.
+        # Raised by all ranks together, so that they can wait for each other's files. What is being
+        # deleted, which rank 0 does alone, the next start deletes as well.
         except (Preempted, OutputError):
-            saver.finish()
+            saver.finish_save()
             raise
         except NumericalStop:
+            run.watch.wait_while(lambda: saver.is_deleting)
             older = saver.set_aside_unproven()
             if directory is not None and older is not None:
                 outcome.note_checkpoint(directory, older)
             raise
-        saver.finish()
+        saver.finish_save()
+        run.watch.wait_while(lambda: saver.is_deleting)
     run.watch.require_output()
     if directory is not None:
+        run.watch.forget_stop_file()  # one that came with the last step
         tokenizer, num_ranks = corpus.tokenizer_path, run.rank.world_size
         outcome.write_finish(config, directory, tokenizer, num_ranks, overrides, log)
 
@@ -203,7 +210,7 @@ def _saver(
         """A checkpoint is complete, so many seconds after its save began."""
         run.watch.deadline.saw_save(seconds)
         if run.directory is not None:
-            outcome.note_checkpoint(run.directory, checkpoint)
+            outcome.note_saved(run.directory, checkpoint)
 
     run_id = run.directory.facts["id"] if run.directory else None
     facts = functools.partial(manifest_facts, run.config, corpus, evaluations, run_id)

@@ -52,8 +52,11 @@ def prepare_data(
                 f"{data.tokenizer_path} occur, which has {data.vocab_size}; raise it, or leave it "
                 "out to take the tokenizer's"
             )
-    if first and config.data.verify:
-        check = check_content([corpus, *others.values()], log)
+    verifies = first and config.data.verify
+    check = _attended(
+        watch, lambda: check_content([corpus, *others.values()], log) if verifies else None
+    )
+    if check is not None:
         watch.data_problem = lambda: check.problem
     return corpus, others
 

@@ -150,10 +150,12 @@ def text_sample(
     """What `tracking.sample_tokens` asks for, which is above 0. Collective.
 
     Raises:
-        ConfigError: the prompt has no token, or leaves no place in a sequence.
+        ConfigError: the prompt has no token, one that the model lacks, or leaves no place in a
+            sequence.
         DataError: the tokenizer cannot be read.
     """
     tracking, most = state.config.tracking, state.config.train.seq_length
+    rows = state.config.model.vocab_size or corpus.vocab_size
     sha256 = str(corpus.identity()["tokenizer_sha256"])
 
     def choose() -> Prompt:
@@ -163,6 +165,11 @@ def text_sample(
             ids = first[: min(PROMPT_TOKENS, most - 1)].tolist()
         else:
             ids = tokenizer.encode(tracking.sample_prompt)
+        if max(ids, default=0) >= rows:
+            raise ConfigError(
+                f"tracking.sample_prompt holds token id {max(ids)}, which the tokenizer has beyond "
+                f"the {rows} of the model"
+            )
         if not 0 < len(ids) < most:
             raise ConfigError(
                 f"tracking.sample_prompt has {len(ids)} tokens: give 1 to {most - 1}, so that one "
@@ -175,7 +182,7 @@ def text_sample(
     if dist.get_rank() == 0:
         decode = load_run_tokenizer(state.config.data, sha256, corpus.tokenizer_path).decode
     num_tokens = min(tracking.sample_tokens, most - len(prompt.ids))
-    num_ids = min(filter(None, (corpus.vocab_size, state.config.model.vocab_size)))
+    num_ids = min(corpus.vocab_size, rows)
     log(
         f"sample: after evaluations {len(prompt.ids)} tokens are continued by up to {num_tokens}, "
         f"a forward pass over {sequence_length(state.config, len(prompt.ids) + num_tokens)} each"

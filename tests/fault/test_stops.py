@@ -8,7 +8,15 @@ from collections.abc import Callable
 import psutil
 
 from hysparse_megatron.status import read_status
-from tests.fault.faulty_runs import FOUR_RANKS, STEPS, FaultyRun, assert_equal, rank_pids
+from tests.fault.faulty_runs import (
+    FOUR_RANKS,
+    STEPS,
+    VARIABLE,
+    FaultyRun,
+    assert_equal,
+    free_port,
+    rank_pids,
+)
 from tests.run.run_commands import Command, facts, rows
 
 NewRun = Callable[..., FaultyRun]
@@ -76,6 +84,22 @@ def test_a_second_signal_during_the_save_is_ignored(new_run: NewRun) -> None:
     run.assert_ended("preempted", 3, 1, "SIGUSR1 on rank 1")
 
 
+def test_what_rank_0_does_alone_at_the_end_costs_no_stop(new_run: NewRun) -> None:
+    """The others leave, and launchers kill who follows late: a checkpoint of any size that is being
+    deleted is left to the next start, and `status.json` is written before trackers are closed."""
+    run = new_run()
+    fault = "slow@0:2:prune/300,sigterm@1:7"
+    run.run("checkpoint.interval=2", "checkpoint.keep=1", code=3, fault=fault)
+    run.assert_ended("preempted", 3, 1, "SIGTERM on rank 1 after step 7; saved at step 7")
+    assert run.checkpoints()[0] == 2
+
+    run = new_run(ranks=1)
+    rank = run.start_rank(0, free_port(), **{VARIABLE: "sigterm@0:3,sigkill@0:0:close"})
+    assert rank.finish() == -signal.SIGKILL
+    run.assert_ended("preempted", 3, 0, "SIGTERM on rank 0 after step 3; saved at step 3")
+    assert run.status()["checkpoint_step"] == 3
+
+
 def test_a_third_signal_forces_the_end(new_run: NewRun) -> None:
     run = new_run()
     fault = "sigterm@1:6,sigterm@1:6:save,sigint@1:6:save,slow@1:6:save/5"
@@ -115,6 +139,14 @@ def test_the_stop_file(new_run: NewRun) -> None:
     run.assert_nothing_left()
     run.assert_ended("preempted", 3, 0, "stop file on rank 0")
     assert not (run.run_dir / "stop").exists(), "the next start is not stopped by it"
+
+    run = new_run()
+    settings = ["tracking.log_interval=1", "train.eval_batches=0"]
+    command = run.start(*settings, fault=f"slow@0:{STEPS}:save/3")
+    command.wait_for(f"step {STEPS}/{STEPS}")
+    (run.run_dir / "stop").touch()
+    assert command.finish() == 0, command.output
+    assert not (run.run_dir / "stop").exists(), "nor one that comes with the last step"
 
 
 def test_a_signal_while_data_is_prepared(new_run: NewRun) -> None:

@@ -16,6 +16,7 @@ from hysparse_megatron.checkpoint import choice, writer
 from hysparse_megatron.checkpoint.manifest import LARGEST_BYTES
 from hysparse_megatron.checkpoint.store import (
     latest_checkpoint,
+    meant,
     problems_of,
     read_manifest,
     remove_leftovers,
@@ -322,3 +323,10 @@ def test_a_step_that_was_asked_for_has_no_substitute(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=r"step-0000000[58]") as caught:
             ask()
         assert caught.value.exit_code == 6
+
+
+def test_a_checkpoint_is_meant_by_step_or_path() -> None:
+    run = Path("runs/x")
+    assert meant(run, "newest") == (run, None)
+    assert meant(run, "12") == (run, 12)
+    assert meant(run, "\u00b2") == (Path("\u00b2"), None), "a digit that is no number"

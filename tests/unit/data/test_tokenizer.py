@@ -15,6 +15,7 @@ from hysparse_megatron.data.prepare import request
 from hysparse_megatron.data.tokenizer import (
     END_OF_DOCUMENT,
     TextTokenizer,
+    bytes_tokenizer,
     load_tokenizer,
     train_tokenizer,
 )
@@ -45,6 +46,16 @@ def test_special_token_in_text_is_ordinary_text() -> None:
     assert TOKENIZER.end_of_document not in ids
     assert TOKENIZER.decode(ids) == text
     assert TOKENIZER.decode([TOKENIZER.end_of_document]) == END_OF_DOCUMENT
+
+
+def test_a_text_cannot_end_a_document_that_its_tokenizers_file_lets_it_end() -> None:
+    described = json.loads(bytes_tokenizer().to_str())
+    [end] = described["added_tokens"]
+    end["special"] = False
+    tokenizer = TextTokenizer(Tokenizer.from_str(json.dumps(described)))
+    ids = tokenizer.encode(text := f"a{END_OF_DOCUMENT}b")
+    assert tokenizer.end_of_document == end["id"] not in ids
+    assert tokenizer.decode(ids) == text
 
 
 def test_vocabulary_has_every_byte_and_end_of_document_first() -> None:

@@ -14,12 +14,13 @@ import pytest
 from made_runs import evaluation_row, make_run, rows, step_row, with_text
 
 from hysparse_megatron.config.compose import compose
+from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.plan.overview import make_overview
 from hysparse_megatron.plan.picture import draw
 from tests.captured import Call, captured
 from tools import screenshots
 from tools.report import main
-from tools.run_data import smoothed
+from tools.run_data import load_run, smoothed
 
 Capture = pytest.CaptureFixture[str]
 SLOW_RANKS = [{"rank": 5, "host": "node-9", "seconds": 0.5, "medians": 2.25}]
@@ -289,3 +290,10 @@ def test_pictures_are_of_what_readers_see(tmp_path: Path) -> None:
         assert picture.size == screenshots.SIZES["plan"]
         corners.append(picture.convert("L").getpixel((2, 2)))
     assert corners[0] > 240 > 60 > corners[1]
+
+
+def test_settings_without_sections_are_refused(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", rows(4))
+    (run / "config.yaml").write_text("model: 5\n")
+    with pytest.raises(ConfigError, match="must hold keys and values in sections"):
+        load_run(run)

@@ -2,6 +2,7 @@
 
 import errno
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -66,7 +67,11 @@ def config(tmp_path: Path) -> Config:
 
 
 def record(config: Config, directory: RunDirectory, said: list[str], error: Any = None) -> None:
-    with recorded(config, directory, 0, {"world_size": 4}, said.append, pytest.fail) as on_row:
+    facts = {"world_size": 4}
+    with (
+        ExitStack() as at_last,
+        recorded(config, directory, 0, facts, said.append, pytest.fail, at_last) as on_row,
+    ):
         for row in (STEP, EVALUATION, NAMED):
             for hook in on_row:
                 hook(row)
@@ -81,7 +86,7 @@ def test_lines_come_at_the_interval_that_is_set(
     overrides = [f"run_dir={tmp_path / 'run'}", "train.steps=9", "tracking.log_interval=4"]
     config = compose(overrides)
     directory = RunDirectory(config)
-    with recorded(config, directory, 0, {}, print, pytest.fail) as on_row:
+    with recorded(config, directory, 0, {}, print, pytest.fail, ExitStack()) as on_row:
         for step in range(1, 10):
             for hook in on_row:
                 hook({**STEP, "step": step, "samples": 8 * step})
@@ -122,7 +127,7 @@ def test_trackers_learn_how_it_ended(
 
 
 def test_ranks_without_a_directory_record_nothing(config: Config, made: list[Fake]) -> None:
-    with recorded(config, None, 0, {}, print, pytest.fail) as on_row:
+    with recorded(config, None, 0, {}, print, pytest.fail, ExitStack()) as on_row:
         assert on_row == []
     assert made == []
 
@@ -136,7 +141,7 @@ def test_tensorboard_goes_on_where_the_run_does(
         facts={"id": "x"},
         reserve=Reserve(tmp_path),
     )
-    with recorded(config, directory, 7, {}, print, pytest.fail):
+    with recorded(config, directory, 7, {}, print, pytest.fail, ExitStack()):
         pass
     assert made[1].arguments[:2] == (config.run_path, 7)
 
@@ -176,7 +181,7 @@ def test_a_full_disk_loses_no_row_that_can_be_kept_and_is_told(
     directory = RunDirectory(config)
     disk = FullDisk(monkeypatch, directory.path / RESERVE_FILE, for_ever)
     lost: list[OSError] = []
-    with recorded(config, directory, 0, {}, [].append, lost.append) as on_row:
+    with recorded(config, directory, 0, {}, [].append, lost.append, ExitStack()) as on_row:
         for row in (STEP, EVALUATION, NAMED):
             disk.is_full = row is not STEP
             for hook in on_row:

@@ -151,6 +151,8 @@ def test_suggested_commands_are_right(kind: str, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     overrides = [text.format(tmp_path=tmp_path) for text in OVERRIDES[kind]]
     overrides.append(f"run_dir={tmp_path / 'run'}")
+    # Meant for the one start that went back, and for no other.
+    overrides += ["checkpoint.step=5", "checkpoint.accept_changed_data=true"]
     ranks = 1 if kind in ("one process", "blend") else 4
     config, text = summary_of(overrides, ranks, tmp_path)
     found = commands(text)
@@ -171,7 +173,11 @@ def test_suggested_commands_are_right(kind: str, tmp_path: Path) -> None:
     longer = replace(config.train, steps=2 * config.train.steps)
     # All of them decay at their end, which the longer run would not have done yet.
     accepted = replace(config.optim, accept_schedule_change=True)
-    assert train_on == replace(config, train=longer, optim=accepted)
+    assert {one.checkpoint.step for one in configs} == {None}
+    assert not any(one.checkpoint.accept_changed_data for one in configs)
+    checkpoint = replace(config.checkpoint, step=None, accept_changed_data=False)
+    prolonged = replace(config, train=longer, optim=accepted, checkpoint=checkpoint)
+    assert train_on == prolonged
     assert tuned.parallel == resized(config.parallel)
     letters = [parse_layout(one.model.layout).letters for one in (config, full, windows, tuned)]
     assert letters[1:3] == ["F" * len(letters[0]), letters[0].replace("S", "W")]

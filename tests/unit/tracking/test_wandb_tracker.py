@@ -9,6 +9,7 @@ import pytest
 
 from hysparse_megatron.config.schema import TrackingConfig, TrackingMode
 from hysparse_megatron.tracking.wandb import Tracker
+from launch.local import SECONDS_TO_END
 from tests.captured import captured
 
 
@@ -195,9 +196,13 @@ def test_a_log_that_fails_is_told_once(fake: Wandb, warnings: list[str], tmp_pat
 
 def test_an_end_that_fails(fake: Wandb, warnings: list[str], tmp_path: Path) -> None:
     tracker = start(tmp_path, warnings, "online")
-    fake.runs[0].error = ConnectionError("gone")
+    fake.runs[0].error = TimeoutError("Timed out.")
     tracker.close(0)
-    assert warnings == ["W&B did not finish: gone"]
+    [told] = warnings
+    assert told.startswith("W&B did not finish: Timed out. Upload what was kept with: wandb sync /")
+    settings = fake.runs[0].arguments["settings"]
+    assert 0 < settings.finish_timeout < SECONDS_TO_END, "or the launcher would kill the rank"
+    assert settings.finish_timeout_raises
 
 
 REAL = """

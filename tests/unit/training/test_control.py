@@ -119,6 +119,14 @@ def test_the_stop_file(watch: Watch, tmp_path: Path) -> None:
     assert not (tmp_path / "stop").exists()
 
 
+def test_a_stop_file_that_cannot_be_deleted_hides_no_end(
+    watch: Watch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "stop").mkdir()
+    watch.forget_stop_file()
+    assert f"{tmp_path / 'stop'} cannot be deleted" in capsys.readouterr().err
+
+
 def test_deadlines() -> None:
     assert Deadline(None, {}).end is None
     assert not Deadline(None, {}).is_near()
