@@ -60,6 +60,17 @@ class PreparedCorpus:
         return {name: getattr(self, name) for name in names}
 
 
+def sources_of_card(directory: str) -> tuple[dict[str, str], tuple[Any, Any]]:
+    """Files that a folder was made of, name by SHA-256, as far as its card lists and hashes them;
+    and what their split goes by. Raises DataError if there is no card."""
+    card = _read_card(directory)
+    listed, options = card.get("sources"), card.get("options")
+    files = [file for file in listed if isinstance(file, dict)] if isinstance(listed, list) else []
+    options = options if isinstance(options, dict) else {}
+    names = {str(file["sha256"]): str(file.get("name")) for file in files if "sha256" in file}
+    return names, (options.get("validation_fraction"), options.get("seed"))
+
+
 def card_of(
     fields: Mapping[str, Any], files: Mapping[str, Mapping[str, int | str]]
 ) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -11,7 +12,13 @@ from dataclasses import dataclass
 from hysparse_megatron.config.blend import parse_blend
 from hysparse_megatron.config.schema import DataConfig
 from hysparse_megatron.data import content
-from hysparse_megatron.data.card import CARD_NAME, PreparedCorpus, large_files, load_prepared
+from hysparse_megatron.data.card import (
+    CARD_NAME,
+    PreparedCorpus,
+    large_files,
+    load_prepared,
+    sources_of_card,
+)
 from hysparse_megatron.data.prepare.cached import prepare_corpus
 from hysparse_megatron.data.read.blend import Blend
 from hysparse_megatron.data.read.dataset import BlendedSamples, Samples, TokenSamples
@@ -182,8 +189,39 @@ def load_evaluations(
                 f"run's; prepare it with {corpus.tokenizer_path}"
             )
         _require_end(f"data.evaluation.{name}: {path}", own, "the run's data", corpus)
+        warning = trained_on_too(own, _folders(corpus))
+        if warning and progress:
+            progress(f"WARNING: data.evaluation.{name}: {warning}")
         found[name] = own
     return found
+
+
+def prepared_folders(data: DataConfig) -> list[str]:
+    """Those that the settings name to be trained on."""
+    paths = [data.path] if data.blend is None else [path for _, path in parse_blend(data.blend)]
+    return [path for path in paths if path and os.path.isfile(os.path.join(path, CARD_NAME))]
+
+
+def trained_on_too(own: TrainingData, folders: Iterable[str]) -> str | None:
+    """What to warn of where `own` holds out text that the folders hold, which are trained on.
+
+    None otherwise, and where cards cannot be read.
+    """
+    with contextlib.suppress(DataError):
+        cards = [(folder, *sources_of_card(folder)) for folder in folders]
+        for names, split in map(sources_of_card, _folders(own)):
+            for folder, others, other_split in cards:
+                if split != other_split and (both := names.keys() & others.keys()):
+                    return (
+                        f"{folder} was made of {names[min(both)]} as well, so that text that was "
+                        "trained on counts as held out: name that folder for what it holds out"
+                    )
+    return None
+
+
+def _folders(data: TrainingData) -> list[str]:
+    parts = data.parts if isinstance(data, BlendedCorpus) else [data]
+    return [part.directory for part in parts]
 
 
 def check_content(
@@ -194,11 +232,7 @@ def check_content(
     Raises:
         DataError: a card cannot be read.
     """
-    folders = [
-        part.directory
-        for data in datasets
-        for part in (data.parts if isinstance(data, BlendedCorpus) else [data])
-    ]
+    folders = [folder for data in datasets for folder in _folders(data)]
     hashes = [large_files(folder) for folder in dict.fromkeys(folders)]
     return content.ContentCheck({path: sha for found in hashes for path, sha in found.items()}, log)
 

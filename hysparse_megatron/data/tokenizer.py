@@ -328,7 +328,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise DataError(
-            f"vocab_size {vocab_size} is too small: {END_OF_DOCUMENT} and bytes are {MIN_VOCAB_SIZE}"
+            f"vocab_size {vocab_size} is too small: {MIN_VOCAB_SIZE} are bytes and an end alone"
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -13,7 +13,13 @@ from hysparse_megatron.config.schema import DataConfig
 from hysparse_megatron.data.card import CARD_NAME
 from hysparse_megatron.data.read.held_out import EvaluationBatches
 from hysparse_megatron.data.run_tokenizer import find_run_tokenizer
-from hysparse_megatron.data.sources import load_data, open_samples, with_path
+from hysparse_megatron.data.sources import (
+    load_data,
+    open_samples,
+    prepared_folders,
+    trained_on_too,
+    with_path,
+)
 from hysparse_megatron.errors import DataError
 from hysparse_megatron.inference.load import LoadedModel
 from hysparse_megatron.model.stack import documents_of
@@ -66,6 +72,9 @@ def held_out_batches(
     if data is None and before != corpus.fingerprint:
         found = f"fingerprint {corpus.fingerprint[:12]}, not {before[:12]}"
         note(f"the data are not those that the checkpoint was trained on any more ({found})")
+    warning = trained_on_too(corpus, prepared_folders(loaded.config.data)) if data else None
+    if warning:
+        note(warning)
     samples = open_samples(corpus, "validation", length)
     size = max(1, min(batch_size, samples.num_held_out))
     return EvaluationBatches(

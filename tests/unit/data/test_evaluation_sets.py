@@ -11,7 +11,14 @@ from tiny_corpora import prepare, write_json_lines
 from hysparse_megatron.config.schema import DataConfig
 from hysparse_megatron.data.card import PreparedCorpus
 from hysparse_megatron.data.prepare import run
-from hysparse_megatron.data.sources import load_blend, load_data, load_evaluations, open_samples
+from hysparse_megatron.data.sources import (
+    load_blend,
+    load_data,
+    load_evaluations,
+    open_samples,
+    prepared_folders,
+    trained_on_too,
+)
 from hysparse_megatron.data.tokenizer import choose_tokenizer
 from hysparse_megatron.errors import DataError
 
@@ -60,6 +67,31 @@ def test_all_of_text_is_evaluated(
     assert 0 < trained_on.validation_tokens < other.validation_tokens
     with pytest.raises(DataError, match="all of it is held out, as a set to evaluate on"):
         open_samples(other, "train", 16)
+
+
+def test_text_that_a_prepared_folder_was_made_of_is_named(
+    shared_corpus: PreparedCorpus, settings: DataConfig, tmp_path: Path
+) -> None:
+    """Under whatever name: all of it would be evaluated, and most of it was trained on."""
+    text = write_json_lines(tmp_path / "a.jsonl", 30, seed=2)
+    trained = load_data(replace(settings, path=str(text), tokenizer=shared_corpus.tokenizer_path))
+    copy = text.rename(tmp_path / "b.jsonl")
+    other = write_json_lines(tmp_path / "c.jsonl", 30, seed=3)
+    assert isinstance(trained, PreparedCorpus)
+    evaluation = {"copy": str(copy), "other": str(other), "held_out": trained.directory}
+    told: list[str] = []
+    run = replace(settings, path=trained.directory, evaluation=evaluation)
+    found = load_evaluations(run, trained, told.append)
+    [warning] = [line for line in told if "WARNING" in line]
+    assert warning.startswith(
+        f"WARNING: data.evaluation.copy: {trained.directory} was made of b.jsonl as well"
+    )
+    assert found["held_out"] == trained
+    assert prepared_folders(run) == [trained.directory]
+    blend = replace(run, path=None, blend=f"1 {trained.directory}; 2 {shared_corpus.directory}")
+    assert prepared_folders(blend) == [trained.directory, shared_corpus.directory]
+    assert trained_on_too(found["copy"], prepared_folders(blend)) is not None
+    assert trained_on_too(found["other"], prepared_folders(blend)) is None
 
 
 def test_all_documents_end_alike(settings: DataConfig, tmp_path: Path) -> None:
