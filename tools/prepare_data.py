@@ -22,6 +22,7 @@ from types import FrameType
 
 from hysparse_megatron.command import command, make_parser
 from hysparse_megatron.data.card import PreparedCorpus
+from hysparse_megatron.data.places import is_local
 from hysparse_megatron.data.prepare.executors import Executor, LocalProcesses, RayTasks, SlurmJobs
 from hysparse_megatron.data.prepare.progress import Progress
 from hysparse_megatron.data.prepare.request import (
@@ -32,10 +33,12 @@ from hysparse_megatron.data.prepare.request import (
     sources_of,
 )
 from hysparse_megatron.data.prepare.run import prepare
-from hysparse_megatron.data.prepare.sources import KINDS, is_local
+from hysparse_megatron.data.prepare.sources import KINDS
 from hysparse_megatron.data.prepare.verify import verify_prepared
 from hysparse_megatron.data.tokenizer import choose_tokenizer
 from hysparse_megatron.errors import ConfigError, Preempted
+
+_NEVER_EMPTY = ("output", "tokenizer", "end_of_document")
 
 
 @command
@@ -120,6 +123,11 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def _run(args: argparse.Namespace, progress: Progress) -> None:
+    named = [("INPUT", given) for given in args.inputs]
+    named += [(f"--{n.replace('_', '-')}", getattr(args, n)) for n in _NEVER_EMPTY]
+    for option, value in named:
+        if value == "":
+            raise ConfigError(f"{option}: is empty; give a name, or check the shell's variables")
     if args.inputs:
         if _prepare(args, progress) is None:
             progress.note(f"{args.output}: is whole; copy it to where training can read it")
@@ -144,7 +152,9 @@ def _prepare(args: argparse.Namespace, progress: Progress) -> PreparedCorpus | N
         if value is not None and value < 1:
             raise ConfigError(f"--{option.replace('_', '-')}: got {value}; allowed at least 1")
     executor = _executor(args)
-    tokenizer = args.tokenizer and choose_tokenizer(args.tokenizer, args.end_of_document)
+    tokenizer = None
+    if args.tokenizer is not None:
+        tokenizer = choose_tokenizer(args.tokenizer, args.end_of_document)
     if args.end_of_document and (tokenizer is None or tokenizer.path is None):
         raise ConfigError(
             "--end-of-document: is for a tokenizer with a file; bytes and one that is trained here "
@@ -168,6 +178,7 @@ def _prepare(args: argparse.Namespace, progress: Progress) -> PreparedCorpus | N
         executor=executor,
         max_bad=None if args.max_bad < 0 else args.max_bad,
         overwrite=args.overwrite,
+        compare_inputs=args.verify,
         progress=progress,
     )
 

@@ -15,12 +15,12 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import fsspec
 import numpy as np
 import tokenizers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from hysparse_megatron.data.card import CARD_NAME, SENTENCEPIECE_NAME, TOKENIZER_NAME
+from hysparse_megatron.data.places import open_place
 from hysparse_megatron.errors import DataError
 from hysparse_megatron.files import naming
 from hysparse_megatron.packages import require_package
@@ -395,6 +395,5 @@ def _end_of_document_names(path: str) -> tuple[str, ...]:
 
 
 def _read(path: str) -> bytes:
-    with naming(path, "cannot read the tokenizer"), fsspec.open(path, "rb") as stream:
-        contents: bytes = stream.read()
-        return contents
+    with naming(path, "cannot read the tokenizer"), open_place(path) as stream:
+        return stream.read()

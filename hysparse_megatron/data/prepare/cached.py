@@ -5,22 +5,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from hysparse_megatron.config.schema import DataConfig
 from hysparse_megatron.data.card import CARD_NAME, PreparedCorpus, load_prepared
+from hysparse_megatron.data.prepare.finished import contents_of
 from hysparse_megatron.data.prepare.progress import Lines
 from hysparse_megatron.data.prepare.request import SPLIT_SEED, PrepareRequest, hash_of, sources_of
 from hysparse_megatron.data.prepare.run import prepare
-from hysparse_megatron.data.prepare.sources import Source, standard_library
+from hysparse_megatron.data.prepare.sources import standard_library
 from hysparse_megatron.data.tokenizer import TokenizerChoice, choose_tokenizer
 from hysparse_megatron.errors import DataError
-from hysparse_megatron.files import naming, sha256_of
 
 _LOCK_TIMEOUT_SECONDS = 3600.0
 """Longest wait for another process that prepares the same and gets no further."""
-_HASHED_BYTES = 1_000_000_000
-"""Of a larger corpus the times of modification are compared, not the contents."""
 
 
 def prepare_corpus(
@@ -54,7 +52,7 @@ def prepare_corpus(
     )  # fmt: skip
     # A distribution may ship a file of the standard library that is no UTF-8.
     max_bad = None if path is None else 0
-    key = hash_of([request.identity(), _contents(sources), max_bad])[:20]
+    key = hash_of([request.identity(), contents_of(sources), max_bad])[:20]
     output = os.path.join(os.path.abspath(cache_dir), key)
     if os.path.isdir(output):
         # What is damaged is looked at again below, when nobody else can be replacing it.
@@ -81,11 +79,3 @@ def _given(path: str, tokenizer: TokenizerChoice | None) -> PreparedCorpus:
             f"leave it out to use {prepared.tokenizer_path}"
         )
     return prepared
-
-
-def _contents(sources: Sequence[Source]) -> list[str]:
-    """What tells files apart that have the same names and sizes."""
-    if sum(source.size_bytes for source in sources) > _HASHED_BYTES:
-        return [source.version for source in sources]
-    with naming("the corpus"):
-        return [sha256_of(source.path) for source in sources]

@@ -88,7 +88,7 @@ def _state_of(
     codes = [process.poll() for process in processes]
     for process in processes:
         words = (_output(process).read() or b"").split()
-        advance(sum(int(word) for word in words if word.isdecimal()))
+        advance(sum(int(word) for word in words if word.isdigit()))
     lost = next((code for code in codes if code), None)
     if lost is None:
         return None if None in codes else "all worker processes ended"

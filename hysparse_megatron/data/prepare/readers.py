@@ -15,8 +15,7 @@ from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any, BinaryIO
 
-import fsspec
-
+from hysparse_megatron.data.places import open_place
 from hysparse_megatron.data.prepare.sources import Piece, Source
 from hysparse_megatron.errors import DataError
 from hysparse_megatron.files import naming
@@ -44,7 +43,10 @@ def read_piece(
         DataError: the file cannot be read, or not to its end (names file and offset).
     """
     errors: tuple[type[Exception], ...] = (EOFError, zlib.error, gzip.BadGzipFile)
-    with naming(source.path), _open(source) as stream:
+    if source.compression and not source.size_bytes:
+        # What a failed download leaves; gzip would take it for an empty text.
+        raise DataError(f"{source.path}: cannot be decompressed: it has 0 bytes; fetch it again")
+    with naming(source.path), open_place(source.path) as stream:
         decompressed: Any = stream
         if source.compression == "gz":
             decompressed = gzip.GzipFile(fileobj=stream)
@@ -70,13 +72,6 @@ def read_piece(
             raise DataError(
                 f"{source.path}: cannot be decompressed, near offset {stream.tell()}: {error}"
             ) from error
-
-
-def _open(source: Source) -> BinaryIO:
-    if source.is_local:
-        return open(source.path, "rb")
-    stream: BinaryIO = fsspec.open(source.path, "rb").open()
-    return stream
 
 
 def decode_utf8(data: bytes, where: str, offset: int) -> str | DataError:

@@ -11,11 +11,12 @@ from itertools import chain
 from typing import Any
 
 from hysparse_megatron.data.card import TOKENIZER_NAME
+from hysparse_megatron.data.places import is_local
 from hysparse_megatron.data.prepare.assemble import Splitting
 from hysparse_megatron.data.prepare.readers import read_piece
 from hysparse_megatron.data.prepare.shards import Folder
-from hysparse_megatron.data.prepare.sources import Source, cut_units, is_local, list_sources
-from hysparse_megatron.data.tokenizer import TokenizerChoice, train_tokenizer
+from hysparse_megatron.data.prepare.sources import Source, cut_units, list_sources
+from hysparse_megatron.data.tokenizer import MIN_VOCAB_SIZE, TokenizerChoice, train_tokenizer
 from hysparse_megatron.errors import ConfigError
 
 FORMAT = 2
@@ -26,6 +27,8 @@ VALIDATION_FRACTION = 0.01
 SPLIT_SEED = 1234
 """Of all runs that read text themselves: what one holds out no other one has trained on."""
 
+_MAX_VOCAB_SIZE = 1 << 24
+"""The library sets memory aside for all ids it is asked for, and dies where there is none."""
 _TRAINING_BYTES = 8_000_000
 """Text a tokenizer is trained on at most: merges hardly change beyond, the time does."""
 _SAMPLE_BYTES = 1 << 16
@@ -61,6 +64,19 @@ class PrepareRequest:
     max_document_bytes: int = MAX_DOCUMENT_BYTES
     description: str = ""
     unit_bytes: int | None = None
+
+    def check(self) -> None:
+        """Raises ConfigError: numbers that nothing can be prepared with."""
+        if not 0.0 <= self.validation_fraction <= 1.0:
+            raise ConfigError(
+                f"validation fraction {self.validation_fraction} is not between 0 and 1"
+            )
+        if self.tokenizer is None and not MIN_VOCAB_SIZE <= self.vocab_size <= _MAX_VOCAB_SIZE:
+            raise ConfigError(
+                f"a tokenizer of {self.vocab_size} ids: allowed are {MIN_VOCAB_SIZE} (256 bytes "
+                f"and the end of documents) to {_MAX_VOCAB_SIZE} (--vocab-size, "
+                "data.tokenizer_vocab_size)"
+            )
 
     def shard_options(self) -> dict[str, Any]:
         """What shapes the shards, apart from the files; the rest may change before the end."""

@@ -17,12 +17,20 @@ from typing import Any
 from hysparse_megatron.data import content
 from hysparse_megatron.data.card import CARD_NAME, SPLITS, PreparedCorpus, card_of, load_prepared
 from hysparse_megatron.data.lock import locked
+from hysparse_megatron.data.places import is_local
 from hysparse_megatron.data.prepare.assemble import Assembled, assemble
 from hysparse_megatron.data.prepare.executors import Executor
+from hysparse_megatron.data.prepare.finished import (
+    entries_of,
+    refuse_inputs_inside,
+    refuse_other_contents,
+    refuse_other_files,
+    versions_entry,
+)
 from hysparse_megatron.data.prepare.progress import Progress
 from hysparse_megatron.data.prepare.request import PrepareRequest, hash_of, place_tokenizer
 from hysparse_megatron.data.prepare.shards import MAX_SAMPLES, UNWRITABLE, Folder, Record, Work
-from hysparse_megatron.data.prepare.sources import cut_units, is_local
+from hysparse_megatron.data.prepare.sources import cut_units
 from hysparse_megatron.data.prepare.tokenize import tokenize_share, too_many_bad
 from hysparse_megatron.errors import ConfigError, DataError
 from hysparse_megatron.files import naming, sync_folder
@@ -37,6 +45,7 @@ def prepare(
     max_bad: int | None = 0,
     overwrite: bool = False,
     repair: bool = False,
+    compare_inputs: bool = False,
     lock_timeout_seconds: float = 0.0,
     progress: Progress | None = None,
 ) -> PreparedCorpus | None:
@@ -52,6 +61,8 @@ def prepare(
         overwrite: prepare even if the output is there, or an unfinished preparation of another
             request, and replace it.
         repair: prepare again what is there and damaged.
+        compare_inputs: read also inputs above 1 GB, whose times agree, to find that an output is
+            theirs.
         lock_timeout_seconds: longest wait for another process that makes the same output and gets
             no further.
         progress: shows how far it is.
@@ -61,20 +72,19 @@ def prepare(
         read before it is copied.
 
     Raises:
-        ConfigError: the output belongs to another request, or a package is missing.
+        ConfigError: the output belongs to another request, or holds inputs, or other files where it
+            would be replaced; see `PrepareRequest.check`; a package is missing.
         DataError: bad, missing or changed input, another process prepares the same output, or it
             cannot be written (names the path).
         HySparseError: a process of the executor was lost.
     """
-    if not 0.0 <= request.validation_fraction <= 1.0:
-        raise ConfigError(
-            f"validation fraction {request.validation_fraction} is not between 0 and 1"
-        )
+    request.check()
     output = Folder(_own_place(request.output))
     progress = progress or Progress(is_quiet=True)
     with naming(output.path, UNWRITABLE):
         lock: AbstractContextManager[bool] = nullcontext(True)
         if output.is_local:
+            refuse_inputs_inside(output.path, request.sources)
             os.makedirs(os.path.dirname(output.path), exist_ok=True)
             lock = locked(
                 f"{output.path}.lock",
@@ -87,7 +97,7 @@ def prepare(
             suffix = ".work" if is_locked else f".work-{secrets.token_hex(4)}"
             work_folder = Folder(f"{output.path}{suffix}")
             run = _Run(request, output, work_folder, max_bad, overwrite, repair, progress)
-            if not run.is_done():
+            if not run.is_done(compare_inputs):
                 run.prepare(executor)
     return load_prepared(output.path, check_tokens=False) if output.is_local else None
 
@@ -126,7 +136,7 @@ class _Run:
     repair: bool
     progress: Progress
 
-    def is_done(self) -> bool:
+    def is_done(self, compare_inputs: bool) -> bool:
         """Whether the output is there already; removes what a kill left beside it.
 
         Raises:
@@ -139,8 +149,10 @@ class _Run:
         if CARD_NAME not in names:
             if names and not self.repair and (unfinished is None or is_local):
                 raise ConfigError(f"{path}: holds other files; name a new folder")
+            refuse_other_files(self.output)
             return False
         if self.overwrite:
+            refuse_other_files(self.output)
             return False
         try:
             if is_local:
@@ -148,16 +160,20 @@ class _Run:
         except DataError as error:
             if not self.repair:
                 raise
+            refuse_other_files(self.output)
             self.progress.note(f"rebuilding damaged {path}: {error}")
             return False
-        if self.output.read_json(CARD_NAME).get("request") != self.request.identity():
+        card = self.output.read_json(CARD_NAME)
+        if card.get("request") != self.request.identity():
             raise ConfigError(
                 f"{path}: was prepared from other inputs or with other options; name a new "
                 "folder, or replace it with --overwrite"
             )
+        note = self.progress.note
+        refuse_other_contents(path, card, self.request.sources, compare_inputs, note)
         if unfinished is not None:
             self.work_folder.remove()
-        self.progress.note(f"{path}: is prepared already")
+        note(f"{path}: is prepared already")
         return True
 
     def _unfinished(self) -> dict[str, Any] | None:
@@ -305,6 +321,7 @@ class _Run:
     def _put_in_place(self, made: str) -> None:
         sync_folder(made)
         if os.path.isdir(self.output.path) and os.listdir(self.output.path):
+            refuse_other_files(self.output)  # hours after it was looked at first
             os.rename(self.output.path, os.path.join(self.work_folder.path, "replaced"))
         try:
             os.rename(made, self.output.path)
@@ -315,19 +332,13 @@ class _Run:
         sync_folder(os.path.dirname(self.output.path))
 
     def _facts(self, work: Work, records: Sequence[Record], made: Assembled) -> dict[str, Any]:
-        hashes = {n: sha for record in records for n, sha in record.source_hashes.items()}
-        sources = [
-            {
-                "name": source.name,
-                "bytes": source.size_bytes,
-                **({"sha256": hashes[str(n)]} if str(n) in hashes else {"version": source.version}),
-            }
-            for n, source in enumerate(self.request.sources)
-        ]
+        hashes = {int(n): sha for record in records for n, sha in record.source_hashes.items()}
+        sources = entries_of(self.request.sources, hashes)
         library, version = work.tokenizer.library
         return {
             "source": self.request.description,
             "source_identity": hash_of(sources),
+            **versions_entry(self.request.sources),
             "sources": sources[:_CARD_SOURCES],
             "sources_not_listed": max(0, len(sources) - _CARD_SOURCES),
             "options": self.request.shard_options() | asdict(self.request.splitting()),

@@ -15,9 +15,10 @@ from typing import Any
 import fsspec
 import numpy as np
 
-from hysparse_megatron.data.prepare.sources import Piece, Source, is_local
+from hysparse_megatron.data.places import is_local
+from hysparse_megatron.data.prepare.sources import Piece, Source
 from hysparse_megatron.data.tokenizer import TokenizerChoice
-from hysparse_megatron.errors import DataError
+from hysparse_megatron.errors import ConfigError, DataError
 
 DOCUMENT = np.dtype([("num_tokens", "<u4"), ("key", "<u8", 2)])
 """A document of a shard: its tokens, the closing one included, and 16 bytes of its text's hash."""
@@ -37,12 +38,25 @@ def token_dtype(vocab_size: int) -> type[np.integer]:
 
 
 class Folder:
-    """A folder of a local file system, or of one that fsspec knows."""
+    """A folder of a local file system, or of one that fsspec knows.
+
+    Raises:
+        ConfigError: a URL whose protocol or package is missing.
+        DataError: a URL whose file system, as an archive, cannot be opened.
+    """
 
     def __init__(self, path: str) -> None:
         self.path = os.path.abspath(path) if is_local(path) else path.rstrip("/")
         self.is_local = is_local(path)
-        self._fs, self._root = fsspec.core.url_to_fs(self.path)
+        if self.is_local:  # fsspec would cut a name that holds `::`
+            self._fs, self._root = fsspec.filesystem("file"), self.path
+            return
+        try:
+            self._fs, self._root = fsspec.core.url_to_fs(self.path)
+        except (ValueError, ImportError) as error:
+            raise ConfigError(f"{path}: cannot be reached: {error}") from error
+        except OSError as error:
+            raise DataError(f"{path}: cannot be reached: {error}") from error
 
     def make(self) -> None:
         """Create it and its parents."""

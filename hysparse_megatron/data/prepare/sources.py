@@ -17,6 +17,7 @@ from typing import Any
 
 import fsspec
 
+from hysparse_megatron.data.places import is_local, open_place
 from hysparse_megatron.errors import ConfigError, DataError
 from hysparse_megatron.files import naming
 from hysparse_megatron.packages import require_package
@@ -72,11 +73,6 @@ class Piece:
     source: int
     start: int
     stop: int
-
-
-def is_local(path: str) -> bool:
-    """Whether a path is no URL of another file system."""
-    return "://" not in path and "::" not in path
 
 
 def list_sources(inputs: Sequence[str], kind: str | None = None) -> tuple[Source, ...]:
@@ -158,6 +154,8 @@ def _remote(url: str) -> Iterator[_File]:
     except (OSError, ValueError, ImportError) as error:
         raise DataError(f"{url}: cannot be read: {error}") from error
     for path, info in found.items():
+        if "::" in path:
+            raise DataError(f"{url}: holds {path}, which fsspec reads as several files; rename it")
         below = path[len(root) :].strip("/")
         name = "/".join(filter(None, [root.rstrip("/").rpartition("/")[2], below]))
         if info["type"] == "file" and not any(part.startswith(".") for part in below.split("/")):
@@ -218,7 +216,7 @@ def _order_saved(root: str, folder: str, by_name: dict[str, _File]) -> None:
 
 def _read_json(path: str) -> dict[str, Any]:
     try:
-        with naming(path), fsspec.open(path, "rb") as stream:
+        with naming(path), open_place(path) as stream:
             values = json.load(stream)
     except ValueError as error:
         raise DataError(f"{path}: not valid JSON: {error}") from error

@@ -345,8 +345,9 @@ def test_bad_requests_are_refused(tmp_path: Path) -> None:
     for fraction in (1.5, -1.0, float("nan")):
         with pytest.raises(ConfigError, match="validation fraction"):
             prepare(source, tmp_path / "cache", validation_fraction=fraction)
-    with pytest.raises(DataError, match="vocab_size 256"):
-        prepare(source, tmp_path / "cache", vocab_size=256)
+    for size in (256, 10**10):
+        with pytest.raises(ConfigError, match=rf"of {size} ids: allowed are 257 .* to 16777216"):
+            prepare(source, tmp_path / "cache", vocab_size=size)
     with pytest.raises(DataError, match=r"none\.json: cannot read the tokenizer"):
         prepare(source, tmp_path / "cache", tokenizer_path=str(tmp_path / "none.json"))
     with pytest.raises(ConfigError, match="lies inside the input"):

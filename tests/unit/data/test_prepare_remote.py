@@ -12,6 +12,7 @@ from prepared_corpora import make_texts, prepare, request, write_lines
 
 from hysparse_megatron.data.prepare import run, tokenize
 from hysparse_megatron.data.prepare.verify import verify_prepared
+from hysparse_megatron.errors import DataError
 
 TEXTS = make_texts(300)
 
@@ -87,6 +88,9 @@ def test_memory_of_another_file_system_is_read_and_written(tmp_path: Path) -> No
         memory.pipe(f"/in/{name}", (tmp_path / name).read_bytes())
     assert run.prepare(request("memory://made", "memory://in/a.jsonl", "memory://in/b.txt")) is None
     compare_remote(memory, "/made", wanted.directory)
+    memory.pipe("/colons/a::b.txt", b"fsspec would open a")
+    with pytest.raises(DataError, match=r"holds /colons/a::b[.]txt, which fsspec reads as several"):
+        prepare(tmp_path / "colons", "memory://colons")
     copied = prepare(tmp_path / "copied", "memory://in")
     assert copied.fingerprint == wanted.fingerprint
 

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from hysparse_megatron.data.places import is_local
 from hysparse_megatron.data.prepare.readers import read_piece
 from hysparse_megatron.data.prepare.sources import cut_units, list_sources
 from hysparse_megatron.errors import DataError
@@ -68,6 +69,44 @@ def test_missing_input_is_refused(tmp_path: Path) -> None:
         read(tmp_path / "nowhere.txt")
     with pytest.raises(DataError, match="no files to read"):
         read(tmp_path)
+
+
+def test_a_name_with_two_colons_is_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Below a folder, by itself, from where it lies, and beside one that fsspec would read."""
+    names = ("a", "a::b", "file::a", "memory::x.txt", "List::Util.txt", "std::vector")
+    (tmp_path / "in").mkdir()
+    for name in names:
+        (tmp_path / "in" / name).write_text(f"text of {name}")
+    assert sorted(read(tmp_path / "in")) == sorted(f"text of {name}" for name in names)
+    monkeypatch.chdir(tmp_path / "in")
+    for name in names:
+        assert read(Path(name)) == read(tmp_path / "in" / name) == [f"text of {name}"]
+    with pytest.raises(DataError, match=r"in/std::map: cannot be read: No such file"):
+        read(Path("std::map"))
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("s3::x", True),
+        ("sub/memory::memory://x", True),
+        ("/sub/zip://x", True),
+        ("unknown::s3://bucket", True),
+        ("s3://bucket/x", False),
+        ("unknown://bucket", False),
+        ("zip://a.txt::s3://bucket/x.zip", False),
+        ("simplecache::s3://bucket/x", False),
+    ],
+)
+def test_what_is_a_url(path: str, expected: bool) -> None:
+    assert is_local(path) == expected
+
+
+@pytest.mark.parametrize("name", ["a.gz", "a.txt.gz", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+def test_a_failed_download_is_no_empty_text(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(DataError, match=re.escape(f"{name}: ")):
+        read(tmp_path / name)
 
 
 def test_other_text_key(tmp_path: Path) -> None:

@@ -92,6 +92,10 @@ BAD = [
     (["INPUT", "--tokenizer", "bytes", "--cpus-per-task", "2"], 2, "--cpus-per-task: is for a"),
     (["INPUT", "--tokenizer", "bytes", "--end-of-document", "x"], 2, "--end-of-document: is for"),
     (["INPUT", "--vocab-size", "300", "--end-of-document", "x"], 2, "--end-of-document: is for"),
+    (["INPUT", "--tokenizer", ""], 2, "--tokenizer: is empty"),
+    (["", "--tokenizer", "bytes"], 2, "INPUT: is empty"),
+    (["INPUT", "--vocab-size", "0"], 2, "a tokenizer of 0 ids: allowed are 257"),
+    (["INPUT", "--vocab-size", "10000000000"], 2, "to 16777216 (--vocab-size"),
 ]
 
 
@@ -107,6 +111,7 @@ def test_mistakes(
     given = [source if argument == "INPUT" else argument for argument in arguments]
     assert text in call(main, ["--output", str(tmp_path / "out"), *given], code=code).err
     assert not (tmp_path / "out").exists()
+    assert code == 5 or [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
 def test_options_of_a_cluster() -> None:
