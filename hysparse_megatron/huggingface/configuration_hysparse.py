@@ -16,6 +16,41 @@ _ALLOWED = {
     "full_gate": ("none", "head", "channel"),
     "scoring_func": ("softmax", "sigmoid"),
 }
+_SETTINGS: dict[str, Any] = {
+    "vocab_size": 32000,
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "value_head_dim": 64,
+    "block_size": 64,
+    "num_selected_blocks": 16,
+    "sliding_window": 128,
+    "gate": "head",
+    "sink": "branch",
+    "full_gate": "none",
+    "forced_first_blocks": 0,
+    "forced_recent_blocks": 0,
+    "qkv_bias": False,
+    "qk_norm": False,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 4096,
+    "hidden_dropout": 0.0,
+    "initializer_range": 0.02,
+    "num_experts": 0,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 0,
+    "num_dense_first_layers": 0,
+    "scoring_func": "softmax",
+    "routed_scaling_factor": 1.0,
+    "balancing": "none",
+    "use_cache": True,
+}
+"""Settings with their defaults, beside the layout, the embedding's ties and what rotates."""
+_ROPE = {"rope_theta": 10000.0, "partial_rotary_factor": 1.0}
+"""What counts where `rope_parameters` say nothing."""
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
@@ -39,43 +74,10 @@ class HySparseConfig(PretrainedConfig):
 
     def __init__(
         self,
-        vocab_size: int = 32000,
         layout: str = "FSSSF",
-        hidden_size: int = 512,
-        intermediate_size: int = 1536,
-        num_attention_heads: int = 8,
-        num_key_value_heads: int = 2,
-        head_dim: int = 64,
-        value_head_dim: int = 64,
-        block_size: int = 64,
-        num_selected_blocks: int = 16,
-        sliding_window: int = 128,
-        gate: str = "head",
-        sink: str = "branch",
-        full_gate: str = "none",
-        forced_first_blocks: int = 0,
-        forced_recent_blocks: int = 0,
-        qkv_bias: bool = False,
-        qk_norm: bool = False,
-        rms_norm_eps: float = 1e-5,
         rope_parameters: dict[str, Any] | None = None,
         rope_scaling: dict[str, Any] | None = None,
-        rope_theta: float = 10000.0,
-        partial_rotary_factor: float = 1.0,
-        max_position_embeddings: int = 4096,
-        hidden_dropout: float = 0.0,
-        initializer_range: float = 0.02,
-        tie_word_embeddings: bool = False,
-        num_experts: int = 0,
-        num_experts_per_tok: int = 8,
-        moe_intermediate_size: int = 512,
-        shared_expert_intermediate_size: int = 0,
-        num_dense_first_layers: int = 0,
-        scoring_func: str = "softmax",
-        routed_scaling_factor: float = 1.0,
-        balancing: str = "none",
-        use_cache: bool = True,
-        **kwargs: Any,
+        **settings: Any,
     ) -> None:
         if (
             not layout
@@ -85,58 +87,31 @@ class HySparseConfig(PretrainedConfig):
             raise ValueError(
                 f"layout: got {layout!r}, expected letters F, S and W with an F before the first S"
             )
-        self.vocab_size = vocab_size
         self.layout = layout
         self.num_hidden_layers = len(layout)
         # What a cache keeps of each layer: all tokens, or a window.
         self.layer_types = [
             "full_attention" if kind == FULL else "sliding_attention" for kind in layout
         ]
-        self.hidden_size = hidden_size
-        self.intermediate_size = intermediate_size
-        self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_key_value_heads
-        self.head_dim = head_dim
-        self.value_head_dim = value_head_dim
-        self.block_size = block_size
-        self.num_selected_blocks = num_selected_blocks
-        self.sliding_window = sliding_window
-        self.gate = gate
-        self.sink = sink
-        self.full_gate = full_gate
-        self.forced_first_blocks = forced_first_blocks
-        self.forced_recent_blocks = forced_recent_blocks
-        self.qkv_bias = qkv_bias
-        self.qk_norm = qk_norm
-        self.rms_norm_eps = rms_norm_eps
+        for derived in ("num_hidden_layers", "layer_types"):
+            settings.pop(derived, None)
+        flat = {name: settings.pop(name, default) for name, default in _ROPE.items()}
+        for name, default in _SETTINGS.items():
+            setattr(self, name, settings.pop(name, default))
+        for name, allowed in _ALLOWED.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {allowed}")
         rope = dict(rope_scaling or rope_parameters or {})
         kind = rope.setdefault("rope_type", rope.pop("type", "default"))
         if kind not in _ROPE_TYPES:
             raise ValueError(f"rope_type: got {kind!r}, expected one of {_ROPE_TYPES}")
-        flat = {"rope_theta": rope_theta, "partial_rotary_factor": partial_rotary_factor}
         for name, value in flat.items():
             rope.setdefault(name, (rope_parameters or {}).get(name, value))
         if kind in ("llama3", "yarn"):
-            rope.setdefault("original_max_position_embeddings", max_position_embeddings)
+            rope.setdefault("original_max_position_embeddings", self.max_position_embeddings)
         self.rope_parameters = rope
-        self.max_position_embeddings = max_position_embeddings
-        self.hidden_dropout = hidden_dropout
-        self.initializer_range = initializer_range
-        self.num_experts = num_experts
-        self.num_experts_per_tok = num_experts_per_tok
-        self.moe_intermediate_size = moe_intermediate_size
-        self.shared_expert_intermediate_size = shared_expert_intermediate_size
-        self.num_dense_first_layers = num_dense_first_layers
-        self.scoring_func = scoring_func
-        self.routed_scaling_factor = routed_scaling_factor
-        self.balancing = balancing
-        self.use_cache = use_cache
-        for derived in ("num_hidden_layers", "layer_types"):
-            kwargs.pop(derived, None)
-        for name, allowed in _ALLOWED.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {allowed}")
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        tied = settings.pop("tie_word_embeddings", False)
+        super().__init__(tie_word_embeddings=tied, **settings)
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether the layer with this index from 0 has experts instead of one feed-forward."""

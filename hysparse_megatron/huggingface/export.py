@@ -28,7 +28,7 @@ from hysparse_megatron.huggingface.weights import (
 )
 from hysparse_megatron.source import license_text
 
-CODE = ("configuration_hysparse.py", "attention_hysparse.py", "modeling_hysparse.py")
+CODE = tuple(f"{part}_hysparse.py" for part in ("configuration", "attention", "layers", "modeling"))
 """Files of this package that an exported folder gets a copy of."""
 LICENSE_OF_CODE = "LICENSE.code"
 """Their license, in that folder. Nothing is said about the weights: their owner decides."""
