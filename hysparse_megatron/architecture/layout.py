@@ -53,6 +53,11 @@ class Layout:
         """One letter per layer."""
         return "".join(kind.value for kind in self.kinds)
 
+    @cached_property
+    def selects(self) -> bool:
+        """Whether a layer reads blocks that another one selects."""
+        return any(layer.oracle is not None for layer in self.layers)
+
 
 class LayoutError(ConfigError):
     """A layout that cannot be read or cut. `position` is the offending character in `text`."""

@@ -219,7 +219,8 @@ def _recomputes(config: Config) -> list[Recompute]:
 
 
 def _divisors(number: int) -> list[int]:
-    return [size for size in range(1, number + 1) if number % size == 0]
+    small = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
+    return sorted({*small, *(number // size for size in small)})
 
 
 def _distance(first: Config, second: Config) -> float:

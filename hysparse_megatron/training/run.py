@@ -147,10 +147,7 @@ def _from_start_to_end(run: Run, overrides: Sequence[str]) -> None:
             saver.finish_save()
             raise
         except NumericalStop:
-            run.watch.wait_while(lambda: saver.is_deleting)
-            older = saver.set_aside_unproven()
-            if directory is not None and older is not None:
-                outcome.note_checkpoint(directory, older)
+            _set_aside_unproven(run, saver)
             raise
         saver.finish_save()
         run.watch.wait_while(lambda: saver.is_deleting)
@@ -159,6 +156,16 @@ def _from_start_to_end(run: Run, overrides: Sequence[str]) -> None:
         run.watch.forget_stop_file()  # one that came with the last step
         tokenizer, num_ranks = corpus.tokenizer_path, run.rank.world_size
         outcome.write_finish(config, directory, tokenizer, num_ranks, overrides, log)
+
+
+def _set_aside_unproven(run: Run, saver: Saver) -> None:
+    """After a numerical stop: the newest checkpoint, if no good step followed it."""
+    # The deletions that a save ends with are rank 0's alone: the others would not wait so long.
+    saver.finish_save()
+    run.watch.wait_while(lambda: saver.is_deleting)
+    older = saver.set_aside_unproven()
+    if run.directory is not None and older is not None:
+        outcome.note_checkpoint(run.directory, older)
 
 
 def _log_nothing(text: str) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from hysparse_kernels import BackendChoice, BackendUnavailable, resolve_backend
 
+from hysparse_megatron.architecture.layout import parse_layout
 from hysparse_megatron.architecture.parameters import parameters_of
 from hysparse_megatron.config.schema import Config, Precision, Recompute
 from hysparse_megatron.data.read.held_out import EvaluationBatches
@@ -32,7 +33,7 @@ def attention_backend(config: Config, device: torch.device) -> BackendChoice:
             device,
             dtype=torch.bfloat16 if bf16 else torch.float32,
             head_dim=max(model.head_dim, model.value_dim),
-            block_size=model.block_size,
+            block_size=model.block_size if parse_layout(model.layout).selects else None,
             hopper_shape=(
                 model.num_attention_heads // model.num_query_groups,
                 model.head_dim,

@@ -147,7 +147,7 @@ class AttentionCall:
     def block_size(self) -> int | None:
         """Tokens per block, of a selection that is made or read."""
         match self.keys:
-            case CausalKeys(rule):
+            case CausalKeys(rule, select=True):
                 return rule.block_size
             case SelectedKeys(block_size=block_size):
                 return block_size

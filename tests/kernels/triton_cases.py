@@ -158,7 +158,11 @@ def accumulated(
     key, value = gradients.attach(key, value)
     arguments = {**block, **backend, "accumulate": gradients}
     one = block_sparse_attention(query, key, value, indices, **arguments, sink=sink)
-    dense = oracle_attention(query, key, value, **arguments, num_selected=1, select=False)
+    nothing_selected: dict[str, Any] = {"select": False, "num_selected": 1}
+    # A block size that no kernel takes: it plays no part where nothing is selected.
+    dense = oracle_attention(
+        query, key, value, **arguments | {"block_size": 48}, **nothing_selected
+    )
     two = block_sparse_attention(2 * query, key, value, indices, **arguments)
     return one - two + dense.output
 

@@ -99,6 +99,25 @@ def backend(config: Config) -> Iterator[Problem]:
     if precision not in limits.DTYPES:
         allowed = f"auto or reference with train.precision={precision}"
         yield Problem("model.backend", "triton", allowed)
+    if _selects(config):
+        yield from _block_size(config)
+    for key, width in (("head_dim", model.head_dim), ("value_head_dim", model.value_dim)):
+        if width > limits.MAX_HEAD_DIM:
+            allowed = f"at most {limits.MAX_HEAD_DIM} with model.backend=triton"
+            yield Problem(f"model.{key}", str(width), allowed)
+
+
+def _selects(config: Config) -> bool:
+    """Whether a layer reads selected blocks; not in a layout that cannot be read."""
+    try:
+        return parse_layout(config.model.layout).selects
+    except LayoutError:
+        return False  # `model.layout` has said so
+
+
+def _block_size(config: Config) -> Iterator[Problem]:
+    """That the Triton kernels take it."""
+    model = config.model
     if model.block_size not in limits.BLOCK_SIZES:
         allowed = f"one of {', '.join(map(str, limits.BLOCK_SIZES))} with model.backend=triton"
         yield Problem("model.block_size", str(model.block_size), allowed)
@@ -107,7 +126,3 @@ def backend(config: Config) -> Iterator[Problem]:
     if model.block_size == longest and max(model.head_dim, model.value_dim) > widest:
         allowed = f"at most {shorter} with model.backend=triton and heads wider than {widest}"
         yield Problem("model.block_size", str(longest), allowed)
-    for key, width in (("head_dim", model.head_dim), ("value_head_dim", model.value_dim)):
-        if width > limits.MAX_HEAD_DIM:
-            allowed = f"at most {limits.MAX_HEAD_DIM} with model.backend=triton"
-            yield Problem(f"model.{key}", str(width), allowed)

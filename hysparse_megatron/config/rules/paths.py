@@ -25,6 +25,12 @@ def run_directory(config: Config) -> Iterator[Problem]:
     if obstacle:
         got = f"{config.run_path} ({obstacle})"
         yield Problem("run_dir", got, "a directory that this user can create and write")
+    # What a run writes there would be text to the next start, and the folder another corpus.
+    real = os.path.realpath(config.run_path)
+    named = {f"data.evaluation.{name}": place for name, place in config.data.evaluation.items()}
+    for key, place in {"data.path": config.data.path, **named}.items():
+        if place and os.path.isdir(place) and Path(real).is_relative_to(os.path.realpath(place)):
+            yield Problem("run_dir", str(config.run_path), f"a directory outside of {key}={place}")
 
 
 def inputs(config: Config) -> Iterator[Problem]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from hysparse_megatron.architecture.layers import SinkKind
+from hysparse_megatron.architecture.model import Backend
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.config.schema import Config, OptimizerName, Precision, TrackingMode
 from hysparse_megatron.config.validate import check, validate, warnings
@@ -172,6 +173,34 @@ def test_a_run_directory_under_a_file(base: Config, tmp_path: Path, name: str) -
 def test_a_run_directory_that_cannot_be_written(base: Config) -> None:
     (problem,) = validate(changed(base, {"run_dir": "/proc/self/run"}), world_size=4)
     assert problem.key == "run_dir"
+
+
+def test_a_block_size_counts_where_blocks_are_selected(base: Config) -> None:
+    settings = {
+        "model.backend": Backend.triton,
+        "train.precision": Precision.bf16,
+        "model.block_size": 48,
+    }
+    for layout, keys in (("4*F", []), ("2*(F W)", []), ("F 3*S", ["model.block_size"])):
+        problems = validate(changed(base, {**settings, "model.layout": layout}), world_size=4)
+        assert [problem.key for problem in problems] == keys
+
+
+@pytest.mark.parametrize("key", ["data.path", "data.evaluation.code"])
+def test_a_run_directory_inside_the_text_that_it_reads(
+    base: Config, tmp_path: Path, key: str
+) -> None:
+    text, link = tmp_path / "text", tmp_path / "link"
+    text.mkdir()
+    link.symlink_to(text)
+    place = {"data.path": str(text)} if key == "data.path" else {"data.evaluation": {"code": text}}
+    for beside in (tmp_path, tmp_path / "text-runs" / "a"):
+        config = changed(base, {**place, "run_dir": str(beside)})
+        assert validate(config, world_size=4) == []
+    for inside in (text, text / "runs" / "a", link / "a"):
+        (problem,) = validate(changed(base, {**place, "run_dir": str(inside)}), world_size=4)
+        assert (problem.key, problem.got) == ("run_dir", str(inside))
+        assert f"outside of {key}={text}" in problem.allowed
 
 
 def test_checking_a_run_directory_leaves_no_trace(base: Config, tmp_path: Path) -> None:

@@ -81,6 +81,13 @@ def test_what_no_plan_can_mend_gets_none() -> None:
     assert "no plan of this model and batch works on 64 ranks" in message
 
 
+@pytest.mark.parametrize("ranks", [10**9, 2**40, 999_999_999_989], ids=str)
+def test_any_number_of_ranks_is_answered_at_once(ranks: int) -> None:
+    start = time.monotonic()
+    assert suggest(compose(WORKS), ranks) == []
+    assert time.monotonic() - start < 60
+
+
 @pytest.mark.parametrize(
     "mistake",
     [
