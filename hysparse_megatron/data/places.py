@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import weakref
 from typing import BinaryIO
 
 import fsspec
@@ -31,5 +32,8 @@ def open_place(path: str) -> BinaryIO:
     """A file to read, in binary. fsspec would cut a local name that holds `::`."""
     if is_local(path):
         return open(path, "rb")
-    stream: BinaryIO = fsspec.open(path, "rb").open()
+    opened = fsspec.open(path, "rb")
+    stream: BinaryIO = opened.open()
+    # An archive that the file lies in is closed when nothing refers to it any more.
+    weakref.finalize(stream, lambda kept: None, opened)
     return stream

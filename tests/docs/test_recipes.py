@@ -22,9 +22,8 @@ from tools.study.corpus import Recipe
 TEXT = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
 ROWS = re.findall(r"^\| `(recipe_\w+)` \| (\d+) \| (.*) \|$", TEXT, flags=re.M)
 RESULTS = ROOT / "tools" / "recipe_results"
-DAY = "2026-12-01-h200-"
-RUN_TO = {"recipe_160m": 99, "recipe_1b": 6}
-AGAIN = RESULTS / f"{DAY}recipe_160m-again"
+ON_A_DAY = "????-??-??-h200-"
+RUN_TO = {"recipe_160m": 99, "recipe_1b": 6, "recipe_1b_moe": 11}
 OF_THAT_RUN = (
     *("name", "run_dir", "data.path"),
     *("train.eval_interval", "train.eval_batches", "train.deadline_minutes"),
@@ -32,7 +31,12 @@ OF_THAT_RUN = (
 
 
 def recorded(name: str) -> Path:
-    return RESULTS / (DAY + name)
+    """The one recorded run of that name, whatever its day."""
+    [found] = RESULTS.glob(ON_A_DAY + name)
+    return found
+
+
+AGAIN = recorded("recipe_160m-again")
 
 
 def losses(run: RunData) -> dict[int, float]:
@@ -46,8 +50,8 @@ def section(name: str) -> str:
 
 
 def test_every_recorded_run_has_a_section() -> None:
-    folders = {path.name.removeprefix(DAY) for path in RESULTS.iterdir() if path.is_dir()}
-    assert folders == {*RUN_TO, AGAIN.name.removeprefix(DAY)}
+    folders = {path for path in RESULTS.iterdir() if path.is_dir()}
+    assert folders == {*map(recorded, RUN_TO), AGAIN}
 
 
 def test_every_recipe_has_a_row() -> None:
@@ -132,19 +136,8 @@ def test_speed_and_memory_are_those_of_the_recorded_run(name: str) -> None:
         f"Memory: {peak / 2**30:.1f} GiB in tensors at most, where the plan says "
         f"{tensors / 2**30:.1f} GiB and {memory.runtime / 2**30:.1f} GiB for CUDA" in text
     )
-    assert peak == pytest.approx(tensors, rel=0.01)
-
-
-def test_steps_that_are_no_curve_are_as_logged() -> None:
-    [name] = re.findall(r"Log: `(\S+-1b_moe\.txt)`", TEXT)
-    log = (ROOT / "tools" / "step_benchmark" / "results" / name).read_text(encoding="utf-8")
-    steps = re.findall(r"^step \d: ([\d.]+) s, ([\d.]+) GiB", log, flags=re.M)
-    speeds = re.findall(r"^step +\d/6 .* ([\d,]+) tokens/s", log, flags=re.M)
-    assert len(steps) == len(speeds) == 6
-    first, last = (f"{float(seconds):.1f} s" for seconds, _ in (steps[0], steps[-1]))
-    text = re.sub(r"\s+", " ", TEXT)
-    assert f"the first takes {first}, the sixth {last}, at {speeds[-1]} tokens/s" in text
-    assert f"with {max(memory for _, memory in steps)} GiB in tensors at most" in text
+    # The plan gives every expert the same number of tokens.
+    assert peak == pytest.approx(tensors, rel=0.02 if config.model.moe.num_experts else 0.01)
 
 
 def test_another_start_is_within_what_the_page_asks_for(
@@ -159,7 +152,7 @@ def test_another_start_is_within_what_the_page_asks_for(
 
 
 def test_the_text_is_told() -> None:
-    text = json.loads((RESULTS / f"{DAY}text.json").read_text())
+    text = json.loads(recorded("text.json").read_text())
     assert f"begins with `{text['fingerprint']}`" in TEXT
     sources = Recipe.read(ROOT / "tools" / "study" / "recipe.yaml").sources
     projects = [name for source in sources for name in source.projects]

@@ -162,7 +162,17 @@ def _remote(url: str) -> Iterator[_File]:
             version = next(
                 (info[key] for key in ("ETag", "etag", "LastModified") if key in info), ""
             )
-            yield fs.unstrip_protocol(path), name, int(info["size"]), str(version)
+            place = _chained(fs.unstrip_protocol(path), url)
+            yield place, name, int(info["size"]), str(version)
+
+
+def _chained(place: str, url: str) -> str:
+    """The URL of a file that was found under `url`: of a chain, with all its other links."""
+    first, mark, others = url.partition("::")
+    if not mark:
+        return place
+    # A link without an address wraps the next one, as a cache does: its files are those.
+    return f"{place}::{others}" if "://" in first else f"{first}::{_chained(place, others)}"
 
 
 def _source(path: str, name: str, size_bytes: int, version: str, kind: str | None) -> Source:

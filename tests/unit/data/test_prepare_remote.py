@@ -3,6 +3,7 @@
 import io
 import json
 import tracemalloc
+import zipfile
 from pathlib import Path
 
 import fsspec
@@ -93,6 +94,19 @@ def test_memory_of_another_file_system_is_read_and_written(tmp_path: Path) -> No
         prepare(tmp_path / "colons", "memory://colons")
     copied = prepare(tmp_path / "copied", "memory://in")
     assert copied.fingerprint == wanted.fingerprint
+
+
+@pytest.mark.parametrize("first", ["", "simplecache::"], ids=["archive", "kept copy of it"])
+def test_text_in_an_archive_is_read_through_the_whole_chain(tmp_path: Path, first: str) -> None:
+    """A folder in a zip file in another file system: each file in it is a chain of its own."""
+    wanted = prepare(tmp_path / "out", write_lines(tmp_path / "a.jsonl", TEXTS))
+    with fsspec.open("memory://archives/texts.zip", "wb") as file, zipfile.ZipFile(file, "w") as z:
+        z.write(tmp_path / "a.jsonl", "texts/a.jsonl")
+        z.writestr("other/b.jsonl", json.dumps({"text": "another folder"}))
+    for inside in ("texts", "texts/a.jsonl"):
+        url = f"{first}zip://{inside}::memory://archives/texts.zip"
+        made = prepare(tmp_path / inside.replace("/", "-"), url)
+        assert made.fingerprint == wanted.fingerprint
 
 
 def compare_remote(fs: fsspec.AbstractFileSystem, made: str, wanted: str) -> None:
