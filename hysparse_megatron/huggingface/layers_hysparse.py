@@ -130,12 +130,11 @@ def sink_names(config: HySparseConfig, kind: str) -> tuple[str, ...]:
 
 
 def rotate(tensor: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotary embedding of [B, heads, S, D]: channel i turns with channel i + half."""
+    """Rotary embedding of [B, heads, S, D]: channel i turns with channel i + half, in fp32."""
     width = cosine.shape[-1]
-    turned, rest = tensor[..., :width], tensor[..., width:]
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * cosine + torch.cat([-second, first], dim=-1) * sine
-    return torch.cat([turned, rest], dim=-1)
+    first, second = tensor[..., :width].chunk(2, dim=-1)
+    turned = tensor[..., :width] * cosine + torch.cat([-second, first], dim=-1) * sine
+    return torch.cat([turned.to(tensor.dtype), tensor[..., width:]], dim=-1)
 
 
 class HySparseMLP(nn.Module):

@@ -148,7 +148,7 @@ class HySparseModel(HySparsePreTrainedModel):
         places = Places(past, hidden.shape[1], row_starts(attention_mask, past + hidden.shape[1]))
         check_positions(position_ids, attention_mask)
 
-        rotation = self._rotation(places, hidden)
+        rotation = self._rotation(places, hidden.device)
         states = [hidden]
         shared: Shared = (None, None, None)
         for layer in self.layers:
@@ -162,14 +162,13 @@ class HySparseModel(HySparsePreTrainedModel):
             **{_CACHE: cache},
         )
 
-    def _rotation(self, places: Places, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of the angles, both [B or 1, 1, S, rotated channels]."""
+    def _rotation(self, places: Places, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of the angles, both fp32 [B or 1, 1, S, rotated channels]."""
         # Not kept in a buffer, which transformers would not fill when it loads a model.
         frequency, scale = rotary_frequencies(self.config)
-        frequency = frequency.to(like.device)
-        angle = places.positions(like.device).float().unsqueeze(-1) * frequency
+        angle = places.positions(device).float().unsqueeze(-1) * frequency.to(device)
         angle = torch.cat([angle, angle], dim=-1).unsqueeze(1)
-        return (angle.cos() * scale).to(like.dtype), (angle.sin() * scale).to(like.dtype)
+        return angle.cos() * scale, angle.sin() * scale
 
 
 def rotary_frequencies(config: HySparseConfig) -> tuple[Tensor, float]:

@@ -23,7 +23,7 @@ from hysparse_megatron.model.attend import Attend, Projected
 from hysparse_megatron.model.megatron_config import HySparseConfig
 from hysparse_megatron.model.norm import RMSNorm
 from hysparse_megatron.model.projection import GroupedProjection
-from hysparse_megatron.model.rotary import CompiledRotation
+from hysparse_megatron.model.rotary import Rotation
 from hysparse_megatron.model.sharing import Shared
 from hysparse_megatron.runtime.process_groups import RunGroups
 
@@ -119,19 +119,13 @@ class BaseAttention(MegatronModule):
             query, key = self.q_layernorm(query), self.k_layernorm(key)
         if rotary_pos_emb is None:
             return query, key
-        if self.config.compiled_rotation:
-            turn = rotary_pos_emb.unbind()
-            return CompiledRotation.apply(query, *turn), CompiledRotation.apply(key, *turn)
-        return tuple(  # type: ignore[return-value]
-            apply_rotary_pos_emb(
-                tensor,
-                rotary_pos_emb,
-                config=self.config,
-                mscale=self.config.architecture.rope_scaling.attention_scale,
-                cp_group=self.cp_group,
+        if self.config.apply_rope_fusion:
+            return tuple(  # type: ignore[return-value]
+                apply_rotary_pos_emb(tensor, rotary_pos_emb, self.config, cp_group=self.cp_group)
+                for tensor in (query, key)
             )
-            for tensor in (query, key)
-        )
+        turn = (*rotary_pos_emb.unbind(), self.config.compiled_inputs)
+        return Rotation.apply(query, *turn), Rotation.apply(key, *turn)
 
     def _sinks(self) -> list[Tensor | None]:
         """Learnable sinks [HQ], by branch; a single one serves all branches, None without any."""

@@ -30,7 +30,8 @@ class HySparseLayer(TransformerLayer):
     ) -> tuple[Tensor, Shared | None]:
         """[S / T or S, B, C] and what the last oracle shared -> the same pair after this layer.
 
-        `rotary_pos_emb`: angles [S, 1, 1, D], with `compiled_rotation` their cosines and sines.
+        `rotary_pos_emb`: cosines and sines [2, S, 1 or B, 1, D], or angles [S, 1, 1, D] with
+        `apply_rope_fusion`.
         """
         with self._remade(self.input_layernorm, attend):
             normed = self.input_layernorm(hidden_states)

@@ -51,11 +51,6 @@ class HySparseConfig(TransformerConfig):
     keeps it on the device."""
 
     @property
-    def compiled_rotation(self) -> bool:
-        """Whether torch compiles the rotation."""
-        return self.compiled_inputs and not self.apply_rope_fusion
-
-    @property
     def recomputes_attention(self) -> bool:
         """Whether it runs attention alone again."""
         modules = self.recompute_modules or ()

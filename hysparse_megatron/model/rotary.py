@@ -70,35 +70,38 @@ def _yarn_ramp(model: ModelConfig) -> Tensor:
 
 
 def cosines_and_sines(angles: Tensor, scale: float) -> Tensor:
-    """Both of all angles, [2, ...], times `scale`: what `CompiledRotation` of every layer reads and
-    keeps for its backward pass."""
+    """Both of all angles, [2, ...], times `scale`: what all layers rotate with."""
     return torch.stack((angles.cos(), angles.sin())) * scale
 
 
-class CompiledRotation(torch.autograd.Function):
-    """What megatron-core's `apply_rotary_pos_emb` computes, in one pass each way.
+class Rotation(torch.autograd.Function):
+    """What megatron-core's `apply_rotary_pos_emb` computes, rounded once each way.
 
-    For GPUs without Transformer Engine, where the plain operations read and write a query six
-    times over. Products and their sum are rounded once, to the tensor's dtype.
+    As Transformer Engine rounds: megatron-core's own rounds cosines and sines before, and their
+    products. Compiled it is one pass, for GPUs without Transformer Engine, where the plain
+    operations read and write a query six times over.
     """
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, cosine: Tensor, sine: Tensor, compiled: bool) -> Tensor:
         """[S, B, heads, D] by fp32 [S, 1 or B, 1, rotary dim], turned by the same angle in both
         halves of the rotated channels."""
         ctx.save_for_backward(cosine, sine)
-        return _rotated(tensor, cosine, sine)
+        ctx.rotate = _in_one_pass if compiled else _rotated
+        return ctx.rotate(tensor, cosine, sine)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         """Turned back by as much."""
         cosine, sine = ctx.saved_tensors
-        return _rotated(grad, cosine, -sine), None, None
+        return ctx.rotate(grad, cosine, -sine), None, None, None
 
 
-@jit_fuser
 def _rotated(tensor: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     width = cosine.shape[-1]
     first, second = tensor[..., :width].chunk(2, dim=-1)
     turned = tensor[..., :width] * cosine + torch.cat((-second, first), dim=-1) * sine
     return torch.cat((turned.to(tensor.dtype), tensor[..., width:]), dim=-1)
+
+
+_in_one_pass = jit_fuser(_rotated)

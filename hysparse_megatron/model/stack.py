@@ -124,7 +124,7 @@ class HySparseStack(MegatronModule):
         self.input_tensor = None
         if rotary_pos_emb is not None:
             rotary_pos_emb = self._shard(rotary_pos_emb.shape[0]).take(rotary_pos_emb)
-            if self.config.compiled_rotation:
+            if not self.config.apply_rope_fusion:
                 scale = self.config.architecture.rope_scaling.attention_scale
                 rotary_pos_emb = cosines_and_sines(rotary_pos_emb, scale)
         with self._keeping(hidden, rotary_pos_emb) as keep:

@@ -121,9 +121,6 @@ def layer_activations(config: Config, plan: PipelinePlan, layer: int) -> Counter
     kept: Counter[str] = Counter()
     # The norm keeps the residual stream, the projection what the norm made of it.
     kept["residual stream and norms"] += 2 * rows * model.hidden_size * element
-    # Cosines and sines, once for the query and once for the key.
-    positions = config.train.seq_length // config.parallel.cp
-    kept["attention"] += 4 * positions * model.rotary_dim * element
     # Rotated query and key, and before that their norms' inputs.
     kept["attention"] += tokens * heads * model.head_dim * element
     if model.qk_norm:
@@ -264,6 +261,7 @@ def rank_memory(
     one, travelling = _kept_and_travelling(config, plan, layers)
     received, more = _received(config, plan, stages)
     one += received
+    one["attention"] += len(stages) * _rotation_bytes(config)
     scratch = _workspace(config, plan, layers)
     working = max(
         max(scratch, _beside_experts(config, plan, layer)) + _working_again(config, plan, layer)
@@ -316,6 +314,11 @@ def _kept_and_travelling(
         for name, size in kept.items():
             here[name] += count * size
     return here, away
+
+
+def _rotation_bytes(config: Config) -> int:
+    """Cosines and sines of all positions in fp32, which the layers of a stage rotate with."""
+    return 2 * config.train.seq_length // config.parallel.cp * config.model.rotary_dim * 4
 
 
 def _received(config: Config, plan: PipelinePlan, stages: list[int]) -> tuple[Counter[str], int]:

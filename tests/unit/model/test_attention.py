@@ -15,6 +15,7 @@ from variants import BATCH, losses_and_picks, plain_settings, random_tokens
 from hysparse_megatron.architecture.layout import parse_layout
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.model import attend
+from hysparse_megatron.model.rotary import cosines_and_sines
 from hysparse_megatron.model.sharing import SharedAttention
 from tests.unit.single_process import DEVICE
 
@@ -79,10 +80,15 @@ def assert_best_blocks(
             assert ((got >= threshold * (1 - 1e-3)) | (of_token < 0)).all()
 
 
+def rotation_of(model: HybridModel) -> Tensor:
+    """What a stack gives to its layers: cosines and sines of all positions."""
+    return cosines_and_sines(model.rotary_pos_emb(SEQUENCE), 1.0)
+
+
 def test_only_oracles_that_are_read_share(groups: ProcessGroupCollection, seed: int) -> None:
     model = tiny_model(tiny_config("model.layout=F F S W F"), groups)
     hidden = torch.randn(SEQUENCE, BATCH, 24, device=DEVICE)
-    rotary = model.rotary_pos_emb(SEQUENCE)
+    rotary = rotation_of(model)
     shared = None
     made = []
     for layer in model.decoder.layers:
@@ -103,7 +109,7 @@ def test_a_sparse_layer_without_an_oracle_says_so(groups: ProcessGroupCollection
     model = tiny_model(tiny_config("model.layout=F S F"), groups)
     hidden = torch.randn(SEQUENCE, BATCH, 24, device=DEVICE)
     with pytest.raises(ValueError, match="sparse layer 1 got no key"):
-        model.decoder.layers[1](hidden, None, model.rotary_pos_emb(SEQUENCE), attend_of(model))
+        model.decoder.layers[1](hidden, None, rotation_of(model), attend_of(model))
 
 
 def test_oracle_keys_and_values_collect_gradient_from_every_reader(
@@ -112,7 +118,7 @@ def test_oracle_keys_and_values_collect_gradient_from_every_reader(
     model = tiny_model(tiny_config("model.layout=F S S F"), groups)
     randomize(model)
     oracle, *readers = (model.decoder.layers[index].self_attention for index in range(3))
-    rotary = model.rotary_pos_emb(SEQUENCE)
+    rotary = rotation_of(model)
     inputs = [torch.randn(SEQUENCE, BATCH, 24, device=DEVICE) for _ in range(3)]
     weights = [torch.randn(SEQUENCE, BATCH, 24, device=DEVICE) for _ in range(3)]
 

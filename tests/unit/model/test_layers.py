@@ -151,7 +151,7 @@ def test_what_is_compiled_is_what_no_engine_brings(
     assert (found and found[1]) == told
     if fusions(choice, config.model)["apply_rope_fusion"]:
         return  # megatron-core refuses that where the engine is not installed
-    assert make_megatron_config(config, choice).compiled_rotation is (told is not None)
+    assert make_megatron_config(config, choice).compiled_inputs is (told is not None)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

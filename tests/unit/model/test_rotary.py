@@ -19,7 +19,7 @@ from hysparse_megatron.config.schema import Config
 from hysparse_megatron.config.validate import validate
 from hysparse_megatron.huggingface.settings import from_rope_parameters, rope_parameters
 from hysparse_megatron.model.layers import LayerChoice, fusions
-from hysparse_megatron.model.rotary import CompiledRotation, cosines_and_sines, rotary_frequencies
+from hysparse_megatron.model.rotary import Rotation, cosines_and_sines, rotary_frequencies
 from tests.unit.single_process import DEVICE
 
 
@@ -147,7 +147,10 @@ def test_the_fused_rotation_is_left_out_where_it_cannot_scale() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_compiled_rotation_is_megatron_cores(dtype: torch.dtype, rng: random.Random) -> None:
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+def test_the_rotation_is_megatron_cores(
+    compiled: bool, dtype: torch.dtype, rng: random.Random
+) -> None:
     """Of drawn shapes, some channels not rotated; rounded once, where that rounds each product."""
     config = tiny_megatron_config(tiny())
     for _ in range(10):
@@ -162,7 +165,7 @@ def test_a_compiled_rotation_is_megatron_cores(dtype: torch.dtype, rng: random.R
         exact = given.detach().double().requires_grad_()
         group = torch.distributed.ProcessGroup  # asked for nothing
         expected = apply_rotary_pos_emb(exact, angles, config, mscale=scale, cp_group=group)
-        found = CompiledRotation.apply(given, *cosines_and_sines(angles, scale).float())
+        found = Rotation.apply(given, *cosines_and_sines(angles, scale).float(), compiled)
         direction = torch.randn_like(found)
         found.backward(direction)
         expected.backward(direction.double())
