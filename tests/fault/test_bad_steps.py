@@ -106,6 +106,16 @@ def test_only_what_was_seen_to_be_good_is_gone_on_from(
     assert facts(run.run_dir).items() <= facts(straight.run_dir).items()
 
 
+def test_a_numerical_stop_waits_for_deletions_however_long(new_run: NewRun) -> None:
+    """Rank 0 deletes alone; the others would take a wait beyond the timeout for its death."""
+    run, timeout = new_run(), 8
+    settings = ["checkpoint.interval=2", "checkpoint.keep=1", "train.guard.max_bad_steps=3"]
+    fault = f"slow@0:2:prune/{2 * timeout},nan@0:6,nan@0:7,nan@0:8"
+    run.run(*settings, f"parallel.timeout_seconds={timeout}", code=4, fault=fault)
+    run.assert_ended("numerical_stop", 4, None, "3 bad steps in a row up to step 8")
+    assert run.checkpoints() == [4]
+
+
 def test_a_spike_is_skipped_also_right_after_a_resume(new_run: NewRun) -> None:
     """The past that it stands out of is that of the start before."""
     run = new_run()
