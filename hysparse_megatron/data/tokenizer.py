@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from hysparse_megatron.data.card import CARD_NAME, SENTENCEPIECE_NAME, TOKENIZER_NAME
 from hysparse_megatron.data.places import open_place
-from hysparse_megatron.errors import DataError
+from hysparse_megatron.errors import ConfigError, DataError
 from hysparse_megatron.files import naming
 from hysparse_megatron.packages import require_package
 
@@ -36,8 +36,10 @@ PUBLISHED_WITH = (
 )
 """Files that a published tokenizer may have beside it: special tokens, and how chats are written.
 They travel with it, and no id of a text depends on them."""
-MIN_VOCAB_SIZE = 257
+_MIN_VOCAB_SIZE = 257
 """The 256 bytes and the end-of-document token."""
+_MAX_VOCAB_SIZE = 1 << 24
+"""The library sets memory aside for all ids it is asked for, and dies where there is none."""
 
 # Names under which published tokenizers keep the same token, for those that do not say their own.
 _END_OF_DOCUMENT_NAMES = (
@@ -163,8 +165,8 @@ def _joint(
 class ByteTokenizer(Encoder):
     """One id per byte of UTF-8, and 256 to close a document."""
 
-    vocab_size = MIN_VOCAB_SIZE
-    end_of_document = MIN_VOCAB_SIZE - 1
+    vocab_size = _MIN_VOCAB_SIZE
+    end_of_document = _MIN_VOCAB_SIZE - 1
     end_name = END_OF_DOCUMENT
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -315,6 +317,15 @@ def _recorded_end(path: str) -> str | None:
     return found if isinstance(found, str) else None
 
 
+def check_vocab_size(vocab_size: int) -> None:
+    """Raises ConfigError: a number of ids that no tokenizer is trained for."""
+    if not _MIN_VOCAB_SIZE <= vocab_size <= _MAX_VOCAB_SIZE:
+        raise ConfigError(
+            f"a tokenizer of {vocab_size} ids: allowed are {_MIN_VOCAB_SIZE} (256 bytes and the "
+            f"end of documents) to {_MAX_VOCAB_SIZE} (--vocab-size, data.tokenizer_vocab_size)"
+        )
+
+
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE; the same documents give the same tokenizer, in any process.
 
@@ -324,12 +335,9 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
             corpus may run out of pairs to merge and give fewer.
 
     Raises:
-        DataError: `vocab_size` below 257.
+        ConfigError: a size that `check_vocab_size` does not allow.
     """
-    if vocab_size < MIN_VOCAB_SIZE:
-        raise DataError(
-            f"vocab_size {vocab_size} is too small: {MIN_VOCAB_SIZE} are bytes and an end alone"
-        )
+    check_vocab_size(vocab_size)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -363,14 +371,9 @@ def load_tokenizer(path: str, end_of_document: str | None = None) -> TextTokeniz
         DataError: the file is missing or no tokenizer, or it has no end-of-document token.
     """
     path = tokenizer_file(path)
+    content = _read(path)
     try:
-        tokenizer = Tokenizer.from_str(_read(path).decode())
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: not a tokenizer.json: bad UTF-8 at offset {error.start}"
-        ) from error
-    except DataError:
-        raise
+        tokenizer = Tokenizer.from_str(content.decode())
     except Exception as error:  # the library raises plain Exception
         raise DataError(f"{path}: not a tokenizer.json: {error}") from error
     names = (end_of_document,) if end_of_document else _end_of_document_names(path)

@@ -89,6 +89,42 @@ def test_the_runs_of_the_claims_are_as_told() -> None:
     assert f"({hours} hours, {speeds} tokens a second" in text
 
 
+def test_the_unfinished_runs_are_as_told() -> None:
+    folder = STUDY / "results" / "claims_92m" / "unfinished"
+    gated, windows = (
+        json.loads((folder / f"{run}-seed1.json").read_text())
+        for run in ("full_gated", "windows_1_3")
+    )
+    shown = (200, 400, 800, 1200, 1600, 2000, 2289)
+    for run, layout in ((gated, "full, gated output"), (windows, "windows 1:3")):
+        losses = {
+            row["step"]: f"{row['eval_loss']:.4f}" for row in run["rows"] if "eval_loss" in row
+        }
+        told = " | ".join(losses.get(step, "-") for step in shown)
+        assert f"| {layout} (unfinished) | {told} |" in TEXT
+    found = [
+        lookup(gated["evaluations"], f"prose.loss.0.{place}.loss")
+        for place in ("all", "bins.0", "bins.15")
+    ]
+    text = re.sub(r"\s+", " ", TEXT)
+    assert (
+        "({:.4f} on all positions, {:.4f} on the first 512, {:.4f} on the last)".format(*found)
+        in text
+    )
+    done = finished("claims")
+    full, ours = (done[f"{run}-seed1"] for run in ("full", "hysparse_1_3"))
+    ends = [run.rows[-1]["eval_loss"] - gated["rows"][-1]["eval_loss"] for run in (full, ours)]
+    assert f"ends {ends[0]:.2f} nats below itself without and {-ends[1]:.2f} above HySparse" in text
+    prose = [lookup(run.evaluations, "prose.loss.0.all.loss") - found[0] for run in (full, ours)]
+    assert f"on prose {prose[0]:.2f} below and {-prose[1]:.2f} above" in text
+    norms = {row["step"]: row["grad_norm"] for row in windows["rows"] if "grad_norm" in row}
+    told = "over {:.1f}, {:.1f} and {:.0f} to {:,.0f}".format(
+        *(norms[step] for step in (1553, 1556, 1561, 1564))
+    )
+    assert told in text
+    assert f"after step {max(norms):,}" in text
+
+
 @pytest.mark.thorough
 def test_what_its_layers_do_is_as_told() -> None:
     result = finished("claims")["hysparse_1_3-seed1"]

@@ -7,9 +7,10 @@
 
 `--data` is a folder of datasets that hysparse prepare-data made: `train` and those that the study's
 evaluations name. Runs go through the ordinary training command. What is finished stands in
-`--results`, one small file a run, and is never run again; a run that the minutes did not suffice
-for goes on from `--work`. Ends with 0 also if runs are still lacking, and says which; with 2 for a
-study that cannot be, or else as the first command that failed.
+`--results`, one small file a run, and is never run again; a run that diverged is finished, and the
+table says so. A run that the minutes did not suffice for goes on from `--work`. Ends with 0 also if
+runs are still lacking, and says which; with 2 for a study that cannot be, or else as the first
+command that failed.
 """
 
 from __future__ import annotations

@@ -29,6 +29,8 @@ class Result:
     """Median over steps."""
     rows: list[dict[str, Any]]
     evaluations: dict[str, Any]
+    stopped: str = ""
+    """Why its training diverged, and so nothing was evaluated: that too is a result."""
 
 
 def path_of(results: Path, run: Run) -> Path:

@@ -22,7 +22,7 @@ from typing import Any
 
 from hysparse_megatron.command import import_paths
 from hysparse_megatron.data.card import load_prepared
-from hysparse_megatron.errors import Preempted
+from hysparse_megatron.errors import NumericalStop, Preempted
 from hysparse_megatron.tracking.metrics import read_metrics
 
 from .plan import Run, Study
@@ -80,7 +80,8 @@ def _work(study: Study, run: Run, place: Place, data: str) -> None:
         code = _train(run, place, folder, log, environment)
         if code == Preempted.exit_code:
             return
-        found = dict(_evaluate(study, run, place, folder, log, environment))
+        stopped = _cause(folder) if code == NumericalStop.exit_code else ""
+        found = {} if stopped else dict(_evaluate(study, run, place, folder, log, environment))
     finally:
         seconds = _add_seconds(folder, time.monotonic() - started)
     rows = read_metrics(folder / "metrics.jsonl")
@@ -94,9 +95,15 @@ def _work(study: Study, run: Run, place: Place, data: str) -> None:
         ),
         rows=thinned(rows),
         evaluations=found,
+        stopped=stopped,
     )
     write_result(place.results, run, result)
-    shutil.rmtree(folder / "checkpoints")
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # there may be none yet
+
+
+def _cause(folder: Path) -> str:
+    """What the run itself says it ended for."""
+    return str(json.loads((folder / "status.json").read_text(encoding="utf-8"))["cause"])
 
 
 def _is_hopeless(study: Study, place: Place, folder: Path) -> bool:
@@ -115,7 +122,8 @@ def _train(run: Run, place: Place, folder: Path, log: Path, environment: Mapping
         f"data.path={place.data / 'train'}",
         f"train.deadline_minutes={max(1.0, place.seconds_left / 60):.2f}",
     ]
-    return _call(command, log, environment, allowed=(0, Preempted.exit_code))
+    ended = (0, Preempted.exit_code, NumericalStop.exit_code)
+    return _call(command, log, environment, allowed=ended)
 
 
 def _evaluate(

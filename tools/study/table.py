@@ -33,10 +33,12 @@ def render(study: Study, results: Path) -> str:
     ]
     for variant, seeds in by_variant.items():
         finished = [result for result in seeds.values() if result]
+        diverged = sum(bool(result.stopped) for result in finished)
+        count = f"{len(finished)}" + (f", {diverged} diverged" if diverged else "")
         cells = [_mean(_values(seeds, where)) for where in study.metrics.values()]
         speeds = [result.tokens_per_second for result in finished]
         speed = f"{statistics.mean(speeds):,.0f}" if speeds else "-"
-        lines.append(f"| {variant} | {len(finished)} | {' | '.join(cells)} | {speed} |")
+        lines.append(f"| {variant} | {count} | {' | '.join(cells)} | {speed} |")
     lines += ["", f"Difference from {study.baseline}, seed by seed (mean, 95 % interval):", ""]
     lines += [
         "| variant | " + " | ".join(study.metrics) + " |",
@@ -46,6 +48,9 @@ def render(study: Study, results: Path) -> str:
         if variant != study.baseline:
             cells = list(_differences(study, by_variant[variant], by_variant[study.baseline]))
             lines.append(f"| {variant} | {' | '.join(cells)} |")
+    for name, result in found.items():
+        if result and result.stopped:
+            lines += ["", f"{name} diverged and was not evaluated: {result.stopped}"]
     return "\n".join(lines)
 
 
@@ -59,8 +64,12 @@ def _differences(
 
 
 def _values(seeds: dict[int, Result | None], where: str) -> dict[int, float]:
-    """The number at `where` of every finished seed."""
-    return {seed: lookup(result.evaluations, where) for seed, result in seeds.items() if result}
+    """The number at `where` of every evaluated seed."""
+    return {
+        seed: lookup(result.evaluations, where)
+        for seed, result in seeds.items()
+        if result and not result.stopped
+    }
 
 
 def lookup(evaluations: dict[str, Any], where: str) -> float:

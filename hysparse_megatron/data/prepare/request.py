@@ -16,7 +16,7 @@ from hysparse_megatron.data.prepare.assemble import Splitting
 from hysparse_megatron.data.prepare.readers import read_piece
 from hysparse_megatron.data.prepare.shards import Folder
 from hysparse_megatron.data.prepare.sources import Source, cut_units, list_sources
-from hysparse_megatron.data.tokenizer import MIN_VOCAB_SIZE, TokenizerChoice, train_tokenizer
+from hysparse_megatron.data.tokenizer import TokenizerChoice, check_vocab_size, train_tokenizer
 from hysparse_megatron.errors import ConfigError
 
 FORMAT = 2
@@ -27,8 +27,6 @@ VALIDATION_FRACTION = 0.01
 SPLIT_SEED = 1234
 """Of all runs that read text themselves: what one holds out no other one has trained on."""
 
-_MAX_VOCAB_SIZE = 1 << 24
-"""The library sets memory aside for all ids it is asked for, and dies where there is none."""
 _TRAINING_BYTES = 8_000_000
 """Text a tokenizer is trained on at most: merges hardly change beyond, the time does."""
 _SAMPLE_BYTES = 1 << 16
@@ -71,12 +69,8 @@ class PrepareRequest:
             raise ConfigError(
                 f"validation fraction {self.validation_fraction} is not between 0 and 1"
             )
-        if self.tokenizer is None and not MIN_VOCAB_SIZE <= self.vocab_size <= _MAX_VOCAB_SIZE:
-            raise ConfigError(
-                f"a tokenizer of {self.vocab_size} ids: allowed are {MIN_VOCAB_SIZE} (256 bytes "
-                f"and the end of documents) to {_MAX_VOCAB_SIZE} (--vocab-size, "
-                "data.tokenizer_vocab_size)"
-            )
+        if self.tokenizer is None:
+            check_vocab_size(self.vocab_size)
 
     def shard_options(self) -> dict[str, Any]:
         """What shapes the shards, apart from the files; the rest may change before the end."""

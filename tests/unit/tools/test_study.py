@@ -11,6 +11,7 @@ import yaml
 from backports import zstd
 
 from hysparse_megatron.errors import ConfigError, DataError
+from hysparse_megatron.runtime.faults import VARIABLE
 from tests.captured import Call
 from tools.prepare_data import main as prepare
 from tools.study.__main__ import main
@@ -177,6 +178,15 @@ def test_the_table_pairs_seeds(tmp_path: Path) -> None:
     half = 4.303 * statistics.stdev([0.1, 0.3, 0.1]) / math.sqrt(3)
     assert f"| windows_1_3 | +0.1667 [{1 / 6 - half:+.4f}, {1 / 6 + half:+.4f}] |" in text
 
+    stopped = dataclasses.replace(
+        result_of(study.runs[1], 0.0), evaluations={}, stopped="5 bad steps in a row"
+    )
+    write_result(tmp_path, study.runs[1], stopped)
+    text = render(study, tmp_path)
+    assert f"{study.runs[1].name} diverged and was not evaluated: 5 bad steps in a row" in text
+    assert "| windows_1_3 | 3, 1 diverged | 2.9500 ±" in text
+    assert "| windows_1_3 | +0.2000 [" in text
+
 
 def test_thinned_rows_keep_the_last_step_and_all_evaluations() -> None:
     rows = [{"step": n, "loss": 1.0, "mfu": 0.3} for n in range(1, 1002)]
@@ -189,7 +199,7 @@ def test_thinned_rows_keep_the_last_step_and_all_evaluations() -> None:
 
 @pytest.mark.thorough
 def test_a_portion_runs_what_is_lacking_once(
-    tmp_path: Path, call: Call, request: pytest.FixtureRequest
+    tmp_path: Path, call: Call, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = tmp_path / "text.jsonl"
     lines = [json.dumps({"text": f"document {n}: " + "word " * 60}) for n in range(60)]
@@ -226,6 +236,18 @@ def test_a_portion_runs_what_is_lacking_once(
     before = kept.stat().st_mtime_ns
     assert main(command) == 0  # nothing is lacking
     assert kept.stat().st_mtime_ns == before
+
+    # A run that diverges is finished as well.
+    guarded = ["model.layout=2*F", "train.guard.max_bad_steps=1"]
+    study.write_text(
+        yaml.safe_dump(content | {"variants": content["variants"] | {"wild": guarded}})
+    )
+    monkeypatch.setenv(VARIABLE, "nan@0:1")
+    assert "wild-seed5 diverged" in call(main, [*command[:-1], "wild"]).out
+    result = json.loads((tmp_path / "results" / "wild-seed5.json").read_text())
+    assert "1 bad steps in a row up to step 1" in result["stopped"]
+    assert not result["evaluations"]
+
     content["variants"] = {"full": ["model.layout=3*F"]}
     study.write_text(yaml.safe_dump(content))
     # a result of other settings is not taken for this study's
