@@ -35,7 +35,7 @@ from hysparse_megatron.data.prepare.request import (
 from hysparse_megatron.data.prepare.run import prepare
 from hysparse_megatron.data.prepare.sources import KINDS
 from hysparse_megatron.data.prepare.verify import verify_prepared
-from hysparse_megatron.data.tokenizer import choose_tokenizer
+from hysparse_megatron.data.tokenizer_choice import choose_tokenizer
 from hysparse_megatron.errors import ConfigError, Preempted
 
 _NEVER_EMPTY = ("output", "tokenizer", "end_of_document")

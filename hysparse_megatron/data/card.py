@@ -56,8 +56,8 @@ class PreparedCorpus:
 
     def identity(self) -> dict[str, str | int]:
         """What makes these data these data, for a checkpoint to store and compare on resume."""
-        names = ("fingerprint", "source", "tokenizer_sha256", "vocab_size", *_COUNTS)
-        return {name: getattr(self, name) for name in names}
+        names = ("fingerprint", "source", "tokenizer_sha256", "vocab_size", "end_of_document")
+        return {name: getattr(self, name) for name in (*names, *_COUNTS)}
 
 
 def sources_of_card(directory: str) -> tuple[dict[str, str], tuple[Any, Any]]:

@@ -12,7 +12,8 @@ from pathlib import Path
 from hysparse_megatron.config.blend import parse_blend
 from hysparse_megatron.config.schema import DataConfig
 from hysparse_megatron.data.card import CARD_NAME, SENTENCEPIECE_NAME, TOKENIZER_NAME
-from hysparse_megatron.data.tokenizer import Encoder, choose_tokenizer, tokenizer_file
+from hysparse_megatron.data.tokenizer import Encoder, tokenizer_file
+from hysparse_megatron.data.tokenizer_choice import choose_tokenizer
 from hysparse_megatron.errors import DataError
 from hysparse_megatron.files import sha256_of
 
@@ -37,7 +38,12 @@ def find_run_tokenizer(data: DataConfig, sha256: str | None) -> Path | None:
     return None
 
 
-def load_run_tokenizer(data: DataConfig, sha256: str | None, given: str | None = None) -> Encoder:
+def load_run_tokenizer(
+    data: DataConfig,
+    sha256: str | None,
+    given: str | None = None,
+    end_of_document: int | None = None,
+) -> Encoder:
     """The tokenizer whose file has this hash.
 
     Args:
@@ -45,20 +51,29 @@ def load_run_tokenizer(data: DataConfig, sha256: str | None, given: str | None =
         sha256: of the tokenizer's file, as manifests of checkpoints name it; None if they do not:
             then the one that the settings name is taken.
         given: the file or its folder, instead of looking for it.
+        end_of_document: the id that closed documents in training, as manifests name it; None if
+            they do not: then what lies beside the file says it.
 
     Raises:
         DataError: it is not found, `given` is another one, or the file is no tokenizer.
     """
+    tokenizer = load_file(_run_tokenizer(data, sha256, given))
+    if end_of_document is not None:
+        tokenizer.end_of_document = end_of_document
+    return tokenizer
+
+
+def _run_tokenizer(data: DataConfig, sha256: str | None, given: str | None) -> Path:
     if sha256 is None:
         named = given or data.tokenizer
         if named is None:
             raise DataError(
                 "the checkpoint does not say its tokenizer; name its file with --tokenizer"
             )
-        return load_file(_file_of(named))
+        return _file_of(named)
     path = find_run_tokenizer(data, sha256) if given is None else _file_of(given)
     if path is not None and path.is_file() and sha256_of(path) == sha256:
-        return load_file(path)
+        return path
     if given is not None:
         raise DataError(
             f"{given} is not the tokenizer that this run was trained with: its file has another "

@@ -82,6 +82,7 @@ class BlendedCorpus:
             "source": "; ".join(f"{weight} {part.source}" for part, weight in self._pairs),
             "tokenizer_sha256": self.parts[0].tokenizer_sha256,
             "vocab_size": self.vocab_size,
+            "end_of_document": self.end_of_document,
             "train_tokens": self.train_tokens,
             "validation_tokens": self.validation_tokens,
         }
@@ -120,12 +121,13 @@ def count_of(epochs: float) -> str:
 def changed_fields(before: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
     """Lines `field: old -> new` for the fields of `identity()` that differ.
 
-    None for the same tokens made of files that lie elsewhere now.
+    None for the same tokens made of files that lie elsewhere now, or for what `before`, which may
+    be an earlier version's, does not tell.
     """
-    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    changed = [name for name in before if before[name] != now.get(name)]
     if changed == ["source"]:
         return []
-    return [f"{name}: {before.get(name, 'unset')} -> {now.get(name, 'unset')}" for name in changed]
+    return [f"{name}: {before[name]} -> {now.get(name, 'unset')}" for name in changed]
 
 
 def load_blend(text: str) -> BlendedCorpus:

@@ -7,19 +7,15 @@ ordinary characters, so it cannot forge the end of a document.
 from __future__ import annotations
 
 import abc
-import contextlib
-import hashlib
 import json
 import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import tokenizers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from hysparse_megatron.data.card import CARD_NAME, SENTENCEPIECE_NAME, TOKENIZER_NAME
 from hysparse_megatron.data.places import open_place
 from hysparse_megatron.errors import ConfigError, DataError
 from hysparse_megatron.files import naming
@@ -202,7 +198,7 @@ class SentencePieceTokenizer(Encoder):
     def __init__(self, path: str, end_of_document: str | None = None) -> None:
         sentencepiece = require_package("sentencepiece", f"the tokenizer {path}")
         try:
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=_read(path))
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=read_tokenizer(path))
         except (OSError, RuntimeError) as error:
             raise DataError(f"{path}: not a SentencePiece model: {error}") from error
         self.vocab_size: int = self._model.get_piece_size()
@@ -224,97 +220,6 @@ class SentencePieceTokenizer(Encoder):
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of the ids; control symbols give none."""
         return str(self._model.decode([int(i) for i in ids]))
-
-
-@dataclass(frozen=True)
-class TokenizerChoice:
-    """A tokenizer by name, which processes load themselves.
-
-    Attributes:
-        path: the file, or None for bytes.
-        end_of_document: the token that closes a document, None to look for it.
-    """
-
-    path: str | None
-    end_of_document: str | None = None
-
-    @property
-    def kind(self) -> str:
-        """tokenizers, sentencepiece or bytes."""
-        if self.path is None:
-            return BYTES
-        return "sentencepiece" if self.path.endswith(".model") else "tokenizers"
-
-    @property
-    def kept_name(self) -> str:
-        """Name of its file in the prepared folder."""
-        return SENTENCEPIECE_NAME if self.kind == "sentencepiece" else TOKENIZER_NAME
-
-    @property
-    def library(self) -> tuple[str, str]:
-        """Name and version of the library whose version may change the ids."""
-        if self.kind == "sentencepiece":
-            package = require_package("sentencepiece", f"the tokenizer {self.path}")
-            return "sentencepiece", package.__version__
-        return "tokenizers", tokenizers.__version__
-
-    def load(self) -> Encoder:
-        """Raises DataError: the file is missing, no tokenizer, or cannot close a document."""
-        if self.path is None:
-            return ByteTokenizer()
-        if self.kind == "sentencepiece":
-            return SentencePieceTokenizer(self.path, self.end_of_document)
-        return load_tokenizer(self.path, self.end_of_document)
-
-    def contents(self) -> bytes:
-        """The tokenizer's file; for bytes a `tokenizer.json` that gives the same ids."""
-        if self.path is None:
-            return bytes_tokenizer().to_str(pretty=True).encode()
-        return _read(self.path)
-
-    def published_with(self) -> dict[str, bytes]:
-        """By name, what lies beside the file that a model's users need: see `PUBLISHED_WITH`."""
-        folder, found = os.path.dirname(self.path or ""), {}
-        for name in PUBLISHED_WITH if self.path else ():
-            with contextlib.suppress(DataError):
-                found[name] = _read(f"{folder}/{name}")
-        return found
-
-    def sha256(self) -> str:
-        """Of `contents`."""
-        return hashlib.sha256(self.contents()).hexdigest()
-
-
-def choose_tokenizer(given: str, end_of_document: str | None = None) -> TokenizerChoice:
-    """The tokenizer meant by `given`: a file, a folder of Hugging Face's, or `bytes`.
-
-    Without an `end_of_document` that counts which a prepared folder with the file was given.
-
-    Raises:
-        DataError: a folder that holds neither tokenizer.json nor tokenizer.model.
-    """
-    if given == BYTES and not os.path.exists(given):
-        return TokenizerChoice(None)
-    path = os.path.abspath(given)
-    if os.path.isdir(path):
-        held = [n for n in (TOKENIZER_NAME, SENTENCEPIECE_NAME) if os.path.isfile(f"{path}/{n}")]
-        if not held:
-            raise DataError(
-                f"{path}: holds neither {TOKENIZER_NAME} nor {SENTENCEPIECE_NAME}; transformers "
-                "writes the first: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
-            )
-        path = os.path.join(path, held[0])
-    return TokenizerChoice(path, end_of_document or _recorded_end(path))
-
-
-def _recorded_end(path: str) -> str | None:
-    """What `--end-of-document` named when the folder of the file was prepared."""
-    try:
-        with open(os.path.join(os.path.dirname(path), CARD_NAME), "rb") as stream:
-            found = json.load(stream)["options"]["end_of_document"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
-    return found if isinstance(found, str) else None
 
 
 def check_vocab_size(vocab_size: int) -> None:
@@ -371,7 +276,7 @@ def load_tokenizer(path: str, end_of_document: str | None = None) -> TextTokeniz
         DataError: the file is missing or no tokenizer, or it has no end-of-document token.
     """
     path = tokenizer_file(path)
-    content = _read(path)
+    content = read_tokenizer(path)
     try:
         tokenizer = Tokenizer.from_str(content.decode())
     except Exception as error:  # the library raises plain Exception
@@ -397,6 +302,7 @@ def _end_of_document_names(path: str) -> tuple[str, ...]:
     return _END_OF_DOCUMENT_NAMES
 
 
-def _read(path: str) -> bytes:
+def read_tokenizer(path: str) -> bytes:
+    """A tokenizer's file, wherever it lies. Raises DataError: it cannot be read."""
     with naming(path, "cannot read the tokenizer"), open_place(path) as stream:
         return stream.read()

@@ -88,8 +88,8 @@ def export(request: Request, folder: Path, log: Log) -> None:
         _write_weights(request, weights, index, target, log)
         tokenizer_files.write_object(target / settings.CONFIG_JSON, described)
         length = request.config.train.seq_length
-        tokenizer_files.write_tokenizer(tokenizer, target, length)
-        end = tokenizer_files.end_of_document(tokenizer)
+        end = tokenizer_files.end_of_document(tokenizer, identity)
+        tokenizer_files.write_tokenizer(tokenizer, target, end, length)
         # What begins a document, for `generate` without a prompt, is the end of the one before.
         generation: dict[str, Any] = dict.fromkeys(("bos", "eos", "pad"), end)
         generation = {f"{name}_token_id": number for name, number in generation.items()}

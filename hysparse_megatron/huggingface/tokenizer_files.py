@@ -84,11 +84,13 @@ def copy_tokenizer(path: Path, folder: Path) -> None:
             shutil.copyfile(path.parent / name, folder / name)
 
 
-def write_tokenizer(path: Path, folder: Path, model_max_length: int) -> None:
-    """Copy a `tokenizer.json`, and what describes it: as published, or made here."""
+def write_tokenizer(path: Path, folder: Path, end: int, model_max_length: int) -> None:
+    """Copy a `tokenizer.json`, and what describes it: as published, or made here.
+
+    `end` is the id that closed documents in training.
+    """
     copy_tokenizer(path, folder)
     if not (folder / CONFIG_NAME).exists():
-        end = end_of_document(path)
         described = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": Tokenizer.from_file(str(path)).id_to_token(end),
@@ -100,9 +102,9 @@ def write_tokenizer(path: Path, folder: Path, model_max_length: int) -> None:
         write_object(folder / CONFIG_NAME, described)
 
 
-def end_of_document(path: Path) -> int:
-    """The id that closed every document in training."""
-    return load_file(path).end_of_document
+def end_of_document(path: Path, identity: dict[str, Any]) -> int:
+    """The id that closed every document in training: of the manifest, if not what the file says."""
+    return int(identity.get("end_of_document", load_file(path).end_of_document))
 
 
 def write_object(path: Path, content: dict[str, Any]) -> None:

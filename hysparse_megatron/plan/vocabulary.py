@@ -8,7 +8,7 @@ import os
 from hysparse_megatron.config.blend import parse_blend
 from hysparse_megatron.config.schema import Config, DataConfig
 from hysparse_megatron.data.card import CARD_NAME, load_prepared
-from hysparse_megatron.data.tokenizer import choose_tokenizer
+from hysparse_megatron.data.tokenizer_choice import choose_tokenizer
 from hysparse_megatron.errors import DataError
 
 

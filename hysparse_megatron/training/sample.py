@@ -159,7 +159,9 @@ def text_sample(
     sha256 = str(corpus.identity()["tokenizer_sha256"])
 
     def choose() -> Prompt:
-        tokenizer = load_run_tokenizer(state.config.data, sha256, corpus.tokenizer_path)
+        tokenizer = load_run_tokenizer(
+            state.config.data, sha256, corpus.tokenizer_path, corpus.end_of_document
+        )
         if tracking.sample_prompt is None:
             first = next(held_out.microbatches(0))["tokens"][0]
             ids = first[: min(PROMPT_TOKENS, most - 1)].tolist()

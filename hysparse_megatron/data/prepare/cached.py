@@ -14,7 +14,7 @@ from hysparse_megatron.data.prepare.progress import Lines
 from hysparse_megatron.data.prepare.request import SPLIT_SEED, PrepareRequest, hash_of, sources_of
 from hysparse_megatron.data.prepare.run import prepare
 from hysparse_megatron.data.prepare.sources import standard_library
-from hysparse_megatron.data.tokenizer import TokenizerChoice, choose_tokenizer
+from hysparse_megatron.data.tokenizer_choice import TokenizerChoice, choose_tokenizer
 from hysparse_megatron.errors import DataError
 
 _LOCK_TIMEOUT_SECONDS = 3600.0

@@ -16,7 +16,8 @@ from hysparse_megatron.data.prepare.assemble import Splitting
 from hysparse_megatron.data.prepare.readers import read_piece
 from hysparse_megatron.data.prepare.shards import Folder
 from hysparse_megatron.data.prepare.sources import Source, cut_units, list_sources
-from hysparse_megatron.data.tokenizer import TokenizerChoice, check_vocab_size, train_tokenizer
+from hysparse_megatron.data.tokenizer import check_vocab_size, train_tokenizer
+from hysparse_megatron.data.tokenizer_choice import TokenizerChoice
 from hysparse_megatron.errors import ConfigError
 
 FORMAT = 2
@@ -79,7 +80,7 @@ class PrepareRequest:
             library, version = self.tokenizer.library
             sha256 = self.tokenizer.sha256()
             tokenizer = {"tokenizer_sha256": sha256, library: version}
-            tokenizer["end_of_document"] = self.tokenizer.end_of_document
+            tokenizer["end_of_document"] = self.tokenizer.end_name()
         return {
             "format": FORMAT,
             "text_key": self.text_key,

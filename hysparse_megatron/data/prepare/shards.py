@@ -17,7 +17,7 @@ import numpy as np
 
 from hysparse_megatron.data.places import is_local
 from hysparse_megatron.data.prepare.sources import Piece, Source
-from hysparse_megatron.data.tokenizer import TokenizerChoice
+from hysparse_megatron.data.tokenizer_choice import TokenizerChoice
 from hysparse_megatron.errors import ConfigError, DataError
 
 DOCUMENT = np.dtype([("num_tokens", "<u4"), ("key", "<u8", 2)])

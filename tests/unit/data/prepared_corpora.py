@@ -18,7 +18,8 @@ from hysparse_megatron.data.card import PreparedCorpus
 from hysparse_megatron.data.prepare import run
 from hysparse_megatron.data.prepare.request import PrepareRequest, sources_of
 from hysparse_megatron.data.read.indexed import open_indexed
-from hysparse_megatron.data.tokenizer import choose_tokenizer, train_tokenizer
+from hysparse_megatron.data.tokenizer import train_tokenizer
+from hysparse_megatron.data.tokenizer_choice import choose_tokenizer
 
 UNIT_BYTES = 4096
 

@@ -19,7 +19,7 @@ from hysparse_megatron.data.sources import (
     prepared_folders,
     trained_on_too,
 )
-from hysparse_megatron.data.tokenizer import choose_tokenizer
+from hysparse_megatron.data.tokenizer_choice import choose_tokenizer
 from hysparse_megatron.errors import DataError
 
 

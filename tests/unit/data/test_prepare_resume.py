@@ -40,7 +40,7 @@ import sys
 from hysparse_megatron.data.prepare.executors import LocalProcesses
 from hysparse_megatron.data.prepare.request import PrepareRequest, sources_of
 from hysparse_megatron.data.prepare.run import prepare
-from hysparse_megatron.data.tokenizer import choose_tokenizer
+from hysparse_megatron.data.tokenizer_choice import choose_tokenizer
 from hysparse_megatron.errors import HySparseError
 
 tokenizer, output, *inputs = sys.argv[1:]
@@ -217,12 +217,12 @@ def test_a_damaged_shard_is_made_again(tmp_path: Path) -> None:
     assert prepare(tmp_path / "out", source).fingerprint == whole.fingerprint
 
 
-def unfinished(output: Path, source: Path) -> None:
+def unfinished(output: Path, source: Path, **options: Any) -> None:
     """Leave all shards of a preparation and no output."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hysparse_megatron.data.prepare.run.assemble", lambda *a, **k: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            prepare(output, source)
+            prepare(output, source, **options)
 
 
 def test_other_options_are_refused_before_and_after_the_end(tmp_path: Path) -> None:
@@ -242,6 +242,24 @@ def test_other_options_are_refused_before_and_after_the_end(tmp_path: Path) -> N
     assert other is not None
     assert other.fingerprint != first.fingerprint
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.jsonl", "out", "out.lock"]
+
+
+def test_what_ends_documents_is_an_option_wherever_it_is_said(tmp_path: Path) -> None:
+    """Documents of one corpus would end with two different tokens, or with the wrong one still."""
+    source = write_lines(tmp_path / "a.jsonl", make_texts(200))
+    output, folder = tmp_path / "out", tmp_path / "tokenizer"
+    folder.mkdir()
+    save_tokenizer(folder / "tokenizer.json")
+    unfinished(output, source, tokenizer=folder)
+    beside = folder / "tokenizer_config.json"
+    beside.write_text('{"eos_token": "a"}')
+    with pytest.raises(ConfigError, match=r"end_of_document: '<\|endoftext\|>' -> 'a'"):
+        prepare(output, source, tokenizer=folder)
+    beside.unlink()
+    assert prepare(output, source, tokenizer=folder).end_of_document == 0
+    beside.write_text('{"eos_token": "a"}')
+    with pytest.raises(ConfigError, match="with other options"):
+        prepare(output, source, tokenizer=folder)
 
 
 def test_changed_input_is_refused(tmp_path: Path) -> None:

@@ -2,14 +2,27 @@
 
 import hashlib
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from prepared_corpora import make_texts, prepare, save_sentencepiece, save_tokenizer, write_lines
+from prepared_corpora import (
+    make_texts,
+    prepare,
+    request,
+    save_sentencepiece,
+    save_tokenizer,
+    write_lines,
+)
+from tokenizers import Tokenizer
 
 from hysparse_megatron.config.schema import DataConfig
+from hysparse_megatron.data.prepare import run
 from hysparse_megatron.data.run_tokenizer import load_run_tokenizer
+from hysparse_megatron.data.sources import changed_fields
+from hysparse_megatron.data.tokenizer_choice import choose_tokenizer
 from hysparse_megatron.errors import DataError
+from hysparse_megatron.huggingface import tokenizer_files
 
 TEXT = make_texts(3)[2]
 
@@ -63,6 +76,25 @@ def test_the_card_knows_another_end(tmp_path: Path) -> None:
     (tmp_path / "dataset.json").write_text('{"end_of_document": 77}')
     wanted = digest(tmp_path / "tokenizer.json")
     assert load_run_tokenizer(settings(tmp_path, path=str(tmp_path)), wanted).end_of_document == 77
+
+
+def test_what_the_checkpoint_says_of_the_end_counts(tmp_path: Path) -> None:
+    """Where settings name the tokenizer as it was given, beside data with another end."""
+    given = save_tokenizer(tmp_path / "tokenizer.json", 300)
+    source = write_lines(tmp_path / "a.jsonl", make_texts(30))
+    asked = request(tmp_path / "made", source)
+    made = run.prepare(replace(asked, tokenizer=choose_tokenizer(str(given), "a")))
+    assert made is not None
+    data = settings(tmp_path, path=made.directory, tokenizer=str(given))
+    identity = made.identity()
+    end = Tokenizer.from_file(str(given)).token_to_id("a")
+    assert made.end_of_document == end != load_run_tokenizer(data, digest(given)).end_of_document
+    found = load_run_tokenizer(data, digest(given), None, identity["end_of_document"])
+    assert found.end_of_document == end
+    assert tokenizer_files.end_of_document(given, identity) == end
+    del identity["end_of_document"]  # as checkpoints of before
+    assert tokenizer_files.end_of_document(given, identity) == 0
+    assert changed_fields(identity, made.identity()) == []
 
 
 def test_another_one_is_refused(tmp_path: Path) -> None:

@@ -27,9 +27,9 @@ from hysparse_megatron.data.tokenizer import (
     END_OF_DOCUMENT,
     ByteTokenizer,
     bytes_tokenizer,
-    choose_tokenizer,
     load_tokenizer,
 )
+from hysparse_megatron.data.tokenizer_choice import choose_tokenizer
 from hysparse_megatron.errors import DataError
 
 TEXTS = make_texts(60)

@@ -1,0 +1,121 @@
+"""Which tokenizer text is prepared with, named so that every process can load it itself."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+
+import tokenizers
+
+from hysparse_megatron.data.card import CARD_NAME, SENTENCEPIECE_NAME, TOKENIZER_NAME
+from hysparse_megatron.data.tokenizer import (
+    BYTES,
+    PUBLISHED_WITH,
+    ByteTokenizer,
+    Encoder,
+    SentencePieceTokenizer,
+    bytes_tokenizer,
+    load_tokenizer,
+    read_tokenizer,
+)
+from hysparse_megatron.errors import DataError
+from hysparse_megatron.packages import require_package
+
+
+@dataclass(frozen=True)
+class TokenizerChoice:
+    """A tokenizer by name, which processes load themselves.
+
+    Attributes:
+        path: the file, or None for bytes.
+        end_of_document: the token that closes a document, None to look for it.
+    """
+
+    path: str | None
+    end_of_document: str | None = None
+
+    @property
+    def kind(self) -> str:
+        """tokenizers, sentencepiece or bytes."""
+        if self.path is None:
+            return BYTES
+        return "sentencepiece" if self.path.endswith(".model") else "tokenizers"
+
+    @property
+    def kept_name(self) -> str:
+        """Name of its file in the prepared folder."""
+        return SENTENCEPIECE_NAME if self.kind == "sentencepiece" else TOKENIZER_NAME
+
+    @property
+    def library(self) -> tuple[str, str]:
+        """Name and version of the library whose version may change the ids."""
+        if self.kind == "sentencepiece":
+            package = require_package("sentencepiece", f"the tokenizer {self.path}")
+            return "sentencepiece", package.__version__
+        return "tokenizers", tokenizers.__version__
+
+    def load(self) -> Encoder:
+        """Raises DataError: the file is missing, no tokenizer, or cannot close a document."""
+        if self.path is None:
+            return ByteTokenizer()
+        if self.kind == "sentencepiece":
+            return SentencePieceTokenizer(self.path, self.end_of_document)
+        return load_tokenizer(self.path, self.end_of_document)
+
+    def end_name(self) -> str | None:
+        """The token that closes a document, also where a file beside the tokenizer's says it, which
+        may change; None for bytes. Raises DataError as `load` does."""
+        return None if self.path is None else self.load().end_name
+
+    def contents(self) -> bytes:
+        """The tokenizer's file; for bytes a `tokenizer.json` that gives the same ids."""
+        if self.path is None:
+            return bytes_tokenizer().to_str(pretty=True).encode()
+        return read_tokenizer(self.path)
+
+    def published_with(self) -> dict[str, bytes]:
+        """By name, what lies beside the file that a model's users need: see `PUBLISHED_WITH`."""
+        folder, found = os.path.dirname(self.path or ""), {}
+        for name in PUBLISHED_WITH if self.path else ():
+            with contextlib.suppress(DataError):
+                found[name] = read_tokenizer(f"{folder}/{name}")
+        return found
+
+    def sha256(self) -> str:
+        """Of `contents`."""
+        return hashlib.sha256(self.contents()).hexdigest()
+
+
+def choose_tokenizer(given: str, end_of_document: str | None = None) -> TokenizerChoice:
+    """The tokenizer meant by `given`: a file, a folder of Hugging Face's, or `bytes`.
+
+    Without an `end_of_document` that counts which a prepared folder with the file was given.
+
+    Raises:
+        DataError: a folder that holds neither tokenizer.json nor tokenizer.model.
+    """
+    if given == BYTES and not os.path.exists(given):
+        return TokenizerChoice(None)
+    path = os.path.abspath(given)
+    if os.path.isdir(path):
+        held = [n for n in (TOKENIZER_NAME, SENTENCEPIECE_NAME) if os.path.isfile(f"{path}/{n}")]
+        if not held:
+            raise DataError(
+                f"{path}: holds neither {TOKENIZER_NAME} nor {SENTENCEPIECE_NAME}; transformers "
+                "writes the first: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+            )
+        path = os.path.join(path, held[0])
+    return TokenizerChoice(path, end_of_document or _recorded_end(path))
+
+
+def _recorded_end(path: str) -> str | None:
+    """What `--end-of-document` named when the folder of the file was prepared."""
+    try:
+        with open(os.path.join(os.path.dirname(path), CARD_NAME), "rb") as stream:
+            found = json.load(stream)["options"]["end_of_document"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return found if isinstance(found, str) else None
