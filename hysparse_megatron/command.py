@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn, Protocol
 
+from hysparse_megatron.architecture.bounds import LARGEST
 from hysparse_megatron.errors import ConfigError, HySparseError, RankFailure, did_you_mean
 from hysparse_megatron.runtime.launcher import rank_from_environment
 from hysparse_megatron.runtime.output import end_of_output, outlast_readers
@@ -163,6 +164,9 @@ def _close(words: Sequence[str], known: Iterable[str]) -> list[str]:
 
 def positive(text: str) -> int:
     """A whole number from 1, as the type of an option. Raises argparse.ArgumentTypeError."""
-    if not text.isdecimal() or not int(text):
+    digits = text.lstrip("0")
+    if not text.isdecimal() or not digits:
         raise argparse.ArgumentTypeError(f"got {text}; allowed a whole number from 1")
-    return int(text)
+    if len(digits) > len(str(LARGEST)) or int(digits) > LARGEST:
+        raise argparse.ArgumentTypeError(f"got {text}; allowed at most {LARGEST}")
+    return int(digits)

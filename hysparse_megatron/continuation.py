@@ -30,7 +30,8 @@ _SCHEDULE = ("learning_rate", "min_learning_rate", "schedule", "warmup_steps", "
 def recorded_settings(config: Config) -> dict[str, Any]:
     """What a manifest says of its run's settings, so that `check_continuation` can compare them."""
     tree = to_tree(config)
-    return {"settings": {section: tree[section] for section in ("train", "optim")}}
+    settings = {section: tree[section] for section in ("train", "optim")}
+    return {"settings": settings, "held_out": _held_out(config)}
 
 
 def check_continuation(config: Config, directory: Path | None = None) -> list[str]:
@@ -40,7 +41,8 @@ def check_continuation(config: Config, directory: Path | None = None) -> list[st
     would go on from, as far as sizes of files tell. Reads manifests alone and changes nothing.
 
     Returns:
-        Warnings: the learning rate jumps and `optim.accept_schedule_change` is set.
+        Warnings: the learning rate jumps and `optim.accept_schedule_change` is set; evaluations
+        will be of other samples than before.
 
     Raises:
         ConfigError: what changed, and what to do instead.
@@ -54,7 +56,8 @@ def check_continuation(config: Config, directory: Path | None = None) -> list[st
     if former is None:
         return []
     _refuse_other_order(config, former, directory)
-    return _jump(config, former, manifest["step"], directory)
+    jump = _jump(config, former, manifest["step"], directory)
+    return jump + _other_held_out(config, manifest, directory)
 
 
 def _former_settings(config: Config, manifest: dict[str, Any], directory: Path) -> Config | None:
@@ -108,6 +111,28 @@ def _jump(config: Config, former: Config, step: int, directory: Path) -> list[st
             "optim.accept_schedule_change=true"
         )
     return [f"{text}: going on with it as optim.accept_schedule_change says"]
+
+
+def _held_out(config: Config) -> dict[str, Any]:
+    """What the samples of evaluations follow from, beside the data."""
+    return {
+        "samples": config.train.num_eval_samples,
+        "document_mask": config.data.document_mask,
+    }
+
+
+def _other_held_out(config: Config, manifest: dict[str, Any], directory: Path) -> list[str]:
+    now, batch = _held_out(config), config.train.global_batch_size
+    former = {**now, **manifest.get("held_out", {})}
+    if former == now or 0 in (former["samples"], now["samples"]):
+        return []
+    changed = ", ".join(
+        f"{key}: {former[key]} -> {now[key]}" for key in now if now[key] != former[key]
+    )
+    text = f"held-out losses will not compare with those up to {directory} ({changed})"
+    if former["samples"] != now["samples"] and former["samples"] % batch == 0:
+        text += f"; train.eval_batches={former['samples'] // batch} keeps the samples"
+    return [text]
 
 
 def changed_rate(former: Config, config: Config, step: int) -> tuple[float, float] | None:

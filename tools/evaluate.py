@@ -234,20 +234,20 @@ def _loss(
 
 def _sequences(loaded: LoadedModel) -> int:
     """As many as in the evaluations of the run; of one that has none, as by default."""
-    train = loaded.config.train
-    return train.num_eval_samples or TrainConfig.eval_batches * train.global_batch_size
+    by_default = TrainConfig.eval_batches * loaded.config.train.global_batch_size
+    return loaded.num_eval_samples or by_default
 
 
 def _differences(args: argparse.Namespace, loaded: LoadedModel, length: int) -> Iterator[str]:
     """Why this is not the loss that training told after this step."""
-    train = loaded.config.train
-    if not train.num_eval_samples:
+    train, samples = loaded.config.train, loaded.num_eval_samples
+    if not samples:
         yield "training itself never evaluated: train.eval_batches is 0"
         return
     if length != train.seq_length:
         yield f"training evaluated sequences of {train.seq_length:,} tokens"
-    if args.sequences not in (None, train.num_eval_samples):
-        yield f"training evaluated {train.num_eval_samples:,} sequences, if there were as many"
+    if args.sequences not in (None, samples):
+        yield f"training evaluated {samples:,} sequences, if there were as many"
     if args.data is not None:
         yield "training evaluated its own data"
 

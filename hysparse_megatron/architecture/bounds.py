@@ -18,11 +18,17 @@ class Bound:
 
     holds: Callable[[float], bool]
     allowed: str
+    most: float = math.inf
 
 
-def at_least(smallest: int, default: Any = MISSING) -> Any:
-    """A field for finite numbers from `smallest`; null passes where the type allows it."""
-    bound = Bound(lambda value: smallest <= value < math.inf, f"at least {smallest}")
+LARGEST = 2**31 - 1
+"""What counts, sizes and places are at most, in settings and options: kernels and libraries count
+so far, and loops over more would not end."""
+
+
+def at_least(smallest: int, default: Any = MISSING, *, most: int = LARGEST) -> Any:
+    """A field for numbers from `smallest` to `most`; null passes where the type allows it."""
+    bound = Bound(lambda value: smallest <= value < math.inf, f"at least {smallest}", most)
     return field(default=default, metadata={_KEY: bound})
 
 
@@ -53,5 +59,9 @@ def bound_problems(section: Any, prefix: str = "") -> Iterator[Problem]:
             yield from bound_problems(value, f"{key}.")
             continue
         bound = bound_of(item)
-        if bound is not None and value is not None and not bound.holds(value):
+        if bound is None or value is None:
+            continue
+        if not bound.holds(value):
             yield Problem(key, str(value), bound.allowed)
+        elif value > bound.most:
+            yield Problem(key, str(value), f"at most {bound.most}")

@@ -35,6 +35,7 @@ _KINDS: dict[str, type] = {
     "model": dict,
     "optim": dict,
     "settings": dict,
+    "held_out": dict,
     "config_hash": str,
 }
 """Types of what may be there besides `step` and `files`."""

@@ -198,7 +198,7 @@ class TrainConfig:
     """Sequences one data-parallel rank computes at a time."""
     seq_length: int = at_least(2)
     """Tokens per sequence."""
-    seed: int = at_least(0, default=1234)
+    seed: int = at_least(0, default=1234, most=2**63 - 1)
     """Seed of the initial weights, the data order and dropout."""
     precision: Precision = Precision.fp32
     """fp32 runs anywhere and is exact to compare; bf16 is for accelerators."""
@@ -215,7 +215,7 @@ class TrainConfig:
     offload_activations: bool = False
     """Keep what layers save for the backward pass in pinned host memory, copied beside computing;
     with recompute=full the layers' inputs. Pays where a layer computes longer than copies take."""
-    offload_min_bytes: int = at_least(0, default=OFFLOAD_MIN_BYTES)
+    offload_min_bytes: int = at_least(0, default=OFFLOAD_MIN_BYTES, most=2**63 - 1)
     """Smallest tensor, in bytes, that offload_activations copies; smaller ones cost more than they
     give back."""
     loss_chunk: int | None = at_least(1, default=None)

@@ -5,6 +5,7 @@ The card is written last, so a folder with a valid card is complete.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -58,6 +59,13 @@ class PreparedCorpus:
         """What makes these data these data, for a checkpoint to store and compare on resume."""
         names = ("fingerprint", "source", "tokenizer_sha256", "vocab_size", "end_of_document")
         return {name: getattr(self, name) for name in (*names, *_COUNTS)}
+
+
+def holds_tokens(directory: str, fingerprint: str) -> bool:
+    """Whether it is a prepared folder, of the tokens with that fingerprint, by its card."""
+    with contextlib.suppress(DataError):
+        return bool(_read_card(directory)["fingerprint"] == fingerprint)
+    return False
 
 
 def sources_of_card(directory: str) -> tuple[dict[str, str], tuple[Any, Any]]:

@@ -15,6 +15,7 @@ from hysparse_megatron.data import content
 from hysparse_megatron.data.card import (
     CARD_NAME,
     PreparedCorpus,
+    holds_tokens,
     large_files,
     load_prepared,
     sources_of_card,
@@ -198,10 +199,17 @@ def load_evaluations(
     return found
 
 
-def prepared_folders(data: DataConfig) -> list[str]:
-    """Those that the settings name to be trained on."""
+def prepared_folders(data: DataConfig, fingerprint: str | None = None) -> list[str]:
+    """Those that the settings name to be trained on, or else what text was prepared into.
+
+    That is the entry of the cache, if it is still there, with the `fingerprint` of its tokens.
+    """
     paths = [data.path] if data.blend is None else [path for _, path in parse_blend(data.blend)]
-    return [path for path in paths if path and os.path.isfile(os.path.join(path, CARD_NAME))]
+    named = [path for path in paths if path and os.path.isfile(os.path.join(path, CARD_NAME))]
+    if named or fingerprint is None or not os.path.isdir(data.cache_dir):
+        return named
+    entries = sorted(entry.path for entry in os.scandir(data.cache_dir))
+    return [path for path in entries if holds_tokens(path, fingerprint)]
 
 
 def trained_on_too(own: TrainingData, folders: Iterable[str]) -> str | None:

@@ -14,6 +14,7 @@ from hysparse_megatron.data.card import CARD_NAME
 from hysparse_megatron.data.read.held_out import EvaluationBatches
 from hysparse_megatron.data.run_tokenizer import find_run_tokenizer
 from hysparse_megatron.data.sources import (
+    TrainingData,
     load_data,
     open_samples,
     prepared_folders,
@@ -45,7 +46,8 @@ def held_out_batches(
         batch_size: sequences at a time, at most.
         data: text or a prepared dataset in place of the run's; all of text is evaluated, but of
             that which the run was trained on what it held out.
-        note: told if the run's data are not those of the checkpoint any more.
+        note: told if the run's data are not those of the checkpoint any more, or `data` were
+            trained on.
 
     Raises:
         DataError: there are no such data, too few, or they have another tokenizer than the model.
@@ -57,7 +59,21 @@ def held_out_batches(
         # Training would make a tokenizer of the text.
         raise DataError(_UNKNOWN.format(loaded.checkpoint))
     corpus = on_every_rank(lambda: load_data(config), os_error=DataError)
-    place = data or "the run's data"
+    _refuse_other_ids(loaded, corpus, data or "the run's data")
+    for line in _reservations(loaded, corpus, data):
+        note(line)
+    samples = open_samples(corpus, "validation", length)
+    size = max(1, min(batch_size, samples.num_held_out))
+    return EvaluationBatches(
+        samples,
+        num_samples=sequences,
+        global_batch_size=size,
+        micro_batch_size=size,
+        document_mask=loaded.held_out.get("document_mask", config.document_mask),
+    )
+
+
+def _refuse_other_ids(loaded: LoadedModel, corpus: TrainingData, place: str) -> None:
     if loaded.tokenizer_sha256 not in (None, corpus.identity()["tokenizer_sha256"]):
         raise DataError(
             f"{place}: prepared with another tokenizer than that of {loaded.checkpoint}; prepare "
@@ -68,22 +84,30 @@ def held_out_batches(
             f"{place}: {corpus.num_ids} token ids, but the model has {loaded.vocab_size}: they "
             "are another model's"
         )
-    before = loaded.data.get("fingerprint", corpus.fingerprint)
-    if data is None and before != corpus.fingerprint:
-        found = f"fingerprint {corpus.fingerprint[:12]}, not {before[:12]}"
-        note(f"the data are not those that the checkpoint was trained on any more ({found})")
-    warning = trained_on_too(corpus, prepared_folders(loaded.config.data)) if data else None
-    if warning:
-        note(warning)
-    samples = open_samples(corpus, "validation", length)
-    size = max(1, min(batch_size, samples.num_held_out))
-    return EvaluationBatches(
-        samples,
-        num_samples=sequences,
-        global_batch_size=size,
-        micro_batch_size=size,
-        document_mask=config.document_mask,
-    )
+    end = loaded.data.get("end_of_document", corpus.end_of_document)
+    if corpus.end_of_document != end:
+        raise DataError(
+            f"{place}: documents end with token {corpus.end_of_document}, in training with {end}: "
+            "prepare the text with --end-of-document"
+        )
+
+
+def _reservations(loaded: LoadedModel, corpus: TrainingData, data: str | None) -> Iterator[str]:
+    """Why a loss on these data may not be what it seems."""
+    trained = loaded.data.get("fingerprint")
+    if data is None and trained not in (None, corpus.fingerprint):
+        found = f"fingerprint {corpus.fingerprint[:12]}, not {trained[:12]}"
+        yield f"the data are not those that the checkpoint was trained on any more ({found})"
+    if data is None or trained is None:
+        return
+    folders = prepared_folders(loaded.config.data, trained)
+    if warning := trained_on_too(corpus, folders):
+        yield warning
+    elif not folders:
+        yield (
+            "whether the model was trained on this text as well is not known: what its own was "
+            f"prepared into is not in {loaded.config.data.cache_dir} any more"
+        )
 
 
 _UNKNOWN = (

@@ -51,6 +51,13 @@ class LoadedModel:
     """Of the tokenizer's file; None in a checkpoint that does not say."""
     data: dict[str, Any] = field(default_factory=dict)
     """Identity of the data that it was trained on; empty in a checkpoint that does not say."""
+    held_out: dict[str, Any] = field(default_factory=dict)
+    """`samples` and `document_mask` of the evaluations beside it; may be empty likewise."""
+
+    @property
+    def num_eval_samples(self) -> int:
+        """Sequences of an evaluation in training, at most; a later start may have had others."""
+        return int(self.held_out.get("samples", self.config.train.num_eval_samples))
 
     @property
     def kinds(self) -> tuple[LayerKind, ...]:
@@ -156,6 +163,7 @@ def load_model(
         directory,
         known.get("tokenizer_sha256"),
         manifest.get("data", {}),
+        manifest.get("held_out", {}),
     )
 
 

@@ -69,7 +69,9 @@ def _evaluations(rows: Sequence[dict[str, Any]]) -> str:
     """One line for each set that was evaluated on: its first loss and its last."""
     lines = []
     for name, found in by_evaluation(rows).items():
-        first, last = found[0], found[-1]
+        last = found[-1]
+        # Of as many tokens: a later start may evaluate on other samples.
+        first = next(r for r in found if r.get("eval_tokens") == last.get("eval_tokens"))
         told = "evaluation" if name == VALIDATION else f"evaluation on {name}:"
         change = last["eval_loss"] / first["eval_loss"] - 1
         line = f"* {told} loss {first['eval_loss']:.4f} at step {first['step']} -> "

@@ -107,6 +107,7 @@ def test_a_jump_of_the_rate_wants_a_yes(start: Start, case: str) -> None:
     assert all(change.partition("=")[0] in warning for change in changes)
 
 
+OTHERS = ["optim.beta2=0.99", "train.global_batch_size=16"]
 NO_JUMPS: dict[str, tuple[list[str], int, list[str]]] = {
     "nothing changed": (COSINE, 10, []),
     "a constant rate prolonged": (["optim.schedule=constant"], 20, ["train.steps=40"]),
@@ -114,7 +115,7 @@ NO_JUMPS: dict[str, tuple[list[str], int, list[str]]] = {
     "a run without a decay prolonged": ([*WSD, "optim.decay_steps=0"], 20, ["train.steps=40"]),
     "in the warm-up": (COSINE, 1, ["train.steps=40"]),
     "a default written out": (COSINE, 10, ["optim.decay_steps=18"]),
-    "other settings": (COSINE, 10, ["optim.beta2=0.99", "train.global_batch_size=16"]),
+    "other settings": (COSINE, 10, [*OTHERS, "train.eval_batches=2"]),
     "nothing left to train": (COSINE, 20, ["optim.learning_rate=2e-3"]),
 }
 
@@ -124,6 +125,21 @@ def test_what_makes_no_jump_is_not_asked_about(start: Start, case: str) -> None:
     settings, step, changes = NO_JUMPS[case]
     save(start(*settings), step)
     assert check_continuation(start(*settings, *changes)) == []
+
+
+def test_other_held_out_samples_are_warned_of(start: Start) -> None:
+    """Their losses would be one curve with those of before."""
+    before = start("train.global_batch_size=4", "train.eval_batches=6")
+    directory = save(before, 8)
+    assert check_continuation(before) == []
+    assert check_continuation(start("train.global_batch_size=8", "train.eval_batches=3")) == []
+    [warning] = check_continuation(start("train.global_batch_size=8", "train.eval_batches=6"))
+    assert f"not compare with those up to {directory} (samples: 24 -> 48); " in warning
+    assert warning.endswith("; train.eval_batches=3 keeps the samples")
+    masked = start("train.global_batch_size=4", "train.eval_batches=6", "data.document_mask=true")
+    [warning] = check_continuation(masked)
+    assert warning.endswith("(document_mask: False -> True)")
+    assert check_continuation(start("train.global_batch_size=8", "train.eval_batches=0")) == []
 
 
 def test_a_checkpoint_of_an_early_version_is_compared_with_its_runs_configuration(

@@ -110,6 +110,8 @@ def _instances(config: Config, world_size: int) -> Iterator[Problem]:
     """Each holds as many of the ranks with the same parameters."""
     parallel = config.parallel
     instances = parallel.num_distributed_optimizer_instances
+    if min(parallel.tp, parallel.pp, parallel.ep) < 1:
+        return
     for name, ranks in (
         ("parameters", world_size // (parallel.tp * parallel.pp)),
         ("experts", world_size // (parallel.ep * parallel.pp)),

@@ -3,7 +3,8 @@
 import importlib.metadata
 import importlib.util
 import time
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,11 @@ def test_steps_that_are_profiled(base: Config) -> None:
     assert validate(unused, world_size=4) == []
 
 
-def changed(config: Config, settings: dict[str, Any]) -> Config:
+def changed(config: Any, settings: dict[str, Any]) -> Any:
     for key, value in settings.items():
-        section, _, name = key.rpartition(".")
-        if section:
-            value = replace(getattr(config, section), **{name: value})
-            name = section
-        config = replace(config, **{name: value})
+        section, _, name = key.partition(".")
+        value = changed(getattr(config, section), {name: value}) if name else value
+        config = replace(config, **{section: value})
     return config
 
 
@@ -135,6 +134,31 @@ def test_muon_without_its_package(
     assert (installed or "not installed") in problem.got
     assert "pip install 'emerging-optimizers~=0.3.0'" in problem.allowed
     assert caught.value.exit_code == 2
+
+
+def integers(section: Any, prefix: str = "") -> Iterator[str]:
+    for item in fields(section):
+        value = getattr(section, item.name)
+        if is_dataclass(value):
+            yield from integers(value, f"{prefix}{item.name}.")
+        elif item.type in (int, int | None):
+            yield f"{prefix}{item.name}"
+
+
+@pytest.mark.parametrize("number", [0, -1, 10**20])
+def test_any_integer_may_be_no_size(base: Config, number: int) -> None:
+    """Alone or all at once, rules find a problem and no error of their own."""
+    keys = list(integers(base))
+    assert {"parallel.ep", "model.window", "train.guard.spike_window"} <= set(keys)
+    every = base
+    for key in keys:
+        wrong = changed(base, {key: number})
+        found = validate(wrong, world_size=4)
+        if number > 0:
+            assert key in {problem.key for problem in found}
+        every = changed(every, {key: number})
+    found = {problem.key for problem in validate(every, world_size=4)}
+    assert {"parallel.tp", "parallel.pp", "parallel.ep", "parallel.cp"} <= found
 
 
 def test_all_problems_at_once_and_quickly(base: Config) -> None:

@@ -1,5 +1,6 @@
 """Tools evaluate on the samples of the run's own evaluations."""
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.data.read.held_out import EvaluationBatches
 from hysparse_megatron.data.sources import load_data, open_samples
+from hysparse_megatron.errors import DataError
 from hysparse_megatron.evaluation.held_out import held_out_batches
 from tests.unit.single_process import default_group
 
@@ -40,6 +42,7 @@ def test_the_same_samples_as_in_training(tmp_path: Path, batch_size: int) -> Non
         vocab_size=corpus.vocab_size,
         checkpoint=tmp_path,
         data=corpus.identity(),
+        held_out={},
     )
     told: list[str] = []
     with default_group():
@@ -48,6 +51,18 @@ def test_the_same_samples_as_in_training(tmp_path: Path, batch_size: int) -> Non
         loaded.data = {**loaded.data, "fingerprint": "another"}
         held_out_batches(loaded, LENGTH, 8, batch_size, note=told.append)
     assert "not those that the checkpoint was trained on" in told[0]
+    loaded.data = corpus.identity()
+    other = str(shutil.copy(text, tmp_path / "other.jsonl"))
+    with default_group():
+        del told[:]
+        held_out_batches(loaded, LENGTH, 8, batch_size, other, told.append)
+        shutil.rmtree(corpus.directory)
+        held_out_batches(loaded, LENGTH, 8, batch_size, other, told.append)
+        loaded.data["end_of_document"] = 5
+        with pytest.raises(DataError, match="end with token 0, in training with 5"):
+            held_out_batches(loaded, LENGTH, 8, batch_size, other)
+    assert f"{corpus.directory} was made of other.jsonl as well" in told[0]
+    assert "whether the model was trained on this text as well is not known" in told[1]
     assert ids(found) == ids(in_training)
     assert len(ids(found)) == 8
 
