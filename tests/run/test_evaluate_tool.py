@@ -76,7 +76,10 @@ def test_a_copying_model_answers_everything(finished, monkeypatch: pytest.Monkey
         evaluate._scores(
             SimpleNamespace(tokenizer=None, samples=3, seed=5, batch_size=2),
             SimpleNamespace(
-                config=evaluate_config(finished.run_dir), tokenizer_sha256=sha256, checkpoint="x"
+                config=evaluate_config(finished.run_dir),
+                tokenizer_sha256=sha256,
+                checkpoint="x",
+                data={},
             ),
             list(TASKS),
             [1500],
