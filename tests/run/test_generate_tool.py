@@ -151,7 +151,7 @@ def test_what_cannot_be_is_said(generate, finished, tmp_path: Path) -> None:
     assert "no line to continue" in told(2, "--prompts-file", str(tmp_path / "no_lines.txt"))
     assert "missing.txt" in told(2, "--prompts-file", str(tmp_path / "missing.txt"))
     assert "an empty text" in told(2, "--prompt", "x", "--stop", "")
-    long = told(2, "--prompt", "x", "--max-new-tokens", "1" + "0" * 12)
+    long = told(2, "--prompt", "x", "--max-new-tokens", "2" + "0" * 9)
     assert "need a cache of" in long
     assert "step-00000035 is damaged or missing" in told(6, "--prompt", "x", "--checkpoint", "35")
     shutil.copy(finished.run_dir / "config.yaml", empty)
