@@ -19,7 +19,7 @@ from hysparse_megatron.data.card import CARD_NAME, SPLITS, PreparedCorpus, card_
 from hysparse_megatron.data.lock import locked
 from hysparse_megatron.data.places import is_local
 from hysparse_megatron.data.prepare.assemble import Assembled, assemble
-from hysparse_megatron.data.prepare.executors import Executor
+from hysparse_megatron.data.prepare.executors import Executor, remove_remains
 from hysparse_megatron.data.prepare.finished import (
     entries_of,
     refuse_inputs_inside,
@@ -182,7 +182,8 @@ class _Run:
         try:
             found: dict[str, Any] = self.work_folder.read_json("request.json")
         except (OSError, ValueError) as error:
-            if names - {"request.json"}:
+            # A kill may come while the first file is written.
+            if not all(name.startswith("request.json") for name in names):
                 raise ConfigError(f"{self.work_folder.path}: holds other files") from error
             return None
         return found
@@ -234,10 +235,8 @@ class _Run:
                 )
             folder.remove()
         folder.make()
+        remove_remains(folder)
         folder.write("request.json", json.dumps(wanted).encode())
-        for name in folder.names():
-            if name.startswith("failed-"):
-                folder.remove(name)
         work = Work(
             folder.path,
             list(request.sources),
