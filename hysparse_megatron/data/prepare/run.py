@@ -141,6 +141,7 @@ class _Run:
 
         Raises:
             ConfigError: it is the result of another request, or no prepared data at all.
+            DataError: more documents were left out of it than are allowed now.
         """
         path, is_local = self.output.path, self.output.is_local
         if os.path.isfile(path):
@@ -171,6 +172,7 @@ class _Run:
             )
         note = self.progress.note
         refuse_other_contents(path, card, self.request.sources, compare_inputs, note)
+        self._refuse_bad(card["bad_documents"], card.get("bad_samples", []))
         if unfinished is not None:
             self.work_folder.remove()
         note(f"{path}: is prepared already")
@@ -204,14 +206,17 @@ class _Run:
         self.progress.close()
         records = work.records()
         bad, samples = sum(record.bad_documents for record in records), _samples(records)
-        if self.max_bad is not None and bad > self.max_bad:
-            raise too_many_bad(samples, bad, self.max_bad)
+        self._refuse_bad(bad, samples)
         warnings = [f"WARNING: {line}" for record in records for line in record.warnings]
         for line in [f"left out: {sample}" for sample in samples] + warnings[:MAX_SAMPLES]:
             self.progress.warn(line)
         self._refuse_changed_sources()
         self._publish(work, records)
         self.work_folder.remove()
+
+    def _refuse_bad(self, bad: int, samples: list[str]) -> None:
+        if self.max_bad is not None and bad > self.max_bad:
+            raise too_many_bad(samples, bad, self.max_bad)
 
     def _work(self) -> Work:
         """What is to be done, or what is left of it."""
