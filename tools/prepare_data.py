@@ -7,7 +7,8 @@ Inputs are files and folders of text (one document a file), JSON lines, both als
 Parquet, and datasets saved by `datasets.save_to_disk`, here or where fsspec finds them, as in
 s3://bucket/folder. The output folder is what `data.path` of training takes. A killed preparation
 goes on with the same command, and gives the same bytes, whoever does the work.
-Ends with 0, 2 for a wrong command, 3 when told to stop, 5 for bad input or a full disk.
+Ends with 0, 2 for a wrong command, 3 when told to stop, 5 for bad input or a full disk, 1 where
+worker processes or a cluster's tasks were lost: after 1 and 3 the same command goes on.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ killed for want of memory.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -16,12 +17,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import IO, Any, Protocol
 
-from hysparse_megatron.data.prepare.shards import Folder, Work
+from hysparse_megatron.data.prepare.shards import UNFINISHED, Folder, Work, is_failure
 from hysparse_megatron.data.prepare.tokenize import tokenize_share
 from hysparse_megatron.errors import ConfigError, DataError, HySparseError
 from hysparse_megatron.packages import require_package
 
 _LOCAL_POLL_SECONDS, _CLUSTER_POLL_SECONDS = 0.2, 5.0
+_LOGS = "logs-"
+_KINDS: dict[int, type[HySparseError]] = {kind.exit_code: kind for kind in (ConfigError, DataError)}
+"""The error that a process met, by the code that it ended with."""
 
 
 class Executor(Protocol):
@@ -75,6 +79,8 @@ class LocalProcesses:
             for process in processes:
                 process.kill()
                 process.communicate()
+            with contextlib.suppress(OSError):
+                remove_remains(Folder(work.folder))
 
 
 def _output(process: subprocess.Popen[bytes]) -> IO[bytes]:
@@ -84,17 +90,24 @@ def _output(process: subprocess.Popen[bytes]) -> IO[bytes]:
 
 def _state_of(
     processes: list[subprocess.Popen[bytes]], advance: Callable[[int], None]
-) -> str | None:
+) -> HySparseError | None:
     codes = [process.poll() for process in processes]
     for process in processes:
         words = (_output(process).read() or b"").split()
         advance(sum(int(word) for word in words if word.isdigit()))
     lost = next((code for code in codes if code), None)
     if lost is None:
-        return None if None in codes else "all worker processes ended"
+        return None if None in codes else HySparseError("all worker processes ended")
+    if lost in _KINDS:
+        return _KINDS[lost](
+            f"a worker process ended with code {lost} and could not leave a note that says why, "
+            "perhaps as the disk is full; run the same command again to go on"
+        )
     if lost > 0:
-        return f"a worker process ended with code {lost}; run the same command again to go on"
-    return (
+        return HySparseError(
+            f"a worker process ended with code {lost}; run the same command again to go on"
+        )
+    return HySparseError(
         f"a worker process was killed ({signal.Signals(-lost).name}), perhaps for want of memory; "
         "run the same command again to go on, with fewer --workers if memory is short"
     )
@@ -137,13 +150,15 @@ class SlurmJobs:
         _wait(work, lambda: _state_of_job(job, work), _CLUSTER_POLL_SECONDS, advance)
 
 
-def _state_of_job(job: str, work: Work) -> str | None:
+def _state_of_job(job: str, work: Work) -> HySparseError | None:
     found = subprocess.run(
         ["squeue", "--noheader", "--jobs", job], capture_output=True, text=True, check=False
     )
     if found.stdout.strip() or (found.returncode and "Invalid job id" not in found.stderr):
         return None
-    return f"Slurm's job {job} ended before all was done; its logs are in {work.folder}/slurm"
+    return HySparseError(
+        f"Slurm's job {job} ended before all was done; its logs are in {work.folder}/slurm"
+    )
 
 
 @dataclass(frozen=True)
@@ -175,7 +190,7 @@ class RayTasks:
 def _logs(work: Work) -> str:
     if not Folder(work.folder).is_local:
         raise ConfigError("a cluster prepares to a folder that all its nodes see, not to a URL")
-    return os.path.join(work.folder, f"logs-{time.strftime('%Y%m%d-%H%M%S')}")
+    return os.path.join(work.folder, f"{_LOGS}{time.strftime('%Y%m%d-%H%M%S')}")
 
 
 def _share(folder: str) -> Any:
@@ -190,7 +205,7 @@ def _share(folder: str) -> Any:
 
 def _wait(
     work: Work,
-    state: Callable[[], str | None],
+    state: Callable[[], HySparseError | None],
     poll_seconds: float,
     advance: Callable[[int], None] = lambda size: None,
 ) -> None:
@@ -205,15 +220,29 @@ def _wait(
         _raise_failure(work)
         if len(told) < len(work.units):
             if ended is not None:
-                raise HySparseError(ended)
+                raise ended
             # A folder of many shards is not looked at all the time.
             time.sleep(max(poll_seconds, 5 * (time.monotonic() - began)))
 
 
 def _raise_failure(work: Work) -> None:
     folder = Folder(work.folder)
-    for name in sorted(folder.names()):
-        if name.startswith("failed-"):
+    for name in sorted(filter(is_failure, folder.names())):
+        try:
             failure = folder.read_json(name)
-            kind = DataError if failure["exit_code"] == DataError.exit_code else ConfigError
-            raise kind(failure["message"])
+        except (OSError, ValueError):
+            continue
+        raise _KINDS.get(failure["exit_code"], HySparseError)(failure["message"])
+
+
+def remove_remains(folder: Folder) -> None:
+    """Delete notes of failures and half-written files that ended processes left in a work folder.
+
+    Where a cluster has worked, half-written files stay until the output is whole: its tasks go on
+    when the command that waits for them ends, and may be writing them.
+    """
+    names = folder.names()
+    has_tasks = any(name.startswith(_LOGS) for name in names)
+    for name in names:
+        if is_failure(name) or (name.endswith(UNFINISHED) and not has_tasks):
+            folder.remove(name)

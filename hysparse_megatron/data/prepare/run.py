@@ -19,7 +19,7 @@ from hysparse_megatron.data.card import CARD_NAME, SPLITS, PreparedCorpus, card_
 from hysparse_megatron.data.lock import locked
 from hysparse_megatron.data.places import is_local
 from hysparse_megatron.data.prepare.assemble import Assembled, assemble
-from hysparse_megatron.data.prepare.executors import Executor
+from hysparse_megatron.data.prepare.executors import Executor, remove_remains
 from hysparse_megatron.data.prepare.finished import (
     entries_of,
     refuse_inputs_inside,
@@ -141,6 +141,7 @@ class _Run:
 
         Raises:
             ConfigError: it is the result of another request, or no prepared data at all.
+            DataError: more documents were left out of it than are allowed now.
         """
         path, is_local = self.output.path, self.output.is_local
         if os.path.isfile(path):
@@ -171,6 +172,7 @@ class _Run:
             )
         note = self.progress.note
         refuse_other_contents(path, card, self.request.sources, compare_inputs, note)
+        self._refuse_bad(card["bad_documents"], card.get("bad_samples", []))
         if unfinished is not None:
             self.work_folder.remove()
         note(f"{path}: is prepared already")
@@ -182,7 +184,8 @@ class _Run:
         try:
             found: dict[str, Any] = self.work_folder.read_json("request.json")
         except (OSError, ValueError) as error:
-            if names - {"request.json"}:
+            # A kill may come while the first file is written.
+            if not all(name.startswith("request.json") for name in names):
                 raise ConfigError(f"{self.work_folder.path}: holds other files") from error
             return None
         return found
@@ -203,14 +206,17 @@ class _Run:
         self.progress.close()
         records = work.records()
         bad, samples = sum(record.bad_documents for record in records), _samples(records)
-        if self.max_bad is not None and bad > self.max_bad:
-            raise too_many_bad(samples, bad, self.max_bad)
+        self._refuse_bad(bad, samples)
         warnings = [f"WARNING: {line}" for record in records for line in record.warnings]
         for line in [f"left out: {sample}" for sample in samples] + warnings[:MAX_SAMPLES]:
             self.progress.warn(line)
         self._refuse_changed_sources()
         self._publish(work, records)
         self.work_folder.remove()
+
+    def _refuse_bad(self, bad: int, samples: list[str]) -> None:
+        if self.max_bad is not None and bad > self.max_bad:
+            raise too_many_bad(samples, bad, self.max_bad)
 
     def _work(self) -> Work:
         """What is to be done, or what is left of it."""
@@ -234,10 +240,8 @@ class _Run:
                 )
             folder.remove()
         folder.make()
+        remove_remains(folder)
         folder.write("request.json", json.dumps(wanted).encode())
-        for name in folder.names():
-            if name.startswith("failed-"):
-                folder.remove(name)
         work = Work(
             folder.path,
             list(request.sources),

@@ -4,9 +4,11 @@ the work until the corpus is whole. All of it lies in one folder, of any file sy
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -28,6 +30,8 @@ MAX_DOCUMENT_TOKENS = 2**31 - 1
 
 MAX_SAMPLES = 10
 UNWRITABLE = "cannot write prepared data"
+UNFINISHED = ".tmp"
+"""Ends the names of local files that are being written."""
 _CHUNK_TOKENS = 1 << 20
 _MAX_UINT16_VOCAB = 65500  # Megatron's limit
 
@@ -98,7 +102,7 @@ class WholeFile:
     def __init__(self, folder: Folder, name: str) -> None:
         self._folder, self._name = folder, name
         # Object stores show a file when it is closed.
-        self._written_as = f"{name}.{secrets.token_hex(4)}.tmp" if folder.is_local else name
+        self._written_as = f"{name}.{secrets.token_hex(4)}{UNFINISHED}" if folder.is_local else name
         self._hash = hashlib.sha256()
         self.num_bytes = 0
         self._stream = folder.open(self._written_as, "wb")
@@ -118,20 +122,24 @@ class WholeFile:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            # A remote file that is not closed does not come into being.
-            if self._folder.is_local:
+        if not self._folder.is_local:
+            if kind is None:  # a remote file that is not closed does not come into being
                 self._stream.close()
-                self._folder.remove(self._written_as)
             return
-        if self._folder.is_local:
-            self._stream.flush()
-            os.fsync(self._stream.fileno())
-        self._stream.close()
-        if self._folder.is_local:
-            os.replace(
-                *(os.path.join(self._folder.path, n) for n in (self._written_as, self._name))
-            )
+        place, name = (os.path.join(self._folder.path, n) for n in (self._written_as, self._name))
+        try:
+            if kind is None:
+                self._stream.flush()
+                os.fsync(self._stream.fileno())
+                self._stream.close()
+                os.replace(place, name)
+        finally:
+            # Closing writes what is buffered: where a disk is full it fails once more, and only
+            # then is the room of a removed file free. A file that is whole has its name by now.
+            with contextlib.suppress(OSError):
+                self._stream.close()
+            with contextlib.suppress(OSError):
+                os.remove(place)
 
 
 @dataclass
@@ -169,6 +177,16 @@ def shard_name(unit: int) -> str:
 def record_name(unit: int) -> str:
     """Of its record, which is written after it."""
     return f"{unit:08d}.json"
+
+
+def failure_name(rank: int) -> str:
+    """Of the note that a process leaves of what ended it."""
+    return f"failed-{rank:06d}"
+
+
+def is_failure(name: str) -> bool:
+    """Whether it is the name of such a note, and not of one that is being written."""
+    return re.fullmatch(r"failed-\d+", name) is not None
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import stat
 import sysconfig
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -32,6 +33,8 @@ _SUFFIXES = {
     ".arrow": "arrow",
 }
 _SAVED_DATASET, _SAVED_SPLITS = {"state.json", "dataset_info.json"}, "dataset_dict.json"
+_SAVED_CACHE = "cache-*.arrow"
+"""Where datasets keeps results of `map` and `filter`, which it does not read as rows either."""
 _STDLIB_EXCLUDED_FOLDERS = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
 )
@@ -218,10 +221,18 @@ def _order_saved(root: str, folder: str, by_name: dict[str, _File]) -> None:
         if name not in by_name:
             missing = f"{path.rpartition('/')[0]}/{name.rpartition('/')[2]}"
             raise DataError(f"{missing}: missing, {path} has it")
-    files = [by_name[name] for name in listed]
+    files = {name: by_name[name] for name in listed}
     for name in [name for name in by_name if name.rpartition("/")[0] == folder]:
-        del by_name[name]
-    by_name.update({file[1]: file for file in files})
+        last = name.rpartition("/")[2]
+        if name in files or last in _SAVED_DATASET or fnmatch(last, _SAVED_CACHE):
+            del by_name[name]
+        elif last.lower().endswith(".arrow"):
+            # Other numbers of files leave those of an earlier save: their rows may be there twice.
+            raise DataError(
+                f"{by_name[name][0]}: {path} does not list it; remove it if an earlier save left "
+                "it, or move it out of the folder to read it too"
+            )
+    by_name.update(files)
 
 
 def _read_json(path: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ share; it prints how many bytes it has done since it last did.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import json
@@ -30,6 +31,7 @@ from hysparse_megatron.data.prepare.shards import (
     Record,
     WholeFile,
     Work,
+    failure_name,
     record_name,
     shard_name,
     token_dtype,
@@ -53,7 +55,8 @@ def tokenize_share(
 
     Raises:
         DataError: the input cannot be read, more documents are bad than allowed, or a shard cannot
-            be written. It also stands in the work folder, for who waits on another machine.
+            be written. It also stands in the work folder, if that has room for a note, for who
+            waits on another machine.
     """
     try:
         encoder = work.tokenizer.load()
@@ -63,7 +66,8 @@ def tokenize_share(
                 _tokenize_unit(work, unit, encoder, advance)
     except HySparseError as error:
         failure = {"message": str(error), "exit_code": error.exit_code}
-        Folder(work.folder).write(f"failed-{rank:06d}", json.dumps(failure).encode())
+        with contextlib.suppress(OSError):  # a full disk; what was met first is what counts
+            Folder(work.folder).write(failure_name(rank), json.dumps(failure).encode())
         raise
 
 
@@ -192,7 +196,9 @@ def main() -> int:
     if os.getppid() != parent:
         return 1
     try:
-        tokenize_share(Work.load(folder), rank, world_size, lambda size: print(size, flush=True))
+        with naming(folder, UNWRITABLE):
+            work = Work.load(folder)
+            tokenize_share(work, rank, world_size, lambda size: print(size, flush=True))
     except HySparseError as error:
         return error.exit_code
     return 0

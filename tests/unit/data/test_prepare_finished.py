@@ -159,6 +159,22 @@ def test_an_output_with_two_colons_in_its_name(
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["a.jsonl", name, f"{name}.lock"])
 
 
+def test_more_bad_documents_than_allowed_now_are_refused(tmp_path: Path, source: Path) -> None:
+    """As the preparation itself would; a higher limit takes what is there."""
+    with source.open("a") as stream:
+        stream.write("no json\n")
+    output = tmp_path / "out"
+    with pytest.raises(DataError) as begun:
+        prepare(output, source)
+    made = prepare(output, source, max_bad=None)
+    before = contents(output)
+    with pytest.raises(DataError, match=r"1 bad document\(s\) so far, 0 allowed") as ended:
+        prepare(output, source)
+    assert str(ended.value) == str(begun.value)
+    assert prepare(output, source, max_bad=1) == made
+    assert contents(output) == before
+
+
 def test_an_output_that_no_file_system_has_is_refused(source: Path) -> None:
     with pytest.raises(ConfigError, match="unknown://x: cannot be reached: Protocol not known"):
         run.prepare(request("unknown://x", source))

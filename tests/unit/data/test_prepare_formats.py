@@ -28,14 +28,12 @@ from prepared_corpora import (
     write_zstd,
 )
 
-from hysparse_megatron import packages
 from hysparse_megatron.data.card import load_prepared
 from hysparse_megatron.data.prepare import run, tokenize
 from hysparse_megatron.data.prepare.assemble import held_out
 from hysparse_megatron.data.prepare.shards import Work
-from hysparse_megatron.data.prepare.sources import list_sources
 from hysparse_megatron.data.tokenizer import load_tokenizer
-from hysparse_megatron.errors import ConfigError, DataError
+from hysparse_megatron.errors import DataError
 from tests.token_files import write_indexed
 
 TEXTS = make_texts(300)
@@ -236,37 +234,6 @@ def test_a_damaged_file_is_refused_by_name(tmp_path: Path, name: str, damage: st
     assert not (tmp_path / "out").exists()
 
 
-def test_listing(tmp_path: Path) -> None:
-    saved = write_arrow(tmp_path / "saved", TEXTS)
-    assert [source.name for source in list_sources([str(tmp_path)])] == [
-        f"{tmp_path.name}/saved/data-b.arrow",
-        f"{tmp_path.name}/saved/data-a.arrow",
-    ]
-    with pytest.raises(ConfigError, match=r"data-b\.arrow: is given twice"):
-        list_sources([str(saved), str(saved / "data-b.arrow")])
-    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
-    with pytest.raises(DataError, match=r"holds the splits train, test; give those .*/train"):
-        list_sources([str(tmp_path)])
-    (saved / "data-a.arrow").unlink()
-    with pytest.raises(DataError, match=r"data-a\.arrow: missing"):
-        list_sources([str(saved)])
-    with pytest.raises(DataError, match="No such file"):
-        list_sources([str(tmp_path / "nowhere")])
-
-
-def test_a_missing_package_is_named_with_the_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(name: str) -> None:
-        raise ModuleNotFoundError(f"No module named {name!r}")
-
-    monkeypatch.setattr(packages.importlib, "import_module", refuse)
-    for name, package in (("a.parquet", "pyarrow"), ("a.jsonl.zst", "backports.zstd")):
-        (tmp_path / name).touch()
-        with pytest.raises(ConfigError, match=rf"pip install {package} \(the extra `data`"):
-            list_sources([str(tmp_path / name)])
-
-
 def test_files_without_a_document_add_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
@@ -321,19 +288,6 @@ def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
     (folder / "again").symlink_to(elsewhere)
     (elsewhere / "back").symlink_to(folder)
     assert all_texts(prepare(tmp_path / "out", folder)) == sorted(TEXTS[:80])
-
-
-def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe.jsonl")
-    (tmp_path / "folder").mkdir()
-    os.mkfifo(tmp_path / "folder" / "pipe.txt")
-    for given in ("pipe.jsonl", "folder"):
-        with pytest.raises(DataError, match=r"pipe\.\w+: is a pipe, a socket or a device"):
-            list_sources([str(tmp_path / given)])
-    (tmp_path / "folder" / "pipe.txt").unlink()
-    (tmp_path / "folder" / "dangling").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(DataError, match="dangling: cannot be read: No such file"):
-        list_sources([str(tmp_path / "folder")])
 
 
 def test_json_lines_under_another_name_are_told(

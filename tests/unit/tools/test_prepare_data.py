@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 
 from hysparse_megatron.data.card import load_prepared
 from hysparse_megatron.data.prepare.executors import RayTasks, SlurmJobs
+from hysparse_megatron.errors import ConfigError, DataError, HySparseError, Preempted
 from tests.captured import Call, captured
 from tools.measure_prepare import peak_tree_bytes, write_corpus
 from tools.prepare_data import _executor, _parser, main
@@ -112,6 +114,15 @@ def test_mistakes(
     assert text in call(main, ["--output", str(tmp_path / "out"), *given], code=code).err
     assert not (tmp_path / "out").exists()
     assert code == 5 or [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_every_exit_code_is_told() -> None:
+    """1 is what a lost process ends a preparation with."""
+    texts = _parser().format_help(), (ROOT / "docs" / "data.md").read_text()
+    for text, begin in zip(texts, ("Ends with ", "Exit codes: "), strict=True):
+        told = text.partition(begin)[2].partition("\n\n")[0]
+        for error in (HySparseError, ConfigError, Preempted, DataError):
+            assert re.search(rf"\b{error.exit_code}\b", told), (begin, error)
 
 
 def test_options_of_a_cluster() -> None:
