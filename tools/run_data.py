@@ -95,9 +95,9 @@ def load_run(path: Path) -> RunData:
     metrics = path / "metrics.jsonl"
     if not metrics.is_file():
         raise ConfigError(f"{path} is no run directory: it has no metrics.jsonl")
-    rows = read_metrics(metrics)
     checkpoints = reversed(store.published(path / "checkpoints"))
     try:
+        rows = read_metrics(metrics)
         config = yaml.safe_load((path / CONFIG_FILE).read_text())
         record = read_record(path)
     except (OSError, ValueError, yaml.YAMLError) as error:
