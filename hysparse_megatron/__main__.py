@@ -36,6 +36,7 @@ def _run(argv: Sequence[str]) -> int:
     from hysparse_megatron.config.frozen import to_yaml
     from hysparse_megatron.config.validate import warnings as config_warnings
     from hysparse_megatron.plan.suggest import check
+    from hysparse_megatron.run_record import other_run_warnings
     from hysparse_megatron.runtime.launcher import rank_from_environment, require_descriptors
     from hysparse_megatron.runtime.quiet import quiet_libraries
 
@@ -48,7 +49,8 @@ def _run(argv: Sequence[str]) -> int:
     check(config, rank.world_size)
     require_descriptors(rank.local_world_size, num_datasets(config.data.blend))
     if rank.rank == 0:
-        for warning in config_warnings(config):
+        elsewhere = other_run_warnings(arguments.config_file, config.run_path)
+        for warning in [*config_warnings(config), *elsewhere]:
             print(f"warning: {warning}", flush=True)
     quiet_libraries()
     from hysparse_megatron.training.run import run

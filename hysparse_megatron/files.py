@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from hysparse_megatron.errors import ConfigError, DataError
+from hysparse_megatron.errors import ConfigError, DataError, OutputError
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """What file systems without locks answer to `flock`, such as Lustre mounted without."""
@@ -29,9 +29,21 @@ def require_writable(path: Path | None, option: str) -> None:
     if path is None:
         return
     try:
+        is_new = not os.path.lexists(path)
         path.open("a").close()
+        if is_new:  # what was asked for may fail: an empty file would pass for its result
+            path.unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(f"{option}: cannot write {path} ({error.strerror})") from error
+
+
+@contextlib.contextmanager
+def writing(path: Path | None, option: str) -> Iterator[None]:
+    """Turn an OSError into an OutputError that names the command line's `option` for the place."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{option}: cannot write {path} ({error.strerror or error})") from error
 
 
 def write_whole(path: Path, text: str, *, durable: bool = False) -> None:

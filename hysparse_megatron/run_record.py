@@ -90,6 +90,17 @@ def submitted_jobs(run_path: Path) -> list[str]:
     return list((read_record(run_path) or {}).get("jobs", []))
 
 
+def other_run_warnings(config_file: Path | None, run_path: Path) -> list[str]:
+    """What a configuration file in a run directory says of a run elsewhere, as after a move."""
+    home = None if config_file is None else config_file.absolute().parent
+    if home is None or not (home / RECORD_FILE).is_file() or home.resolve() == run_path.resolve():
+        return []
+    return [
+        f"{config_file} lies in a run directory and names another, run_dir={run_path}: the run in "
+        f"{home} does not go on. If it was moved, change run_dir in the file"
+    ]
+
+
 def _is_copy(record: dict[str, Any], run_path: Path) -> bool:
     """Whether the record is that of another directory, which was not simply moved to here."""
     place = record.get("place")

@@ -28,6 +28,7 @@ from hysparse_megatron.checkpoint.saver import Saver
 from hysparse_megatron.command import command, make_parser
 from hysparse_megatron.config.cli import load, parse_arguments
 from hysparse_megatron.errors import CheckpointError
+from hysparse_megatron.files import writing
 from hysparse_megatron.plan.suggest import check
 from hysparse_megatron.runtime import device as runtime_device
 from hysparse_megatron.runtime.agreement import on_rank_zero
@@ -66,7 +67,10 @@ def main(argv: Sequence[str]) -> int:
     check(config, rank.world_size)
     device = runtime_device.start(rank, config.parallel)
     state = build_state(config, config.model.vocab_size or 0, device)
-    with tempfile.TemporaryDirectory(dir=args.directory) as made:
+    with (
+        writing(args.directory, "--directory"),
+        tempfile.TemporaryDirectory(dir=args.directory) as made,
+    ):
         place = on_rank_zero(lambda: Path(made), CheckpointError)
         values = measure(state, place, args.repeats)
     if rank.rank == 0:

@@ -135,8 +135,7 @@ def _measure(args: argparse.Namespace, configs: dict[str, Config], argv: Sequenc
         raise ConfigError(f"--output: got {args.output}; allowed a file that ends in .txt")
     command = f"hysparse benchmark decode {shlex.join(argv)}".strip()
     report = StepReport(args.output, environment(args.device, command))
-    report.write({})  # a path that cannot be written must not be found out after the measuring
-    report.heading()
+    report.begin()
     rows: list[dict[str, Any]] = []
     parallel = next(iter(configs.values())).parallel
     device = runtime_device.start(Rank(0, 1, 0, 1), parallel)

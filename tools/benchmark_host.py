@@ -22,6 +22,7 @@ from pathlib import Path
 
 from hysparse_megatron.command import command, make_parser
 from hysparse_megatron.errors import ConfigError
+from hysparse_megatron.files import writing
 
 from . import benchmark_step
 from .step_benchmark.cases import make_cases
@@ -103,7 +104,8 @@ def main(argv: Sequence[str]) -> int:
         arguments += ["--output", str(log)]
         make_cases(parse(arguments))  # a mistake in the last must not cost the others
     if not options.dry_run:
-        options.output.mkdir(parents=True, exist_ok=True)
+        with writing(options.output, "--output"):
+            options.output.mkdir(parents=True, exist_ok=True)
     codes = []
     for arguments in commands:
         print(f"hysparse benchmark step {shlex.join(arguments)}", flush=True)

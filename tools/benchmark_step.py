@@ -45,8 +45,7 @@ def main(argv: Sequence[str]) -> int:
 def _report(options: Namespace, argv: Sequence[str]) -> StepReport:
     command = f"hysparse benchmark step {shlex.join(argv)}".strip()
     report = StepReport(options.output, environment(options.device, command))
-    report.write({})  # a path that cannot be written must not be found out after the measuring
-    report.heading()
+    report.begin()
     return report
 
 

@@ -29,6 +29,7 @@ from torch import Tensor
 from hysparse_megatron.command import command, make_parser
 from hysparse_megatron.config.frozen import load_frozen
 from hysparse_megatron.config.schema import Config, ParallelConfig
+from hysparse_megatron.files import require_writable, writing
 from hysparse_megatron.runtime.launcher import Rank
 from hysparse_megatron.runtime.quiet import quiet_libraries
 
@@ -44,13 +45,17 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--sequence", type=int, help="tokens; default: as in training")
     parser.add_argument("--train", nargs="*", metavar="OVERRIDE", help="train the run first")
     options = parser.parse_args(list(argv))
+    with writing(options.output, "output"):
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+    require_writable(options.output, "output")
     if options.train is not None:
         code = _train([*options.train, f"run_dir={options.run}"])
         if code:
             print(f"training failed with exit code {code}", file=sys.stderr)
             return code
     captured = capture(options.run, options.sequence)
-    captured.save(options.output)
+    with writing(options.output, "output"):
+        captured.save(options.output)
     print(f"{options.output}: {options.output.stat().st_size / 1e3:.0f} kB")
     print(json.dumps({k: v for k, v in captured.facts.items() if k != "statistics"}))
     for name, numbers in captured.facts["statistics"].items():

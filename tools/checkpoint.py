@@ -6,7 +6,8 @@
     hysparse checkpoint diff runs/first runs/second/checkpoints/step-00000150
     hysparse checkpoint prune runs/quickstart --keep 2 --keep-every 100 --dry-run
 
-A path is a run directory or one checkpoint; of a run, show and diff take the newest valid one.
+A path is a run directory or one checkpoint; of a run, show and diff take the newest valid one, and
+prune takes a run alone.
 Nothing is unpickled, so checkpoints of strangers can be looked at. Ends with 0, with 1 if diff
 finds a difference, or with 6 if a checkpoint is damaged or there is none.
 """
@@ -24,7 +25,7 @@ from typing import Any
 from hysparse_megatron.checkpoint import store
 from hysparse_megatron.command import command, make_parser
 from hysparse_megatron.config.frozen import CONFIG_FILE, load_frozen
-from hysparse_megatron.errors import CheckpointError
+from hysparse_megatron.errors import CheckpointError, ConfigError
 
 
 @command
@@ -38,24 +39,28 @@ def _parser() -> argparse.ArgumentParser:
     parser = make_parser("hysparse checkpoint", __doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, action: Any, text: str, paths: Sequence[str] = ("path",)) -> Any:
+    def add(name: str, action: Any, text: str, path: str, names: Sequence[str] = ("path",)) -> Any:
         made = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         made.set_defaults(action=action)
-        for path in paths:
-            made.add_argument(path, type=Path, help="run or step directory")
+        for name in names:
+            made.add_argument(name, type=Path, help=path)
         return made
 
-    listing = add("list", _list, "step, tokens, size, age and state of a run's checkpoints")
+    some = "run directory, or one checkpoint of it"
+    one = "step directory, or a run directory: its newest valid checkpoint"
+    listing = add("list", _list, "step, tokens, size, age and state of checkpoints", some)
     listing.add_argument("--content", action="store_true", help="hash files, not only their sizes")
-    add("verify", _verify, "compare every file with its hash; names the damaged ones")
-    showing = add("show", _show, "manifest and tensors of a checkpoint")
+    add("verify", _verify, "compare every file with its hash; names the damaged ones", some)
+    showing = add("show", _show, "manifest and tensors of a checkpoint", one)
     showing.add_argument("--all", action="store_true", help="tensors of the optimizer too")
-    difference = add("diff", _diff, "what differs between two checkpoints", ("first", "second"))
+    both = ("first", "second")
+    difference = add("diff", _diff, "what differs between two checkpoints", one, both)
     difference.add_argument("--all", action="store_true", help="tensors of the optimizer too")
     pruning = add(
         "prune",
         _prune,
         "delete what the rules do not keep; never the newest valid, nor proven, one",
+        "run directory",
     )
     pruning.add_argument("--keep", type=_count, metavar="N", help="newest to keep; 0 keeps all")
     pruning.add_argument("--keep-every", type=_count, metavar="STEPS", help="and multiples of it")
@@ -81,14 +86,16 @@ def _list(args: argparse.Namespace) -> int:
     found = _of_run(args.path)
     print(f"{'step':>10}{'tokens':>18}{'size':>12}{'age':>10}  state")
     for directory in found:
+        tokens = size = age = "?"
         problems = store.problems_of(directory, content=args.content)
-        manifest = {} if problems else store.read_manifest(directory)
-        files = [path for path in directory.rglob("*") if path.is_file()]
-        size = _size(sum(path.stat().st_size for path in files))
-        age = _age(time.time() - directory.stat().st_mtime)
-        tokens = f"{manifest['tokens']:,}" if "tokens" in manifest else "?"
-        checked = "valid" if args.content else "complete"
-        state = "; ".join(problems) or checked
+        try:
+            age = _age(time.time() - directory.stat().st_mtime)
+            size = _size(store.size_of(directory))
+            manifest = {} if problems else store.read_manifest(directory)
+            tokens = f"{manifest['tokens']:,}" if "tokens" in manifest else "?"
+        except (CheckpointError, OSError) as error:  # such as one that is deleted meanwhile
+            problems = problems or [str(error)]
+        state = "; ".join(problems) or ("valid" if args.content else "complete")
         print(f"{store.step_of(directory):>10}{tokens:>18}{size:>12}{age:>10}  {state}")
     return 0
 
@@ -154,10 +161,12 @@ def _tensors(directory: Path, with_optimizer: bool) -> dict[str, dict[str, Any]]
 
 
 def _prune(args: argparse.Namespace) -> int:
+    if store.is_checkpoint(args.path):
+        raise ConfigError(f"prune: got one checkpoint, {args.path}; allowed a run directory")
     checkpoints = args.path / "checkpoints"
     newest, rejected = store.latest_checkpoint(checkpoints)
     if newest is None:
-        raise store.nothing_at(args.path)
+        raise store.nothing_at(args.path, "a run directory")
     for problem in rejected:
         print(f"damaged, and left as it is: {problem}")
     keep, keep_every = args.keep, args.keep_every

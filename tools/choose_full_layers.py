@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from hysparse_megatron.architecture.layout import parse_layout
 from hysparse_megatron.command import command, make_parser, positive
 from hysparse_megatron.errors import ConfigError
-from hysparse_megatron.files import require_writable
+from hysparse_megatron.files import require_writable, writing
 from hysparse_megatron.runtime.launcher import rank_from_environment
 from hysparse_megatron.runtime.quiet import quiet_libraries
 
@@ -61,7 +61,8 @@ def main(argv: Sequence[str]) -> int:
             "--batch-size or --length, or split the model with torchrun"
         ) from error
     if rank.rank == 0 and args.json is not None:
-        args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        with writing(args.json, "--json"):
+            args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

@@ -29,6 +29,7 @@ from typing import Any
 
 from hysparse_megatron.command import command, make_parser
 from hysparse_megatron.config.schema import VALIDATION
+from hysparse_megatron.files import require_writable, writing
 from hysparse_megatron.tracking.metrics import evaluation_of, results
 
 from .charts import Line, line_chart
@@ -61,6 +62,7 @@ class Difference:
 def main(argv: Sequence[str]) -> int:
     """Do what `argv` says, the command line without the program's name."""
     given = _parse(argv)
+    require_writable(given.output, "--output")
     runs = [load_run(path) for path in given.runs]
     differences = [compare(runs[0], other) for other in runs[1:]]
     print("\n".join(_table(runs, differences)))
@@ -70,7 +72,8 @@ def main(argv: Sequence[str]) -> int:
         if given.within is not None:
             print(f"  {_nearness(difference, given.within)}")
     if given.output is not None:
-        _draw(runs, differences, given.output)
+        with writing(given.output, "--output"):
+            _draw(runs, differences, given.output)
         print(f"\ndrawn: {given.output}")
     if given.within is not None:
         return 0 if all(found.is_within(given.within) for found in differences) else 1

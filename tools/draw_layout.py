@@ -14,7 +14,7 @@ from xml.sax.saxutils import escape
 from hysparse_megatron.architecture.layers import LayerKind
 from hysparse_megatron.architecture.layout import Layout, parse_layout
 from hysparse_megatron.command import command, make_parser
-from hysparse_megatron.files import require_writable
+from hysparse_megatron.files import require_writable, writing
 
 COLUMN, HEIGHT, TOP, LEFT = 84, 330, 92, 24
 COLORS = {LayerKind.FULL: "#d9480f", LayerKind.SPARSE: "#1971c2", LayerKind.WINDOW: "#2b8a3e"}
@@ -105,7 +105,8 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(list(argv))
     layout = parse_layout(args.layout)
     require_writable(args.output, "FILE.svg")
-    args.output.write_text(draw(layout))
+    with writing(args.output, "FILE.svg"):
+        args.output.write_text(draw(layout))
     return 0
 
 

@@ -33,7 +33,7 @@ from hysparse_megatron.config.schema import TrainConfig
 from hysparse_megatron.evaluation.progress import Progress
 from hysparse_megatron.evaluation.scores import Score, ask, require_room
 from hysparse_megatron.evaluation.tasks import TASKS
-from hysparse_megatron.files import require_writable
+from hysparse_megatron.files import require_writable, writing
 from hysparse_megatron.runtime.launcher import rank_from_environment
 from hysparse_megatron.runtime.quiet import quiet_libraries
 
@@ -60,7 +60,8 @@ def main(argv: Sequence[str]) -> int:
     with loaded_run(rank, config, args.run_dir, args.checkpoint) as loaded:
         results = _evaluate(args, loaded, is_first=rank.rank == 0)
     if rank.rank == 0 and args.json is not None:
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
+        with writing(args.json, "--json"):
+            args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

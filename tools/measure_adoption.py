@@ -37,7 +37,7 @@ from hysparse_megatron.config.compose import compose
 from hysparse_megatron.config.frozen import CONFIG_FILE, freeze, load_frozen
 from hysparse_megatron.config.schema import Config, Schedule
 from hysparse_megatron.errors import ConfigError
-from hysparse_megatron.files import require_writable
+from hysparse_megatron.files import require_writable, writing
 from hysparse_megatron.packages import require_package
 from hysparse_megatron.runtime.quiet import quiet_libraries
 from hysparse_megatron.tracking.metrics import read_metrics
@@ -65,7 +65,8 @@ def main(argv: Sequence[str]) -> int:
                 rows.append(_measure(args, seed, folder / f"seed-{seed}"))
                 if args.output is not None:  # after each: the next one may fail
                     content = json.dumps({"settings": settings, "seeds": rows}, indent=1)
-                    args.output.write_text(content + "\n", encoding="utf-8")
+                    with writing(args.output, "--output"):
+                        args.output.write_text(content + "\n", encoding="utf-8")
     except subprocess.CalledProcessError as error:
         print(f"ended with exit code {error.returncode}: {error.cmd}", file=sys.stderr)
         return error.returncode
@@ -131,7 +132,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _measure(args: argparse.Namespace, seed: int, folder: Path) -> dict[str, Any]:
-    folder.mkdir(parents=True)
+    with writing(folder, "--folder"):
+        folder.mkdir(parents=True)
     original = _train_original(args, seed, folder / "original")
     chosen = args.layout or _choose(args, original, folder)
     full = _adopt(args, original, folder / "full-start", f"{args.layers}*F")

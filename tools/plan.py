@@ -19,6 +19,7 @@ from hysparse_megatron.command import command, positive
 from hysparse_megatron.config.cli import arguments_of, load, settings_parser
 from hysparse_megatron.config.schema import Config
 from hysparse_megatron.errors import ConfigError
+from hysparse_megatron.files import require_writable, writing
 from hysparse_megatron.plan.picture import draw
 from hysparse_megatron.plan.ranks import num_ranks
 from hysparse_megatron.plan.report import as_text, as_values
@@ -35,10 +36,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--gpus", type=positive, metavar="N", help=text)
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--suggest", type=positive, metavar="N", help="N plans, best first")
-    parser.add_argument("--plot", metavar="FILE.svg", help="also draw the plan")
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="also draw the plan")
     args = parser.parse_intermixed_args(list(argv))
     if args.suggest and args.plot:
         raise ConfigError("--plot draws one plan: give it with the settings of a suggested one")
+    require_writable(args.plot, "--plot")
     return _print_plan(load(arguments_of(args)), args)
 
 
@@ -58,10 +60,8 @@ def _print_plan(config: Config, args: argparse.Namespace) -> int:
     overview = overview_of(config, gpus)
     print(json.dumps(as_values(overview)) if args.json else as_text(overview))
     if args.plot:
-        try:
-            Path(args.plot).write_text(draw(overview))
-        except OSError as error:
-            raise ConfigError(f"--plot: cannot write {args.plot} ({error.strerror})") from error
+        with writing(args.plot, "--plot"):
+            args.plot.write_text(draw(overview))
     return 0
 
 

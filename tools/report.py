@@ -20,7 +20,7 @@ from pathlib import Path
 import yaml  # type: ignore[import-untyped]
 
 from hysparse_megatron.command import command, make_parser
-from hysparse_megatron.errors import ConfigError
+from hysparse_megatron.files import require_writable, writing
 from hysparse_megatron.tracking.selections import read_selections
 
 from .charts import Line, Marks, Selection, line_chart, selection_chart
@@ -54,10 +54,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: RUN/report.html")
     args = parser.parse_args(list(argv))
     path = args.output or args.run / "report.html"
-    try:
-        write_report(load_run(args.run), path)
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}") from error
+    run = load_run(args.run)
+    require_writable(path, "--output")
+    with writing(path, "--output"):
+        write_report(run, path)
     print(path)
     return 0
 

@@ -95,9 +95,9 @@ def load_run(path: Path) -> RunData:
     metrics = path / "metrics.jsonl"
     if not metrics.is_file():
         raise ConfigError(f"{path} is no run directory: it has no metrics.jsonl")
-    rows = read_metrics(metrics)
     checkpoints = reversed(store.published(path / "checkpoints"))
     try:
+        rows = read_metrics(metrics)
         config = yaml.safe_load((path / CONFIG_FILE).read_text())
         record = read_record(path)
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -130,9 +130,8 @@ def _checkpoint(directory: Path) -> Checkpoint:
         manifest = store.read_manifest(directory)
     except CheckpointError as error:
         problems = problems or [str(error)]
-    files = [file for file in directory.rglob("*") if file.is_file()]
-    size = sum(file.stat().st_size for file in files)
-    return Checkpoint(store.step_of(directory), size, manifest, "; ".join(problems) or None)
+    step, size = store.step_of(directory), store.size_of(directory)
+    return Checkpoint(step, size, manifest, "; ".join(problems) or None)
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

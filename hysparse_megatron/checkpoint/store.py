@@ -123,9 +123,13 @@ def to_continue(checkpoints: Path, step: int | None) -> Path | None:
 def problems_of(directory: Path, content: bool = True) -> list[str]:
     """What is wrong with a checkpoint directory.
 
-    A missing or odd manifest, a name of another step, missing or truncated files or links to
-    elsewhere and, with `content`, files whose hash is another than the manifest says.
+    A link to nowhere, a missing or odd manifest, a name of another step, missing or truncated files
+    or links to elsewhere and, with `content`, files whose hash is another than the manifest says.
     """
+    try:
+        directory.stat()
+    except OSError as error:
+        return [f"{directory} cannot be read: {error.strerror}{_linked(directory)}"]
     try:
         files = read_manifest(directory)["files"]
         home = directory.resolve()
@@ -147,6 +151,19 @@ def problems_of(directory: Path, content: bool = True) -> list[str]:
         digests = {name: entry["sha256"] for name, entry in files.items()}
         problems = changed_files(directory, digests)
     return problems
+
+
+def _linked(directory: Path) -> str:
+    return f" (a link to {directory.readlink()})" if directory.is_symlink() else ""
+
+
+def size_of(directory: Path) -> int:
+    """Bytes of all files, without those that cannot be read or go away meanwhile."""
+    size = 0
+    for path in directory.rglob("*"):
+        with contextlib.suppress(OSError):
+            size += path.stat().st_size if path.is_file() else 0
+    return size
 
 
 def changed_files(directory: Path, digests: dict[str, str]) -> list[str]:
@@ -217,11 +234,9 @@ def meant(run_dir: Path, text: str) -> tuple[Path, int | None]:
     return (run_dir, int(text)) if text.isdecimal() else (Path(text), None)
 
 
-def nothing_at(path: Path) -> CheckpointError:
-    """The error for a path with no checkpoint at all."""
-    return CheckpointError(
-        f"no valid checkpoint at {path}; name a step directory or a run directory"
-    )
+def nothing_at(path: Path, allowed: str = "a step directory or a run directory") -> CheckpointError:
+    """The error for a path with no checkpoint at all, with what could have been named."""
+    return CheckpointError(f"no valid checkpoint at {path}; name {allowed}")
 
 
 def set_aside(checkpoints: Path, after: int) -> list[Path]:

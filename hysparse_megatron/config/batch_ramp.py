@@ -32,7 +32,13 @@ class BatchRamp:
     def samples_of(self, steps: int, place: int, global_batch_size: int) -> int:
         """How many samples `steps` steps take that begin after `place` samples of the order."""
         first = place
+        rises = (global_batch_size - self.start) // self.increment
         while steps > 0 and place < self.samples:
-            place += self.size_at(place, global_batch_size)
-            steps -= 1
+            size = self.size_at(place, global_batch_size)
+            # All steps of this size at once: a rise comes at the first place of its part or later.
+            part = place * rises // self.samples
+            end = -(-(part + 1) * self.samples // rises)
+            taken = min(steps, -(-(end - place) // size))
+            place += taken * size
+            steps -= taken
         return place - first + steps * global_batch_size

@@ -4,6 +4,7 @@ Only the composing is Hydra's: it makes no output directory, changes no working 
 up no logging. One process composes; the others read what `freeze` wrote.
 """
 
+import contextlib
 import copy
 from collections.abc import Sequence
 from functools import cache
@@ -77,7 +78,8 @@ def compose(overrides: Sequence[str]) -> Config:
     path = search_path(folders, config_directory())
     overrides = [_named(_quoted(_without_plus(override))) for override in overrides]
     with initialize_config_dir(config_dir=str(config_directory()), version_base="1.3"):
-        problems = [problem for override in overrides if (problem := _hydra_setting(override))]
+        refused = [_hydra_setting(override) or _bare_list(override) for override in overrides]
+        problems = [problem for problem in refused if problem]
         try:
             tree = _compose_tree(path, overrides)
         except _COMPOSE_ERRORS as error:
@@ -174,6 +176,19 @@ def _hydra_setting(override: str) -> Problem | None:
     key = _key(override)
     if key.startswith(("hydra.", "hydra/")):
         return Problem(key, "a setting of Hydra itself", "settings of the run, such as run_dir")
+    return None
+
+
+def _bare_list(override: str) -> Problem | None:
+    """A text with commas and no quotes is a list to Hydra, which would write that as a text."""
+    key, value = _key(override), override.partition("=")[2]
+    if type_of(key) not in (str, str | None):
+        return None
+    with contextlib.suppress(HydraException):
+        (parsed,) = OverridesParser.create().parse_overrides([override])
+        if parsed.is_sweep_override():
+            allowed = f"one text; quoted twice if it has commas: \"{key}='{value}'\""
+            return Problem(key, value, allowed)
     return None
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+LARGEST_STEP = 10**9
+"""So that places in the order of the samples are numbers of 64 bits with any batch size."""
+
 
 @dataclass(frozen=True)
 class Skips:
@@ -27,6 +30,8 @@ class Skips:
             if len(ends) > 2 or not all(end.isdecimal() for end in ends):
                 raise ValueError(f"{part!r}: expected a step, or two like 100-110")
             found = (int(ends[0]), int(ends[-1]))
+            if found[1] > LARGEST_STEP:
+                raise ValueError(f"{part!r}: no run has more than {LARGEST_STEP:,} steps")
             if found[0] > found[1]:
                 raise ValueError(f"{part!r}: the first step comes after the last")
             if ranges and found[0] <= ranges[-1][1]:
@@ -42,9 +47,12 @@ class Skips:
             step += last - first + 1
         return step
 
-    def name(self, step: int) -> bool:
-        """Whether the samples of `step` are left out."""
-        return any(first <= step <= last for first, last in self.ranges)
+    def end(self, step: int) -> int:
+        """The first step from `step` on whose samples are not left out."""
+        for first, last in self.ranges:
+            if first <= step <= last:
+                step = last + 1
+        return step
 
     def num_before(self, step: int) -> int:
         """How many of the steps before `step` they name."""

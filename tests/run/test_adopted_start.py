@@ -170,6 +170,7 @@ def test_weights_in_bf16_are_trained_and_read_so(original: Path, tmp_path: Path)
         ("4*W", ["--count", "5"], 2, "--count: got 5; allowed at most the 4 layers"),
         ("4*W", ["--count", "2", "--data", "no/such/text"], 5, "no/such/text"),
         ("4*W", ["--count", "2", "--json", "no/such/folder/x"], 2, "--json: cannot write"),
+        ("4*W", ["--count", "2", "--json", "/dev/full"], 6, "--json: cannot write /dev/full"),
     ],
 )
 def test_mistakes(

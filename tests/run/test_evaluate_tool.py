@@ -103,6 +103,7 @@ def evaluate_config(run_dir: Path):
         (["--samples", "4"], 2, "--samples changes nothing of loss"),
         (["--lengths", "0"], 2, "allowed a whole number from 1"),
         (["--json", "/dev/null/x"], 2, "cannot write"),
+        (["--json", "/dev/full"], 6, "--json: cannot write /dev/full (No space left on device)"),
         (["--checkpoint", "77"], 6, "77"),
     ],
 )

@@ -9,6 +9,7 @@ from hysparse_kernels.benchmarking.report import Report
 from hysparse_kernels.benchmarking.targets import Target
 
 from hysparse_megatron.errors import ConfigError
+from hysparse_megatron.files import writing
 from hysparse_megatron.plan.memory import GIB
 
 from .rows import Row
@@ -42,12 +43,18 @@ class StepReport(Report):
         )
         self.log(_TIMES)
 
-    def write(self, content: dict[str, Any], targets: Sequence[Target] = ()) -> None:
-        """Both files. Raises ConfigError where they cannot be written."""
+    def begin(self) -> None:
+        """What runs where. Raises ConfigError before the measuring where nothing can be written."""
         try:
-            super().write(content, targets)
+            super().write({})
         except OSError as error:
             raise ConfigError(f"--output: cannot write {self.path} ({error.strerror})") from error
+        self.heading()
+
+    def write(self, content: dict[str, Any], targets: Sequence[Target] = ()) -> None:
+        """Both files. Raises OutputError where they cannot be written any more."""
+        with writing(self.path, "--output"):
+            super().write(content, targets)
 
     def write_rows(self, rows: Sequence[Row], targets: Sequence[Target]) -> None:
         """Both files of a comparison."""

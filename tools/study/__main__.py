@@ -24,6 +24,7 @@ from pathlib import Path
 
 from hysparse_megatron.command import CommandParser, command, make_parser, positive
 from hysparse_megatron.errors import ConfigError
+from hysparse_megatron.files import writing
 
 
 @command
@@ -89,6 +90,9 @@ def _run(args: argparse.Namespace) -> None:
         jobs=args.jobs,
         deadline=deadline,
     )
+    for option, folder in (("--results", place.results), ("--work", place.work)):
+        with writing(folder, option):  # found out before the training
+            folder.mkdir(parents=True, exist_ok=True)
     for run in run_portion(study, place, wanted):
         print(f"not finished: {run.name}")
     _table(args)

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 import yaml
 
 from hysparse_megatron.errors import ConfigError, DataError
+from hysparse_megatron.files import writing
 
 CARD = "card.json"
 _UNREAD_TAGS = frozenset({"script", "style", "nav", "head", "footer"})
@@ -209,21 +210,24 @@ class _Parts:
         if self._writer is None:
             number = "" if self._part_bytes is None else f"-{len(self.paths):03d}"
             path = self._folder / f"{self._stem}{number}.jsonl.zst"
-            self._file = path.open("wb")
+            with writing(path, "--output"):
+                self._file = path.open("wb")
             names = zstd.CompressionParameter
             options: dict[int, int] = {names.compression_level: _LEVEL, names.window_log: 27}
             options[names.enable_long_distance_matching] = 1
             self._writer = zstd.ZstdFile(self._file, "wb", options=options)
             self.paths.append(path)
-        self._writer.write(json.dumps({"text": text}).encode() + b"\n")
+        with writing(self.paths[-1], "--output"):
+            self._writer.write(json.dumps({"text": text}).encode() + b"\n")
         assert self._file is not None
         if self._part_bytes is not None and self._file.tell() > self._part_bytes:
             self.close()
 
     def close(self) -> None:
         if self._writer is not None and self._file is not None:
-            self._writer.close()
-            self._file.close()
+            with writing(self.paths[-1], "--output"):
+                self._writer.close()
+                self._file.close()
         self._writer = None
 
 
@@ -234,7 +238,8 @@ def write_corpus(
 
     Documents of the training split are dealt out over the parts in an order that mixes sources.
     """
-    output.mkdir(parents=True)
+    with writing(output, "--output"):
+        output.mkdir(parents=True)
     seen: set[bytes] = set()
     left_out: Counter[str] = Counter()
     counts: dict[tuple[str, str], _Counts] = {}
@@ -266,7 +271,8 @@ def write_corpus(
     card = {"train_characters": written} | _card(
         recipe, counts, left_out, _paths(parts, held_out.values())
     )
-    (output / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    with writing(output / CARD, "--output"):
+        (output / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
     return card
 
 

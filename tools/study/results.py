@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from hysparse_megatron.errors import ConfigError
+from hysparse_megatron.files import write_whole, writing
 
 from .plan import Run
 
@@ -60,10 +60,9 @@ def read_result(results: Path, run: Run, fingerprint: str | None = None) -> Resu
 
 def write_result(results: Path, run: Run, result: Result) -> None:
     """Write it whole or not at all."""
-    results.mkdir(parents=True, exist_ok=True)
-    temporary = path_of(results, run).with_suffix(".tmp")
-    temporary.write_text(json.dumps(asdict(result)) + "\n", encoding="utf-8")
-    os.replace(temporary, path_of(results, run))
+    with writing(results, "--results"):
+        results.mkdir(parents=True, exist_ok=True)
+        write_whole(path_of(results, run), json.dumps(asdict(result)) + "\n")
 
 
 def thinned(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

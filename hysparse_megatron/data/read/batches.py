@@ -114,13 +114,15 @@ class BatchSource:
 
     def _begin(self, position: Position) -> Position:
         """`position` after the steps that are left out there."""
-        while self._skips.name(position.steps):
-            position = dataclasses.replace(
-                position,
-                left_out=position.left_out + self._size(position),
-                steps=position.steps + 1,
-            )
-        return position
+        end = self._skips.end(position.steps)
+        left_out = self._samples_of(end - position.steps, position.place)
+        return dataclasses.replace(position, left_out=position.left_out + left_out, steps=end)
+
+    def _samples_of(self, steps: int, place: int) -> int:
+        """How many samples of the order so many steps take from `place` on."""
+        if self._ramp is None:
+            return steps * self._global_batch_size
+        return self._ramp.samples_of(steps, place, self._global_batch_size)
 
     def after(self, position: Position) -> Position:
         """Where a run stands after the step at `position`."""

@@ -7,6 +7,7 @@ from hysparse_megatron.architecture.model import Backend, Balancing, Fp8, Layers
 from hysparse_megatron.architecture.rope import RopeScalingConfig, RopeType
 from hysparse_megatron.config.debug import ProfileConfig
 from hysparse_megatron.config.schema import (
+    GuardConfig,
     MuonConfig,
     OptimizerName,
     Precision,
@@ -104,6 +105,13 @@ BAD: list[tuple[dict[str, Any], str, str, str]] = [
     ({"data.blend": "1 .", "data.path": "."}, "data.path", ".", "null with data.blend"),
     ({"data.blend": "1 .", "data.tokenizer": "."}, "data.tokenizer", ".", "null with data.blend"),
     ({"data.blend": "1 .; 2 nowhere"}, "data.blend", "nowhere", "hysparse prepare-data"),
+    (
+        {"train.guard": GuardConfig(spike_window=10**20)},
+        "train.guard.spike_window",
+        "1000",
+        "at most 100000",
+    ),
+    ({"data.skip_steps": f"0-{10**20}"}, "data.skip_steps", "0-1000", "no run has more than"),
     ({"data.skip_steps": "9-3"}, "data.skip_steps", "9-3", "comes after the last"),
     (
         {**FP8, **parts(RecomputeModule.norm)},

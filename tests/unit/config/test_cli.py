@@ -8,6 +8,7 @@ from hysparse_megatron.config.cli import Arguments, load, parse_arguments
 from hysparse_megatron.config.compose import compose
 from hysparse_megatron.config.frozen import freeze
 from hysparse_megatron.errors import ConfigError
+from hysparse_megatron.run_record import other_run_warnings
 
 
 def test_overrides_and_flags_in_any_order() -> None:
@@ -22,6 +23,26 @@ def test_a_frozen_file(tmp_path: Path) -> None:
     freeze(config, tmp_path)
     assert load(parse_arguments(["--config", str(tmp_path / "config.yaml")])) == config
     assert load(parse_arguments(["train.steps=3"])) == config
+
+
+def test_a_file_in_a_run_directory_that_names_another_is_warned_of(tmp_path: Path) -> None:
+    config = compose([f"run_dir={tmp_path / 'first'}"])
+    (tmp_path / "first").mkdir()
+    freeze(config, tmp_path / "first")
+
+    def warnings(folder: str) -> list[str]:
+        arguments = parse_arguments(["--config", str(tmp_path / folder / "config.yaml")])
+        return other_run_warnings(arguments.config_file, load(arguments).run_path)
+
+    assert warnings("first") == []
+    (tmp_path / "first" / "run.json").touch()
+    assert warnings("first") == []
+    (tmp_path / "first").rename(tmp_path / "moved")
+    (told,) = warnings("moved")
+    assert f"names another, run_dir={tmp_path / 'first'}: the run in {tmp_path / 'moved'} " in told
+    (tmp_path / "first").symlink_to("moved")
+    assert warnings("moved") == []
+    assert other_run_warnings(None, config.run_path) == []
 
 
 @pytest.mark.parametrize(

@@ -187,6 +187,40 @@ def test_a_run_without_the_skipped_steps_has_the_same_other_batches(seed: int) -
     assert left == {step: ids for step, ids in plain.items() if step not in skipped}
 
 
+def test_ranges_are_jumped_over_as_if_step_by_step(rng: random.Random) -> None:
+    samples: Any = SimpleNamespace(sample_ids=lambda places, **fixed: places)
+    for _ in range(200):
+        numbers = sorted(rng.sample(range(120), 2 * rng.randint(0, 4)))
+        ranges = list(zip(numbers[::2], numbers[1::2], strict=True))
+        final = 2 + 2 * rng.randint(1, 8)
+        ramp = rng.choice([None, BatchRamp(2, 2, rng.randint(1, 300))])
+        source = BatchSource(
+            samples, seed=0, fingerprint="", global_batch_size=final, micro_batch_size=1, ramp=ramp,
+            skips=Skips.parse(",".join(f"{first}-{last}" for first, last in ranges)),
+        )  # fmt: skip
+        steps, place = rng.randint(0, 100), rng.randint(0, 400)
+        position = Position(place, 3, steps)
+        walked, step = position.place, steps
+        while any(first <= step <= last for first, last in ranges):
+            walked += ramp.size_at(walked, final) if ramp else final
+            step += 1
+        ids = source.sample_ids(position)
+        assert ids[0] == walked
+        assert source.after(position) == Position(place + len(ids), walked - place, step + 1)
+
+
+@pytest.mark.parametrize("ramp", [None, BatchRamp(2, 2, 10**15)])
+def test_a_huge_range_takes_no_time(ramp: BatchRamp | None) -> None:
+    samples: Any = SimpleNamespace(sample_ids=lambda places, **fixed: places)
+    source = BatchSource(
+        samples, seed=0, fingerprint="", global_batch_size=8, micro_batch_size=1, ramp=ramp,
+        skips=Skips.parse(f"0-{10**9 - 1}"),
+    )  # fmt: skip
+    begin = 10**9 * (2 if ramp else 8)
+    assert source.sample_ids(Position())[0] == begin
+    assert source.after(Position()).steps == 10**9 + 1
+
+
 def test_an_evaluation_reads_every_dataset_and_nothing_twice(tmp_path: Path) -> None:
     samples = blended(tmp_path)  # 20, 8 and 3 samples at weights 2, 1, 1
     assert samples.num_held_out == 12  # a quarter of them are the third dataset's 3

@@ -1,6 +1,7 @@
 """`python -m tools.checkpoint`: list, verify, show, diff, prune."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -107,6 +108,35 @@ def test_verify_names_the_damaged_file(run_dir: Path, call: Call) -> None:
     assert output.count("valid") == 4
     assert main(["verify", str(path.parent)]) == 6
     assert main(["verify", str(path.parents[1] / "step-00000016")]) == 0
+
+
+@pytest.mark.parametrize("target", ["/gone", "step-00000012", "a_file"])
+def test_what_cannot_be_read_hides_no_other(run_dir: Path, call: Call, target: str) -> None:
+    checkpoints = run_dir / "checkpoints"
+    (checkpoints / "a_file").touch()
+    shutil.rmtree(checkpoints / "step-00000012")
+    link = checkpoints / "step-00000012"
+    link.symlink_to(target)
+    _, *lines = call(main, ["list", str(run_dir)]).out.splitlines()
+    assert [int(line.split()[0]) for line in lines] == [20, 16, 12, 8, 4]
+    told = "/manifest.json: there is none" if target == "a_file" else " cannot be read: "
+    assert f"{link}{told}" in lines[2]
+    assert call(main, ["list", str(link)]).out.splitlines()[1] == lines[2]
+    for command in ("verify", "show"):
+        done = call(main, [command, str(link)], code=6)
+        assert f"{link}{told}" in done.out + done.err
+    call(main, ["prune", str(run_dir), "--keep", "1", "--keep-every", "0"])
+    assert link.is_symlink()
+    assert (checkpoints / "step-00000020").is_dir()
+
+
+def test_each_command_says_what_it_takes(run_dir: Path, call: Call) -> None:
+    one = str(run_dir / "checkpoints" / "step-00000016")
+    done = call(main, ["prune", one], code=2)
+    assert f"prune: got one checkpoint, {one}; allowed a run directory" in done.err
+    done = call(main, ["prune", str(run_dir / "nowhere")], code=6)
+    assert done.err.endswith("nowhere; name a run directory\n")
+    assert "step directory" in call(main, ["list", str(run_dir / "nowhere")], code=6).err
 
 
 def test_show(run_dir: Path, capsys: Capture) -> None:
