@@ -32,13 +32,6 @@ def at_least(smallest: int, default: Any = MISSING, *, most: int = LARGEST) -> A
     return field(default=default, metadata={_KEY: bound})
 
 
-def between(smallest: int, largest: int, default: Any = MISSING) -> Any:
-    """A field for numbers from `smallest` to `largest`."""
-    allowed = f"at least {smallest} and at most {largest}"
-    bound = Bound(lambda value: smallest <= value <= largest, allowed)
-    return field(default=default, metadata={_KEY: bound})
-
-
 def above_zero(default: Any = MISSING) -> Any:
     """A field for positive, finite numbers; null passes where the type allows it."""
     return field(default=default, metadata={_KEY: _ABOVE_ZERO})

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
-from hysparse_megatron.architecture.bounds import above_zero, at_least, between, fraction
+from hysparse_megatron.architecture.bounds import above_zero, at_least, fraction
 from hysparse_megatron.architecture.model import ModelConfig
 from hysparse_megatron.config.batch_ramp import BatchRamp
 from hysparse_megatron.config.cluster import ClusterConfig
@@ -169,7 +169,7 @@ class GuardConfig:
     max_bad_steps: int = at_least(1, default=5)
     """Bad steps in a row (a loss or gradient that is not finite, or a spike) that stop the run with
     exit code 4: it will not recover by itself."""
-    spike_window: int = between(0, 100_000, default=64)
+    spike_window: int = at_least(0, default=64, most=100_000)
     """Good steps whose median a step is compared with, once there are so many; 0 finds no spikes,
     only what is not finite."""
     loss_spike: float = above_zero(default=3.0)
