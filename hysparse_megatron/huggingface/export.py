@@ -95,9 +95,8 @@ def export(request: Request, folder: Path, log: Log) -> None:
         # What begins a document, for `generate` without a prompt, is the end of the one before.
         generation: dict[str, Any] = dict.fromkeys(("bos", "eos", "pad"), end)
         generation = {f"{name}_token_id": number for name, number in generation.items()}
-        if ids < rows:
-            # Of the model alone: no token of the tokenizer's.
-            generation["suppress_tokens"] = list(range(ids, rows))
+        if no_tokens := tokenizer_files.ids_without_token(tokenizer, rows):
+            generation["suppress_tokens"] = no_tokens
         tokenizer_files.write_object(target / "generation_config.json", generation)
         for name in CODE:
             shutil.copyfile(Path(__file__).with_name(name), target / name)

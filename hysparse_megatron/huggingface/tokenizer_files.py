@@ -76,6 +76,12 @@ def check_vocabulary(
     return count
 
 
+def ids_without_token(path: Path, rows: int) -> list[int]:
+    """Those of an embedding of `rows` that the tokenizer lacks: beyond its own, or between them."""
+    known = set(Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True).values())
+    return [number for number in range(rows) if number not in known]
+
+
 def copy_tokenizer(path: Path, folder: Path) -> None:
     """Copy a `tokenizer.json`, and what was published with it."""
     shutil.copyfile(path, folder / TOKENIZER_NAME)

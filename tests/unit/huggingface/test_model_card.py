@@ -10,6 +10,7 @@ import yaml
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from hysparse_megatron.config.frozen import load_frozen
+from hysparse_megatron.data.tokenizer import load_tokenizer
 from hysparse_megatron.huggingface.model_card import model_card
 from tests.unit.huggingface.exports import IDS, load, random_run
 from tools import prepare_data
@@ -107,3 +108,17 @@ def test_generation_needs_no_prompt(exported: Path) -> None:
     made = load(exported).generate(max_new_tokens=3, min_new_tokens=3)
     assert made.shape == (1, 4)
     assert made[0, 0] == IDS - 1
+
+
+def test_ids_without_a_token_are_suppressed(tmp_path: Path) -> None:
+    """Between those of the tokenizer too."""
+    run = random_run(tmp_path / "run", "model.vocab_size=262", "model.layout=F")
+    path = run / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["added_tokens"][0]["id"] = content["model"]["vocab"]["<|endoftext|>"] = 259
+    path.write_text(json.dumps(content))
+    folder = tmp_path / "out"
+    assert main(["export", "--run-dir", str(run), "--tokenizer", str(path), str(folder)]) == 0
+    generation = GenerationConfig.from_pretrained(folder)
+    assert generation.suppress_tokens == [256, 257, 258, 260, 261]
+    assert load_tokenizer(str(path)).holes == {256, 257, 258}
