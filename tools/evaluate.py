@@ -190,7 +190,8 @@ def _scores(
     def continue_all(prompts: Sequence[str], max_new_tokens: int) -> list[str]:
         ids = [tokenizer.encode(prompt) for prompt in prompts]
         ends = frozenset({tokenizer.end_of_document})
-        made = generate(loaded, ids, Settings(max_new_tokens, stop_tokens=ends))
+        settings = Settings(max_new_tokens, stop_tokens=ends, holes=tokenizer.holes)
+        made = generate(loaded, ids, settings)
         return [tokenizer.decode(tokens) for tokens in made.tokens]
 
     for name in names:

@@ -171,6 +171,7 @@ def _generate(
         max_new_tokens=args.max_new_tokens,
         sampling=Sampling(args.temperature, args.top_p, args.seed),
         stop_tokens=frozenset() if args.ignore_end else frozenset({tokenizer.end_of_document}),
+        holes=tokenizer.holes,
         prefill_chunk=args.prefill_chunk,
         cache_dtype=CacheDtype(args.cache_dtype),
     )

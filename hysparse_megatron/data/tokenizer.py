@@ -65,6 +65,11 @@ class Encoder(abc.ABC):
     end_of_document: int
     end_name: str
 
+    @property
+    def holes(self) -> frozenset[int]:
+        """Ids below `vocab_size` that are no token."""
+        return frozenset()
+
     @abc.abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text, integers [num_tokens], on all cores, without end-of-document."""
@@ -93,6 +98,12 @@ class TextTokenizer(Encoder):
         self.end_of_document: int = token_id
         self.end_name = end_of_document
         self.vocab_size: int = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def holes(self) -> frozenset[int]:
+        """See `Encoder`."""
+        known = self._tokenizer.get_vocab(with_added_tokens=True).values()
+        return frozenset(range(self.vocab_size)).difference(known)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """See `Encoder`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -73,8 +74,9 @@ def export(request: Request, folder: Path, log: Log) -> None:
     ids = tokenizer_files.check_vocabulary(tokenizer, fitting, log, identity.get("vocab_size"))
     # Without the rows that fill the embedding up to a round number, which no loss has seen.
     rows = request.config.model.vocab_size or ids
-    described = _description(request, rows, index[EMBEDDING]["dtype"])
     weights = model_weights(request.config.model, rows)
+    types = {weight.name: _dtype(request, weight, index) for weight in weights}
+    described = _description(request, rows, types)
     card = model_card(
         request.config,
         manifest,
@@ -85,7 +87,7 @@ def export(request: Request, folder: Path, log: Log) -> None:
     )
 
     def write(target: Path) -> None:
-        _write_weights(request, weights, index, target, log)
+        _write_weights(request, weights, types, index, target, log)
         tokenizer_files.write_object(target / settings.CONFIG_JSON, described)
         length = request.config.train.seq_length
         end = tokenizer_files.end_of_document(tokenizer, identity)
@@ -93,9 +95,8 @@ def export(request: Request, folder: Path, log: Log) -> None:
         # What begins a document, for `generate` without a prompt, is the end of the one before.
         generation: dict[str, Any] = dict.fromkeys(("bos", "eos", "pad"), end)
         generation = {f"{name}_token_id": number for name, number in generation.items()}
-        if ids < rows:
-            # Of the model alone: no token of the tokenizer's.
-            generation["suppress_tokens"] = list(range(ids, rows))
+        if no_tokens := tokenizer_files.ids_without_token(tokenizer, rows):
+            generation["suppress_tokens"] = no_tokens
         tokenizer_files.write_object(target / "generation_config.json", generation)
         for name in CODE:
             shutil.copyfile(Path(__file__).with_name(name), target / name)
@@ -128,19 +129,22 @@ def _fitting_rows(request: Request, index: dict[str, dict[str, Any]]) -> int:
     return rows
 
 
+def _dtype(request: Request, weight: Fused, index: dict[str, dict[str, Any]]) -> torch.dtype:
+    """In which a weight is written."""
+    if weight.name.endswith(KEPT_IN_FP32):
+        return torch.float32
+    return request.dtype or getattr(torch, index[weight.name]["dtype"])
+
+
 def _write_weights(
     request: Request,
     weights: Sequence[Fused],
+    types: Mapping[str, torch.dtype],
     index: dict[str, dict[str, Any]],
     folder: Path,
     log: Log,
 ) -> None:
-    def dtype_of(weight: Fused) -> torch.dtype:
-        if weight.name.endswith(KEPT_IN_FP32):
-            return torch.float32
-        return request.dtype or getattr(torch, index[weight.name]["dtype"])
-
-    sizes = [weight.numel * dtype_of(weight).itemsize for weight in weights]
+    sizes = [weight.numel * types[weight.name].itemsize for weight in weights]
     shards = _shards(weights, sizes, request.shard_bytes)
     place: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
@@ -150,7 +154,7 @@ def _write_weights(
             whole = tensors.read_tensor(request.checkpoint, index[weight.name])
             if weight.name in TABLES:
                 whole = whole[: weight.shape[0]]
-            held |= weight.split(whole.to(dtype_of(weight)))
+            held |= weight.split(whole.to(types[weight.name]))
         save_file(held, folder / name, metadata={"format": "pt"})
         place |= dict.fromkeys(held, name)
         log(f"{name}: {len(held)} tensors, {sum(t.nbytes for t in held.values()):,} bytes")
@@ -172,9 +176,10 @@ def _shards(weights: Sequence[Fused], sizes: Sequence[int], limit: int) -> list[
     return shards
 
 
-def _description(request: Request, rows: int, dtype: str) -> dict[str, Any]:
+def _description(request: Request, rows: int, types: Mapping[str, torch.dtype]) -> dict[str, Any]:
     """`config.json`. Raises ConfigError for a model that has no place in an exported folder."""
-    if request.dtype is not None:
-        dtype = str(request.dtype).removeprefix("torch.")
+    # transformers converts all weights to the one that is named: to a narrower it would round.
+    rest = [dtype for name, dtype in types.items() if not name.endswith(KEPT_IN_FP32)]
+    dtype = str(functools.reduce(torch.promote_types, rest)).removeprefix("torch.")
     length = request.config.train.seq_length
     return settings.to_json(request.config.model, rows, length, dtype)

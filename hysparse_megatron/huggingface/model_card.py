@@ -6,11 +6,14 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import yaml  # type: ignore[import-untyped]
+
 from hysparse_megatron import __version__
 from hysparse_megatron.architecture.layers import LayerKind
 from hysparse_megatron.architecture.layout import parse_layout
 from hysparse_megatron.architecture.parameters import count_parameters
 from hysparse_megatron.config.schema import VALIDATION, Config
+from hysparse_megatron.errors import ConfigError
 
 _NAMES = {
     LayerKind.FULL: "full attention",
@@ -47,8 +50,12 @@ def model_card(
         vocab_rows: token ids of the exported embedding.
         num_parameters: of all exported tensors.
         license_id: of the weights, as model hubs spell it; None says that it is not stated.
+
+    Raises ConfigError for a license with characters such as line breaks.
     """
-    told = f"license: {license_id}\n" if license_id else ""
+    if license_id is not None and not license_id.isprintable():
+        raise ConfigError(f"--license: got {license_id!r}; allowed one line of printable text")
+    told = yaml.safe_dump({"license": license_id}, allow_unicode=True) if license_id else ""
     return f"""---
 {told}library_name: transformers
 pipeline_tag: text-generation

@@ -15,6 +15,7 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.utils import can_return_tuple
 
 from .attention_hysparse import Places
 from .configuration_hysparse import HySparseConfig
@@ -31,6 +32,7 @@ from .layers_hysparse import (
 _FIELDS = {field.name for field in dataclasses.fields(CausalLMOutputWithPast)}
 _CACHE = "cache" if "cache" in _FIELDS else "past_key_values"
 """The name under which this version of transformers passes caches."""
+_PACKED = "several documents packed into a row are not supported"
 
 
 class HySparseLayer(GradientCheckpointingLayer):
@@ -115,6 +117,7 @@ class HySparseModel(HySparsePreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -135,15 +138,17 @@ class HySparseModel(HySparsePreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds is needed")
-        if kwargs.get("output_attentions"):
+        if _chosen(kwargs.get("output_attentions"), self.config.output_attentions):
             raise ValueError("output_attentions is not supported: no attention weights are kept")
+        check_documents(kwargs)
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = past_key_values if cache is None else cache
         check_cache(cache)
         recomputes = self.gradient_checkpointing and self.training
         if cache is None and not recomputes:
-            wanted = self.config.use_cache if use_cache is None else use_cache
+            wanted = _chosen(use_cache, self.config.use_cache)
             cache = DynamicCache(config=self.config) if wanted else None
+        keeps_states = _chosen(output_hidden_states, self.config.output_hidden_states)
         past = 0 if cache is None else cache.get_seq_length()
         places = Places(past, hidden.shape[1], row_starts(attention_mask, past + hidden.shape[1]))
         check_positions(position_ids, attention_mask)
@@ -153,12 +158,12 @@ class HySparseModel(HySparsePreTrainedModel):
         shared: Shared = (None, None, None)
         for layer in self.layers:
             hidden, *shared = layer(hidden, *shared, places, rotation, cache=cache)
-            if output_hidden_states:
+            if keeps_states:
                 states.append(hidden)
         hidden = self.norm(hidden)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
-            hidden_states=(*states[:-1], hidden) if output_hidden_states else None,
+            hidden_states=(*states[:-1], hidden) if keeps_states else None,
             **{_CACHE: cache},
         )
 
@@ -169,6 +174,11 @@ class HySparseModel(HySparsePreTrainedModel):
         angle = places.positions(device).float().unsqueeze(-1) * frequency.to(device)
         angle = torch.cat([angle, angle], dim=-1).unsqueeze(1)
         return angle.cos() * scale, angle.sin() * scale
+
+
+def _chosen(given: bool | None, configured: bool) -> bool:
+    """What the caller says, or else the configuration."""
+    return configured if given is None else given
 
 
 def rotary_frequencies(config: HySparseConfig) -> tuple[Tensor, float]:
@@ -224,10 +234,18 @@ def check_positions(position_ids: Tensor | None, attention_mask: Tensor | None) 
         mask = attention_mask[:, -position_ids.shape[-1] :].bool()
         jumps = jumps & mask[:, 1:] & mask[:, :-1]
     if bool(jumps.any()):
-        raise ValueError(
-            "position_ids: got positions that do not count up by one; several documents packed "
-            "into a row are not supported"
-        )
+        raise ValueError(f"position_ids: got positions that do not count up by one; {_PACKED}")
+
+
+def check_documents(options: dict[str, Any]) -> None:
+    """Raise ValueError where collators mark several documents of a row by other keywords."""
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
+        bounds = options.get(name)
+        if bounds is not None and int((bounds.diff() > 0).sum()) > 1:
+            raise ValueError(f"{name}: got bounds of more than one document; {_PACKED}")
+    numbers = options.get("seq_idx")
+    if numbers is not None and bool((numbers.diff(dim=-1) != 0).any()):
+        raise ValueError(f"seq_idx: got more than one number in a row; {_PACKED}")
 
 
 class HySparseForCausalLM(HySparsePreTrainedModel, GenerationMixin):
@@ -241,6 +259,7 @@ class HySparseForCausalLM(HySparsePreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -252,15 +271,13 @@ class HySparseForCausalLM(HySparsePreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
         past_key_values: Any = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast | tuple:
+    ) -> CausalLMOutputWithPast:
         """Logits [B, S, ids], of the last `logits_to_keep` tokens if not 0; the rest see the model.
 
         `labels` int64 [B, S] are the tokens themselves, -100 where none is to be predicted.
         """
-        attentions = kwargs.pop("output_attentions", None)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -269,8 +286,9 @@ class HySparseForCausalLM(HySparsePreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
-            output_attentions=attentions,
             past_key_values=past_key_values,
+            return_dict=True,
+            **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
@@ -279,10 +297,9 @@ class HySparseForCausalLM(HySparsePreTrainedModel, GenerationMixin):
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
             )
-        result = CausalLMOutputWithPast(
+        return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             hidden_states=outputs.hidden_states,
             **{_CACHE: getattr(outputs, _CACHE)},
         )
-        return result if return_dict is not False else result.to_tuple()

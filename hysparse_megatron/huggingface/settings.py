@@ -79,7 +79,7 @@ _AUTO_MAP = {
 
 
 def to_json(model: ModelConfig, vocab_rows: int, seq_length: int, dtype: str) -> dict[str, Any]:
-    """`config.json` of a model whose embedding has `vocab_rows` rows of `dtype`.
+    """`config.json` of a model whose embedding has `vocab_rows` rows; `dtype` is the weights'.
 
     `seq_length` is what it was trained on, in tokens. Raises ConfigError for a layer, gate or sink
     that the modeling file does not have.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -76,6 +77,12 @@ def check_vocabulary(
     return count
 
 
+def ids_without_token(path: Path, rows: int) -> list[int]:
+    """Those of an embedding of `rows` that the tokenizer lacks: beyond its own, or between them."""
+    known = set(Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True).values())
+    return [number for number in range(rows) if number not in known]
+
+
 def copy_tokenizer(path: Path, folder: Path) -> None:
     """Copy a `tokenizer.json`, and what was published with it."""
     shutil.copyfile(path, folder / TOKENIZER_NAME)
@@ -90,7 +97,9 @@ def write_tokenizer(path: Path, folder: Path, end: int, model_max_length: int) -
     `end` is the id that closed documents in training.
     """
     copy_tokenizer(path, folder)
-    if not (folder / CONFIG_NAME).exists():
+    if (folder / CONFIG_NAME).exists():
+        _drop_auto_map(folder / CONFIG_NAME)
+    else:
         described = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": Tokenizer.from_file(str(path)).id_to_token(end),
@@ -100,6 +109,14 @@ def write_tokenizer(path: Path, folder: Path, end: int, model_max_length: int) -
             "model_max_length": model_max_length,
         }
         write_object(folder / CONFIG_NAME, described)
+
+
+def _drop_auto_map(path: Path) -> None:
+    """Name no class whose code stays behind; what cannot be read is left as it was published."""
+    with contextlib.suppress(ValueError):
+        described = json.loads(path.read_bytes())
+        if isinstance(described, dict) and described.pop("auto_map", None) is not None:
+            write_object(path, described)
 
 
 def end_of_document(path: Path, identity: dict[str, Any]) -> int:

@@ -46,6 +46,8 @@ class Settings:
     sampling: Sampling = field(default_factory=Sampling)
     stop_tokens: frozenset[int] = frozenset()
     """Ids that end a sequence; they are part of its tokens."""
+    holes: frozenset[int] = frozenset()
+    """Ids without a token among those of the model, which are never chosen."""
     prefill_chunk: int = 4096
     """Tokens taken in at a time, of one prompt or of several that are padded to the longest: bounds
     the memory of long and of many prompts. As many as keep the kernels of training busy."""
@@ -120,7 +122,7 @@ def generate(
     )
     cache = new_cache(loaded, capacities, settings.cache_dtype)
     generated = Generated([[] for _ in prompts], cache)
-    sampler = Sampler(settings.sampling, loaded.vocab_size)
+    sampler = Sampler(settings.sampling, loaded.vocab_size, settings.holes)
     rows = list(range(len(prompts)))
 
     def choose(logits: Tensor, rows: list[int]) -> list[int]:

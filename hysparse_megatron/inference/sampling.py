@@ -5,7 +5,7 @@ Shapes: A sequences of a step, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,15 +32,18 @@ class Sampler:
     are in the batch, or for how long.
     """
 
-    def __init__(self, sampling: Sampling, vocab_size: int) -> None:
-        """`vocab_size`: ids that exist; logits of padding beyond are never chosen."""
+    def __init__(self, sampling: Sampling, vocab_size: int, holes: Collection[int] = ()) -> None:
+        """Logits of padding from `vocab_size` on are never chosen, nor ids in `holes` below it."""
         self._sampling = sampling
         self._vocab_size = vocab_size
+        self._holes = torch.tensor([i for i in holes if i < vocab_size], dtype=torch.int64)
         self._streams: dict[int, torch.Generator] = {}
 
     def choose(self, logits: Tensor, numbers: Sequence[int]) -> Tensor:
         """One token id int64 [A] for sequences `numbers` by their logits [A, V]."""
         logits = logits[:, : self._vocab_size].double()
+        if len(self._holes):
+            logits = logits.index_fill(-1, self._holes.to(logits.device), -torch.inf)
         if self._sampling.temperature == 0:
             return logits.argmax(-1)
         # The largest is 0 then, and stays it however small the temperature is.

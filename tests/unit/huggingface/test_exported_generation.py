@@ -5,7 +5,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, DynamicCache, PreTrainedModel, StaticCache
+from transformers import (
+    AutoTokenizer,
+    DataCollatorWithFlattening,
+    DynamicCache,
+    PreTrainedModel,
+    StaticCache,
+)
 
 from tests.unit.huggingface.exports import IDS, MOE, Run, assert_logits, load, saved_run
 from tests.unit.single_process import default_group
@@ -144,3 +150,46 @@ def test_what_is_not_supported_is_said(exported: tuple[Run, PreTrainedModel]) ->
             greedy(model, tokens, cache_implementation=name)
     with pytest.raises(ValueError, match="exactly one"):
         model()
+
+
+@pytest.mark.parametrize(
+    "mark", ["return_position_ids", "return_flash_attn_kwargs", "return_seq_idx"]
+)
+def test_packed_documents_are_refused_however_they_are_marked(
+    exported: tuple[Run, PreTrainedModel], mark: str
+) -> None:
+    _, model = exported
+    collator = DataCollatorWithFlattening(**{"return_position_ids": False, mark: True})
+    rows = [{"input_ids": [1, 2, 3, 4]}, {"input_ids": [5, 6, 7]}]
+    for part in (model, model.model):
+        with pytest.raises(ValueError, match="several documents packed into a row"):
+            part(**collator(rows))
+        part(**collator(rows[:1]))
+
+
+def test_what_a_configuration_asks_for_counts(
+    exported: tuple[Run, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, model = exported
+    tokens = torch.randint(0, IDS, (1, 6))
+    with monkeypatch.context() as patch:
+        patch.setattr(model.config, "output_hidden_states", True)
+        assert len(model(tokens).hidden_states) == len(model.config.layout) + 1
+        assert model(tokens, output_hidden_states=False).hidden_states is None
+    with monkeypatch.context() as patch:
+        patch.setattr(model.config, "return_dict", False)
+        assert isinstance(model(tokens), tuple)
+    with monkeypatch.context() as patch:
+        patch.setattr(model.config, "output_attentions", True)
+        for part in (model, model.model):
+            with pytest.raises(ValueError, match="output_attentions"):
+                part(tokens)
+
+
+def test_tuples_hold_what_objects_do(exported: tuple[Run, PreTrainedModel]) -> None:
+    _, model = exported
+    tokens = torch.randint(0, IDS, (1, 6))
+    for part in (model, model.model):
+        found = part(tokens, return_dict=False)
+        assert isinstance(found, tuple)
+        assert torch.equal(found[0], part(tokens)[0])

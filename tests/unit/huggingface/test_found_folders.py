@@ -20,6 +20,7 @@ from transformers import (
 from hysparse_megatron.checkpoint import store, tensors
 from hysparse_megatron.config.frozen import load_frozen
 from hysparse_megatron.config.schema import Precision
+from hysparse_megatron.data.tokenizer import bytes_tokenizer
 from hysparse_megatron.training.state import TrainingState
 from tests.unit.huggingface.adopted import logits, start
 from tests.unit.huggingface.exports import IDS, assert_logits, differences, load, saved_run
@@ -47,10 +48,28 @@ def saved(kind: str, folder: Path, **options: object) -> Path:
         "mistral": (MistralConfig, MistralForCausalLM),
         "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     }[kind]
-    made = model(config(**SIZES, **options))
+    made = model(config(**SIZES | options))
     randomize(made, std=1.0)
     made.save_pretrained(folder)
     return folder
+
+
+def test_an_export_of_mixed_types_is_loaded_in_the_widest(tmp_path: Path) -> None:
+    """Whatever the embedding's type: transformers would round all others to what is declared."""
+    folder = saved("llama", tmp_path / "original", vocab_size=IDS)
+    bytes_tokenizer().save(str(folder / "tokenizer.json"))
+    held = load_file(folder / SINGLE)
+    held["model.embed_tokens.weight"] = held["model.embed_tokens.weight"].bfloat16()
+    save_file(held, folder / SINGLE, metadata={"format": "pt"})
+    assert adopt(folder, tmp_path / "start") == 0
+    exported = tmp_path / "exported"
+    assert main(["export", "--run-dir", str(tmp_path / "start"), str(exported)]) == 0
+    assert json.loads((exported / "config.json").read_text())["dtype"] == "float32"
+    tokens = torch.randint(0, IDS, (2, 30))
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        found, expected = load(exported, dtype="auto")(tokens).logits, reference(tokens).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
 def edit(folder: Path, *without: str, **settings: object) -> None:

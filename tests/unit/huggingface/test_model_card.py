@@ -10,6 +10,9 @@ import yaml
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from hysparse_megatron.config.frozen import load_frozen
+from hysparse_megatron.data.tokenizer import load_tokenizer
+from hysparse_megatron.errors import ConfigError
+from hysparse_megatron.huggingface import tokenizer_files
 from hysparse_megatron.huggingface.model_card import model_card
 from tests.unit.huggingface.exports import IDS, load, random_run
 from tools import prepare_data
@@ -107,3 +110,44 @@ def test_generation_needs_no_prompt(exported: Path) -> None:
     made = load(exported).generate(max_new_tokens=3, min_new_tokens=3)
     assert made.shape == (1, 4)
     assert made[0, 0] == IDS - 1
+
+
+def test_a_license_is_one_value(exported: Path) -> None:
+    config = load_frozen(exported.parent / "run" / "config.yaml")
+
+    def card(license_id: str) -> str:
+        about = {"vocab_rows": IDS, "num_parameters": 9, "license_id": license_id}
+        return model_card(config, {"step": 3}, {}, **about)
+
+    for told in ("no: other", "[x", "apache-2.0"):
+        assert yaml.safe_load(card(told).split("---\n", 2)[1])["license"] == told
+    with pytest.raises(ConfigError, match="--license: got"):
+        card("a\nb: c")
+
+
+def test_code_of_a_published_tokenizer_is_not_asked_for(exported: Path, tmp_path: Path) -> None:
+    """Its code stays behind; the rest of what describes it comes along."""
+    source, target = tmp_path / "published", tmp_path / "target"
+    for folder in (source, target):
+        folder.mkdir()
+    shutil.copyfile(exported / "tokenizer.json", source / "tokenizer.json")
+    described = {"tokenizer_class": "MyTokenizer", "eos_token": "<|endoftext|>"}
+    own = {"auto_map": {"AutoTokenizer": ["tokenization_my.MyTokenizer", None]}}
+    (source / "tokenizer_config.json").write_text(json.dumps(described | own))
+    tokenizer_files.write_tokenizer(source / "tokenizer.json", target, IDS - 1, 64)
+    assert json.loads((target / "tokenizer_config.json").read_text()) == described
+    assert AutoTokenizer.from_pretrained(target).eos_token_id == IDS - 1
+
+
+def test_ids_without_a_token_are_suppressed(tmp_path: Path) -> None:
+    """Between those of the tokenizer too."""
+    run = random_run(tmp_path / "run", "model.vocab_size=262", "model.layout=F")
+    path = run / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["added_tokens"][0]["id"] = content["model"]["vocab"]["<|endoftext|>"] = 259
+    path.write_text(json.dumps(content))
+    folder = tmp_path / "out"
+    assert main(["export", "--run-dir", str(run), "--tokenizer", str(path), str(folder)]) == 0
+    generation = GenerationConfig.from_pretrained(folder)
+    assert generation.suppress_tokens == [256, 257, 258, 260, 261]
+    assert load_tokenizer(str(path)).holes == {256, 257, 258}

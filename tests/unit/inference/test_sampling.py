@@ -70,3 +70,12 @@ def test_cold_draws_are_greedy(temperature: float, seed: int) -> None:
     logits = random_logits(2)
     logits[:, 3] = 20.0
     assert (draw(Sampling(temperature=temperature), logits, 10) == 3).all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_ids_without_a_token_are_never_chosen(temperature: float, seed: int) -> None:
+    logits = random_logits(2)
+    logits[:, [2, 5]] = 60.0
+    sampler = Sampler(Sampling(temperature=temperature, seed=seed), VOCABULARY, {2, 5, 12})
+    for _ in range(20):
+        assert not set(sampler.choose(logits, [0, 1]).tolist()) & {2, 5}
