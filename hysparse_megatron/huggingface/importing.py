@@ -51,8 +51,9 @@ def import_folder(source: Path, folder: Path, log: Log) -> None:
         )
     tensors = TensorFolder(source)
     model = untied(settings.from_json(described), tensors, log)
-    rows = described["vocab_size"]
-    weights = model_weights(model, rows)
+    if model.vocab_size is None:
+        raise ConfigError(f"{settings.CONFIG_JSON}: vocab_size is null; allowed a whole number")
+    weights = model_weights(model, model.vocab_size)
     check_names(tensors, {name: shape for w in weights for name, shape in w.shapes.items()})
     sources = {weight.name: _source(weight, tensors) for weight in weights}
     length = described.get("max_position_embeddings") or 2
