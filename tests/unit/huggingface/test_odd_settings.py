@@ -63,6 +63,7 @@ def exported(tmp_path: Path) -> Path:
     [
         ({"vocab_size": None}, "vocab_size is null"),
         ({"vocab_size": "257"}, "got '257'; allowed a number"),
+        ({"max_position_embeddings": "x"}, "max_position_embeddings 'x'; allowed a whole"),
         ({"rope_parameters": "x"}, "rope_parameters x; allowed is an object"),
         ({"rope_parameters": True}, "rope_parameters True; allowed"),
         ({"rope_scaling": 1.5}, "rope_scaling 1.5; allowed"),
