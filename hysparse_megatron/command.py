@@ -162,6 +162,17 @@ def _close(words: Sequence[str], known: Iterable[str]) -> list[str]:
     return [found for word in words for found in get_close_matches(word, names, 1, cutoff=0.75)]
 
 
+def number(text: str, is_allowed: Callable[[float], bool], allowed: str) -> float:
+    """One that is allowed, for types of options. Raises argparse.ArgumentTypeError."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = float("nan")
+    if not is_allowed(found):  # nothing holds of NaN
+        raise argparse.ArgumentTypeError(f"got {text}; allowed {allowed}")
+    return found
+
+
 def positive(text: str) -> int:
     """A whole number from 1, as the type of an option. Raises argparse.ArgumentTypeError."""
     digits = text.lstrip("0")

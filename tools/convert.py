@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from hysparse_megatron.checkpoint import store
-from hysparse_megatron.command import command, make_parser, positive
+from hysparse_megatron.command import command, make_parser, number, positive
 from hysparse_megatron.config.frozen import CONFIG_FILE, load_frozen
 from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.packages import require_package
@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         adopting.add_argument(option, type=positive, default=default, metavar="N", help=text)
     adopting.add_argument(
         "--sparse-sink",
-        type=float,
+        type=_sink,
         default=4.0,
         metavar="LOGIT",
         help="leaves the sparse branch a small share at the start (%(default)s)",
@@ -94,10 +94,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _size(text: str) -> int:
-    number, unit = text[:-2], text[-2:].upper()
-    if not number.isdecimal() or unit not in UNITS or not int(number):
+    digits, unit = text[:-2], text[-2:].upper()
+    if not digits.isdecimal() or unit not in UNITS or not int(digits):
         raise argparse.ArgumentTypeError(f"got {text}; allowed a whole number and KB, MB or GB")
-    return int(number) * UNITS[unit]
+    return int(digits) * UNITS[unit]
+
+
+def _sink(text: str) -> float:
+    # Beyond these a softmax in fp32 is all sink or none of it, and learns nothing of it.
+    return number(text, lambda found: -100 <= found <= 100, "a number from -100 to 100")
 
 
 def _export(args: argparse.Namespace) -> int:

@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hysparse_megatron.command import command, make_parser, positive
+from hysparse_megatron.command import command, make_parser, number, positive
 from hysparse_megatron.config.frozen import CONFIG_FILE
 from hysparse_megatron.errors import ConfigError, DataError
 from hysparse_megatron.runtime.launcher import Rank, rank_from_environment
@@ -106,21 +106,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _temperature(text: str) -> float:
-    return _number(text, lambda number: 0 <= number < float("inf"), "a number from 0")
+    return number(text, lambda found: 0 <= found < float("inf"), "a number from 0")
 
 
 def _share(text: str) -> float:
-    return _number(text, lambda number: 0 < number <= 1, "a number above 0 and at most 1")
-
-
-def _number(text: str, is_allowed: Callable[[float], bool], allowed: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = float("nan")
-    if not is_allowed(number):
-        raise argparse.ArgumentTypeError(f"got {text}; allowed {allowed}")
-    return number
+    return number(text, lambda found: 0 < found <= 1, "a number above 0 and at most 1")
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.storage import WriteResult
 
-from hysparse_megatron.checkpoint.tensors import write_index
+from hysparse_megatron.checkpoint.tensors import is_finite, write_index
 from hysparse_megatron.checkpoint.writer import CheckpointWrite, Job
 from hysparse_megatron.errors import CheckpointError
 
@@ -70,13 +70,15 @@ class _ReadWhenWritten(DefaultSavePlanner):
                 f"{index.fqn}: got {tensor.dtype} {list(tensor.shape)}, expected {source.dtype} "
                 f"{list(source.shape)}"
             )
+        if not is_finite(tensor):
+            raise CheckpointError(f"{index.fqn} holds NaN or infinity, of which nothing can start")
         return tensor
 
 
 def save_weights(checkpoints: Path, sources: Mapping[str, Source], facts: dict[str, Any]) -> Path:
     """Write `checkpoints/step-00000000` and return it; `facts` are added to its manifest.
 
-    Raises CheckpointError if it cannot be written; nothing is left then.
+    Raises CheckpointError if it cannot be written or a weight is not finite; nothing is left then.
     """
 
     def start(directory: Path) -> Job:

@@ -39,6 +39,12 @@ Index = dict[str, dict[str, Any]]
 """`tensors` and `objects`, as above."""
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether it holds neither NaN nor infinity."""
+    # A NaN is both the smallest and the largest value.
+    return bool(torch.stack(tensor.aminmax()).isfinite().all())
+
+
 def write_index(metadata: Metadata, places: dict[Any, Any], directory: Path) -> None:
     """Write `tensors.json` from megatron-core's description of the files.
 

@@ -142,6 +142,8 @@ class CheckpointWrite:
 
 def describe_error(error: BaseException) -> str:
     """Its type and message; an error of ours is its message."""
+    if isinstance(error, CheckpointException):  # whose text is a trace of calls
+        return "; ".join(describe_error(cause) for cause, _ in error.failures.values())
     text = str(error)
     return text if isinstance(error, CheckpointError) else f"{type(error).__name__}: {text}"
 

@@ -123,7 +123,7 @@ def _read(
 
 def _tree(original: PretrainedConfig, choices: Choices) -> dict[str, Any]:
     """The original's settings under our names."""
-    heads = original.num_attention_heads
+    heads, head_dim = original.num_attention_heads, getattr(original, "head_dim", None)
     return {
         "layout": choices.layout,
         "hidden_size": original.hidden_size,
@@ -131,7 +131,7 @@ def _tree(original: PretrainedConfig, choices: Choices) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_query_groups": original.num_key_value_heads,
         # Not every architecture has it, but all take one that is given.
-        "head_dim": getattr(original, "head_dim", None) or original.hidden_size // heads,
+        "head_dim": original.hidden_size // heads if head_dim is None else head_dim,
         "vocab_size": original.vocab_size,
         "block_size": choices.block_size,
         "num_selected_blocks": choices.num_selected_blocks,

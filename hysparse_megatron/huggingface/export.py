@@ -154,7 +154,10 @@ def _write_weights(
             whole = tensors.read_tensor(request.checkpoint, index[weight.name])
             if weight.name in TABLES:
                 whole = whole[: weight.shape[0]]
-            held |= weight.split(whole.to(types[weight.name]))
+            whole = whole.to(types[weight.name])
+            if not tensors.is_finite(whole):
+                raise CheckpointError(f"{request.checkpoint}: {weight.name} holds NaN or infinity")
+            held |= weight.split(whole)
         save_file(held, folder / name, metadata={"format": "pt"})
         place |= dict.fromkeys(held, name)
         log(f"{name}: {len(held)} tensors, {sum(t.nbytes for t in held.values()):,} bytes")

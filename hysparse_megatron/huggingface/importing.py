@@ -51,12 +51,17 @@ def import_folder(source: Path, folder: Path, log: Log) -> None:
         )
     tensors = TensorFolder(source)
     model = untied(settings.from_json(described), tensors, log)
-    rows = described["vocab_size"]
-    weights = model_weights(model, rows)
+    if model.vocab_size is None:
+        raise ConfigError(f"{settings.CONFIG_JSON}: vocab_size is null; allowed a whole number")
+    weights = model_weights(model, model.vocab_size)
     check_names(tensors, {name: shape for w in weights for name, shape in w.shapes.items()})
     sources = {weight.name: _source(weight, tensors) for weight in weights}
-    length = described.get("max_position_embeddings") or 2
-    write_start(source, folder, model, sources, length, log)
+    length = described.get("max_position_embeddings")
+    if length is not None and (type(length) is not int or length < 1):
+        raise ConfigError(
+            f"{settings.CONFIG_JSON}: max_position_embeddings {length!r}; allowed a whole number"
+        )
+    write_start(source, folder, model, sources, length or 2, log)
 
 
 def check_names(

@@ -6,7 +6,9 @@ and the several places of rotary settings are transformers', whatever version is
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,25 +46,32 @@ def read_original(source: Path) -> PretrainedConfig:
     all of them, for settings that change what the model computes and that ours lacks.
     """
     settings.read_json(source)  # says what is wrong with a folder in our words
-    described, _ = PretrainedConfig.get_config_dict(source, local_files_only=True)
+    with _refused_in_one_line(source):
+        described, _ = PretrainedConfig.get_config_dict(source, local_files_only=True)
     kind = described.get("model_type")
-    if kind not in ARCHITECTURES:
+    if kind not in tuple(ARCHITECTURES):  # a list has no hash
         raise ConfigError(
             f"a model of type {kind} cannot be adopted; allowed {', '.join(ARCHITECTURES)}"
         )
-    try:
+    with _refused_in_one_line(source):
         config = CONFIG_MAPPING[kind].from_dict(described)
         # As the rotary embedding of a model does: an original length beside the others counts.
         config.standardize_rope_params()
+    problems = _problems(config, ARCHITECTURES[kind], described)
+    if problems:
+        raise ConfigError(f"this model cannot be adopted: {'; '.join(problems)}")
+    return config
+
+
+@contextlib.contextmanager
+def _refused_in_one_line(source: Path) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # of many types, by setting and version
         reason = " ".join(str(error).split())
         raise ConfigError(
             f"{source / settings.CONFIG_JSON}: transformers refuses it: {reason}"
         ) from error
-    problems = _problems(config, ARCHITECTURES[kind], described)
-    if problems:
-        raise ConfigError(f"this model cannot be adopted: {'; '.join(problems)}")
-    return config
 
 
 def _problems(

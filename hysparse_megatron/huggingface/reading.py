@@ -32,7 +32,8 @@ class TensorFolder:
     """The tensors of all shards by name. Files are open only while they are read.
 
     Raises ConfigError for a folder without safetensors or with an adapter, and CheckpointError,
-    with its path, for a shard that is missing, truncated or lacks what the index says.
+    with its path, for a shard that is missing, truncated or lacks what the index says, or a tensor
+    that several shards hold with other values.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -49,12 +50,18 @@ class TensorFolder:
                 )
             named = _weight_map(folder)
             files = sorted(set(named.values()))
-        self._places: dict[str, _Place] = {}
-        for file in files:
-            self._places |= _places(folder / file)
+        # Absolute paths too, as transformers reads them.
+        held = {file: _places(folder / file) for file in files}
+        # Of several shards with a tensor transformers reads the last.
+        self._places = {name: place for found in held.values() for name, place in found.items()}
         for name, file in named.items():
-            if name not in self._places or self._places[name].file.name != file:
+            if name not in held[file]:
                 raise CheckpointError(f"{folder / file} lacks {name}, which {INDEX} says it holds")
+            if not _alike(name, held[file][name], self._places[name]):
+                raise CheckpointError(
+                    f"{name} is another in {self._places[name].file} than in {folder / file}, "
+                    f"where {INDEX} says it is"
+                )
 
     @property
     def names(self) -> set[str]:
@@ -78,13 +85,7 @@ class TensorFolder:
 
     def read(self, name: str) -> Tensor:
         """A whole tensor, on the CPU."""
-        file = self._places[name].file
-        try:
-            # The file is mapped: what was read of it would stay in memory while it is open.
-            with safe_open(file, framework="pt") as opened:
-                return opened.get_tensor(name).clone()
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{file}: {name} cannot be read: {error}") from error
+        return _read(name, self._places[name].file)
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
@@ -93,6 +94,24 @@ def _weight_map(folder: Path) -> dict[str, str]:
     if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
         raise CheckpointError(f"{folder / INDEX} is damaged: weight_map names no files")
     return found
+
+
+def _read(name: str, file: Path) -> Tensor:
+    try:
+        # The file is mapped: what was read of it would stay in memory while it is open.
+        with safe_open(file, framework="pt") as opened:
+            return opened.get_tensor(name).clone()
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file}: {name} cannot be read: {error}") from error
+
+
+def _alike(name: str, one: _Place, other: _Place) -> bool:
+    """Whether a tensor is the same in two files."""
+    if one.file == other.file:
+        return True
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    return torch.equal(_read(name, one.file), _read(name, other.file))
 
 
 def _places(file: Path) -> dict[str, _Place]:

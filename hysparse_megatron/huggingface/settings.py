@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +21,7 @@ from hysparse_megatron.config.frozen import schema_node
 from hysparse_megatron.config.problems import as_error
 from hysparse_megatron.config.schema import ParallelConfig
 from hysparse_megatron.config.validate import validate
-from hysparse_megatron.errors import ConfigError
+from hysparse_megatron.errors import ConfigError, Problem
 
 CONFIG_JSON = "config.json"
 MODEL_TYPE = "hysparse"
@@ -160,17 +160,20 @@ def rope_parameters(model: ModelConfig) -> dict[str, Any]:
 def from_rope_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `rope_parameters`: the three entries of a `ModelConfig`, as plain values.
 
-    `parameters` are merged as transformers would; a parameter that is null takes the default,
-    but for `truncate`, where it is false.
+    `parameters` are merged as transformers would; one of a type that is null takes the default, but
+    for `truncate`, where it is false.
     Raises ConfigError for a type that cannot be computed here and for unknown parameters.
     """
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if name in parameters and parameters[name] is None:
+            raise ConfigError(f"{name} of the rotary embedding is null; allowed is a number")
     given = {name: value for name, value in parameters.items() if value is not None}
     if "truncate" in parameters:
         given["truncate"] = bool(parameters["truncate"])
     kind = given.pop("rope_type", None) or given.get("type", "default")
     given.pop("type", None)
     types = {"default": RopeType.none} | {one.value: one for one in RopeType}
-    if kind not in types:
+    if kind not in tuple(types):  # a list has no hash
         raise ConfigError(
             f"rotary embedding of type {kind}; allowed default, "
             + ", ".join(one.value for one in RopeType if one is not RopeType.none)
@@ -195,6 +198,9 @@ def _merged_rope_parameters(settings: Mapping[str, Any]) -> dict[str, Any]:
     counts instead of `rope_parameters`, but base and share are looked for in both and beside them.
     An original length beside them comes before theirs, as in transformers.
     """
+    for name in ("rope_parameters", "rope_scaling"):
+        if not isinstance(settings.get(name) or {}, dict):
+            raise ConfigError(f"{CONFIG_JSON}: {name} {settings[name]}; allowed is an object")
     parameters = settings.get("rope_parameters") or {}
     found = dict(settings.get("rope_scaling") or parameters)
     original = "original_max_position_embeddings"
@@ -215,6 +221,8 @@ def model_config(tree: dict[str, Any]) -> ModelConfig:
         model = cast(ModelConfig, OmegaConf.to_object(node))
     except OmegaConfBaseException as error:
         raise ConfigError(f"model: {str(error).splitlines()[0]}") from error
+    if misread := list(_misread(tree, model)):
+        raise as_error(misread)
     # In a run of one process, whatever the user's own presets split runs into.
     config = dataclasses.replace(compose([]), model=model, parallel=ParallelConfig())
     train = dataclasses.replace(config.train, seq_length=max(2, model.block_size))
@@ -225,13 +233,26 @@ def model_config(tree: dict[str, Any]) -> ModelConfig:
     return model
 
 
+def _misread(tree: Mapping[str, Any], made: Any, place: str = "model") -> Iterator[Problem]:
+    """Values that settings of a run may have in place of numbers, and transformers may not."""
+    for name, value in tree.items():
+        found, key = getattr(made, name), f"{place}.{name}"
+        if isinstance(value, Mapping):
+            yield from _misread(value, found, key)
+        elif isinstance(found, bool):
+            if isinstance(value, str):
+                yield Problem(key, repr(value), "true or false")
+        elif isinstance(found, int | float) and type(value) not in (int, float):
+            yield Problem(key, repr(value), "a number")
+
+
 def read_json(folder: Path, name: str = CONFIG_JSON) -> dict[str, Any]:
     """A JSON object of a Hugging Face folder. Raises ConfigError if there is none."""
     try:
         found = json.loads((folder / name).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"{folder} is no Hugging Face folder: it has no {name}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{folder / name} cannot be read: {error}") from error
     if not isinstance(found, dict):
         raise ConfigError(f"{folder / name} holds no JSON object")

@@ -7,6 +7,7 @@ One of `folder_flaws.FLAWS` may then be put in.
 import dataclasses
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ class Folder:
     tensors: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     files: int = 1
     """In how many the tensors are; 0 is one, with an index."""
+    place: str = ""
+    """Where shards are."""
 
     @property
     def kind(self) -> str:
@@ -40,23 +43,26 @@ class Folder:
 
     def write(self) -> None:
         """Anew."""
-        self.path.mkdir(exist_ok=True)
-        for path in self.path.iterdir():
-            path.unlink()
+        shutil.rmtree(self.path, ignore_errors=True)
+        self.path.mkdir()
         (self.path / "config.json").write_text(json.dumps(self.settings, indent=1))
         if self.files == 1:
             save_file(self.tensors, self.path / SINGLE)
         else:
-            write_shards(self.path, self.tensors, max(1, self.files))
+            write_shards(self.path, self.tensors, max(1, self.files), self.place)
 
 
-def write_shards(folder: Path, tensors: dict[str, Tensor], count: int) -> None:
+def write_shards(folder: Path, tensors: dict[str, Tensor], count: int, where: str = "") -> None:
+    """In the folder, or `where` in it; a whole path is written as such into the index."""
     names = sorted(tensors)
     place = {}
+    (folder / where).mkdir(exist_ok=True)
     for number in range(count):
         held = names[number::count]
-        file = f"model-{number + 1:05}-of-{count:05}.safetensors"
-        save_file({name: tensors[name] for name in held}, folder / file)
+        file = str(Path(where) / f"model-{number + 1:05}-of-{count:05}.safetensors")
+        # One is in the next shard as well, as it is.
+        again = names[max(0, number - 1) :][:1]
+        save_file({name: tensors[name] for name in {*held, *again}}, folder / file)
         place |= dict.fromkeys(held, file)
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": place}))
 
@@ -100,6 +106,7 @@ def draw(path: Path, rng: random.Random) -> Folder:
     folder.settings = {name: folder.settings[name] for name in order}
     folder.tensors = weights(folder)
     folder.files = rng.choice([1, 1, 0, 2, 3, 7])
+    folder.place = rng.choice(["", "", "shards", str(path)])
     folder.write()
     leave_behind(folder)
     return folder

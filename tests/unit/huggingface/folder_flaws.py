@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.unit.huggingface.drawn_folders import INDEX, Folder
@@ -100,7 +101,7 @@ def shards(change: Callable[[Folder, list[Path]], None]) -> Callable[[Folder], N
     """Change something about the files of two shards."""
 
     def put(folder: Folder) -> None:
-        folder.files = 2
+        folder.files, folder.place = 2, ""
         folder.write()
         change(folder, sorted(folder.path.glob("model-*")))
 
@@ -114,6 +115,24 @@ def forget(folder: Folder, files: list[Path]) -> None:
     (folder.path / INDEX).write_text(json.dumps(index))
 
 
+def another(folder: Folder, files: list[Path]) -> None:
+    """The last shard holds a tensor of the first, with other values."""
+    first, last = (load_file(file) for file in files)
+    which = min(first.keys() - {"lm_head.weight"})
+    index = json.loads((folder.path / INDEX).read_text())
+    index["weight_map"][which] = str(files[0].relative_to(folder.path))
+    (folder.path / INDEX).write_text(json.dumps(index))
+    save_file(last | {which: first[which] + 1}, files[1])
+
+
+def not_finite(tensors: dict[str, Tensor], name: str) -> None:
+    tensors[name].view(-1)[-1] = float("nan")
+
+
+def nested(folder: Folder) -> None:
+    (folder.path / "config.json").write_text("[" * 100_000)
+
+
 def adapter(folder: Folder) -> None:
     (folder.path / "adapter_config.json").write_text("{}")
 
@@ -121,6 +140,13 @@ def adapter(folder: Folder) -> None:
 FLAWS: dict[str, Flaw] = {
     "architecture": setting(model_type="gpt2", said="type gpt2 cannot be adopted"),
     "no architecture": (no_setting("model_type"), 2, "type None cannot be adopted"),
+    "list of architectures": setting(model_type=[], said="type [] cannot be adopted"),
+    "object for an architecture": setting(model_type={}, said="type {} cannot be adopted"),
+    "another configuration": setting(
+        configuration_files=["config.4.0.0.json"], said="transformers refuses it"
+    ),
+    "brackets": (nested, 2, "config.json cannot be read"),
+    "no channels": setting(head_dim=0, said="model.head_dim"),
     "activation": setting(hidden_act="gelu"),
     "tanh": setting(hidden_act="gelu_pytorch_tanh"),
     "attention_bias": (bias("attention_bias"), 2, "attention_bias; allowed"),
@@ -151,6 +177,14 @@ FLAWS: dict[str, Flaw] = {
         2,
         "unknown parameters: mrope_section",
     ),
+    "list of scalings": (rope("rope_scaling", rope_type=["x"]), 2, "of type ['x']"),
+    "no base": (rope("rope_parameters", rope_theta=None), 2, "rope_theta of the rotary"),
+    "text for a base": (rope("rope_parameters", rope_theta="10000"), 2, "allowed a number"),
+    "text for a factor": (
+        rope("rope_scaling", type="linear", factor="2"),
+        2,
+        "allowed a number",
+    ),
     "unknown rope": (rope("rope_parameters", rope_type="spiral"), 2, "spiral"),
     "quantised": setting(quantization_config={"quant_method": "fp8"}),
     "layers apart": setting(per_layer_config={"0": {"hidden_act": "gelu"}}),
@@ -169,6 +203,7 @@ FLAWS: dict[str, Flaw] = {
         "too many",
     ),
     "shape": (any_tensor(lambda t, n: t.update({n: t[n][:-1].contiguous()})), 2, ", not ["),
+    "not finite": (any_tensor(not_finite), 6, "holds NaN or infinity"),
     "float64": (any_tensor(replaced("double")), 2, "is F64; allowed"),
     "float8": (any_tensor(replaced("to", dtype=torch.float8_e4m3fn)), 2, "is F8_E4M3; allowed"),
     "int8": (any_tensor(replaced("to", dtype=torch.int8)), 2, "is I8; allowed"),
@@ -178,6 +213,7 @@ FLAWS: dict[str, Flaw] = {
         6,
         "is missing or damaged",
     ),
+    "another": (shards(another), 6, "is another in"),
     "forgotten": (shards(forget), 6, "which model.safetensors.index.json says it holds"),
     "empty index": (
         shards(lambda folder, _: (folder.path / INDEX).write_text("{}")),

@@ -112,6 +112,44 @@ class TestExportRefuses:
         assert export(run, tmp_path / "out", *option) == 2
 
 
+@pytest.mark.parametrize("sink", ["nan", "inf", "-inf", "1e400", "1e39", "four"])
+def test_a_sink_that_is_no_logit(sink: str, tmp_path: Path, call: Call) -> None:
+    words = ["adopt", str(tmp_path), str(tmp_path / "new"), "--layout", "F"]
+    error = call(main, [*words, f"--sparse-sink={sink}"], code=2).err
+    assert f"got {sink}; allowed a number from -100 to 100" in error
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite(value: float, made: Path, tmp_path: Path, call: Call) -> None:
+    """Neither from a folder nor from a checkpoint; the tensor is named."""
+    source = Path(shutil.copytree(made / "out", tmp_path / "source"))
+    for path in source.glob("*.safetensors"):
+        if (name := "model.layers.1.mlp.down_proj.weight") in (held := load_file(path)):
+            held[name][2, 3] = value
+            save_file(held, path, metadata={"format": "pt"})
+    error = call(main, ["import", str(source), str(tmp_path / "start")], code=6).err
+    assert "decoder.layers.1.mlp.linear_fc2.weight holds NaN or infinity" in error
+    assert "Traceback" not in error
+
+    config = tiny_config("model.layout=F", f"model.vocab_size={IDS}")
+    sources = {
+        weight.name: Source(weight.shape, torch.float32, lambda w=weight: torch.ones(w.shape))
+        for weight in model_weights(config.model, 384)
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hysparse_megatron.checkpoint.assemble.is_finite", lambda tensor: True)
+        name = "decoder.final_norm.weight"
+        bad = sources[name]
+        sources[name] = Source(bad.shape, bad.dtype, lambda: torch.full(bad.shape, value))
+        save_weights(tmp_path / "run" / "checkpoints", sources, {})
+    freeze(config, tmp_path / "run")
+    bytes_tokenizer().save(str(tmp_path / "run" / "tokenizer.json"))
+    error = call(main, words(tmp_path / "run", tmp_path / "out"), code=6).err
+    assert f"{name} holds NaN or infinity" in error
+    assert not (tmp_path / "start").exists()
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_tokenizer_is_found_by_its_hash(tmp_path: Path) -> None:
     bytes_tokenizer().save(str(tmp_path / "tokenizer.json"))
     identity = {"tokenizer_sha256": sha256_of(tmp_path / "tokenizer.json"), "vocab_size": IDS}
