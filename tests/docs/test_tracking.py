@@ -105,6 +105,7 @@ def test_shown_commands_are_valid(
         elif words[:2] == ["hysparse", "report"]:
             monkeypatch.setattr(report, "load_run", lambda path: None)
             monkeypatch.setattr(report, "write_report", lambda run, path: None)
+            monkeypatch.setattr(report, "require_writable", lambda path, option: None)
             assert report.main(words[2:]) == 0
         elif words[:2] == ["hysparse", "compare"]:
             assert len(compare_runs._parse(words[2:]).runs) >= 2
