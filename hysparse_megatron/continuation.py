@@ -124,12 +124,10 @@ def _held_out(config: Config) -> dict[str, Any]:
 def _other_held_out(config: Config, manifest: dict[str, Any], directory: Path) -> list[str]:
     now, batch = _held_out(config), config.train.global_batch_size
     former = {**now, **manifest.get("held_out", {})}
-    if former == now or 0 in (former["samples"], now["samples"]):
+    changed = [f"{key}: {former[key]} -> {now[key]}" for key in now if now[key] != former[key]]
+    if not changed or 0 in (former["samples"], now["samples"]):
         return []
-    changed = ", ".join(
-        f"{key}: {former[key]} -> {now[key]}" for key in now if now[key] != former[key]
-    )
-    text = f"held-out losses will not compare with those up to {directory} ({changed})"
+    text = f"held-out losses will not compare with those up to {directory} ({', '.join(changed)})"
     if former["samples"] != now["samples"] and former["samples"] % batch == 0:
         text += f"; train.eval_batches={former['samples'] // batch} keeps the samples"
     return [text]

@@ -150,6 +150,11 @@ def write_start(
             "tokenizer_sha256": sha256_of(tokenizer),
             "vocab_size": tokenizer_files.check_vocabulary(tokenizer, model.vocab_size or 0, log),
         }
+        if added := tokenizer_files.added_around(tokenizer):
+            log(
+                f"WARNING: {tokenizer} puts {' and '.join(added)} around a text, which nothing "
+                "here does: prompts and documents are read without"
+            )
     else:
         log(f"WARNING: {source} has no {TOKENIZER_NAME}: name the run's with data.tokenizer")
     # Weights that are wider than bf16 would be rounded by a run in it.

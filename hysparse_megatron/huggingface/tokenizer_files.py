@@ -83,6 +83,13 @@ def ids_without_token(path: Path, rows: int) -> list[int]:
     return [number for number in range(rows) if number not in known]
 
 
+def added_around(path: Path) -> list[str]:
+    """Tokens that the tokenizer's post-processor puts around a text, such as one that begins it."""
+    found = Tokenizer.from_file(str(path)).encode("")
+    pairs = zip(found.tokens, found.special_tokens_mask, strict=True)
+    return [token for token, is_special in pairs if is_special]
+
+
 def copy_tokenizer(path: Path, folder: Path) -> None:
     """Copy a `tokenizer.json`, and what was published with it."""
     shutil.copyfile(path, folder / TOKENIZER_NAME)

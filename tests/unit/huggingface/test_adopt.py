@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -113,6 +114,21 @@ def original(name: str, folder: Path) -> PreTrainedModel:
 def adopt(source: Path, folder: Path, layout: str, *options: str) -> Path:
     assert main(["adopt", str(source), str(folder), "--layout", layout, *options]) == 0
     return folder
+
+
+def test_a_token_before_every_text_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "original"
+    original("llama", source)
+    adopt(source, tmp_path / "plain", "4*F", *SMALL)
+    assert "around a text" not in capsys.readouterr().out
+    tokenizer = bytes_tokenizer()
+    template = TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", 7)])
+    tokenizer.post_processor = template
+    tokenizer.save(str(source / "tokenizer.json"))
+    adopt(source, tmp_path / "start", "4*F", *SMALL)
+    assert "tokenizer.json puts <|begin|> around a text" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", MODELS)

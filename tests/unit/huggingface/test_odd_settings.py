@@ -50,6 +50,12 @@ def test_of_an_original(flaw: str, drawn: Folder, call: Call) -> None:
     assert not target.exists()
 
 
+def test_a_nan_in_two_shards_is_the_same_in_both(drawn: Folder, call: Call) -> None:
+    """The folder is not refused for shards that differ: a NaN is equal to no number."""
+    drawn.files = 7
+    test_of_an_original("not finite", drawn, call)
+
+
 @pytest.fixture
 def exported(tmp_path: Path) -> Path:
     run = random_run(tmp_path / "run", "model.layout=F")
