@@ -8,9 +8,10 @@
 `--data` is a folder of datasets that hysparse prepare-data made: `train` and those that the study's
 evaluations name. Runs go through the ordinary training command. What is finished stands in
 `--results`, one small file a run, and is never run again; a run that diverged is finished, and the
-table says so. A run that the minutes did not suffice for goes on from `--work`. Ends with 0 also if
-runs are still lacking, and says which; with 2 for a study that cannot be, or else as the first
-command that failed.
+table says so; its checkpoints stay in `--work` to be looked into, with `--set
+checkpoint.interval=50` more of them. A run that the minutes did not suffice for goes on from
+`--work`. Ends with 0 also if runs are still lacking, and says which; with 2 for a study that cannot
+be, or else as the first command that failed.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from pathlib import Path
 from hysparse_megatron.command import CommandParser, command, make_parser, positive
 from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.files import writing
+
+FREE = ("checkpoint.", "tracking.")
+"""Groups of settings that decide no result."""
 
 
 @command
@@ -59,6 +63,10 @@ def _parser() -> CommandParser:
     run.add_argument("--only", metavar="VARIANT,..", help="of these variants; default: all")
     run.add_argument("--minutes", type=positive, default=600, metavar="N", help="then stop")
     run.add_argument("--jobs", type=positive, default=1, metavar="N", help="runs side by side")
+    run.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE",
+        help=f"a setting that decides no result, of {' or '.join(FREE)}; may be repeated",
+    )  # fmt: skip
     run.set_defaults(action=_run)
     table = actions.add_parser("table", help="what is known so far, as Markdown")
     table.add_argument("study", type=Path, metavar="STUDY")
@@ -83,12 +91,19 @@ def _run(args: argparse.Namespace) -> None:
     if unknown := set(wanted) - set(study.variants):
         names = ", ".join(study.variants)
         raise ConfigError(f"--only: got {', '.join(sorted(unknown))}; allowed {names}")
+    for setting in args.set:
+        if not setting.startswith(FREE):
+            raise ConfigError(
+                f"--set {setting}: it may decide what a run results in, so it belongs into "
+                f"{args.study}; only {' and '.join(f'{group}*' for group in FREE)} may be set here"
+            )
     place = Place(
         data=args.data.resolve(),
         results=args.results.resolve(),
         work=args.work.resolve(),
         jobs=args.jobs,
         deadline=deadline,
+        settings=tuple(args.set),
     )
     for option, folder in (("--results", place.results), ("--work", place.work)):
         with writing(folder, option):  # found out before the training

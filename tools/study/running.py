@@ -43,6 +43,8 @@ class Place:
     jobs: int
     deadline: float
     """As `time.monotonic()`."""
+    settings: tuple[str, ...] = ()
+    """Overrides for all runs that decide no result, and that no fingerprint knows of."""
 
     @property
     def seconds_left(self) -> float:
@@ -98,7 +100,8 @@ def _work(study: Study, run: Run, place: Place, data: str) -> None:
         stopped=stopped,
     )
     write_result(place.results, run, result)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # there may be none yet
+    if not stopped:  # otherwise they tell why
+        shutil.rmtree(folder / "checkpoints")
 
 
 def _cause(folder: Path) -> str:
@@ -116,7 +119,7 @@ def _is_hopeless(study: Study, place: Place, folder: Path) -> bool:
 
 def _train(run: Run, place: Place, folder: Path, log: Path, environment: Mapping[str, str]) -> int:
     command = [
-        *(sys.executable, "-m", "hysparse_megatron", *run.overrides),
+        *(sys.executable, "-m", "hysparse_megatron", *run.overrides, *place.settings),
         f"name={run.name}",
         f"run_dir={folder}",
         f"data.path={place.data / 'train'}",

@@ -227,7 +227,11 @@ def test_a_portion_runs_what_is_lacking_once(
     command = ["run", str(study), *(x for n, p in places.items() for x in (f"--{n}", p))]
     assert "dense" in call(main, [*command, "--only", "full,dense"], code=2).err
     command += ["--only", "full"]
-    assert "1 of 2 runs" in call(main, command).out
+    assert "belongs into" in call(main, [*command, "--set", "optim.warmup_steps=2"], code=2).err
+    often = ("--set", "checkpoint.interval=1")  # decides no result
+    assert "1 of 2 runs" in call(main, [*command, *often]).out
+    assert "checkpoint.interval=1\n" in (tmp_path / "work" / "full-seed5.log").read_text()
+    assert not (tmp_path / "work" / "full-seed5" / "checkpoints").exists()
     [kept] = (tmp_path / "results").iterdir()
     result = json.loads(kept.read_text())
     assert [row["step"] for row in result["rows"] if "loss" in row] == [1, 2]
@@ -244,6 +248,7 @@ def test_a_portion_runs_what_is_lacking_once(
     )
     monkeypatch.setenv(VARIABLE, "nan@0:1")
     assert "wild-seed5 diverged" in call(main, [*command[:-1], "wild"]).out
+    assert (tmp_path / "work" / "wild-seed5" / "checkpoints").exists()
     result = json.loads((tmp_path / "results" / "wild-seed5.json").read_text())
     assert "1 bad steps in a row up to step 1" in result["stopped"]
     assert not result["evaluations"]
