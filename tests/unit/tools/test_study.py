@@ -230,7 +230,7 @@ def test_a_portion_runs_what_is_lacking_once(
     assert "belongs into" in call(main, [*command, "--set", "optim.warmup_steps=2"], code=2).err
     often = ("--set", "checkpoint.interval=1")  # decides no result
     assert "1 of 2 runs" in call(main, [*command, *often]).out
-    assert "checkpoint.interval=1\n" in (tmp_path / "work" / "full-seed5.log").read_text()
+    assert "checkpoint.interval=1 " in (tmp_path / "work" / "full-seed5.log").read_text()
     assert not (tmp_path / "work" / "full-seed5" / "checkpoints").exists()
     [kept] = (tmp_path / "results").iterdir()
     result = json.loads(kept.read_text())
