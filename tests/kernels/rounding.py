@@ -164,7 +164,8 @@ class _Group:
             lse = torch.logaddexp(lse, sink[:, None])
         # A row that sees nothing has a sink's weight of zero in the kernels too.
         self.lse = lse.masked_fill(~self.seen.any(-1, keepdim=True), 0.0)
-        self.weights = (logits - self.lse).exp() * self.seen
+        # Hidden before the exponential: what is not seen may be too large for one.
+        self.weights = (logits - self.lse).masked_fill(~self.seen, -math.inf).exp()
         self.output = torch.einsum("tgs,sd->tgd", self.weights, value)
         # Of an exponent: of its product, of the shift by lse, and of its exponential.
         sizes = query.shape[-1] * terms**2 + FUNCTION * (1 + logits**2 + self.lse**2)
@@ -200,7 +201,8 @@ class _Group:
         d_logits = weights * apart
         on_dp = summed * (value.shape[-1] * terms**2 + dp**2 + delta**2)
         on_d_logits = weights**2 * (apart**2 * (self.on_logits + unit.stored**2) + on_dp)
-        on_d_logits += unit.underflow**2 * self.seen
+        # A weight that vanishes takes its product with it.
+        on_d_logits += unit.underflow**2 * (1 + apart**2) * self.seen
 
         sizes = torch.einsum("tgs,sd->tgd", d_logits.abs(), key.abs())
         on_query = torch.einsum("tgs,sd->tgd", on_d_logits, key**2) + summed * self.count * sizes**2
@@ -219,6 +221,7 @@ class _Group:
             share = (self.sink[:, None] - self.lse).exp() * self.seen.any(-1, keepdim=True)
             on_share = self.on_lse + summed * FUNCTION * (1 + self.sink[:, None] ** 2 + self.lse**2)
             on_sink = share**2 * (delta**2 * on_share + on_delta)
+            on_sink += (unit.underflow * delta) ** 2  # as of the weights
             sizes = (share * delta.abs()).sum((0, 2))
             found.append(on_sink.sum((0, 2)) + summed * len(grad) * sizes**2)
         return found
