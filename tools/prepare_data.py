@@ -102,6 +102,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--verify", action="store_true", help="read the result again and check all of it")
     add("--overwrite", action="store_true", help="prepare again, and replace what is there")
     add("--quiet", action="store_true", help="print warnings and errors alone")
+    _add_executor_options(parser)
+    return parser
+
+
+def _add_executor_options(parser: argparse.ArgumentParser) -> None:
     work = parser.add_argument_group("who does the work; the result does not depend on it")
     add = work.add_argument
     add("--executor", choices=("local", "slurm", "ray"), default="local", help="(default local)")
@@ -121,7 +126,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         help="more for sbatch, as account=lab; may be given several times",
     )
-    return parser
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

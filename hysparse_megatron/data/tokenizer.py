@@ -1,4 +1,4 @@
-"""Tokenizers of text: tokenizer.json, SentencePiece, bytes; and training a byte-level BPE.
+"""Tokenizers of text: tokenizer.json, bytes; and training a byte-level BPE.
 
 Text is never parsed for special tokens: a document that spells out `<|endoftext|>` is encoded as
 ordinary characters, so it cannot forge the end of a document.
@@ -20,7 +20,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from hysparse_megatron.data.places import open_place
 from hysparse_megatron.errors import ConfigError, DataError
 from hysparse_megatron.files import naming
-from hysparse_megatron.packages import require_package
 
 BYTES = "bytes"
 """In place of a path: one id per byte of UTF-8, without a file."""
@@ -135,7 +134,7 @@ class TextTokenizer(Encoder):
         if begin_of_document is None:
             self.begin_of_document = self._own_begin()
         else:
-            self.begin_of_document = _named_begin(
+            self.begin_of_document = named_begin(
                 begin_of_document, tokenizer.token_to_id(begin_of_document), token_id
             )
         if self.begin_of_document is not None:
@@ -208,7 +207,7 @@ class TextTokenizer(Encoder):
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
 
-def _named_begin(name: str, found: int | None, end: int) -> int | None:
+def named_begin(name: str, found: int | None, end: int) -> int | None:
     """The id of what was named to begin documents, `found` if the tokenizer has it."""
     if name == NO_TOKEN:
         return None
@@ -274,68 +273,6 @@ def bytes_tokenizer() -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([END_OF_DOCUMENT])
     return tokenizer
-
-
-class SentencePieceTokenizer(Encoder):
-    """A SentencePiece model.
-
-    Documents begin with `begin_of_document`; None goes by the `add_bos_token` and `bos_token` of a
-    `tokenizer_config.json` beside it, `NO_TOKEN` is none.
-
-    Raises:
-        DataError: the file is missing or no model, it has no end-of-document piece or not the one
-            to begin with, or documents would begin with what closes them.
-    """
-
-    def __init__(
-        self,
-        path: str,
-        end_of_document: str | None = None,
-        begin_of_document: str | None = None,
-    ) -> None:
-        sentencepiece = require_package("sentencepiece", f"the tokenizer {path}")
-        try:
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=read_tokenizer(path))
-        except (OSError, RuntimeError) as error:
-            raise DataError(f"{path}: not a SentencePiece model: {error}") from error
-        self.vocab_size: int = self._model.get_piece_size()
-        token_id = int(self._model.eos_id())
-        if end_of_document is not None:
-            token_id = int(self._model.piece_to_id(end_of_document))
-            if self._model.id_to_piece(token_id) != end_of_document:
-                raise DataError(f"{path}: no end-of-document token; looked for {end_of_document}")
-        elif token_id < 0:
-            raise DataError(f"{path}: has no end-of-sentence piece; name another one to use")
-        self.end_of_document = token_id
-        self.end_name: str = self._model.id_to_piece(token_id)
-        begin = begin_of_document or self._begin_beside(path)
-        found = int(self._model.piece_to_id(begin))
-        has_it = self._model.id_to_piece(found) == begin
-        try:
-            self.begin_of_document = _named_begin(begin, found if has_it else None, token_id)
-        except DataError as error:
-            raise DataError(f"{path}: {error}") from error
-        self.begin_name = None if self.begin_of_document is None else begin
-
-    def _begin_beside(self, path: str) -> str:
-        """What the tokenizer_config.json beside it says: the model itself says nothing."""
-        described = _beside(path, "tokenizer_config.json")
-        if described.get("add_bos_token") is not True:
-            return NO_TOKEN
-        own = int(self._model.bos_id())
-        name = _content(described.get("bos_token"))
-        name = name or (self._model.id_to_piece(own) if own >= 0 else NO_TOKEN)
-        # As for a tokenizer.json: see `TextTokenizer`.
-        return NO_TOKEN if name == self.end_name else name
-
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """See `Encoder`."""
-        encoded = self._model.encode(list(texts), out_type=int, num_threads=1)
-        return [np.asarray(ids, dtype=np.int32) for ids in encoded]
-
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Text of the ids; control symbols give none."""
-        return str(self._model.decode([int(i) for i in ids]))
 
 
 def check_vocab_size(vocab_size: int) -> None:
@@ -414,12 +351,12 @@ def load_tokenizer(
 def _end_of_document_names(path: str) -> tuple[str, ...]:
     """Names to look for, the tokenizer's own first: what lies beside it says it."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        if own := _content(_beside(path, name).get("eos_token")):
+        if own := token_content(read_beside(path, name).get("eos_token")):
             return (own, *_END_OF_DOCUMENT_NAMES)
     return _END_OF_DOCUMENT_NAMES
 
 
-def _beside(path: str, name: str) -> dict[str, Any]:
+def read_beside(path: str, name: str) -> dict[str, Any]:
     """The object in a JSON file beside a tokenizer's; empty where there is none."""
     try:
         with open(os.path.join(os.path.dirname(path), name), "rb") as stream:
@@ -429,7 +366,7 @@ def _beside(path: str, name: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _content(token: Any) -> str | None:
+def token_content(token: Any) -> str | None:
     """A token as files of transformers write it: as text, or as an object."""
     own = token.get("content") if isinstance(token, dict) else token
     return str(own) if own else None

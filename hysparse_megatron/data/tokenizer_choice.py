@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import tokenizers
 
 from hysparse_megatron.data.card import CARD_NAME, SENTENCEPIECE_NAME, TOKENIZER_NAME
+from hysparse_megatron.data.sentencepiece_model import SentencePieceTokenizer
 from hysparse_megatron.data.tokenizer import (
     BYTES,
     NO_TOKEN,
     PUBLISHED_WITH,
     ByteTokenizer,
     Encoder,
-    SentencePieceTokenizer,
     bytes_tokenizer,
     load_tokenizer,
     read_tokenizer,
