@@ -22,7 +22,7 @@ from hysparse_megatron.data.prepare import run
 from hysparse_megatron.data.prepare.cached import prepare_corpus
 from hysparse_megatron.data.prepare.verify import verify_prepared
 from hysparse_megatron.data.run_tokenizer import load_file
-from hysparse_megatron.data.sources import load_blend, load_evaluations
+from hysparse_megatron.data.sources import changed_fields, load_blend, load_data, load_evaluations
 from hysparse_megatron.data.tokenizer import NO_TOKEN, load_tokenizer
 from hysparse_megatron.data.tokenizer_choice import choose_tokenizer
 from hysparse_megatron.errors import DataError
@@ -180,6 +180,9 @@ def test_cards_and_tokens_of_before_have_none(folder: Path, source: Path, tmp_pa
     now = prepare_corpus(data)
     assert now.begin_of_document is not None
     assert now.directory != before.directory
+    # A run of before goes on when the earlier entry of the cache is named.
+    named = load_data(replace(data, path=before.directory))
+    assert changed_fields(before.identity(), named.identity()) == []
 
 
 def test_requests_for_other_tokenizers_are_what_they_were(source: Path, tmp_path: Path) -> None:
