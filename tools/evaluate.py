@@ -185,10 +185,10 @@ def _scores(
     tokenizer = tokenizer_of(args, loaded)
 
     def count(text: str) -> int:
-        return len(tokenizer.encode(text))
+        return len(tokenizer.encode_prompt(text))
 
     def continue_all(prompts: Sequence[str], max_new_tokens: int) -> list[str]:
-        ids = [tokenizer.encode(prompt) for prompt in prompts]
+        ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
         ends = frozenset({tokenizer.end_of_document})
         settings = Settings(max_new_tokens, stop_tokens=ends, holes=tokenizer.holes)
         made = generate(loaded, ids, settings)

@@ -155,8 +155,8 @@ def _generate(
     from hysparse_megatron.runtime.agreement import on_every_rank
 
     tokenizer = on_every_rank(lambda: tokenizer_of(args, loaded), os_error=DataError)
-    # An empty prompt starts a document, as whatever follows the end of another.
-    ids = [tokenizer.encode(prompt) or [tokenizer.end_of_document] for prompt in prompts]
+    # Where documents begin with no token, an empty prompt starts one as what follows another's end.
+    ids = [tokenizer.encode_prompt(prompt) or [tokenizer.end_of_document] for prompt in prompts]
     settings = Settings(
         max_new_tokens=args.max_new_tokens,
         sampling=Sampling(args.temperature, args.top_p, args.seed),

@@ -39,7 +39,8 @@ from hysparse_megatron.data.prepare.verify import verify_prepared
 from hysparse_megatron.data.tokenizer_choice import choose_tokenizer
 from hysparse_megatron.errors import ConfigError, Preempted
 
-_NEVER_EMPTY = ("output", "tokenizer", "end_of_document")
+_AROUND = ("begin_of_document", "end_of_document")
+_NEVER_EMPTY = ("output", "tokenizer", *_AROUND)
 
 
 @command
@@ -68,6 +69,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--vocab-size", type=int, metavar="N", help="train a tokenizer of N ids on the inputs")
     add("--end-of-document", metavar="TOKEN", help="token that closes a document (default: found)")
+    add(
+        "--begin-of-document",
+        metavar="TOKEN",
+        help="token that a document begins with, or none (default: as the tokenizer does)",
+    )
     add("--format", choices=KINDS, help="of all files (default: by their names)")
     add("--text-key", default="text", metavar="KEY", help="JSON field or column (default text)")
     add(
@@ -96,6 +102,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--verify", action="store_true", help="read the result again and check all of it")
     add("--overwrite", action="store_true", help="prepare again, and replace what is there")
     add("--quiet", action="store_true", help="print warnings and errors alone")
+    _add_executor_options(parser)
+    return parser
+
+
+def _add_executor_options(parser: argparse.ArgumentParser) -> None:
     work = parser.add_argument_group("who does the work; the result does not depend on it")
     add = work.add_argument
     add("--executor", choices=("local", "slurm", "ray"), default="local", help="(default local)")
@@ -115,7 +126,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         help="more for sbatch, as account=lab; may be given several times",
     )
-    return parser
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
@@ -155,12 +165,13 @@ def _prepare(args: argparse.Namespace, progress: Progress) -> PreparedCorpus | N
     executor = _executor(args)
     tokenizer = None
     if args.tokenizer is not None:
-        tokenizer = choose_tokenizer(args.tokenizer, args.end_of_document)
-    if args.end_of_document and (tokenizer is None or tokenizer.path is None):
-        raise ConfigError(
-            "--end-of-document: is for a tokenizer with a file; bytes and one that is trained here "
-            "have their own"
-        )
+        tokenizer = choose_tokenizer(args.tokenizer, args.end_of_document, args.begin_of_document)
+    for name in _AROUND:
+        if getattr(args, name) and (tokenizer is None or tokenizer.path is None):
+            raise ConfigError(
+                f"--{name.replace('_', '-')}: is for a tokenizer with a file; for bytes and one "
+                "that is trained here it is fixed"
+            )
     sources, description = sources_of(args.inputs, args.output, args.format)
     request = PrepareRequest(
         sources=sources,

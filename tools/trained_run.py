@@ -28,5 +28,5 @@ def tokenizer_of(args: argparse.Namespace, loaded: LoadedModel) -> Encoder:
     """The one that is asked for, or the run's. Raises DataError if it is not to be found."""
     from hysparse_megatron.data.run_tokenizer import load_run_tokenizer
 
-    end = loaded.data.get("end_of_document")
-    return load_run_tokenizer(loaded.config.data, loaded.tokenizer_sha256, args.tokenizer, end)
+    found = loaded.config.data, loaded.tokenizer_sha256, args.tokenizer
+    return load_run_tokenizer(*found, loaded.data)

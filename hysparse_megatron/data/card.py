@@ -34,8 +34,9 @@ class PreparedCorpus:
 
     `directory` is absolute; the prefixes name Megatron's indexed files, without `.bin` / `.idx`.
     `fingerprint` is a hash of the token files' contents; equal fingerprints mean equal tokens.
-    `end_of_document` is the token id that closes every document. `num_ids` is the largest id that
-    occurs + 1: a tokenizer may have more, that a model needs no rows for.
+    `end_of_document` is the token id that closes every document, `begin_of_document` the one that
+    it begins with, None if none does. `num_ids` is the largest id that occurs + 1: a tokenizer may
+    have more, that a model needs no rows for.
     """
 
     directory: str
@@ -54,10 +55,15 @@ class PreparedCorpus:
     fingerprint: str
     tokenizer_sha256: str
     source: str
+    begin_of_document: int | None = None
 
     def identity(self) -> dict[str, str | int]:
-        """What makes these data these data, for a checkpoint to store and compare on resume."""
-        names = ("fingerprint", "source", "tokenizer_sha256", "vocab_size", "end_of_document")
+        """What makes these data these data, for a checkpoint to store and compare on resume.
+
+        Without `begin_of_document`, as in all of earlier versions, documents begin with none.
+        """
+        names = ["fingerprint", "source", "tokenizer_sha256", "vocab_size", "end_of_document"]
+        names += ["begin_of_document"] if self.begin_of_document is not None else []
         return {name: getattr(self, name) for name in (*names, *_COUNTS)}
 
 
@@ -147,6 +153,7 @@ def load_prepared(
         # Cards of earlier versions do not say which ids occur.
         num_ids=card.get("largest_id", card["vocab_size"] - 1) + 1,
         tokenizer_sha256=card["files"][tokenizer_name]["sha256"],
+        begin_of_document=card.get("begin_of_document"),  # earlier versions had none
         **{name: card[name] for name in (*_INTEGERS, "fingerprint", "source")},
     )
 
@@ -187,6 +194,11 @@ def _read_card(directory: str) -> dict[str, Any]:
     for name in _INTEGERS:
         if type(value := card.get(name)) is not int or value < 0:
             raise DataError(f"{path}: '{name}' is {value!r}, expected an integer >= 0")
+    begin = card.get("begin_of_document")
+    if begin is not None and (type(begin) is not int or begin < 0):
+        raise DataError(
+            f"{path}: 'begin_of_document' is {begin!r}, expected an integer >= 0, or null"
+        )
     files: dict[str, Any] = card["files"] if isinstance(card.get("files"), dict) else {}
     for name in (*DATA_NAMES, _tokenizer_name(files)):
         entry = files.get(name)

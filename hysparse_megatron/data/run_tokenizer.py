@@ -6,8 +6,9 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from hysparse_megatron.config.blend import parse_blend
 from hysparse_megatron.config.schema import DataConfig
@@ -42,7 +43,7 @@ def load_run_tokenizer(
     data: DataConfig,
     sha256: str | None,
     given: str | None = None,
-    end_of_document: int | None = None,
+    identity: Mapping[str, Any] | None = None,
 ) -> Encoder:
     """The tokenizer whose file has this hash.
 
@@ -51,16 +52,13 @@ def load_run_tokenizer(
         sha256: of the tokenizer's file, as manifests of checkpoints name it; None if they do not:
             then the one that the settings name is taken.
         given: the file or its folder, instead of looking for it.
-        end_of_document: the id that closed documents in training, as manifests name it; None if
-            they do not: then what lies beside the file says it.
+        identity: of the data in training, as manifests have it, which says what documents began
+            and ended with; empty or None if they do not: then what lies beside the file says it.
 
     Raises:
         DataError: it is not found, `given` is another one, or the file is no tokenizer.
     """
-    tokenizer = load_file(_run_tokenizer(data, sha256, given))
-    if end_of_document is not None:
-        tokenizer.end_of_document = end_of_document
-    return tokenizer
+    return load_file(_run_tokenizer(data, sha256, given), identity)
 
 
 def _run_tokenizer(data: DataConfig, sha256: str | None, given: str | None) -> Path:
@@ -107,11 +105,24 @@ def _file_of(given: str) -> Path:
     return Path(path)
 
 
-def load_file(path: Path) -> Encoder:
-    """The tokenizer of a file. Raises DataError if it is none, or cannot close documents."""
+def load_file(path: Path, identity: Mapping[str, Any] | None = None) -> Encoder:
+    """The tokenizer of a file; `identity` as for `load_run_tokenizer`.
+
+    Raises DataError if it is none, or cannot close documents.
+    """
     tokenizer = choose_tokenizer(str(path)).load()
-    # Beside prepared data a card knows what closed the documents, whatever it is called.
+    # Beside prepared data a card knows the ids around the documents, whatever they are called.
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         card = json.loads((path.parent / CARD_NAME).read_bytes())
-        tokenizer.end_of_document = int(card["end_of_document"])
+        _take_around(tokenizer, card if isinstance(card, dict) else {})
+    _take_around(tokenizer, identity or {})
     return tokenizer
+
+
+def _take_around(tokenizer: Encoder, recorded: Mapping[str, Any]) -> None:
+    """Give a tokenizer the ids around documents that a card or a manifest has, if it has any facts:
+    those of earlier versions do not say what began a document, as nothing did."""
+    if recorded:
+        end, begin = (recorded.get(f"{side}_of_document") for side in ("end", "begin"))
+        tokenizer.end_of_document = tokenizer.end_of_document if end is None else int(end)
+        tokenizer.begin_of_document = None if begin is None else int(begin)

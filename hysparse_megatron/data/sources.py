@@ -52,6 +52,11 @@ class BlendedCorpus:
         return self.parts[0].end_of_document
 
     @property
+    def begin_of_document(self) -> int | None:
+        """Of all parts."""
+        return self.parts[0].begin_of_document
+
+    @property
     def num_ids(self) -> int:
         """Largest id that occurs in any part, + 1."""
         return max(part.num_ids for part in self.parts)
@@ -78,7 +83,9 @@ class BlendedCorpus:
 
     def identity(self) -> dict[str, str | int]:
         """As `PreparedCorpus.identity`, the parts in one line."""
+        begin = self.begin_of_document
         return {
+            **({} if begin is None else {"begin_of_document": begin}),
             "fingerprint": self.fingerprint,
             "source": "; ".join(f"{weight} {part.source}" for part, weight in self._pairs),
             "tokenizer_sha256": self.parts[0].tokenizer_sha256,
@@ -147,28 +154,43 @@ def load_blend(text: str) -> BlendedCorpus:
                 f"({part.tokenizer_sha256[:12]}, not {parts[0].tokenizer_sha256[:12]}): prepare one"
                 " of them anew"
             )
-        _require_end(path, part, paths[0], parts[0])
+        _require_same_ends(path, part, paths[0], parts[0])
     return BlendedCorpus(parts, weights)
 
 
-def _require_end(path: str, own: TrainingData, other: str, first: TrainingData) -> None:
-    """Refuse a dataset whose documents end with another token than those of the first one."""
+def _require_same_ends(path: str, own: TrainingData, other: str, first: TrainingData) -> None:
+    """Refuse a dataset whose documents begin or end with other tokens than the first one's."""
     if own.end_of_document != first.end_of_document:
         raise DataError(
             f"{path}: its documents end with token {own.end_of_document}, those of {other} with "
             f"{first.end_of_document}: prepare one of them anew, with --end-of-document"
         )
+    if own.begin_of_document != first.begin_of_document:
+        raise DataError(
+            f"{path}: its documents begin with {token_text(own.begin_of_document)}, those of "
+            f"{other} with {token_text(first.begin_of_document)}: prepare one of them anew, with "
+            "--begin-of-document"
+        )
 
 
-def load_data(data: DataConfig, progress: Progress | None = None) -> TrainingData:
+def token_text(token_id: int | None) -> str:
+    """A token that there may be, for messages."""
+    return "no token of their own" if token_id is None else f"token {token_id}"
+
+
+def load_data(
+    data: DataConfig, progress: Progress | None = None, begin_of_document: str | None = None
+) -> TrainingData:
     """What a run's settings name, prepared if it is not.
+
+    `begin_of_document` is for text, see `TokenizerChoice`.
 
     Raises:
         DataError: bad, missing or too little data; see `load_blend` and `prepare_corpus`.
     """
     if data.blend is not None:
         return load_blend(data.blend)
-    return prepare_corpus(data, progress=progress)
+    return prepare_corpus(data, progress=progress, begin_of_document=begin_of_document)
 
 
 def load_evaluations(
@@ -191,7 +213,7 @@ def load_evaluations(
                 f"data.evaluation.{name}: {path} was prepared with another tokenizer than the "
                 f"run's; prepare it with {corpus.tokenizer_path}"
             )
-        _require_end(f"data.evaluation.{name}: {path}", own, "the run's data", corpus)
+        _require_same_ends(f"data.evaluation.{name}: {path}", own, "the run's data", corpus)
         warning = trained_on_too(own, _folders(corpus))
         if warning and progress:
             progress(f"WARNING: data.evaluation.{name}: {warning}")

@@ -1,4 +1,4 @@
-"""Tokenizers of text: tokenizer.json, SentencePiece, bytes; and training a byte-level BPE.
+"""Tokenizers of text: tokenizer.json, bytes; and training a byte-level BPE.
 
 Text is never parsed for special tokens: a document that spells out `<|endoftext|>` is encoded as
 ordinary characters, so it cannot forge the end of a document.
@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -19,11 +20,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from hysparse_megatron.data.places import open_place
 from hysparse_megatron.errors import ConfigError, DataError
 from hysparse_megatron.files import naming
-from hysparse_megatron.packages import require_package
 
 BYTES = "bytes"
 """In place of a path: one id per byte of UTF-8, without a file."""
 END_OF_DOCUMENT = "<|endoftext|>"
+NO_TOKEN = "none"
+"""In place of the token that begins a document: none does, whatever the tokenizer puts there."""
 PUBLISHED_WITH = (
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -59,11 +61,16 @@ class Encoder(abc.ABC):
         vocab_size: highest token id + 1.
         end_of_document: the id that closes every document.
         end_name: the token of that id.
+        begin_of_document: the id that every document begins with; None if none does. Never the one
+            that closes them.
+        begin_name: the token of that id.
     """
 
     vocab_size: int
     end_of_document: int
     end_name: str
+    begin_of_document: int | None = None
+    begin_name: str | None = None
 
     @property
     def holes(self) -> frozenset[int]:
@@ -72,21 +79,48 @@ class Encoder(abc.ABC):
 
     @abc.abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of each text, integers [num_tokens], on all cores, without end-of-document."""
+        """Token ids of each text, integers [num_tokens], on all cores, with nothing around them."""
 
     @abc.abstractmethod
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of the ids. Bytes that are no valid UTF-8 (a cut character) become U+FFFD."""
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without end-of-document."""
+        """Token ids of `text`, with nothing around them."""
         return [int(token_id) for token_id in self.encode_batch([text])[0]]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of a document that begins with `text`, to be continued."""
+        return [*self.begin, *self.encode(text)]
+
+    @property
+    def begin(self) -> list[int]:
+        """What stands before the text of a document: one id, or none."""
+        return [] if self.begin_of_document is None else [self.begin_of_document]
+
+    def document(self, ids: np.ndarray) -> np.ndarray:
+        """The document of a text's ids [num_tokens]: with what begins and closes it."""
+        around = [np.array(some, dtype=np.int64) for some in (self.begin, [self.end_of_document])]
+        return np.concatenate([around[0], ids, around[1]])
 
 
 class TextTokenizer(Encoder):
-    """A tokenizer of the tokenizers library."""
+    """A tokenizer of the tokenizers library.
 
-    def __init__(self, tokenizer: Tokenizer, end_of_document: str = END_OF_DOCUMENT) -> None:
+    `begin_of_document` names what documents begin with; None takes what the post-processor puts
+    before a text if that is one token, as transformers does, which ignores an `add_bos_token`
+    beside a tokenizer.json; `NO_TOKEN` is none.
+
+    Raises:
+        DataError: a token that it does not have, or documents would begin with what closes them.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        end_of_document: str = END_OF_DOCUMENT,
+        begin_of_document: str | None = None,
+    ) -> None:
         token_id = tokenizer.token_to_id(end_of_document)
         if token_id is None:
             raise DataError(f"the tokenizer has no end-of-document token {end_of_document!r}")
@@ -97,7 +131,35 @@ class TextTokenizer(Encoder):
         self._tokenizer = tokenizer
         self.end_of_document: int = token_id
         self.end_name = end_of_document
+        if begin_of_document is None:
+            self.begin_of_document = self._own_begin()
+        else:
+            self.begin_of_document = named_begin(
+                begin_of_document, tokenizer.token_to_id(begin_of_document), token_id
+            )
+        if self.begin_of_document is not None:
+            self.begin_name = tokenizer.id_to_token(self.begin_of_document)
+            tokenizer.add_special_tokens([self.begin_name])
         self.vocab_size: int = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    def added_around(self) -> tuple[list[int], list[int]]:
+        """Ids that the post-processor puts before a text and after it. `encode` does not."""
+        found = self._tokenizer.encode("a")
+        is_added = [bool(mask) for mask in found.special_tokens_mask]
+        if all(is_added):  # a vocabulary that has nothing for the letter
+            return found.ids, []
+        first = is_added.index(False)
+        last = len(is_added) - is_added[::-1].index(False)
+        return found.ids[:first], found.ids[last:]
+
+    def _own_begin(self) -> int | None:
+        """What the tokenizer itself begins a text with, if documents can begin with it."""
+        before, _ = self.added_around()
+        # One that also closes documents would be a document of its own before each of them: masks
+        # and positions begin anew after it.
+        if len(before) != 1 or before[0] == self.end_of_document:
+            return None
+        return None if self._tokenizer.id_to_token(before[0]) is None else before[0]
 
     @property
     def holes(self) -> frozenset[int]:
@@ -143,6 +205,20 @@ class TextTokenizer(Encoder):
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """See `Encoder`."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+
+def named_begin(name: str, found: int | None, end: int) -> int | None:
+    """The id of what was named to begin documents, `found` if the tokenizer has it."""
+    if name == NO_TOKEN:
+        return None
+    if found is None:
+        raise DataError(f"no begin-of-document token; looked for {name}")
+    if found == end:
+        raise DataError(
+            f"documents would begin with {name}, which closes them; name another token, or "
+            f"{NO_TOKEN}"
+        )
+    return found
 
 
 def _joint(
@@ -199,40 +275,6 @@ def bytes_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-class SentencePieceTokenizer(Encoder):
-    """A SentencePiece model.
-
-    Raises:
-        DataError: the file is missing or no model, or it has no end-of-document piece.
-    """
-
-    def __init__(self, path: str, end_of_document: str | None = None) -> None:
-        sentencepiece = require_package("sentencepiece", f"the tokenizer {path}")
-        try:
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=read_tokenizer(path))
-        except (OSError, RuntimeError) as error:
-            raise DataError(f"{path}: not a SentencePiece model: {error}") from error
-        self.vocab_size: int = self._model.get_piece_size()
-        token_id = int(self._model.eos_id())
-        if end_of_document is not None:
-            token_id = int(self._model.piece_to_id(end_of_document))
-            if self._model.id_to_piece(token_id) != end_of_document:
-                raise DataError(f"{path}: no end-of-document token; looked for {end_of_document}")
-        elif token_id < 0:
-            raise DataError(f"{path}: has no end-of-sentence piece; name another one to use")
-        self.end_of_document = token_id
-        self.end_name: str = self._model.id_to_piece(token_id)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """See `Encoder`."""
-        encoded = self._model.encode(list(texts), out_type=int, num_threads=1)
-        return [np.asarray(ids, dtype=np.int32) for ids in encoded]
-
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Text of the ids; control symbols give none."""
-        return str(self._model.decode([int(i) for i in ids]))
-
-
 def check_vocab_size(vocab_size: int) -> None:
     """Raises ConfigError: a number of ids that no tokenizer is trained for."""
     if not _MIN_VOCAB_SIZE <= vocab_size <= _MAX_VOCAB_SIZE:
@@ -275,16 +317,20 @@ def tokenizer_file(path: str) -> str:
     return os.path.join(path, "tokenizer.json") if os.path.isdir(path) else path
 
 
-def load_tokenizer(path: str, end_of_document: str | None = None) -> TextTokenizer:
+def load_tokenizer(
+    path: str, end_of_document: str | None = None, begin_of_document: str | None = None
+) -> TextTokenizer:
     """Load a `tokenizer.json` of the tokenizers library, given the file or its folder.
 
     Args:
         path: the file or its folder.
         end_of_document: the token that closes a document; None takes the `eos_token` of a
             `tokenizer_config.json` beside it, or looks for names that published tokenizers use.
+        begin_of_document: see `TextTokenizer`.
 
     Raises:
-        DataError: the file is missing or no tokenizer, or it has no end-of-document token.
+        DataError: the file is missing or no tokenizer, it has no end-of-document token or not the
+            one to begin with, or documents would begin with what closes them.
     """
     path = tokenizer_file(path)
     content = read_tokenizer(path)
@@ -295,22 +341,35 @@ def load_tokenizer(path: str, end_of_document: str | None = None) -> TextTokeniz
     names = (end_of_document,) if end_of_document else _end_of_document_names(path)
     for name in names:
         if tokenizer.token_to_id(name) is not None:
-            return TextTokenizer(tokenizer, name)
+            try:
+                return TextTokenizer(tokenizer, name, begin_of_document)
+            except DataError as error:
+                raise DataError(f"{path}: {error}") from error
     raise DataError(f"{path}: no end-of-document token; looked for {', '.join(names)}")
 
 
 def _end_of_document_names(path: str) -> tuple[str, ...]:
     """Names to look for, the tokenizer's own first: what lies beside it says it."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        try:
-            with open(os.path.join(os.path.dirname(path), name), "rb") as stream:
-                token = json.load(stream)["eos_token"]
-        except (OSError, ValueError, LookupError, TypeError):
-            continue
-        own = token.get("content") if isinstance(token, dict) else token
-        if own:
-            return (str(own), *_END_OF_DOCUMENT_NAMES)
+        if own := token_content(read_beside(path, name).get("eos_token")):
+            return (own, *_END_OF_DOCUMENT_NAMES)
     return _END_OF_DOCUMENT_NAMES
+
+
+def read_beside(path: str, name: str) -> dict[str, Any]:
+    """The object in a JSON file beside a tokenizer's; empty where there is none."""
+    try:
+        with open(os.path.join(os.path.dirname(path), name), "rb") as stream:
+            found = json.load(stream)
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def token_content(token: Any) -> str | None:
+    """A token as files of transformers write it: as text, or as an object."""
+    own = token.get("content") if isinstance(token, dict) else token
+    return str(own) if own else None
 
 
 def read_tokenizer(path: str) -> bytes:

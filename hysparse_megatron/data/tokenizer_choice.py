@@ -11,12 +11,13 @@ from dataclasses import dataclass
 import tokenizers
 
 from hysparse_megatron.data.card import CARD_NAME, SENTENCEPIECE_NAME, TOKENIZER_NAME
+from hysparse_megatron.data.sentencepiece_model import SentencePieceTokenizer
 from hysparse_megatron.data.tokenizer import (
     BYTES,
+    NO_TOKEN,
     PUBLISHED_WITH,
     ByteTokenizer,
     Encoder,
-    SentencePieceTokenizer,
     bytes_tokenizer,
     load_tokenizer,
     read_tokenizer,
@@ -32,10 +33,13 @@ class TokenizerChoice:
     Attributes:
         path: the file, or None for bytes.
         end_of_document: the token that closes a document, None to look for it.
+        begin_of_document: the token that a document begins with, `NO_TOKEN` for none, None for what
+            the tokenizer itself does.
     """
 
     path: str | None
     end_of_document: str | None = None
+    begin_of_document: str | None = None
 
     @property
     def kind(self) -> str:
@@ -58,17 +62,26 @@ class TokenizerChoice:
         return "tokenizers", tokenizers.__version__
 
     def load(self) -> Encoder:
-        """Raises DataError: the file is missing, no tokenizer, or cannot close a document."""
+        """Raises DataError: the file is missing, no tokenizer, or has not what stands around a
+        document."""
         if self.path is None:
             return ByteTokenizer()
         if self.kind == "sentencepiece":
-            return SentencePieceTokenizer(self.path, self.end_of_document)
-        return load_tokenizer(self.path, self.end_of_document)
+            return SentencePieceTokenizer(self.path, self.end_of_document, self.begin_of_document)
+        return load_tokenizer(self.path, self.end_of_document, self.begin_of_document)
 
-    def end_name(self) -> str | None:
-        """The token that closes a document, also where a file beside the tokenizer's says it, which
-        may change; None for bytes. Raises DataError as `load` does."""
-        return None if self.path is None else self.load().end_name
+    def around_document(self) -> dict[str, str | None]:
+        """Options of a preparation: the tokens that close a document and that it begins with.
+
+        Also where a file beside the tokenizer's says them, which may change. The first is None for
+        bytes; without the second, as in all cards of earlier versions, documents begin with none.
+        Raises DataError as `load` does.
+        """
+        if self.path is None:
+            return {"end_of_document": None}
+        loaded = self.load()
+        begin = {} if loaded.begin_name is None else {"begin_of_document": loaded.begin_name}
+        return {"end_of_document": loaded.end_name, **begin}
 
     def contents(self) -> bytes:
         """The tokenizer's file; for bytes a `tokenizer.json` that gives the same ids."""
@@ -89,10 +102,13 @@ class TokenizerChoice:
         return hashlib.sha256(self.contents()).hexdigest()
 
 
-def choose_tokenizer(given: str, end_of_document: str | None = None) -> TokenizerChoice:
+def choose_tokenizer(
+    given: str, end_of_document: str | None = None, begin_of_document: str | None = None
+) -> TokenizerChoice:
     """The tokenizer meant by `given`: a file, a folder of Hugging Face's, or `bytes`.
 
-    Without an `end_of_document` that counts which a prepared folder with the file was given.
+    Where the tokens around a document are not named, those count with which a prepared folder that
+    holds the file was made.
 
     Raises:
         DataError: a folder that holds neither tokenizer.json nor tokenizer.model.
@@ -108,14 +124,17 @@ def choose_tokenizer(given: str, end_of_document: str | None = None) -> Tokenize
                 "writes the first: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
             )
         path = os.path.join(path, held[0])
-    return TokenizerChoice(path, end_of_document or _recorded_end(path))
+    end, begin = _recorded(path)
+    return TokenizerChoice(path, end_of_document or end, begin_of_document or begin)
 
 
-def _recorded_end(path: str) -> str | None:
-    """What `--end-of-document` named when the folder of the file was prepared."""
+def _recorded(path: str) -> tuple[str | None, str | None]:
+    """What closed documents and what they began with when the folder of the file was prepared."""
     try:
         with open(os.path.join(os.path.dirname(path), CARD_NAME), "rb") as stream:
-            found = json.load(stream)["options"]["end_of_document"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
-    return found if isinstance(found, str) else None
+            options = json.load(stream)["options"]
+        found = options.get("end_of_document"), options.get("begin_of_document", NO_TOKEN)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None, None
+    end, begin = (name if isinstance(name, str) else None for name in found)
+    return end, begin

@@ -18,9 +18,11 @@ from hysparse_megatron.data.sources import (
     load_data,
     open_samples,
     prepared_folders,
+    token_text,
     trained_on_too,
     with_path,
 )
+from hysparse_megatron.data.tokenizer import NO_TOKEN
 from hysparse_megatron.errors import DataError
 from hysparse_megatron.inference.load import LoadedModel
 from hysparse_megatron.model.stack import documents_of
@@ -58,7 +60,11 @@ def held_out_batches(
     elif loaded.tokenizer_sha256 is None and config.tokenizer is None and config.blend is None:
         # Training would make a tokenizer of the text.
         raise DataError(_UNKNOWN.format(loaded.checkpoint))
-    corpus = on_every_rank(lambda: load_data(config), os_error=DataError)
+    # Text is read as it was in training: a tokenizer may begin documents with a token that, in an
+    # earlier version, none of the model's own did.
+    has_none = bool(loaded.data) and "begin_of_document" not in loaded.data
+    begin = NO_TOKEN if has_none else None
+    corpus = on_every_rank(lambda: load_data(config, begin_of_document=begin), os_error=DataError)
     _refuse_other_ids(loaded, corpus, data or "the run's data")
     for line in _reservations(loaded, corpus, data):
         note(line)
@@ -89,6 +95,12 @@ def _refuse_other_ids(loaded: LoadedModel, corpus: TrainingData, place: str) -> 
         raise DataError(
             f"{place}: documents end with token {corpus.end_of_document}, in training with {end}: "
             "prepare the text with --end-of-document"
+        )
+    begin = loaded.data.get("begin_of_document") if loaded.data else corpus.begin_of_document
+    if corpus.begin_of_document != begin:
+        raise DataError(
+            f"{place}: documents begin with {token_text(corpus.begin_of_document)}, in training "
+            f"with {token_text(begin)}: prepare the text with --begin-of-document"
         )
 
 

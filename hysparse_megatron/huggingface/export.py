@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 from hysparse_megatron.checkpoint import store, tensors
 from hysparse_megatron.compatibility import require_same_model
 from hysparse_megatron.config.schema import Config
+from hysparse_megatron.data.run_tokenizer import load_file
+from hysparse_megatron.data.tokenizer import Encoder
 from hysparse_megatron.errors import CheckpointError
 from hysparse_megatron.huggingface import settings, tokenizer_files
 from hysparse_megatron.huggingface.folders import write_folder
@@ -86,17 +88,15 @@ def export(request: Request, folder: Path, log: Log) -> None:
         license_id=request.license_id,
     )
 
+    trained = load_file(tokenizer, manifest.get("data"))
+    tokenizer_files.warn_of_other_begin(tokenizer, trained, manifest.get("data") or {}, log)
+
     def write(target: Path) -> None:
         _write_weights(request, weights, types, index, target, log)
         tokenizer_files.write_object(target / settings.CONFIG_JSON, described)
         length = request.config.train.seq_length
-        end = tokenizer_files.end_of_document(tokenizer, identity)
-        tokenizer_files.write_tokenizer(tokenizer, target, end, length)
-        # What begins a document, for `generate` without a prompt, is the end of the one before.
-        generation: dict[str, Any] = dict.fromkeys(("bos", "eos", "pad"), end)
-        generation = {f"{name}_token_id": number for name, number in generation.items()}
-        if no_tokens := tokenizer_files.ids_without_token(tokenizer, rows):
-            generation["suppress_tokens"] = no_tokens
+        tokenizer_files.write_tokenizer(tokenizer, target, trained, length)
+        generation = _generation(trained, tokenizer_files.ids_without_token(tokenizer, rows))
         tokenizer_files.write_object(target / "generation_config.json", generation)
         for name in CODE:
             shutil.copyfile(Path(__file__).with_name(name), target / name)
@@ -104,6 +104,19 @@ def export(request: Request, folder: Path, log: Log) -> None:
         (target / LICENSE_OF_CODE).write_text(license_text(), encoding="utf-8")
 
     write_folder(folder, write)
+
+
+def _generation(trained: Encoder, no_tokens: list[int]) -> dict[str, Any]:
+    """`generation_config.json`; `no_tokens` are ids that are never to be generated."""
+    end, begin = trained.end_of_document, trained.begin_of_document
+    # Where documents begin with no token, one begins, for `generate` without a prompt, with the end
+    # of the one before.
+    found: dict[str, Any] = {
+        "bos_token_id": end if begin is None else begin,
+        "eos_token_id": end,
+        "pad_token_id": end,
+    }
+    return found | ({"suppress_tokens": no_tokens} if no_tokens else {})
 
 
 def _fitting_rows(request: Request, index: dict[str, dict[str, Any]]) -> int:

@@ -150,7 +150,7 @@ def write_start(
             "tokenizer_sha256": sha256_of(tokenizer),
             "vocab_size": tokenizer_files.check_vocabulary(tokenizer, model.vocab_size or 0, log),
         }
-        if added := tokenizer_files.added_around(tokenizer):
+        if added := tokenizer_files.not_reproduced(tokenizer):
             log(
                 f"WARNING: {tokenizer} puts {' and '.join(added)} around a text, which nothing "
                 "here does: prompts and documents are read without"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ from tokenizers import Tokenizer
 
 from hysparse_megatron.config.schema import DataConfig
 from hysparse_megatron.data.card import SENTENCEPIECE_NAME, TOKENIZER_NAME
-from hysparse_megatron.data.run_tokenizer import find_run_tokenizer, load_file
-from hysparse_megatron.data.tokenizer import PUBLISHED_WITH, load_tokenizer
+from hysparse_megatron.data.run_tokenizer import find_run_tokenizer
+from hysparse_megatron.data.tokenizer import PUBLISHED_WITH, Encoder, load_tokenizer
 from hysparse_megatron.errors import ConfigError, DataError
 
 CONFIG_NAME = "tokenizer_config.json"
@@ -70,6 +70,9 @@ def check_vocabulary(
         if loaded.end_of_document >= rows:
             end = f"{loaded.end_name} (id {loaded.end_of_document})"
             raise ConfigError(f"{found}: documents would end with {end}, which is none of them")
+        if loaded.begin_of_document is not None and loaded.begin_of_document >= rows:
+            begin = f"{loaded.begin_name} (id {loaded.begin_of_document})"
+            raise ConfigError(f"{found}: documents would begin with {begin}, which is none of them")
         log(
             f"WARNING: {found}: the {len(beyond)} added from {added[beyond[0]].content} on cannot "
             "be used, and data or prompts that hold one are refused"
@@ -83,11 +86,36 @@ def ids_without_token(path: Path, rows: int) -> list[int]:
     return [number for number in range(rows) if number not in known]
 
 
-def added_around(path: Path) -> list[str]:
-    """Tokens that the tokenizer's post-processor puts around a text, such as one that begins it."""
-    found = Tokenizer.from_file(str(path)).encode("")
-    pairs = zip(found.tokens, found.special_tokens_mask, strict=True)
-    return [token for token, is_special in pairs if is_special]
+def not_reproduced(path: Path) -> list[str]:
+    """Tokens that the tokenizer's post-processor puts around a text, and text here does not get:
+    before it all but the one that documents begin with, after it all but the one that ends them."""
+    loaded = load_tokenizer(str(path))
+    before, after = loaded.added_around()
+    before = [] if before == loaded.begin else before
+    after = [] if after == [loaded.end_of_document] else after
+    library = Tokenizer.from_file(str(path))
+    return [library.id_to_token(number) or f"id {number}" for number in before + after]
+
+
+def warn_of_other_begin(
+    path: Path, trained: Encoder, identity: Mapping[str, Any], log: Callable[[str], None]
+) -> None:
+    """Tell `log` where users of an exported tokenizer get other texts than the model was given.
+
+    `identity` is of the data in training, `trained` the tokenizer that has taken it over.
+    """
+    before, _ = load_tokenizer(str(path)).added_around()
+    if not identity or before == trained.begin:
+        return
+    library = Tokenizer.from_file(str(path))
+    puts, began = (
+        " and ".join(library.id_to_token(number) or f"id {number}" for number in ids) or "nothing"
+        for ids in (before, trained.begin)
+    )
+    log(
+        f"WARNING: {path} puts {puts} before a text, but documents began with {began} in training: "
+        "prompts for the exported model must, too"
+    )
 
 
 def copy_tokenizer(path: Path, folder: Path) -> None:
@@ -98,19 +126,23 @@ def copy_tokenizer(path: Path, folder: Path) -> None:
             shutil.copyfile(path.parent / name, folder / name)
 
 
-def write_tokenizer(path: Path, folder: Path, end: int, model_max_length: int) -> None:
+def write_tokenizer(path: Path, folder: Path, trained: Encoder, model_max_length: int) -> None:
     """Copy a `tokenizer.json`, and what describes it: as published, or made here.
 
-    `end` is the id that closed documents in training.
+    `trained` has the ids around documents of training.
     """
     copy_tokenizer(path, folder)
     if (folder / CONFIG_NAME).exists():
         _drop_auto_map(folder / CONFIG_NAME)
     else:
+        library = Tokenizer.from_file(str(path))
+        end = library.id_to_token(trained.end_of_document)
+        begin = trained.begin_of_document
         described = {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": Tokenizer.from_file(str(path)).id_to_token(end),
-            "pad_token": Tokenizer.from_file(str(path)).id_to_token(end),
+            **({} if begin is None else {"bos_token": library.id_to_token(begin)}),
+            "eos_token": end,
+            "pad_token": end,
             "padding_side": "left",
             "clean_up_tokenization_spaces": False,
             "model_max_length": model_max_length,
@@ -124,11 +156,6 @@ def _drop_auto_map(path: Path) -> None:
         described = json.loads(path.read_bytes())
         if isinstance(described, dict) and described.pop("auto_map", None) is not None:
             write_object(path, described)
-
-
-def end_of_document(path: Path, identity: dict[str, Any]) -> int:
-    """The id that closed every document in training: of the manifest, if not what the file says."""
-    return int(identity.get("end_of_document", load_file(path).end_of_document))
 
 
 def write_object(path: Path, content: dict[str, Any]) -> None:

@@ -44,6 +44,8 @@ class Prompt:
     """At least one."""
     end: int
     """The token that closes a document, with which a text ends."""
+    num_hidden: int = 0
+    """Of the first ids, which begin a document and are not shown."""
 
 
 class TextSample:
@@ -81,8 +83,9 @@ class TextSample:
                 if ids[-1] == self._prompt.end:
                     break
         # Together, as spaces depend on what stands before.
-        prompt = self._decode(self._prompt.ids)
-        text = self._decode(ids)[len(prompt) :]
+        first = self._prompt.num_hidden
+        prompt = self._decode(self._prompt.ids[first:])
+        text = self._decode(ids[first:])[len(prompt) :]
         seconds = time.monotonic() - started
         return {"sample_prompt": prompt, "sample": text, "sample_seconds": seconds}
 
@@ -160,13 +163,14 @@ def text_sample(
 
     def choose() -> Prompt:
         tokenizer = load_run_tokenizer(
-            state.config.data, sha256, corpus.tokenizer_path, corpus.end_of_document
+            state.config.data, sha256, corpus.tokenizer_path, corpus.identity()
         )
         if tracking.sample_prompt is None:
             first = next(held_out.microbatches(0))["tokens"][0]
-            ids = first[: min(PROMPT_TOKENS, most - 1)].tolist()
+            ids, num_hidden = first[: min(PROMPT_TOKENS, most - 1)].tolist(), 0
         else:
-            ids = tokenizer.encode(tracking.sample_prompt)
+            ids = tokenizer.encode_prompt(tracking.sample_prompt)
+            num_hidden = len(tokenizer.begin)
         if max(ids, default=0) >= rows:
             raise ConfigError(
                 f"tracking.sample_prompt holds token id {max(ids)}, which the tokenizer has beyond "
@@ -177,7 +181,7 @@ def text_sample(
                 f"tracking.sample_prompt has {len(ids)} tokens: give 1 to {most - 1}, so that one "
                 f"more fits into train.seq_length={most}"
             )
-        return Prompt(ids, tokenizer.end_of_document)
+        return Prompt(ids, tokenizer.end_of_document, num_hidden)
 
     prompt = on_rank_zero(choose, os_error=DataError)
     decode: Callable[[Sequence[int]], str] = lambda ids: ""  # noqa: E731

@@ -36,9 +36,7 @@ from tests.kernels.rounding import Variances, assert_within
 TRITON, REFERENCE = {"backend": "triton"}, {"backend": "reference"}
 
 
-def compare(
-    case: Case, dtype: torch.dtype, device: str, seed: int, sharpness: float = 2
-) -> None:
+def compare(case: Case, dtype: torch.dtype, device: str, seed: int, sharpness: float = 2) -> None:
     """Assert outputs, selections and gradients of all three operations.
 
     Queries are `sharpness` times as large as keys: at 30 few keys of a row have any weight.

@@ -170,17 +170,18 @@ class _Corpus:
             lengths = table["num_tokens"].astype(np.int64)
             if self.cut is not None and unit == self._cut_unit:
                 number = self.cut.document - first
-                lengths[number] -= self.cut.place
+                lengths[number] += len(self._encoder.begin) - self.cut.place
                 lengths = np.insert(lengths, number, self.cut.place + 1)
             first += len(table)
             yield lengths
 
     def tokens(self, unit: int) -> Iterator[np.ndarray]:
-        """Tokens of a shard in chunks [n]; the first part of what is cut gets an end of its own."""
+        """Tokens of a shard in chunks [n]; what is cut gets an end, and begins anew, in between."""
         for start, tokens in self._work.tokens(unit, self._records[unit], self.dtype):
             inside = self._cut_at - start
             if unit == self._cut_unit and 0 <= inside < len(tokens):
-                tokens = np.insert(tokens, inside, self._encoder.end_of_document)
+                between = [self._encoder.end_of_document, *self._encoder.begin]
+                tokens = np.insert(tokens, inside, between)
             yield tokens
 
     def targets(self, splitting: Splitting) -> np.ndarray:
@@ -228,16 +229,17 @@ class _Corpus:
         kept = np.where(targets == _DROPPED, 0, lengths)
         document = int(kept.argmax())
         length = int(kept[document]) - 1  # without the token that closes it
-        if length < 2:
+        least = len(self._encoder.begin) + 1
+        if length < least + 1:
             return
         keys = np.concatenate([table["key"] for table in self._tables()])
         copies = np.flatnonzero((keys == keys[document]).all(axis=1))
         copies = copies[copies != document]
         targets[copies], kept[copies] = _DROPPED, 0
         share = min(validation_fraction * int(kept.sum()) / length, 0.5)
-        place = min(max(round(length * (1 - share)), 1), length - 1)
+        place = min(max(round(length * (1 - share)), least), length - 1)
         reach = min(_REACH, (length - place) // 2)
-        low, high = max(1, place - reach), min(length, place + reach + _LONGEST_CHARACTER)
+        low, high = max(least, place - reach), min(length, place + reach + _LONGEST_CHARACTER)
         after = np.cumsum([record.num_documents for record in self._records])
         unit = int(np.searchsorted(after, document, side="right"))
         first = int(after[unit]) - self._records[unit].num_documents

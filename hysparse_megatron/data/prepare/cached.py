@@ -22,7 +22,10 @@ _LOCK_TIMEOUT_SECONDS = 3600.0
 
 
 def prepare_corpus(
-    data: DataConfig, seed: int = SPLIT_SEED, progress: Callable[[str], None] | None = None
+    data: DataConfig,
+    seed: int = SPLIT_SEED,
+    progress: Callable[[str], None] | None = None,
+    begin_of_document: str | None = None,
 ) -> PreparedCorpus:
     """Tokenize what `data.path` names into a training and a validation split, or find it done.
 
@@ -35,6 +38,7 @@ def prepare_corpus(
             another is evaluated on.
         progress: is told what is being done. What it raises ends the preparation; the same call
             goes on with it.
+        begin_of_document: what documents of text begin with, see `TokenizerChoice`.
 
     Raises:
         DataError: bad, missing or too little input (names file and line or offset), or the cache
@@ -42,7 +46,9 @@ def prepare_corpus(
         ConfigError: a package is missing, or the cache lies inside the corpus.
     """
     path, cache_dir = data.path, data.cache_dir
-    tokenizer = None if data.tokenizer is None else choose_tokenizer(data.tokenizer)
+    tokenizer = None
+    if data.tokenizer is not None:
+        tokenizer = choose_tokenizer(data.tokenizer, begin_of_document=begin_of_document)
     if path is not None and os.path.isfile(os.path.join(path, CARD_NAME)):
         return _given(path, tokenizer)
     sources, description = standard_library() if path is None else sources_of([path], cache_dir)

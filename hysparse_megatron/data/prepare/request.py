@@ -16,7 +16,7 @@ from hysparse_megatron.data.prepare.assemble import Splitting
 from hysparse_megatron.data.prepare.readers import read_piece
 from hysparse_megatron.data.prepare.shards import Folder
 from hysparse_megatron.data.prepare.sources import Source, cut_units, list_sources
-from hysparse_megatron.data.tokenizer import check_vocab_size, train_tokenizer
+from hysparse_megatron.data.tokenizer import NO_TOKEN, check_vocab_size, train_tokenizer
 from hysparse_megatron.data.tokenizer_choice import TokenizerChoice
 from hysparse_megatron.errors import ConfigError
 
@@ -80,7 +80,7 @@ class PrepareRequest:
             library, version = self.tokenizer.library
             sha256 = self.tokenizer.sha256()
             tokenizer = {"tokenizer_sha256": sha256, library: version}
-            tokenizer["end_of_document"] = self.tokenizer.end_name()
+            tokenizer |= self.tokenizer.around_document()
         return {
             "format": FORMAT,
             "text_key": self.text_key,
@@ -114,9 +114,12 @@ def place_tokenizer(
         trained = train_tokenizer(_sample(request), request.vocab_size)
         folder.write(name, trained.to_str(pretty=True).encode())
     loaded = given.load()
-    note(f"documents end with {loaded.end_name} (id {loaded.end_of_document})")
+    begin = ""
+    if loaded.begin_name is not None:
+        begin = f"begin with {loaded.begin_name} (id {loaded.begin_of_document}) and "
+    note(f"documents {begin}end with {loaded.end_name} (id {loaded.end_of_document})")
     path = given.path and f"{folder.path}/{name}"
-    return TokenizerChoice(path, loaded.end_name)
+    return TokenizerChoice(path, loaded.end_name, loaded.begin_name or NO_TOKEN)
 
 
 def _sample(request: PrepareRequest) -> Iterator[str]:

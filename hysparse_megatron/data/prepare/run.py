@@ -307,7 +307,8 @@ class _Run:
         for file, entry in files.items() if target.is_local else ():
             if blocks := content.hash_blocks(os.path.join(target.path, file)):
                 entry["blocks_sha256"] = blocks
-        facts = {"vocab_size": encoder.vocab_size, "end_of_document": encoder.end_of_document}
+        names = ("vocab_size", "end_of_document", "begin_of_document")
+        facts = {name: getattr(encoder, name) for name in names}
         card = card_of(self._facts(work, records, made) | facts, files)
         text = json.dumps(card, indent=2, ensure_ascii=False) + "\n"
         # JSON writes the same for bytes of a file's name that are no UTF-8.

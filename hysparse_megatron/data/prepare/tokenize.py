@@ -109,7 +109,7 @@ class _Unit:
         return self._record
 
     def _write(self, text: bytes, ids: np.ndarray) -> None:
-        tokens = np.append(ids, self._encoder.end_of_document)
+        tokens = self._encoder.document(ids)
         if len(tokens) > MAX_DOCUMENT_TOKENS:
             raise DataError(
                 f"a document has {len(tokens):,} tokens, Megatron's index can hold "

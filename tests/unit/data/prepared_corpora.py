@@ -13,12 +13,13 @@ import pyarrow.parquet
 import sentencepiece
 from backports import zstd
 from tiny_corpora import WORDS
+from tokenizers.processors import TemplateProcessing
 
 from hysparse_megatron.data.card import PreparedCorpus
 from hysparse_megatron.data.prepare import run
 from hysparse_megatron.data.prepare.request import PrepareRequest, sources_of
 from hysparse_megatron.data.read.indexed import open_indexed
-from hysparse_megatron.data.tokenizer import train_tokenizer
+from hysparse_megatron.data.tokenizer import END_OF_DOCUMENT, train_tokenizer
 from hysparse_megatron.data.tokenizer_choice import choose_tokenizer
 
 UNIT_BYTES = 4096
@@ -44,6 +45,16 @@ def write_lines(path: Path, texts: list[str]) -> Path:
 
 def save_tokenizer(path: Path, vocab_size: int = 400) -> Path:
     train_tokenizer(make_texts(50), vocab_size).save(str(path))
+    return path
+
+
+def save_beginning_tokenizer(path: Path, template: str = "<s> $A") -> Path:
+    """One that puts `<s>` before every text, as Llama's do; or what else the template says."""
+    tokenizer = train_tokenizer(make_texts(50), 400)
+    tokenizer.add_special_tokens(["<s>", "<t>"])
+    tokens = [(name, tokenizer.token_to_id(name)) for name in ("<s>", "<t>", END_OF_DOCUMENT)]
+    tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=tokens)
+    tokenizer.save(str(path))
     return path
 
 

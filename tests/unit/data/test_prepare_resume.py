@@ -17,6 +17,7 @@ from prepared_corpora import (
     make_texts,
     prepare,
     request,
+    save_sentencepiece,
     save_tokenizer,
     write_gzip,
     write_lines,
@@ -258,6 +259,23 @@ def test_what_ends_documents_is_an_option_wherever_it_is_said(tmp_path: Path) ->
     beside.unlink()
     assert prepare(output, source, tokenizer=folder).end_of_document == 0
     beside.write_text('{"eos_token": "a"}')
+    with pytest.raises(ConfigError, match="with other options"):
+        prepare(output, source, tokenizer=folder)
+
+
+def test_what_begins_documents_is_an_option_too(tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "a.jsonl", make_texts(200))
+    output, folder = tmp_path / "out", tmp_path / "tokenizer"
+    folder.mkdir()
+    save_sentencepiece(folder / "tokenizer.model")
+    unfinished(output, source, tokenizer=folder)
+    beside = folder / "tokenizer_config.json"
+    beside.write_text('{"add_bos_token": true}')
+    with pytest.raises(ConfigError, match="begin_of_document: None -> '<s>'"):
+        prepare(output, source, tokenizer=folder)
+    beside.unlink()
+    assert prepare(output, source, tokenizer=folder).begin_of_document is None
+    beside.write_text('{"add_bos_token": true}')
     with pytest.raises(ConfigError, match="with other options"):
         prepare(output, source, tokenizer=folder)
 

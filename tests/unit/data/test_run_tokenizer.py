@@ -10,6 +10,7 @@ from prepared_corpora import (
     make_texts,
     prepare,
     request,
+    save_beginning_tokenizer,
     save_sentencepiece,
     save_tokenizer,
     write_lines,
@@ -18,11 +19,10 @@ from tokenizers import Tokenizer
 
 from hysparse_megatron.config.schema import DataConfig
 from hysparse_megatron.data.prepare import run
-from hysparse_megatron.data.run_tokenizer import load_run_tokenizer
+from hysparse_megatron.data.run_tokenizer import load_file, load_run_tokenizer
 from hysparse_megatron.data.sources import changed_fields
 from hysparse_megatron.data.tokenizer_choice import choose_tokenizer
 from hysparse_megatron.errors import DataError
-from hysparse_megatron.huggingface import tokenizer_files
 
 TEXT = make_texts(3)[2]
 
@@ -89,12 +89,29 @@ def test_what_the_checkpoint_says_of_the_end_counts(tmp_path: Path) -> None:
     identity = made.identity()
     end = Tokenizer.from_file(str(given)).token_to_id("a")
     assert made.end_of_document == end != load_run_tokenizer(data, digest(given)).end_of_document
-    found = load_run_tokenizer(data, digest(given), None, identity["end_of_document"])
+    found = load_run_tokenizer(data, digest(given), None, identity)
     assert found.end_of_document == end
-    assert tokenizer_files.end_of_document(given, identity) == end
+    assert load_file(given, identity).end_of_document == end
     del identity["end_of_document"]  # as checkpoints of before
-    assert tokenizer_files.end_of_document(given, identity) == 0
+    assert load_file(given, identity).end_of_document == 0
     assert changed_fields(identity, made.identity()) == []
+
+
+def test_what_the_checkpoint_says_of_the_begin_counts(tmp_path: Path) -> None:
+    """None where it says nothing of it; weights from elsewhere have no data and go by the file."""
+    given = save_beginning_tokenizer(tmp_path / "tokenizer.json")
+    begin = Tokenizer.from_file(str(given)).token_to_id("<s>")
+    source = write_lines(tmp_path / "a.jsonl", make_texts(30))
+    identity = prepare(tmp_path / "made", source, tokenizer=given).identity()
+    data = settings(tmp_path, path="gone", tokenizer=str(given))
+    before = {name: value for name, value in identity.items() if name != "begin_of_document"}
+    other = {**identity, "begin_of_document": 9}
+    for said, expected in [(identity, begin), (other, 9), (before, None), ({}, begin)]:
+        found = load_run_tokenizer(data, digest(given), None, said)
+        assert found.begin_of_document == expected
+        first = [] if expected is None else [expected]
+        assert found.encode_prompt(TEXT) == first + found.encode(TEXT)
+    assert changed_fields(identity, before) == [f"begin_of_document: {begin} -> unset"]
 
 
 def test_another_one_is_refused(tmp_path: Path) -> None:

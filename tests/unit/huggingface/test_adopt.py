@@ -116,7 +116,7 @@ def adopt(source: Path, folder: Path, layout: str, *options: str) -> Path:
     return folder
 
 
-def test_a_token_before_every_text_is_told(
+def test_tokens_around_a_text_that_it_does_not_get_here_are_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = tmp_path / "original"
@@ -124,11 +124,32 @@ def test_a_token_before_every_text_is_told(
     adopt(source, tmp_path / "plain", "4*F", *SMALL)
     assert "around a text" not in capsys.readouterr().out
     tokenizer = bytes_tokenizer()
-    template = TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", 7)])
-    tokenizer.post_processor = template
+    names = ["<|begin|>", "<|text|>"]
+    tokenizer.add_special_tokens(names)
+    for single, told in [("<|begin|> $A", ""), ("<|begin|> <|text|> $A", " and ".join(names))]:
+        tokenizer.post_processor = TemplateProcessing(
+            single=single, special_tokens=[(name, tokenizer.token_to_id(name)) for name in names]
+        )
+        tokenizer.save(str(source / "tokenizer.json"))
+        adopt(source, tmp_path / f"start {len(single)}", "4*F", *SMALL)
+        warned = f"tokenizer.json puts {told} around a text" in capsys.readouterr().out
+        assert warned == bool(told)
+
+
+def test_a_begin_that_the_model_lacks_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "original"
+    original("llama", source)
+    tokenizer = bytes_tokenizer()
+    tokenizer.add_special_tokens([f"<{number}>" for number in range(257, IDS + 1)])
+    tokenizer.post_processor = TemplateProcessing(
+        single=f"<{IDS}> $A", special_tokens=[(f"<{IDS}>", IDS)]
+    )
     tokenizer.save(str(source / "tokenizer.json"))
-    adopt(source, tmp_path / "start", "4*F", *SMALL)
-    assert "tokenizer.json puts <|begin|> around a text" in capsys.readouterr().out
+    options = ["adopt", str(source), str(tmp_path / "start"), "--layout", "4*F", *SMALL]
+    assert main(options) == 2
+    assert f"documents would begin with <{IDS}> (id {IDS})" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", MODELS)

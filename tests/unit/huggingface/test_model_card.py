@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from hysparse_megatron.config.frozen import load_frozen
-from hysparse_megatron.data.tokenizer import load_tokenizer
+from hysparse_megatron.data.tokenizer import bytes_tokenizer, load_tokenizer
 from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.huggingface import tokenizer_files
 from hysparse_megatron.huggingface.model_card import model_card
@@ -30,6 +31,8 @@ EVALUATIONS = [
     {"step": 0, "eval_loss": 6.25, "eval_tokens": 128, "evaluation": "code"},
     {"step": 7, "eval_loss": 1.25, "eval_tokens": 64},
 ]
+BEGIN = 1
+"""An id of the tokenizer that no text here has."""
 TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{% endfor %}"
 )
@@ -112,6 +115,34 @@ def test_generation_needs_no_prompt(exported: Path) -> None:
     assert made[0, 0] == IDS - 1
 
 
+@pytest.mark.parametrize("adds", [True, False])
+@pytest.mark.parametrize("trained", [BEGIN, None])
+def test_generation_begins_as_documents_did(
+    adds: bool, trained: int | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Who exports a tokenizer that begins a text otherwise is told."""
+    identity = DATA | ({} if trained is None else {"begin_of_document": trained})
+    run = random_run(tmp_path / "run", "model.layout=F", identity=identity)
+    tokenizer = bytes_tokenizer()
+    name = tokenizer.id_to_token(BEGIN)
+    if adds:
+        special = [(name, BEGIN)]
+        tokenizer.post_processor = TemplateProcessing(single=f"{name} $A", special_tokens=special)
+    tokenizer.save(str(run / "tokenizer.json"))
+    given = ["--run-dir", str(run), "--tokenizer", str(run / "tokenizer.json")]
+    assert main(["export", *given, str(tmp_path / "out")]) == 0
+    told = capsys.readouterr().out
+    found = GenerationConfig.from_pretrained(tmp_path / "out")
+    assert found.bos_token_id == (IDS - 1 if trained is None else BEGIN)
+    assert found.eos_token_id == IDS - 1
+    puts, began = (name if has else "nothing" for has in (adds, trained is not None))
+    warned = f"puts {puts} before a text, but documents began with {began} in training" in told
+    assert warned == (adds != (trained is not None))
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=False)
+    assert theirs("xy").input_ids == [BEGIN] * adds + [120, 121]
+    assert theirs.bos_token_id == trained
+
+
 def test_a_license_is_one_value(exported: Path) -> None:
     config = load_frozen(exported.parent / "run" / "config.yaml")
 
@@ -130,11 +161,11 @@ def test_code_of_a_published_tokenizer_is_not_asked_for(exported: Path, tmp_path
     source, target = tmp_path / "published", tmp_path / "target"
     for folder in (source, target):
         folder.mkdir()
-    shutil.copyfile(exported / "tokenizer.json", source / "tokenizer.json")
+    path = shutil.copyfile(exported / "tokenizer.json", source / "tokenizer.json")
     described = {"tokenizer_class": "MyTokenizer", "eos_token": "<|endoftext|>"}
     own = {"auto_map": {"AutoTokenizer": ["tokenization_my.MyTokenizer", None]}}
     (source / "tokenizer_config.json").write_text(json.dumps(described | own))
-    tokenizer_files.write_tokenizer(source / "tokenizer.json", target, IDS - 1, 64)
+    tokenizer_files.write_tokenizer(path, target, load_tokenizer(str(path)), 64)
     assert json.loads((target / "tokenizer_config.json").read_text()) == described
     assert AutoTokenizer.from_pretrained(target).eos_token_id == IDS - 1
 

@@ -94,6 +94,7 @@ BAD = [
     (["INPUT", "--tokenizer", "bytes", "--cpus-per-task", "2"], 2, "--cpus-per-task: is for a"),
     (["INPUT", "--tokenizer", "bytes", "--end-of-document", "x"], 2, "--end-of-document: is for"),
     (["INPUT", "--vocab-size", "300", "--end-of-document", "x"], 2, "--end-of-document: is for"),
+    (["INPUT", "--tokenizer", "bytes", "--begin-of-document", "x"], 2, "--begin-of-document: is"),
     (["INPUT", "--tokenizer", ""], 2, "--tokenizer: is empty"),
     (["", "--tokenizer", "bytes"], 2, "INPUT: is empty"),
     (["INPUT", "--vocab-size", "0"], 2, "a tokenizer of 0 ids: allowed are 257"),
