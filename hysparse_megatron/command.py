@@ -173,6 +173,13 @@ def number(text: str, is_allowed: Callable[[float], bool], allowed: str) -> floa
     return found
 
 
+def given(text: str) -> str:
+    """A name that is not empty, as the type of an option. Raises argparse.ArgumentTypeError."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; give a name, or check the shell's variables")
+    return text
+
+
 def positive(text: str) -> int:
     """A whole number from 1, as the type of an option. Raises argparse.ArgumentTypeError."""
     digits = text.lstrip("0")

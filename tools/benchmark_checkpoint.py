@@ -25,7 +25,7 @@ import torch
 
 from hysparse_megatron.checkpoint import store
 from hysparse_megatron.checkpoint.saver import Saver
-from hysparse_megatron.command import command, make_parser
+from hysparse_megatron.command import command, make_parser, positive
 from hysparse_megatron.config.cli import load, parse_arguments
 from hysparse_megatron.errors import CheckpointError
 from hysparse_megatron.files import writing
@@ -55,7 +55,9 @@ SMALL = (
 def main(argv: Sequence[str]) -> int:
     """Measure; `argv` is the command line without the program's name."""
     parser = make_parser("hysparse benchmark checkpoint", __doc__)
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="saves of each kind")
+    parser.add_argument(
+        "--repeats", type=positive, default=3, metavar="N", help="saves of each kind"
+    )
     parser.add_argument(
         "--directory", type=Path, metavar="DIR", help="where to write (default /tmp)"
     )

@@ -26,7 +26,7 @@ import torch
 from hysparse_kernels.benchmarking.selections import Captured, describe, statistics, synthetic
 from torch import Tensor
 
-from hysparse_megatron.command import command, make_parser
+from hysparse_megatron.command import command, make_parser, positive
 from hysparse_megatron.config.frozen import load_frozen
 from hysparse_megatron.config.schema import Config, ParallelConfig
 from hysparse_megatron.files import require_writable, writing
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     parser = make_parser("hysparse capture-selections", __doc__)
     parser.add_argument("output", type=Path, help="file to write, .npz")
     parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="run directory")
-    parser.add_argument("--sequence", type=int, help="tokens; default: as in training")
+    parser.add_argument("--sequence", type=positive, help="tokens; default: as in training")
     parser.add_argument("--train", nargs="*", metavar="OVERRIDE", help="train the run first")
     options = parser.parse_args(list(argv))
     with writing(options.output, "output"):

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hysparse_megatron.architecture.layout import parse_layout
-from hysparse_megatron.command import command, make_parser, positive
+from hysparse_megatron.command import command, given, make_parser, positive
 from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.files import require_writable, writing
 from hysparse_megatron.runtime.launcher import rank_from_environment
@@ -73,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--count", type=positive, required=True, metavar="N", help="full layers, the first too")
     add(
         "--data",
+        type=given,
         metavar="PATH",
         help="text (many documents: a share is held out) or prepared dataset (default: the sample)",
     )

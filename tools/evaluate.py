@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hysparse_megatron.command import command, make_parser, positive
+from hysparse_megatron.command import command, given, make_parser, positive
 from hysparse_megatron.config.schema import TrainConfig
 from hysparse_megatron.evaluation.progress import Progress
 from hysparse_megatron.evaluation.scores import Score, ask, require_room
@@ -117,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, metavar="N", help="of the questions (default 0)")
     add(
         "--data",
+        type=given,
         metavar="PATH",
         help="text (many documents: a share is held out) or prepared dataset, instead of the run's",
     )

@@ -28,8 +28,9 @@ from pathlib import Path
 import psutil
 from tokenizers import Tokenizer
 
-from hysparse_megatron.command import command, make_parser
-from hysparse_megatron.data.tokenizer import train_tokenizer
+from hysparse_megatron.command import command, make_parser, positive
+from hysparse_megatron.data.tokenizer import check_vocab_size, train_tokenizer
+from hysparse_megatron.errors import ConfigError
 from hysparse_megatron.packages import require_package
 
 _SAMPLE_BYTES = 20_000_000
@@ -41,19 +42,22 @@ _POLL_SECONDS = 0.05
 def main(argv: Sequence[str]) -> int:
     """Measure as `argv` says, the command line without the program's name."""
     parser = make_parser("hysparse measure-prepare", __doc__)
-    parser.add_argument("--megabytes", type=int, nargs="+", default=[20, 100], metavar="MB")
-    parser.add_argument("--vocab-size", type=int, default=32000, metavar="N")
+    parser.add_argument("--megabytes", type=positive, nargs="+", default=[20, 100], metavar="MB")
+    parser.add_argument("--vocab-size", type=positive, default=32000, metavar="N")
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="default: one trained here")
-    parser.add_argument("--copies", type=int, metavar="N", help="of the corpus, as .jsonl.zst")
-    parser.add_argument("--repeat", type=int, default=1, metavar="N", help="times, in turns")
+    parser.add_argument("--copies", type=positive, metavar="N", help="of the corpus, as .jsonl.zst")
+    parser.add_argument("--repeat", type=positive, default=1, metavar="N", help="times, in turns")
     parser.add_argument("--options", default="", help="more options of prepare_data, one string")
     args = parser.parse_args(list(argv))
+    if args.tokenizer is not None and not args.tokenizer.is_file():
+        raise ConfigError(f"--tokenizer {args.tokenizer}: is no file; without it one is trained")
+    check_vocab_size(args.vocab_size)
     with tempfile.TemporaryDirectory(prefix="measure-prepare-") as name:
         folder = Path(name)
         for megabytes in args.megabytes:
             corpus = write_corpus(folder / "corpus.jsonl", megabytes * 1_000_000)
             tokenizer = args.tokenizer or folder / "tokenizer.json"
-            if not tokenizer.exists():
+            if not tokenizer.exists():  # the first time
                 sample = islice(_texts(corpus), 20_000)
                 train_tokenizer(sample, args.vocab_size).save(str(tokenizer))
             given = corpus if args.copies is None else _copies(corpus, args.copies)

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from types import FrameType
 
-from hysparse_megatron.command import command, make_parser
+from hysparse_megatron.command import command, given, make_parser
 from hysparse_megatron.data.card import PreparedCorpus
 from hysparse_megatron.data.places import is_local
 from hysparse_megatron.data.prepare.executors import Executor, LocalProcesses, RayTasks, SlurmJobs
@@ -40,7 +40,6 @@ from hysparse_megatron.data.tokenizer_choice import choose_tokenizer
 from hysparse_megatron.errors import ConfigError, Preempted
 
 _AROUND = ("begin_of_document", "end_of_document")
-_NEVER_EMPTY = ("output", "tokenizer", *_AROUND)
 
 
 @command
@@ -60,17 +59,26 @@ def main(argv: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser("hysparse prepare-data", __doc__)
     add = parser.add_argument
-    add("inputs", nargs="*", metavar="INPUT", help="files, folders, URLs, read in this order")
-    add("--output", required=True, metavar="DIR", help="the folder to make")
+    add(
+        "inputs", nargs="*", type=given, metavar="INPUT", help="files, folders, URLs, in this order"
+    )
+    add("--output", required=True, type=given, metavar="DIR", help="the folder to make")
     add(
         "--tokenizer",
+        type=given,
         metavar="PATH",
         help="tokenizer.json, SentencePiece .model, a folder with either, or `bytes`",
     )
     add("--vocab-size", type=int, metavar="N", help="train a tokenizer of N ids on the inputs")
-    add("--end-of-document", metavar="TOKEN", help="token that closes a document (default: found)")
+    add(
+        "--end-of-document",
+        type=given,
+        metavar="TOKEN",
+        help="token that closes a document (default: found)",
+    )
     add(
         "--begin-of-document",
+        type=given,
         metavar="TOKEN",
         help="token that a document begins with, or none (default: as the tokenizer does)",
     )
@@ -134,11 +142,6 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def _run(args: argparse.Namespace, progress: Progress) -> None:
-    named = [("INPUT", given) for given in args.inputs]
-    named += [(f"--{n.replace('_', '-')}", getattr(args, n)) for n in _NEVER_EMPTY]
-    for option, value in named:
-        if value == "":
-            raise ConfigError(f"{option}: is empty; give a name, or check the shell's variables")
     if args.inputs:
         if _prepare(args, progress) is None:
             progress.note(f"{args.output}: is whole; copy it to where training can read it")

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hysparse_megatron.command import given
+
 if TYPE_CHECKING:
     from hysparse_megatron.data.tokenizer import Encoder
     from hysparse_megatron.inference.load import LoadedModel
@@ -21,7 +23,12 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         metavar="WHICH",
         help="newest (the default), a step of the run, or the directory of a checkpoint",
     )
-    add("--tokenizer", metavar="PATH", help="its file or folder (default: found by its hash)")
+    add(
+        "--tokenizer",
+        type=given,
+        metavar="PATH",
+        help="its file or folder (default: found by its hash)",
+    )
 
 
 def tokenizer_of(args: argparse.Namespace, loaded: LoadedModel) -> Encoder:

@@ -102,6 +102,8 @@ def evaluate_config(run_dir: Path):
         (["--tasks", "needle", "--data", "."], 2, "--data changes nothing of needle"),
         (["--samples", "4"], 2, "--samples changes nothing of loss"),
         (["--lengths", "0"], 2, "allowed a whole number from 1"),
+        (["--data", ""], 2, "--data: is empty"),
+        (["--tokenizer", ""], 2, "--tokenizer: is empty"),
         (["--json", "/dev/null/x"], 2, "cannot write"),
         (["--json", "/dev/full"], 6, "--json: cannot write /dev/full (No space left on device)"),
         (["--checkpoint", "77"], 6, "77"),
