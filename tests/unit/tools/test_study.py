@@ -246,11 +246,11 @@ def test_a_portion_runs_what_is_lacking_once(
     study.write_text(
         yaml.safe_dump(content | {"variants": content["variants"] | {"wild": guarded}})
     )
-    monkeypatch.setenv(VARIABLE, "nan@0:1")
-    assert "wild-seed5 diverged" in call(main, [*command[:-1], "wild"]).out
-    assert (tmp_path / "work" / "wild-seed5" / "checkpoints").exists()
+    monkeypatch.setenv(VARIABLE, "nan@0:2")
+    assert "wild-seed5 diverged" in call(main, [*command[:-1], "wild", *often]).out
+    assert (tmp_path / "work" / "wild-seed5" / "checkpoints" / "step-00000001").is_dir()
     result = json.loads((tmp_path / "results" / "wild-seed5.json").read_text())
-    assert "1 bad steps in a row up to step 1" in result["stopped"]
+    assert "1 bad steps in a row up to step 2" in result["stopped"]
     assert not result["evaluations"]
 
     content["variants"] = {"full": ["model.layout=3*F"]}
