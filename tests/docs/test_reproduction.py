@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def finished(name: str) -> dict[str, Result]:
 @pytest.mark.thorough
 def test_losses_and_counts_are_those_of_the_results() -> None:
     done, claims = finished("ablations"), finished("claims")
-    word = {5: "five"}[len(done) + len(claims)]
+    word = {6: "six"}[len(done) + len(claims)]
     total = sum(len(read_study(STUDY / f"{name}.yaml").runs) for name in ("ablations", "claims"))
     assert f"**{word} of its {total} runs are finished**" in TEXT.replace("\n", " ")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -54,12 +55,13 @@ def test_the_runs_of_the_claims_are_as_told() -> None:
     num_steps, *shown = (
         int(step.replace(",", "")) for step in [header[0], *header[1].split(" | ")]
     )
-    assert list(done) == ["full-seed1", "hysparse_1_3-seed1"]
-    full, ours = losses.values()
-    assert shown[-1] == num_steps == max(full) == max(ours)
+    assert list(done) == ["full-seed1", "hysparse_1_3-seed1", "windows_1_3-seed1"]
+    full, ours, windows = losses.values()
+    assert shown[-1] == num_steps == max(full) == max(ours) == max(windows)
     recall: dict[str, list[str]] = {}
     by_place: dict[str, dict[str, list[float]]] = {"code": {}, "prose": {}}
-    for (run, result), layout in zip(done.items(), ("full", "HySparse 1:3"), strict=True):
+    layouts = ("full", "HySparse 1:3", "windows 1:3")
+    for (run, result), layout in zip(done.items(), layouts, strict=True):
         assert f"| {layout} | {' | '.join(f'{losses[run][step]:.4f}' for step in shown)} |" in TEXT
         for text in ("code", "prose"):
             places = ("all", "bins.0", "bins.15")
@@ -76,27 +78,45 @@ def test_the_runs_of_the_claims_are_as_told() -> None:
         assert f"| {task} | {' | '.join(means)} |" in TEXT
     text = re.sub(r"\s+", " ", TEXT)
     (_, *code), (_, *prose) = (
-        [round(a - b, 2) for a, b in zip(*found.values(), strict=True)]
+        [round(a - b, 2) for a, b in zip(found["full"], found["HySparse 1:3"], strict=True)]
         for found in by_place.values()
     )
+    (seen, first, last), (prose_seen, *_) = (
+        [b - a for a, b in zip(found["HySparse 1:3"], found["windows 1:3"], strict=True)]
+        for found in by_place.values()
+    )
+    behind = windows[num_steps] - ours[num_steps]
+    told = f"end {behind:.2f} nats above it on the validation split, {seen:.2f} on unseen code and"
+    assert f"{told} {prose_seen:.2f} on prose" in text
+    assert f"(on code {first:.3f} within the first 512, {last:.3f} within the last)" in text
+    assert f"{full[num_steps] - windows[num_steps]:.2f} below full attention and" in text
     assert f"it is {code[0]} on code and {prose[0]} on prose" in text
     assert f"within the last 512 {code[1]} and {prose[1]}" in text
     gaps = [f"{full[step] - ours[step]:.2f}" for step in shown if step >= 800]
     assert f"{', '.join(gaps[:-1])} and {gaps[-1]} nats from step 800 on" in text
     assert f"loss is {ours[600]:.2f} at step 600, that of full attention {full[600]:.2f}" in text
-    hours = " and ".join(f"{result.seconds / 3600:.2f}" for result in done.values())
-    speeds = " and ".join(f"{result.tokens_per_second:,.0f}" for result in done.values())
+    hours = listed(f"{result.seconds / 3600:.2f}" for result in done.values())
+    speeds = listed(f"{result.tokens_per_second:,.0f}" for result in done.values())
     assert f"({hours} hours, {speeds} tokens a second" in text
+    fast = done["windows_1_3-seed1"].tokens_per_second
+    ratio = fast / done["hysparse_1_3-seed1"].tokens_per_second
+    assert f"trained {ratio:.1f} times as fast as HySparse" in text
+
+
+def listed(words: Iterable[str]) -> str:
+    """As a sentence lists them."""
+    *first, last = words
+    return f"{', '.join(first)} and {last}"
 
 
 def test_the_unfinished_runs_are_as_told() -> None:
     folder = STUDY / "results" / "claims_92m" / "unfinished"
-    gated, windows = (
-        json.loads((folder / f"{run}-seed1.json").read_text())
-        for run in ("full_gated", "windows_1_3")
+    gated, windows, diverged = (
+        json.loads((folder / f"{run}.json").read_text())
+        for run in ("full_gated-seed1", "windows_1_3-seed2", "windows_1_3-seed1-diverged")
     )
     shown = (200, 400, 800, 1200, 1600, 2000, 2289)
-    for run, layout in ((gated, "full, gated output"), (windows, "windows 1:3")):
+    for run, layout in ((gated, "full, gated output"), (windows, "windows 1:3, seed 2")):
         losses = {
             row["step"]: f"{row['eval_loss']:.4f}" for row in run["rows"] if "eval_loss" in row
         }
@@ -117,7 +137,19 @@ def test_the_unfinished_runs_are_as_told() -> None:
     assert f"ends {ends[0]:.2f} nats below itself without and {-ends[1]:.2f} above HySparse" in text
     prose = [lookup(run.evaluations, "prose.loss.0.all.loss") - found[0] for run in (full, ours)]
     assert f"on prose {prose[0]:.2f} below and {-prose[1]:.2f} above" in text
-    norms = {row["step"]: row["grad_norm"] for row in windows["rows"] if "grad_norm" in row}
+    for place in ("code", "prose"):
+        losses = [
+            lookup(windows["evaluations"], f"{place}.loss.0.{part}.loss")
+            for part in ("all", "bins.0", "bins.15")
+        ]
+        told = " | ".join(f"{loss:.4f}" for loss in losses)
+        assert f"| {place} | windows 1:3, seed 2 | {told} |" in TEXT
+    [skipped] = [row for row in windows["rows"] if row.get("skipped")]
+    told = f"one such step, {skipped['step']:,} with a norm of {skipped['grad_norm']:.2f}"
+    assert told in text
+    again = [row["grad_norm"] for row in done["windows_1_3-seed1"].rows if row.get("skipped")]
+    assert not again
+    norms = {row["step"]: row["grad_norm"] for row in diverged["rows"] if "grad_norm" in row}
     told = "over {:.1f}, {:.1f} and {:.0f} to {:,.0f}".format(
         *(norms[step] for step in (1553, 1556, 1561, 1564))
     )
