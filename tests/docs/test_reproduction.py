@@ -98,9 +98,6 @@ def test_the_runs_of_the_claims_are_as_told() -> None:
     hours = listed(f"{result.seconds / 3600:.2f}" for result in done.values())
     speeds = listed(f"{result.tokens_per_second:,.0f}" for result in done.values())
     assert f"({hours} hours, {speeds} tokens a second" in text
-    fast = done["windows_1_3-seed1"].tokens_per_second
-    ratio = fast / done["hysparse_1_3-seed1"].tokens_per_second
-    assert f"trained {ratio:.1f} times as fast as HySparse" in text
 
 
 def listed(words: Iterable[str]) -> str:
@@ -138,17 +135,15 @@ def test_the_unfinished_runs_are_as_told() -> None:
     prose = [lookup(run.evaluations, "prose.loss.0.all.loss") - found[0] for run in (full, ours)]
     assert f"on prose {prose[0]:.2f} below and {-prose[1]:.2f} above" in text
     for place in ("code", "prose"):
-        losses = [
+        at_places = [
             lookup(windows["evaluations"], f"{place}.loss.0.{part}.loss")
             for part in ("all", "bins.0", "bins.15")
         ]
-        told = " | ".join(f"{loss:.4f}" for loss in losses)
+        told = " | ".join(f"{loss:.4f}" for loss in at_places)
         assert f"| {place} | windows 1:3, seed 2 | {told} |" in TEXT
     [skipped] = [row for row in windows["rows"] if row.get("skipped")]
     told = f"one such step, {skipped['step']:,} with a norm of {skipped['grad_norm']:.2f}"
     assert told in text
-    again = [row["grad_norm"] for row in done["windows_1_3-seed1"].rows if row.get("skipped")]
-    assert not again
     norms = {row["step"]: row["grad_norm"] for row in diverged["rows"] if "grad_norm" in row}
     told = "over {:.1f}, {:.1f} and {:.0f} to {:,.0f}".format(
         *(norms[step] for step in (1553, 1556, 1561, 1564))
